@@ -1,0 +1,58 @@
+# `make train` and `make test` need Python >= 3.11, gcc, make and a package index; nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONFIG ?= jobs/configs/digits.yaml
+# Decompositions of small matrices lose time to threads that wait for each other.
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED = 1
+
+CODE := platform tests $(wildcard jobs benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint soak studies bench test-tools clean
+.DELETE_ON_ERROR:
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Create .venv and install the pinned versions (done by the others when needed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "make: $(PYTHON) not found; install Python 3.11 or 3.12, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); run make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into $(VENV) (once; about 6 GB and some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+train: $(STAMP) ## The main job: K-FAC on digits, losing a node and getting it back (CONFIG=...)
+	@$(BIN)/elastic-kfac train $(CONFIG) --resize-at 60:1 --resize-at 120:2
+
+test: lint ## Linters, types and the whole test suite
+	@$(BIN)/pytest -m "not soak"
+
+lint: $(STAMP) ## Formatting, lint rules and types only
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+
+soak: $(STAMP) ## The long-running tests that `make test` leaves out
+	@$(BIN)/pytest -m soak --timeout 7200 || test $$? -eq 5
+
+test-tools: $(STAMP) ## Checks that need kubectl and promtool (Debian: kubectl, prometheus)
+	@$(BIN)/pytest -m tools
+
+studies: $(STAMP) ## Run every study of benchmarks/studies
+	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench: $(STAMP) ## Run every benchmark of benchmarks/
+	@for script in $(wildcard benchmarks/*.py benchmarks/data/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove caches and build outputs (keeps .venv, runs and data)
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find platform tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,20 @@
+"""elastic-kfac: second-order training on clusters that grow and shrink."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["KFAC", "__version__"]
+
+if TYPE_CHECKING:
+    from elastic_kfac.optimizers.kfac import KFAC
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that `elastic-kfac --help` and a mistyped option do not pay for importing torch.
+    if name == "KFAC":
+        from elastic_kfac.optimizers.kfac import KFAC
+
+        return KFAC
+    raise AttributeError(f"module 'elastic_kfac' has no attribute {name!r}")

@@ -1,0 +1,315 @@
+"""`elastic-kfac doctor`: what this machine lacks for a run, and what to do about it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import elastic_kfac
+
+GIB = 1 << 30
+MIN_PYTHON = (3, 11)
+MIN_SHARED_MEMORY = GIB // 2
+MIN_FREE_DISK = 2 * GIB
+LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+"""Addresses that the local cluster gives to its first nodes."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: Literal["ok", "warn", "fail"]
+    subject: str
+    detail: str
+    action: str | None = None
+    """What to do; every `warn` and `fail` has one."""
+
+    def lines(self) -> str:
+        """The finding as people read it."""
+        text = f"{self.level:<5} {self.subject:<14} {self.detail}"
+        return text if self.action is None else f"{text}\n{'':<20} -> {self.action}"
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Prints every finding; returns 1 when one of them stops a run."""
+    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
+    failed = 0
+    for finding in examine(arguments.storage):
+        print(finding.lines(), flush=True)
+        failed += finding.level == "fail"
+    print(f"{failed} problem(s) to solve before a run" if failed else "ready to run")
+    return 1 if failed else 0
+
+
+def examine(storage: str) -> Iterator[Finding]:
+    """Looks at everything in turn, cheapest first."""
+    yield python_finding(sys.version_info[:3])
+    yield from packages_findings()
+    yield torch_finding()
+    yield gpu_finding()
+    yield ray_finding()
+    yield zoo_finding()
+    yield storage_finding(storage)
+    yield shared_memory_finding(_free_bytes(Path("/dev/shm")))
+    yield temporary_finding(Path(tempfile.gettempdir()))
+    yield ports_finding(LOOPBACK)
+
+
+def python_finding(version: tuple[int, int, int]) -> Finding:
+    """Whether the interpreter is new enough."""
+    text = ".".join(map(str, version))
+    if version[:2] < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        action = f"install Python {wanted} or newer and make a new virtual environment with it"
+        return Finding("fail", "Python", text, action)
+    return Finding("ok", "Python", f"{text} at {sys.executable}")
+
+
+def packages_findings() -> Iterator[Finding]:
+    """Installed versions against what the package asks for."""
+    try:
+        wanted = importlib.metadata.requires("elastic-kfac") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(
+            "warn",
+            "packages",
+            "elastic-kfac itself is not installed (found through PYTHONPATH)",
+            "pip install -c constraints.txt -e . if anything below is missing",
+        )
+        return
+    from packaging.requirements import Requirement
+
+    problems = []
+    for text in wanted:
+        requirement = Requirement(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None:
+            problems.append(f"{requirement.name} is missing")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if problems:
+        action = "pip install -c constraints.txt -e ."
+        yield Finding("fail", "packages", "; ".join(problems), action)
+    else:
+        yield Finding("ok", "packages", "every dependency is there in an allowed version")
+
+
+def torch_finding() -> Finding:
+    """Imports torch and torchvision; a wrong pair is the most common broken installation."""
+    error = None
+    try:
+        import torch  # noqa: F401
+        import torchvision  # noqa: F401
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return judge_torch_pair(
+        _version("torch"), _version("torchvision"), _torch_that_torchvision_wants(), error
+    )
+
+
+def judge_torch_pair(
+    torch: str | None, torchvision: str | None, wanted_torch: str | None, error: str | None
+) -> Finding:
+    """Says what is wrong with an installed pair.
+
+    Args:
+        torch: Installed version, with its local part (`2.15.0+cpu`).
+        torchvision: Installed version.
+        wanted_torch: The torch version that this torchvision was built for.
+        error: What importing the two raised.
+    """
+    pair = f"torch {torch or 'missing'}, torchvision {torchvision or 'missing'}"
+    reinstall = "pip install --force-reinstall -c constraints.txt torch torchvision"
+    if torch is None or torchvision is None:
+        return Finding("fail", "torch", pair, "pip install -c constraints.txt torch torchvision")
+    builds = [version.partition("+")[2] for version in (torch, torchvision)]
+    if wanted_torch is not None and torch.partition("+")[0] != wanted_torch:
+        detail = f"{pair}: this torchvision is built for torch {wanted_torch}"
+        return Finding("fail", "torch", detail, f"install the pinned pair: {reinstall}")
+    if ("cpu" in builds and builds[0] != builds[1]) or (
+        error is not None and "torchvision::nms does not exist" in error
+    ):
+        detail = f"{pair}: one is a CPU-only build and the other is not"
+        action = (
+            f"take both from one index: {reinstall}, or with --index-url of the CPU-only builds"
+        )
+        return Finding("fail", "torch", detail, action)
+    if error is not None:
+        return Finding("fail", "torch", f"{pair}: {error}", reinstall)
+    return Finding("ok", "torch", pair)
+
+
+def gpu_finding() -> Finding:
+    """Which accelerators torch can use."""
+    try:
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [torch.cuda.get_device_name(index) for index in range(count)]
+    except Exception as error:
+        return Finding("warn", "GPU", f"cannot ask torch: {error}", "solve the torch problem first")
+    if names:
+        return Finding("ok", "GPU", f"{len(names)}: {', '.join(sorted(set(names)))}")
+    if Path("/dev/nvidia0").exists():
+        return Finding(
+            "warn",
+            "GPU",
+            "the machine has one, but torch cannot use it",
+            "install a CUDA build of torch and a driver that is new enough for it (nvidia-smi)",
+        )
+    return Finding("ok", "GPU", "none; runs use the CPU (resources.use_gpu=false)")
+
+
+def ray_finding() -> Finding:
+    """Whether Ray imports, with the parts that training needs."""
+    try:
+        import ray.train.torch
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        return Finding("fail", "Ray", detail, "pip install -c constraints.txt -e .")
+    address = os.environ.get("RAY_ADDRESS")
+    where = f"; RAY_ADDRESS={address}" if address else ""
+    return Finding("ok", "Ray", f"{ray.__version__}{where}")
+
+
+def zoo_finding() -> Finding:
+    """Whether the model zoo imports, and what is in it."""
+    try:
+        from elastic_kfac.training.models import zoo
+
+        names = sorted(zoo())
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        return Finding("fail", "model zoo", detail, "solve the torch problem first")
+    return Finding("ok", "model zoo", ", ".join(names))
+
+
+def storage_finding(storage: str) -> Finding:
+    """Whether runs can be written below `storage`, and how much room there is."""
+    if "://" in storage and not storage.startswith("file://"):
+        return _remote_storage_finding(storage)
+    folder = Path(storage.removeprefix("file://")).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".elastic-kfac-") as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        return Finding(
+            "fail",
+            "storage",
+            f"cannot write below {existing}: {error.strerror or error}",
+            "name a folder that you may write to with --storage",
+        )
+    free = _free_bytes(existing) or 0
+    if free < MIN_FREE_DISK:
+        return Finding(
+            "warn",
+            "storage",
+            f"{folder} has {free / GIB:.1f} GiB free",
+            "delete old runs or name another folder with --storage",
+        )
+    return Finding("ok", "storage", f"{folder} is writable, {free / GIB:.0f} GiB free")
+
+
+def shared_memory_finding(free: int | None) -> Finding:
+    """Whether Ray's object store finds room in shared memory."""
+    if free is None:
+        return Finding(
+            "warn", "shared memory", "no /dev/shm", "Ray will use files instead, which is slower"
+        )
+    text = f"{free / GIB:.1f} GiB free in /dev/shm"
+    if free < MIN_SHARED_MEMORY:
+        action = "in a container: docker run --shm-size=2g, or a memory-backed volume on /dev/shm"
+        return Finding("warn", "shared memory", text, action)
+    return Finding("ok", "shared memory", text)
+
+
+def temporary_finding(folder: Path) -> Finding:
+    """Whether Ray can keep sockets and logs in the temporary folder."""
+    free = _free_bytes(folder)
+    if free is None or not os.access(folder, os.W_OK):
+        action = "set TMPDIR to a short path that you may write to"
+        return Finding("fail", "temporary", f"{folder} cannot be used", action)
+    text = f"{folder} has {free / GIB:.1f} GiB free"
+    if free < GIB:
+        return Finding("warn", "temporary", text, "make room: Ray keeps its logs there")
+    return Finding("ok", "temporary", text)
+
+
+def ports_finding(addresses: tuple[str, ...]) -> Finding:
+    """Whether a process may listen on the loopback addresses of the local cluster."""
+    refused = []
+    for address in addresses:
+        with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as listener:
+            try:
+                listener.bind((address, 0))
+                listener.listen(1)
+                with contextlib.closing(socket.create_connection(listener.getsockname(), 2.0)):
+                    pass
+            except OSError as error:
+                refused.append(f"{address} ({error.strerror or error})")
+    if refused:
+        return Finding(
+            "fail",
+            "ports",
+            f"cannot listen on {', '.join(refused)}",
+            "allow local TCP connections on 127.0.0.0/8 (firewall, sandbox or container settings)",
+        )
+    return Finding("ok", "ports", "local TCP connections work")
+
+
+def _remote_storage_finding(storage: str) -> Finding:
+    try:
+        from pyarrow import fs
+
+        filesystem, path = fs.FileSystem.from_uri(storage)
+        name = f"{path.rstrip('/')}/.elastic-kfac-{os.getpid()}"
+        with filesystem.open_output_stream(name) as stream:
+            stream.write(b"x")
+        filesystem.delete_file(name)
+    except Exception as error:
+        return Finding(
+            "fail",
+            "storage",
+            f"cannot write to {storage}: {error}",
+            "check the address, the credentials of this machine and its network",
+        )
+    return Finding("ok", "storage", f"{storage} is writable")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _torch_that_torchvision_wants() -> str | None:
+    try:
+        wanted = importlib.metadata.requires("torchvision") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    exact = (text.replace(" ", "").partition("torch==")[2] for text in wanted)
+    return next((version.partition(";")[0].partition("+")[0] for version in exact if version), None)
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None

@@ -1,0 +1,41 @@
+"""From an argument list to an exit code: 0 success, 1 the run failed, 2 bad usage, 130 Ctrl-C."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from elastic_kfac.cli.arguments import parse_arguments
+from elastic_kfac.errors import ElasticKfacError
+
+PROGRAM = "elastic-kfac"
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code.
+
+    Errors of this package become one line on stderr; anything else is a defect and keeps its
+    traceback.
+    """
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        module_name, _, function_name = arguments.command.partition(":")
+        command = getattr(importlib.import_module(module_name), function_name)
+        code: int = command(arguments)
+        sys.stdout.flush()
+        return code
+    except ElasticKfacError as error:
+        print(f"{PROGRAM}: error: {error.line()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; without this Python complains again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as finished:  # argparse after --help and --version
+        return finished.code if isinstance(finished.code, int) else 0

@@ -1,0 +1,43 @@
+"""Which versions and which machine a result comes from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+PACKAGES = ("elastic-kfac", "torch", "torchvision", "ray", "pyarrow", "numpy")
+
+
+def provenance(use_gpu: bool) -> dict[str, str]:
+    """Versions and hardware of this process: the driver's, which may not be the workers'."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    found["processor"] = f"{_processor()}, {os.cpu_count()} cores seen"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found["memory"] = f"{memory / 2**30:.0f} GiB"
+    if use_gpu:
+        found["gpus of the driver"] = _gpus()
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _gpus() -> str:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(count)) or "none"

@@ -1,0 +1,134 @@
+"""Subcommands about a run that exists, or about what one would do: nothing here trains."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlparse
+
+from elastic_kfac.errors import UsageError
+
+if TYPE_CHECKING:
+    from elastic_kfac.training.run_folder import RunFolder
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI names an object store."""
+    return urlparse(uri).scheme not in ("", "file")
+
+
+def locate_run(run: str, storage: str) -> str:
+    """The URI of a run that was named by its folder or by its name below `storage`.
+
+    Raises:
+        UsageError: If there is no such run; it names the nearest one.
+    """
+    if is_remote(run):
+        return run.rstrip("/")
+    if is_remote(storage):
+        return f"{storage.rstrip('/')}/{run}"
+    folder = Path(storage.removeprefix("file://")).expanduser()
+    for candidate in (Path(run).expanduser(), folder / run):
+        if (candidate / "config.yaml").is_file():
+            return str(candidate)
+    there = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    close = difflib.get_close_matches(Path(run).name, there, n=1)
+    raise UsageError(
+        "no such run",
+        given=run,
+        allowed=f"a run's folder, or one of {', '.join(there[-8:])} in {folder}" if there else None,
+        change=f"did you mean {close[0]}?" if close else f"name a folder below {folder}",
+    )
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Writes `report.html` of a run and prints its summary."""
+    write_report_and_summary(locate_run(arguments.run, arguments.storage))
+    return 0
+
+
+def write_report_and_summary(uri: str) -> None:
+    """Writes `report.html` into a run's folder, wherever it lies, and prints one screen.
+
+    Raises:
+        UsageError: If there is no run.
+    """
+    from elastic_kfac.reports.experiment import FILES, parse_run
+    from elastic_kfac.reports.html import render_report
+    from elastic_kfac.reports.summary import summary_text
+
+    folder = open_run(uri)
+    storage = folder.storage
+    contents = {name: storage.read(name) for name in FILES if storage.exists(name)}
+    name = uri.rpartition("/")[2] if is_remote(uri) else Path(uri).resolve().name
+    run = parse_run(name, uri, contents)
+    storage.write("report.html", render_report(run).encode())
+    print(summary_text(run))
+    print(f"\nReport: {uri}/report.html")
+
+
+def audit(arguments: argparse.Namespace) -> int:
+    """Proves from the ledger that every sample was used exactly once; 1 if it was not."""
+    from elastic_kfac.training.audit import audit_run
+
+    found = audit_run(open_run(locate_run(arguments.run, arguments.storage)))
+    print(found.line())
+    for problem in found.problems[1:]:
+        print(f"  {problem}")
+    return 0 if found.passed else 1
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Loss and accuracy of the newest checkpoint."""
+    import torch
+
+    from elastic_kfac.training.evaluate import evaluate_run
+
+    folder = open_run(locate_run(arguments.run, arguments.storage))
+    use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
+    device = torch.device("cuda" if use_gpu else "cpu")
+    found = evaluate_run(folder, device=device)
+    print(
+        f"step {found.step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
+        f"on {found.count:,} samples"
+    )
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Writes the newest checkpoint's weights as safetensors."""
+    from elastic_kfac.training.evaluate import export_run
+
+    uri = locate_run(arguments.run, arguments.storage)
+    if arguments.out is None and is_remote(uri):
+        raise UsageError("a remote run needs a local file to write to", change="add --out FILE")
+    out = arguments.out or f"{uri}/model.safetensors"
+    count = export_run(open_run(uri), out)
+    print(f"{count} tensors: {out}")
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Prints the plan of a configuration at each world size; starts no process."""
+    from elastic_kfac.training.config_file import read_config
+
+    config = read_config(arguments.config, arguments.overrides)
+    if not config.kfac.enabled:
+        raise UsageError(
+            "without K-FAC there is nothing to place",
+            given="kfac.enabled=false",
+            change="add --set kfac.enabled=true",
+        )
+    from elastic_kfac.cli.planning import plans
+
+    print("\n\n".join(str(each) for each in plans(config, arguments.world_size)))
+    return 0
+
+
+def open_run(uri: str) -> RunFolder:
+    """Opens an existing run's folder."""
+    from elastic_kfac.training.run_folder import RunFolder
+
+    return RunFolder.existing(uri)

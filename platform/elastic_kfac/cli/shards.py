@@ -1,0 +1,198 @@
+"""`elastic-kfac shards make | verify | describe`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from elastic_kfac.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from elastic_kfac.config import Config
+
+ADDRESS_VARIABLE = "RAY_ADDRESS"
+"""Where Ray's jobs find their cluster; used when no `--address` is given."""
+
+
+def make(arguments: argparse.Namespace) -> int:
+    """Writes a source as shards, on a cluster if there is one; an interrupted call continues."""
+    address = arguments.address or os.environ.get(ADDRESS_VARIABLE)
+    _make(arguments.source, arguments.out, arguments.split, address)
+    return 0
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Checks a shard set against its manifest; a bad shard is an error that names the file."""
+    from elastic_kfac.data.shards import verify_shards
+
+    print(verify_shards(arguments.uri, deep=not arguments.quick).line())
+    return 0
+
+
+def describe(arguments: argparse.Namespace) -> int:
+    """Prints what the manifests say, as JSON; on request draws samples of every class."""
+    from elastic_kfac.data.shards import describe_shards
+
+    described = describe_shards(arguments.uri)
+    if arguments.contact_sheet is not None:
+        _draw(arguments.uri, described["splits"], Path(arguments.contact_sheet))
+    print(json.dumps(described, indent=2, ensure_ascii=False))
+    return 0
+
+
+def make_missing_shards(config: Config) -> None:
+    """Makes the shards of `data.shards` from `data.source` when there are none yet.
+
+    Raises:
+        DataError: If there are none and no source is configured, or a configured split is missing.
+    """
+    from elastic_kfac.data.shards import ShardSet
+
+    data = config.data
+    try:
+        ShardSet.open(f"{data.shards.rstrip('/')}/{data.train_split}")
+    except DataError:
+        if _any_split(data.shards) or data.source is None:
+            raise
+        _make(data.source, data.shards, None, None)
+    for split in (data.train_split, data.eval_split):
+        ShardSet.open(f"{data.shards.rstrip('/')}/{split}")
+
+
+def _any_split(root: str) -> bool:
+    from elastic_kfac.data.manifest import splits_of
+
+    try:
+        return bool(splits_of(root))
+    except DataError:
+        return False
+
+
+def _make(source: str, out: str, split: str | None, address: str | None) -> None:
+    from elastic_kfac.data.shards import make_shards
+
+    with _tasks_on(address) as run_tasks, _progress() as progress:
+        made = make_shards(source, out, split, progress=progress, run_tasks=run_tasks)
+    for name, part in made["splits"].items():
+        size = part["bytes"] / 2**20
+        reused = " (already there)" if not part["made"] else ""
+        shards = "1 shard" if part["shards"] == 1 else f"{part['shards']} shards"
+        print(
+            f"{name}: {part['samples']:,} samples of {part['classes']} classes in "
+            f"{shards}, {size:.1f} MiB{reused}"
+        )
+    where = made["out"]
+    print(f"Shards: {Path(where) if '://' not in where else where} in {made['seconds']:.1f} s")
+
+
+def _tasks_on(address: str | None) -> Any:
+    if address is None:
+        return nullcontext()
+    from elastic_kfac.cluster.sharding import shard_tasks_on
+
+    return shard_tasks_on(address)
+
+
+def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
+    """Writes the sheet of every split and notes its path; several splits get a name each."""
+    from elastic_kfac.data.contact_sheet import contact_sheet
+    from elastic_kfac.data.manifest import ShardSet, splits_of
+    from elastic_kfac.data.storage import join_uri
+
+    if target.suffix.lower() != ".png":
+        raise UsageError("bad value for --contact-sheet", given=target, allowed="a file *.png")
+    for name in splits_of(uri):
+        shard_set = ShardSet.open(join_uri(uri, name) if name else uri)
+        file = target if len(splits) == 1 else target.with_stem(f"{target.stem}-{name}")
+        try:
+            contact_sheet(shard_set, file)
+        except OSError as error:
+            raise UsageError(f"cannot write the contact sheet: {error}", given=file) from None
+        splits[shard_set.split]["contact_sheet"] = str(file)
+
+
+class MakingProgress:
+    """Samples done, their rate and the time left: one live line on a terminal, else plain lines.
+
+    Args:
+        stream: Where it is written.
+        interval_s: Time between plain lines; the first comes after one interval.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._interval_s = interval_s
+        self._clock = clock
+        self._split: str | None = None
+        self._began = self._last = clock()
+        self._done_before = 0
+        self._written = False
+
+    def __call__(self, split: str, done: int, total: int) -> None:
+        """Takes the state of `make_shards`; the first call of a split says what is there already."""
+        now = self._clock()
+        if split != self._split:
+            self._split, self._began, self._done_before = split, now, done
+        line = progress_line(split, done, total, done - self._done_before, now - self._began)
+        if self._live:
+            self._stream.write(f"\r\033[K{line}")
+            self._written = True
+        elif now - self._last >= self._interval_s:
+            self._stream.write(f"{line}\n")
+            self._last = now
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Takes the live line away."""
+        if self._written:
+            self._stream.write("\r\033[K")
+            self._stream.flush()
+
+
+def progress_line(split: str, done: int, total: int, made: int, seconds: float) -> str:
+    """`train: 512 of 1,438 samples (36 %), 900 samples/s, 1 s left`.
+
+    Args:
+        split: Its name.
+        done: Samples in finished shards.
+        total: Samples of the split.
+        made: Those of `done` that this call has made; the others were there before.
+        seconds: What those took.
+    """
+    line = f"{split}: {done:,} of {total:,} samples ({done / total:.0%})"
+    if made <= 0 or seconds <= 0 or done >= total:
+        return line
+    left = (total - done) * seconds / made
+    return f"{line}, {made / seconds:,.0f} samples/s, {_duration(left)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _progress() -> Iterator[MakingProgress]:
+    progress = MakingProgress(sys.stderr)
+    try:
+        yield progress
+    finally:
+        progress.close()

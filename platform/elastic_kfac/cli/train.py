@@ -1,0 +1,124 @@
+"""`elastic-kfac train`: check everything, make shards if needed, train, report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import elastic_kfac
+from elastic_kfac.cli.provenance import provenance
+from elastic_kfac.cli.runs import is_remote, open_run, write_report_and_summary
+from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
+
+if TYPE_CHECKING:
+    from elastic_kfac.config import Config
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Runs the job that a configuration file describes; prints a summary and the report's path."""
+    from elastic_kfac.training.config_file import read_config
+
+    config = read_config(arguments.config, arguments.overrides)
+    check_local_cluster_events(config, arguments)
+    name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
+    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
+
+    from elastic_kfac.cli.shards import make_missing_shards
+
+    make_missing_shards(config)
+
+    from elastic_kfac.cluster.trainer import train as train_on_ray
+
+    uri = f"{arguments.storage.rstrip('/')}/{name}"
+    try:
+        result = train_on_ray(
+            config,
+            name=name,
+            storage=arguments.storage,
+            address=arguments.address,
+            resize_at=arguments.resize_at,
+            kill_at=arguments.kill_at,
+        )
+    except ElasticKfacError as error:
+        if error.exit_code == 1:
+            # What a failed run did until then is the first thing that people want to see; one
+            # that failed before it had a folder has nothing to show.
+            with contextlib.suppress(UsageError):
+                _finish(uri, config)
+        raise
+    _finish(uri, config)
+    if result.unfired:
+        raise RunError(
+            "the run ended before everything that was asked for had happened",
+            given=", ".join(result.unfired),
+            change="give earlier steps, or train for more epochs",
+        )
+    return result.exit_code
+
+
+def check_local_cluster_events(config: Config, arguments: argparse.Namespace) -> None:
+    """Refuses `--resize-at` and `--kill-at` values that could never come true.
+
+    Raises:
+        UsageError: With a foreign cluster, a world size outside the configured bounds, a rank that
+            cannot exist, or two resizes at one step.
+    """
+    resizes: Sequence[tuple[int, int]] = arguments.resize_at
+    kills: Sequence[tuple[int, int]] = arguments.kill_at
+    if arguments.address is not None and (resizes or kills):
+        raise UsageError(
+            "--resize-at and --kill-at act on the local cluster only",
+            given=f"--address {arguments.address}",
+            change="drop --address, or drain and kill nodes of that cluster yourself",
+        )
+    low, high = config.elastic.min_workers, config.elastic.max_workers
+    for step, nodes in resizes:
+        if not low <= nodes <= high:
+            raise UsageError(
+                "--resize-at asks for a world size that this run never has",
+                given=f"{step}:{nodes}",
+                allowed=f"{low} to {high} nodes (elastic.min_workers to elastic.max_workers)",
+            )
+    for step, rank in kills:
+        if rank >= high:
+            raise UsageError(
+                "--kill-at names a rank that this run never has",
+                given=f"{step}:{rank}",
+                allowed=f"ranks 0 to {high - 1} (elastic.max_workers={high})",
+            )
+    for option, pairs in (
+        ("--resize-at", [(step, 0) for step, _ in resizes]),
+        ("--kill-at", list(kills)),
+    ):
+        if len(set(pairs)) < len(pairs):
+            raise UsageError(
+                f"two {option} for the same step",
+                given=" ".join(str(pair[0]) for pair in pairs),
+                change="give each its own step",
+            )
+
+
+def fresh_name(stem: str, storage: str) -> str:
+    """The first of `<stem>-1`, `<stem>-2`, … that is not in a local storage folder yet."""
+    if is_remote(storage):
+        raise UsageError(
+            "a run in remote storage needs a name", given=storage, change="add --name NAME"
+        )
+    folder = Path(storage.removeprefix("file://")).expanduser()
+    number = 1
+    while (folder / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def _finish(uri: str, config: Config) -> None:
+    from elastic_kfac.training.port import event_row
+
+    folder = open_run(uri)
+    step = int((folder.result() or {}).get("steps") or 0)
+    row = event_row("provenance", step, provenance=provenance(config.resources.use_gpu))
+    folder.append_events([row])
+    write_report_and_summary(uri)

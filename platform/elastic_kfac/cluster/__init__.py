@@ -1,0 +1,1 @@
+"""Everything Ray: the embedded cluster, elastic training under Ray Train, what a person sees."""

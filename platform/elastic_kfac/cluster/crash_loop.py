@@ -1,0 +1,107 @@
+"""Decides when a run that keeps failing should stop trying. Pure: no Ray, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+USAGE_EXIT_CODE = 2
+"""Errors with this exit code are wrong usage, configuration or data: another try cannot help."""
+
+
+@dataclass(frozen=True)
+class RankError:
+    """An exception of one rank, in a form that every process can hold."""
+
+    rank: int
+    kind: str
+    """Name of the exception's class."""
+    line: str
+    """What a person sees."""
+    traceback: str = ""
+    exit_code: int = 1
+    exception: Any = None
+    """The exception itself where it is one of this package."""
+
+    @property
+    def is_collateral(self) -> bool:
+        """Whether another rank's failure is the likely cause."""
+        return self.kind == "CommunicationError"
+
+
+class CrashLoopBreaker:
+    """Ends a run after the same failure, `same_error_limit` times in a row without a new step.
+
+    Lost workers and groups that cannot start have the larger `lost_worker_limit`: machines come and
+    go for reasons that have nothing to do with the run.
+    """
+
+    def __init__(self, *, same_error_limit: int = 3, lost_worker_limit: int = 10) -> None:
+        self.same_error_limit = same_error_limit
+        self.lost_worker_limit = lost_worker_limit
+        self.last_reason = ""
+        self._reported: list[RankError] = []
+        self._best_step = -1
+        self._step_at_failure = -1
+        self._signature: tuple[str, str] | None = None
+        self._repeats = 0
+
+    @property
+    def reported_ranks(self) -> frozenset[int]:
+        """Ranks of the present group that told why they failed."""
+        return frozenset(error.rank for error in self._reported)
+
+    def reported(self, error: RankError) -> None:
+        """A rank of the present group failed."""
+        self._reported.append(error)
+
+    def stepped(self, step: int) -> None:
+        """A step was committed."""
+        self._best_step = max(self._best_step, step)
+
+    def judge(
+        self, *, step: int, died: Sequence[int], errors: Mapping[int, str], lost_nodes: int
+    ) -> RankError | None:
+        """Closes the present group's books.
+
+        Args:
+            step: The newest committed step.
+            died: Ranks whose process ended without a word.
+            errors: What Ray says about ranks.
+            lost_nodes: How many nodes of the group are dead.
+
+        Returns:
+            Why the run must end, or None when another try is due.
+        """
+        reported, self._reported = self._reported, []
+        causes = [error for error in reported if not error.is_collateral]
+        if causes:
+            cause = causes[0]
+            limit = 1 if cause.exit_code == USAGE_EXIT_CODE else self.same_error_limit
+        else:
+            cause = _lost(died, errors, lost_nodes, reported)
+            limit = self.lost_worker_limit
+        self.last_reason = cause.line
+        signature = (cause.kind, cause.line)
+        stuck = self._best_step <= self._step_at_failure
+        self._repeats = self._repeats + 1 if stuck and signature == self._signature else 1
+        self._signature = signature
+        self._step_at_failure = max(self._step_at_failure, self._best_step, step)
+        return cause if self._repeats >= limit else None
+
+
+def _lost(
+    died: Sequence[int], errors: Mapping[int, str], lost_nodes: int, reported: Sequence[RankError]
+) -> RankError:
+    if lost_nodes:
+        plural = "s" if lost_nodes > 1 else ""
+        return RankError(-1, "NodeLost", f"{lost_nodes} node{plural} lost")
+    if died:
+        ranks = ", ".join(str(rank) for rank in sorted(died))
+        plural = "es" if len(died) > 1 else ""
+        return RankError(died[0], "WorkerLost", f"worker process{plural} of rank {ranks} died")
+    if reported:
+        return reported[0]
+    text = next(iter(errors.values()), "a worker group could not be started")
+    return RankError(-1, "GroupFailed", text.splitlines()[0][:300])

@@ -1,0 +1,54 @@
+"""What Ray Train's controller asks and tells, passed on to the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from elastic_kfac.cluster.crash_loop import RankError
+from elastic_kfac.cluster.progress import workers
+from elastic_kfac.cluster.ray_adapter import RankProcess
+
+PARK_TIMEOUT_S = 60.0
+"""How long a planned resize waits for the ranks to save their state."""
+
+
+class RecorderListener:
+    """Ray Train's controller tells the recorder."""
+
+    def __init__(self, recorder: Any, *, park_timeout_s: float = PARK_TIMEOUT_S) -> None:
+        self._recorder = recorder
+        self._park_timeout_s = park_timeout_s
+
+    def controller_started(self, controller: Any) -> None:
+        ray.get(self._recorder.controller_started.remote(controller))
+
+    def group_starts(self, world_size: int) -> None:
+        self._recorder.group_starts.remote(world_size)
+
+    def group_started(self, ranks: Sequence[RankProcess]) -> None:
+        pids = {rank.rank: rank.pid for rank in ranks}
+        nodes = {rank.rank: rank.node_id for rank in ranks}
+        ray.get(self._recorder.group_started.remote(pids, nodes))
+
+    def park(
+        self, new_world_size: int, is_alive: Callable[[], bool], *, draining: Sequence[str]
+    ) -> bool:
+        reason = f"the cluster has room for {workers(new_world_size)}"
+        if draining:
+            named = ", ".join(node_id[:8] for node_id in draining)
+            plural = "s are" if len(draining) > 1 else " is"
+            reason = f"node{plural} being drained ({named}); {reason}"
+        parked = self._recorder.park.remote(reason, timeout_s=self._park_timeout_s)
+        while not ray.wait([parked], timeout=1.0)[0]:
+            if not is_alive():
+                return False
+        return bool(ray.get(parked))
+
+    def group_failed(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
+        verdict: RankError | None = ray.get(
+            self._recorder.group_failed.remote(dict(errors), list(lost_nodes))
+        )
+        return None if verdict is None else verdict.line

@@ -1,0 +1,113 @@
+"""Making shards on a Ray cluster: one task per shard, on whatever nodes there are.
+
+A task only names a range of a source, so a node that is lost costs the shards it was writing: Ray
+runs their tasks again elsewhere. Nodes that join take part at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import ray
+
+from elastic_kfac.cluster.ray_adapter import quiet_driver
+from elastic_kfac.cluster.signals import kept_signal_handlers
+from elastic_kfac.data.shard_writing import ShardTask
+from elastic_kfac.data.sources import SourceSplit, open_source
+from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
+
+NODE_LOSSES = 5
+"""How often a shard may lose the node that writes it before the whole call gives up."""
+
+RunTasks = Callable[[Sequence[ShardTask]], Iterator[dict[str, Any]]]
+
+
+@contextlib.contextmanager
+def shard_tasks_on(address: str) -> Iterator[RunTasks]:
+    """A `run_tasks` for `make_shards` that uses a cluster; disconnects at the end.
+
+    An existing connection of this process is used and kept.
+
+    Args:
+        address: `auto` or host:port.
+
+    Raises:
+        UsageError: If there is no cluster at that address.
+    """
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(quiet_driver())
+            _connect(address)
+            stack.callback(ray.shutdown)
+        yield run_shard_tasks
+
+
+def run_shard_tasks(tasks: Sequence[ShardTask]) -> Iterator[dict[str, Any]]:
+    """Runs tasks on the connected cluster and yields their records as they come.
+
+    Raises:
+        DataError: As the task raised it.
+        RunError: If a task failed for another reason.
+    """
+    function = ray.remote(_run).options(num_cpus=1, max_retries=NODE_LOSSES)
+    pending = {function.remote(task): task for task in tasks}
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1)
+            task = pending.pop(done[0])
+            yield _record(done[0], task)
+    finally:
+        # The other shards are of no use after an error, and their nodes have better things to do.
+        for reference in pending:
+            ray.cancel(reference)
+
+
+def _record(reference: Any, task: ShardTask) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = ray.get(reference)
+        return record
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ElasticKfacError):
+            raise cause from None
+        raise RunError(
+            f"making {task.split}/{task.file} failed: {str(cause or error).strip().splitlines()[-1]}",
+            change="run the same command again, it continues",
+        ) from error
+
+
+def _connect(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        if host and port.isdecimal() and "://" not in host:
+            # Where nobody listens, Ray would end this process instead of raising.
+            socket.create_connection((host, int(port)), timeout=10).close()
+        with kept_signal_handlers():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                namespace="elastic_kfac",
+            )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"cannot connect to a Ray cluster: {str(error).splitlines()[0]}",
+            given=f"--address {address}",
+            allowed="auto (on a machine of the cluster) or the host:port of its head",
+            change="leave --address away to make the shards in this process",
+        ) from None
+
+
+def _run(task: ShardTask) -> dict[str, Any]:
+    return task.run(_opened(task.source, task.split, task.content))
+
+
+@lru_cache(maxsize=1)
+def _opened(source: str, split: str, content: str) -> SourceSplit:
+    # Listing a source can take minutes (1.28 million files in a tar); a process does it once.
+    return open_source(source, split=split).split(split)

@@ -1,0 +1,1 @@
+"""Collectives as a user of torch.distributed: counted, packed, bucketed, compressed."""

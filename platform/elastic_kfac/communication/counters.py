@@ -1,0 +1,98 @@
+"""Counted communication: calls and bytes per tag.
+
+Two numbers are kept for every call. `payload_bytes` is the size of the tensor that the caller
+handed over. `received_bytes` is what has to arrive at *this* rank over the wire when the collective
+is run with the fewest bytes (n payload bytes, p ranks):
+
+    all-reduce       2 (p-1)/p n       reduce-scatter half plus all-gather half
+    reduce-scatter     (p-1)/p n       n is the whole input of one rank
+    all-gather         (p-1)   n       n is the part of one rank
+    all-to-all       what the others send to this rank
+    broadcast, send    n at a receiver, 0 at the source
+    reduce             n, 0 at rank dst + 1 where the chain of partial sums starts
+
+They are the terms of the KAISA traffic model (Pauloski et al., SC'21), so a measured run can be
+compared with the model exactly; hence fractions instead of rounded floats. A world of one rank
+communicates nothing and counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+def all_reduce_received(payload_bytes: int, world_size: int) -> Fraction:
+    """2 (p-1)/p n: the least that an all-reduce brings to every rank."""
+    return Fraction(2 * (world_size - 1) * payload_bytes, world_size)
+
+
+def reduce_scatter_received(payload_bytes: int, world_size: int) -> Fraction:
+    """(p-1)/p n for an input of n bytes per rank."""
+    return Fraction((world_size - 1) * payload_bytes, world_size)
+
+
+def all_gather_received(payload_bytes: int, world_size: int) -> Fraction:
+    """(p-1) n for a part of n bytes per rank."""
+    return Fraction((world_size - 1) * payload_bytes)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was sent under one tag since the last reset."""
+
+    calls: int = 0
+    payload_bytes: int = 0
+    received_bytes: Fraction = Fraction(0)
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.calls + other.calls,
+            self.payload_bytes + other.payload_bytes,
+            self.received_bytes + other.received_bytes,
+        )
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(
+            self.calls - other.calls,
+            self.payload_bytes - other.payload_bytes,
+            self.received_bytes - other.received_bytes,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """For a log line: plain numbers."""
+        return {
+            "calls": self.calls,
+            "payload_bytes": self.payload_bytes,
+            "received_bytes": float(self.received_bytes),
+        }
+
+
+class CommunicationCounters:
+    """Traffic by tag; one object is shared by a communicator and all its subgroups."""
+
+    def __init__(self) -> None:
+        self._traffic: dict[str, Traffic] = {}
+
+    def add(self, tag: str, payload_bytes: int, received_bytes: Fraction | int) -> None:
+        """Count one call."""
+        self._traffic[tag] = self[tag] + Traffic(1, payload_bytes, Fraction(received_bytes))
+
+    def __getitem__(self, tag: str) -> Traffic:
+        return self._traffic.get(tag, Traffic())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._traffic)
+
+    def total(self) -> Traffic:
+        """The sum over all tags."""
+        return sum(self._traffic.values(), Traffic())
+
+    def snapshot(self) -> dict[str, Traffic]:
+        """A copy by tag; subtract two snapshots' entries for the traffic between them."""
+        return dict(self._traffic)
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self._traffic.clear()

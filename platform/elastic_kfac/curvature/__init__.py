@@ -1,0 +1,1 @@
+"""The mathematics of curvature: capture, factors, inverses, preconditioning, damping. Torch only."""

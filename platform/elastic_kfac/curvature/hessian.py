@@ -1,0 +1,249 @@
+"""Hessian-vector products of the mean loss over samples that lie in chunks on any number of ranks.
+
+What a product is does not depend on chunks or ranks: every sample has the same weight, the model is in
+evaluation mode (so no sample sees another one through BatchNorm, and no running statistic moves), and
+one sum over ranks gives every rank the same bits to go on with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from elastic_kfac.errors import ConfigError, UsageError
+
+Batch = tuple[Tensor, Tensor]
+"""(inputs, labels), samples first."""
+
+SumLoss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, labels) to the SUM of the samples' losses."""
+
+SumOverRanks = Callable[[Tensor], object]
+"""Sums a tensor over all ranks in place, and returns when that is done."""
+
+
+def alone(tensor: Tensor) -> None:
+    """The sum over ranks of a world of one."""
+
+
+class Operator(Protocol):
+    """A symmetric linear map of flat vectors [size]."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time budget is spent; the same on every rank after a product."""
+        ...
+
+    def product(self, vector: Tensor) -> Tensor:
+        """The image of `vector`."""
+        ...
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module is in the mode it was in before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def last_layer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Trainable parameters of the last registered layer with a weight matrix (spec 6.1, block).
+
+    Raises:
+        UsageError: If there is no such layer.
+    """
+    found: list[nn.Parameter] = []
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        if any(p.dim() > 1 for p in own):
+            found = own
+    if not found:
+        raise UsageError("the model has no trainable layer with a weight matrix")
+    return found
+
+
+def check_request(
+    parameters: Sequence[nn.Parameter], *, vectors: int, limit_bytes: float | None
+) -> int:
+    """Bytes that `vectors` vectors over `parameters` take.
+
+    A spectrum of k eigenvectors keeps k + 3, a Lanczos run of s steps s + 3.
+
+    Raises:
+        ConfigError: If they are more than `limit_bytes`.
+    """
+    needed = vectors * sum(p.numel() * p.element_size() for p in parameters)
+    if limit_bytes is not None and needed > limit_bytes:
+        raise ConfigError(
+            "the Hessian analysis does not fit in memory",
+            given=f"{vectors} vectors of the parameters, {needed / 2**20:.0f} MiB",
+            allowed=f"{limit_bytes / 2**20:.0f} MiB",
+            change="ask for fewer eigenvalues or Lanczos steps, or for the last layer only",
+        )
+    return needed
+
+
+@dataclass(frozen=True)
+class LossAndGradient:
+    """Mean loss and its gradient over all samples of all ranks."""
+
+    loss: float
+    gradient: Tensor
+    """[size]."""
+    count: int
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of the whole gradient."""
+        return float(torch.linalg.vector_norm(self.gradient))
+
+
+class Hessian:
+    """The Hessian of the mean loss with respect to a choice of parameters, as an `Operator`.
+
+    Products are collective: every rank calls them with the same vector, also a rank without samples.
+
+    Args:
+        model: Evaluated in evaluation mode; modes are restored after each product.
+        loss_sum: The SUM of the losses of a batch.
+        batches: This rank's samples in chunks; gone through once per product.
+        parameters: Which block; None takes all trainable parameters.
+        sum_over_ranks: `alone` in a world of one.
+        time_budget_s: Counted from the first product; a product that has begun is finished.
+
+    Raises:
+        UsageError: If `batches` can be gone through only once, or no parameter is trainable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_sum: SumLoss,
+        batches: Iterable[Batch],
+        *,
+        parameters: Sequence[nn.Parameter] | None = None,
+        sum_over_ranks: SumOverRanks = alone,
+        time_budget_s: float | None = None,
+    ) -> None:
+        if iter(batches) is batches:
+            raise UsageError(
+                "Hessian products go through the samples many times",
+                given=type(batches).__name__,
+                change="pass a list, or an iterable that starts anew each time",
+            )
+        chosen = list(model.parameters()) if parameters is None else list(parameters)
+        self.parameters = [p for p in chosen if p.requires_grad]
+        if not self.parameters:
+            raise UsageError("a Hessian needs at least one trainable parameter")
+        self.model = model
+        self.products = 0
+        """Products so far: each costs two to three backward passes over the samples."""
+        self._loss_sum = loss_sum
+        self._batches = batches
+        self._sum_over_ranks = sum_over_ranks
+        self._time_budget_s = time_budget_s
+        self._began: float | None = None
+        self._expired = False
+        self._sizes = [p.numel() for p in self.parameters]
+        self._dtype = self.parameters[0].dtype
+        for parameter in self.parameters:
+            self._dtype = torch.promote_types(self._dtype, parameter.dtype)
+
+    @property
+    def size(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    @property
+    def expired(self) -> bool:
+        return self._expired
+
+    def product(self, vector: Tensor) -> Tensor:
+        """Hv = ∇(∇L·v), weighted by samples (spec 6.1) [size]."""
+        directions = self.split(vector)
+
+        def rows(loss: Tensor) -> Sequence[Tensor | None]:
+            gradients = torch.autograd.grad(
+                loss, self.parameters, create_graph=True, allow_unused=True
+            )
+            terms = [
+                (gradient * direction).sum()
+                for gradient, direction in zip(gradients, directions, strict=True)
+                if gradient is not None and gradient.requires_grad
+            ]
+            if not terms:
+                return [None] * len(self.parameters)
+            return torch.autograd.grad(torch.stack(terms).sum(), self.parameters, allow_unused=True)
+
+        self.products += 1
+        return self._mean_over_samples(rows).gradient
+
+    def gradient(self) -> LossAndGradient:
+        """The mean loss and its gradient; collective like a product."""
+        return self._mean_over_samples(
+            lambda loss: torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        )
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector as views of the parameters' shapes and types."""
+        parts = vector.split(self._sizes)
+        return [
+            part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)
+        ]
+
+    def _mean_over_samples(
+        self, rows: Callable[[Tensor], Sequence[Tensor | None]]
+    ) -> LossAndGradient:
+        if self._began is None:
+            self._began = time.monotonic()
+        total = torch.zeros(self.size, dtype=self._dtype, device=self.device)
+        # Double precision holds every sample count exactly.
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        # Fused attention kernels have no second derivative.
+        with evaluating(self.model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for inputs, labels in self._batches:
+                if not len(labels):
+                    continue
+                loss = self._loss_sum(self.model(inputs), labels)
+                for part, row in zip(total.split(self._sizes), rows(loss), strict=True):
+                    if row is not None:
+                        part.add_(row.detach().reshape(-1))
+                totals[0] += loss.detach()
+                totals[1] += len(labels)
+        if self._time_budget_s is not None:
+            totals[2] += time.monotonic() - self._began > self._time_budget_s
+        self._sum_over_ranks(totals)
+        self._sum_over_ranks(total)
+        loss_sum, count, expired = totals.tolist()
+        if count == 0:
+            raise UsageError("the Hessian analysis has no samples on any rank")
+        self._expired = self._expired or expired > 0
+        return LossAndGradient(loss_sum / count, total.div_(count), int(count))

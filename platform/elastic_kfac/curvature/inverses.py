@@ -1,0 +1,102 @@
+"""Decompositions of symmetric factors: eigen form and damped Cholesky inverse, with fallbacks.
+
+Only the lower triangle of a factor is read, so that packing it for the wire or for a checkpoint loses
+nothing. Everything here runs in at least float32. A decomposition that fails is tried again in
+float64 with jitter; if that fails too the caller keeps its previous one and counts the event
+(spec 1.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from elastic_kfac.errors import NumericalError
+
+Result = TypeVar("Result")
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) `[..., d]` and eigenvectors `[..., d, d]` of a factor.
+
+    Raises:
+        NumericalError: If it fails in the factor's own precision and in float64.
+    """
+
+    def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(x)
+        # eigh returns column-major vectors; receivers hold row-major copies, and products of the two
+        # layouts differ in the last bit, so that the ranks' parameters would drift apart.
+        return values.clamp_(min=0), vectors.contiguous()
+
+    values, vectors = _with_fallback(decompose, matrix, "eigen-decomposition")
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
+    """`(X + γI)⁻¹` by Cholesky; `damping` is a number or one value per batch entry.
+
+    Raises:
+        NumericalError: If it fails in the factor's own precision and in float64.
+    """
+
+    def invert(x: Tensor) -> Tensor:
+        shifted = x.clone()
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+        shift = torch.as_tensor(damping, dtype=x.dtype, device=x.device)
+        diagonal.add_(shift.unsqueeze(-1) if shift.dim() else shift)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
+        # Exactly symmetric and row-major: what a receiver unpacks from a triangle.
+        return ((inverse + inverse.mT) / 2).contiguous()
+
+    return _with_fallback(invert, matrix, "damped inverse").to(matrix.dtype)
+
+
+def two_by_two_inverse(matrix: Tensor, damping: float) -> Tensor:
+    """Closed-form `(F + γI)⁻¹` for `[features, 2, 2]` (spec 1.1, unit-wise BatchNorm)."""
+    p = matrix[:, 0, 0] + damping
+    q = matrix[:, 1, 0]
+    r = matrix[:, 1, 1] + damping
+    determinant = p * r - q * q
+    inverse = torch.stack((torch.stack((r, -q), -1), torch.stack((-q, p), -1)), -2)
+    return inverse / determinant[:, None, None]
+
+
+def _with_fallback(operation: Callable[[Tensor], Result], matrix: Tensor, what: str) -> Result:
+    try:
+        result = operation(matrix)
+        if _finite(result):
+            return result
+    except torch.linalg.LinAlgError:
+        pass
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError(f"{what} of a factor with non-finite entries", given=matrix.shape)
+    wide = matrix.double().cpu()
+    size = wide.shape[-1]
+    jitter = 1e-8 * wide.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-30) / size
+    wide.diagonal(dim1=-2, dim2=-1).add_(jitter.unsqueeze(-1))
+    try:
+        result = operation(wide)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(f"{what} failed in float64 with jitter: {error}") from None
+    if not _finite(result):
+        raise NumericalError(f"{what} gave non-finite numbers in float64 with jitter")
+    return _moved(result, matrix)
+
+
+def _finite(result: object) -> bool:
+    # One scalar per decomposition: it decides whether to retry, so it must reach the host.
+    if isinstance(result, tuple):
+        return all(_finite(part) for part in result)
+    assert isinstance(result, Tensor)
+    return bool(torch.isfinite(result.sum()))
+
+
+def _moved(result: Result, like: Tensor) -> Result:
+    if isinstance(result, tuple):
+        return tuple(part.to(like.device) for part in result)  # type: ignore[return-value]
+    assert isinstance(result, Tensor)
+    return result.to(like.device)  # type: ignore[return-value]

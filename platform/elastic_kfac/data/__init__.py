@@ -1,0 +1,25 @@
+"""Arrow shards: making them, their global order, and the exact stream that training reads."""
+
+from __future__ import annotations
+
+from elastic_kfac.data.contact_sheet import contact_sheet
+from elastic_kfac.data.inspection import VerifyReport, describe_shards, verify_shards
+from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.order import SampleOrder, id_hash
+from elastic_kfac.data.shards import make_shards
+from elastic_kfac.data.storage import join_uri
+from elastic_kfac.data.stream import Batch, SampleStream
+
+__all__ = [
+    "Batch",
+    "SampleOrder",
+    "SampleStream",
+    "ShardSet",
+    "VerifyReport",
+    "contact_sheet",
+    "describe_shards",
+    "id_hash",
+    "join_uri",
+    "make_shards",
+    "verify_shards",
+]

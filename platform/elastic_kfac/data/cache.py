@@ -1,0 +1,267 @@
+"""The node's cache: verified shards as memory-mapped Arrow IPC files, bounded in bytes.
+
+Files are named by the sha256 of the Parquet shard they were made from, so runs, splits and processes
+share them and a changed set can never be served from an old file. One file lock per shard; a
+process that dies leaves a temporary file at most, which the next one removes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import filelock
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from elastic_kfac.data.inspection import CorruptShard, corrupt, read_shard_table
+from elastic_kfac.data.manifest import ShardInfo, ShardSet
+from elastic_kfac.data.sources import fixed_size_rows
+from elastic_kfac.data.storage import join_uri
+from elastic_kfac.errors import DataError
+
+_ATTEMPTS: Final = 3
+_SLACK_BYTES: Final = 1 << 20
+# Each open shard holds a file descriptor; the usual limit of a process is 1,024.
+_OPEN_SHARDS: Final = 512
+
+
+class OpenShard:
+    """A memory-mapped shard: numpy views on its columns, no copies.
+
+    `pixels` is [rows, channels * height * width] for raw images and None for encoded ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with pa.memory_map(str(path)) as source:
+            batch = pa.ipc.open_file(source).get_batch(0)
+        self.num_rows = batch.num_rows
+        self.labels: NDArray[np.int32] = batch.column("label").to_numpy()
+        self._keys = batch.column("key")
+        image = batch.column("image")
+        self.pixels: NDArray[np.uint8] | None = None
+        if pa.types.is_fixed_size_binary(image.type):
+            self.pixels = fixed_size_rows(image)
+        else:
+            _, offsets, data = image.buffers()
+            self._offsets = np.frombuffer(offsets, dtype=np.int32)[: len(image) + 1]
+            # Arrow's buffers are signed; the JPEG decoder takes unsigned bytes only.
+            self._data = memoryview(data if data is not None else b"").cast("B")
+
+    def encoded(self, row: int) -> memoryview:
+        """The bytes of one encoded image."""
+        return self._data[self._offsets[row] : self._offsets[row + 1]]
+
+    def key(self, row: int) -> str:
+        """Where the sample came from."""
+        return str(self._keys[row].as_py())
+
+
+class ShardCache:
+    """Local copies of shards, safe for several threads and processes.
+
+    Args:
+        folder: Of the cache; shared by everything on the node.
+        limit_bytes: Least recently used files are removed so that the folder stays below this.
+
+    Raises:
+        DataError: If the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path | None, limit_bytes: int) -> None:
+        self.folder = default_cache_folder() if folder is None else Path(folder).expanduser()
+        self.limit_bytes = limit_bytes
+        self._open: OrderedDict[str, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def check_fits(self, shard_set: ShardSet) -> None:
+        """Refuses a bound that cannot hold one shard and its download.
+
+        Raises:
+            DataError: If the bound is too small for the set.
+        """
+        need = _needed_bytes(max(shard_set.shards, key=lambda s: s.bytes))
+        if need > self.limit_bytes:
+            raise DataError(
+                "the shard cache is smaller than one shard and its download",
+                given=f"{self.limit_bytes / 2**30:.3g} GiB",
+                allowed=f"at least {need / 2**30:.3g} GiB",
+                change="raise data.cache_gib",
+            )
+
+    def open(self, shard_set: ShardSet, index: int) -> OpenShard:
+        """The shard, fetched and verified first if it is not here.
+
+        Raises:
+            CorruptShard: If its bytes are not those of the manifest after repeated fetching.
+            DataError: If it is missing or unreadable, or the cache cannot be written.
+        """
+        shard = shard_set.shards[index]
+        with self._lock:
+            held = self._open.get(shard.sha256)
+            if held is not None:
+                self._open.move_to_end(shard.sha256)
+                return held
+        opened = self._materialised(shard_set, shard)
+        with self._lock:
+            self._open[shard.sha256] = opened
+            while len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        return opened
+
+    def has(self, shard_set: ShardSet, index: int) -> bool:
+        """Whether the shard is here now."""
+        return self._path(shard_set.shards[index]).exists()
+
+    def fetch(self, shard_set: ShardSet, index: int) -> None:
+        """Makes sure that the shard is here, without holding it open."""
+        if not self.has(shard_set, index):
+            self._materialised(shard_set, shard_set.shards[index])
+
+    def close(self) -> None:
+        """Lets go of every mapping; the files stay."""
+        with self._lock:
+            self._open.clear()
+
+    def _path(self, shard: ShardInfo) -> Path:
+        return self.folder / f"{shard.sha256}.arrow"
+
+    def _materialised(self, shard_set: ShardSet, shard: ShardInfo) -> OpenShard:
+        path = self._path(shard)
+        # Twice: another process may evict the file between its making and its opening, and a
+        # damaged file is made anew once.
+        for attempt in range(_ATTEMPTS):
+            with self._writing(), self._shard_lock(shard):
+                if not path.exists():
+                    self._build(shard_set, shard, path)
+            try:
+                opened = OpenShard(path)
+                if opened.num_rows == shard.rows:
+                    os.utime(path)  # Least recently used is by modification time.
+                    return opened
+                problem = f"{opened.num_rows} rows instead of {shard.rows}"
+            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                problem = str(error)
+            if attempt < _ATTEMPTS - 1:
+                path.unlink(missing_ok=True)
+        raise DataError("unusable file in the shard cache", given=str(path), change=problem)
+
+    def _build(self, shard_set: ShardSet, shard: ShardInfo, path: Path) -> None:
+        for stale in self.folder.glob(f".{shard.sha256}.*.tmp"):
+            stale.unlink(missing_ok=True)  # We hold its lock: whoever wrote this is dead.
+        temporary = self.folder / f".{shard.sha256}.{os.getpid()}.tmp"
+        try:
+            self._reserve(_needed_bytes(shard), temporary)
+            table = self._verified_table(shard_set, shard, temporary)
+            with temporary.open("r+b") as file:
+                with pa.ipc.new_file(file, table.schema) as writer:
+                    for batch in table.combine_chunks().to_batches():
+                        writer.write_batch(batch)
+                file.truncate()
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _verified_table(self, shard_set: ShardSet, shard: ShardInfo, temporary: Path) -> pa.Table:
+        location = shard_set.location
+        where = join_uri(shard_set.uri, shard.file)
+        download = temporary.with_suffix(".parquet.tmp")
+        local = Path(location.path) / shard.file if location.is_local else download
+        found = ""
+        try:
+            for attempt in range(_ATTEMPTS):
+                time.sleep(0.2 * attempt)
+                if location.size(shard.file) is None:
+                    raise DataError(
+                        "shard is missing", given=where, change="copy or make the set again"
+                    )
+                try:
+                    if location.is_local:
+                        found = location.sha256(shard.file)
+                    else:
+                        found = location.fetch(shard.file, download)
+                except DataError:
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+                    continue
+                if found == shard.sha256:
+                    # A copy in memory, because the download goes before the table is written.
+                    return read_shard_table(local, shard_set, shard)
+            raise corrupt(where, found, shard.sha256)
+        finally:
+            download.unlink(missing_ok=True)
+
+    def _reserve(self, need: int, temporary: Path) -> None:
+        """Removes least recently used files and claims `need` bytes with a sparse file."""
+        with filelock.FileLock(self.folder / ".evict.lock"):
+            held = 0
+            files = []
+            for entry in os.scandir(self.folder):
+                try:
+                    info = entry.stat()
+                except FileNotFoundError:
+                    continue
+                if entry.name.endswith(".tmp") and self._abandoned(entry.name):
+                    Path(entry.path).unlink(missing_ok=True)
+                    continue
+                held += info.st_size
+                if entry.name.endswith(".arrow"):
+                    files.append((info.st_mtime_ns, info.st_size, Path(entry.path)))
+            for _, size, path in sorted(files):
+                if held + need <= self.limit_bytes:
+                    break
+                # Processes that have it mapped keep their mapping; the disk space goes when they do.
+                path.unlink(missing_ok=True)
+                held -= size
+            with temporary.open("wb") as file:
+                file.truncate(need)
+
+    def _abandoned(self, name: str) -> bool:
+        """Whether the process that wrote this temporary file is gone: its shard lock is free."""
+        lock = filelock.FileLock(self.folder / f"{name.split('.')[1]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            return False
+        lock.release()
+        return True
+
+    @contextmanager
+    def _shard_lock(self, shard: ShardInfo) -> Iterator[None]:
+        with filelock.FileLock(self.folder / f"{shard.sha256}.lock"):
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                "cannot write the shard cache",
+                given=str(self.folder),
+                change=f"{error}; set data.cache_dir and data.cache_gib to what the disk has",
+            ) from None
+
+
+def default_cache_folder() -> Path:
+    """`elastic-kfac/shards` below the user's cache directory."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "elastic-kfac" / "shards"
+
+
+def _needed_bytes(shard: ShardInfo) -> int:
+    return 2 * shard.bytes + _SLACK_BYTES
+
+
+__all__ = ["CorruptShard", "OpenShard", "ShardCache", "default_cache_folder"]

@@ -1,0 +1,192 @@
+"""ILSVRC2012 (ImageNet-1k) from the files as downloaded, without unpacking them.
+
+    ILSVRC2012_img_train.tar    a tar of 1,000 tars, one per class: n01440764.tar, …
+    ILSVRC2012_img_val.tar      50,000 images: ILSVRC2012_val_00000001.JPEG, …
+    labels of the validation images, one of
+      ILSVRC2012_devkit_t12.tar.gz                     the official kit
+      LOC_val_solution.csv                             lines `ILSVRC2012_val_00000001,n01751748 …`
+      imagenet_2012_validation_synset_labels.txt       the n-th line is the n-th image's class
+
+Classes are numbered in the order of their WordNet ids, as torchvision and most checkpoints do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from elastic_kfac.data.image_sources import FileRanges
+from elastic_kfac.data.sources import Source, SourceSplit
+from elastic_kfac.errors import DataError
+
+TRAIN_TAR: Final = "ILSVRC2012_img_train.tar"
+VALIDATION_TAR: Final = "ILSVRC2012_img_val.tar"
+KIT: Final = "ILSVRC2012_devkit_t12.tar.gz"
+SOLUTION: Final = "LOC_val_solution.csv"
+SYNSET_LABELS: Final = "imagenet_2012_validation_synset_labels.txt"
+
+
+def ilsvrc_source(folder: Path) -> Source:
+    """The splits whose tar is there: `train`, and `test` for the validation images.
+
+    Raises:
+        DataError: If neither tar is there.
+    """
+    openers: dict[str, Any] = {}
+    if (folder / TRAIN_TAR).is_file():
+        openers["train"] = partial(_train, folder)
+    if (folder / VALIDATION_TAR).is_file():
+        openers["test"] = partial(_validation, folder)
+    if not openers:
+        raise DataError(
+            "no ILSVRC2012 tar files", given=str(folder), allowed=f"{TRAIN_TAR}, {VALIDATION_TAR}"
+        )
+    return Source("ilsvrc", openers)
+
+
+def _train(folder: Path) -> SourceSplit:
+    path = folder / TRAIN_TAR
+    offsets: list[int] = []
+    sizes: list[int] = []
+    labels: list[int] = []
+    keys: list[str] = []
+    with path.open("rb") as file:
+        archives = sorted(
+            (Path(name).stem, offset, size)
+            for name, offset, size in _members(path, file)
+            if name.endswith(".tar")
+        )
+        for label, (wnid, start, length) in enumerate(archives):
+            for name, offset, size in _members(path, _Section(file, start, length)):
+                offsets.append(start + offset)
+                sizes.append(size)
+                labels.append(label)
+                keys.append(f"{wnid}/{Path(name).name}")
+    return FileRanges(path, [wnid for wnid, _, _ in archives], offsets, sizes, labels, keys)
+
+
+def _validation(folder: Path) -> SourceSplit:
+    path = folder / VALIDATION_TAR
+    with path.open("rb") as file:
+        members = sorted(m for m in _members(path, file) if m[0].lower().endswith(".jpeg"))
+    truth = _validation_classes(folder)
+    names = [Path(name).stem for name, _, _ in members]
+    without = [name for name in names if name not in truth]
+    if without:
+        raise DataError(
+            "validation images without a label", given=f"{len(without)}, the first: {without[0]}"
+        )
+    classes = sorted(_train_classes(folder) or set(truth.values()))
+    number = {wnid: label for label, wnid in enumerate(classes)}
+    unknown = sorted({truth[name] for name in names} - number.keys())
+    if unknown:
+        raise DataError(
+            "validation classes that the training tar lacks", given=", ".join(unknown[:5])
+        )
+    return FileRanges(
+        path,
+        classes,
+        [offset for _, offset, _ in members],
+        [size for _, _, size in members],
+        [number[truth[name]] for name in names],
+        [f"{name}.JPEG" for name in names],
+    )
+
+
+def _train_classes(folder: Path) -> set[str]:
+    path = folder / TRAIN_TAR
+    if not path.is_file():
+        return set()
+    with path.open("rb") as file:
+        return {Path(name).stem for name, _, _ in _members(path, file) if name.endswith(".tar")}
+
+
+def _validation_classes(folder: Path) -> dict[str, str]:
+    """WordNet id per validation image name, from whichever label file is there."""
+    if (folder / KIT).is_file():
+        return _numbered(_kit_labels(folder / KIT))
+    if (folder / SOLUTION).is_file():
+        lines = (folder / SOLUTION).read_text(encoding="utf-8").splitlines()
+        pairs = (re.match(r"(ILSVRC2012_val_\d+),(n\d{8})", line) for line in lines)
+        return {pair[1]: pair[2] for pair in pairs if pair}
+    if (folder / SYNSET_LABELS).is_file():
+        return _numbered((folder / SYNSET_LABELS).read_text(encoding="utf-8").split())
+    raise DataError(
+        "no labels for the validation images",
+        given=str(folder),
+        allowed=f"{KIT}, {SOLUTION} or {SYNSET_LABELS}",
+    )
+
+
+def _numbered(wnids: list[str]) -> dict[str, str]:
+    return {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(wnids, start=1)}
+
+
+def _kit_labels(path: Path) -> list[str]:
+    loadmat: Any = importlib.import_module("scipy.io").loadmat  # Comes with scikit-learn.
+    try:
+        with tarfile.open(path) as kit:
+            files = {Path(m.name).name: m for m in kit.getmembers() if m.isfile()}
+            meta = kit.extractfile(files["meta.mat"])
+            truth = kit.extractfile(files["ILSVRC2012_validation_ground_truth.txt"])
+            assert meta is not None and truth is not None
+            synsets = loadmat(io.BytesIO(meta.read()), squeeze_me=True)["synsets"]
+            numbers = [int(line) for line in truth.read().split()]
+        wnids = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets.ravel()}
+        return [wnids[number] for number in numbers]
+    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
+        raise DataError(
+            "unreadable development kit", given=str(path), change=f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def _members(path: Path, file: Any) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of the content, bytes) of every file of an uncompressed tar."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as opened:
+            archive: Any = opened
+            while (member := archive.next()) is not None:
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
+                archive.members = []  # Otherwise it keeps an object per image.
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(
+            "unreadable tar", given=str(path), change=f"{error}; download it again"
+        ) from None
+
+
+class _Section(io.RawIOBase):
+    """A byte range of an open file, as a file of its own."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file = file
+        self._start = start
+        self._length = length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        data: bytes = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data

@@ -1,0 +1,274 @@
+"""Sample ids to pixels: gather raw rows or decode images, bring them to one size, augment.
+
+Layout: raw shards hold [channels, height, width] per row, so a gather is already what a model takes.
+Decoded images are [height, width, 3]; they are stored that way and given out transposed, which
+torch calls channels_last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_kfac.data.augment import (
+    augmentation_key,
+    center_boxes,
+    crop_flip,
+    resized_crop_boxes,
+)
+from elastic_kfac.data.cache import CorruptShard, OpenShard, ShardCache
+from elastic_kfac.data.decode import Box, UndecodableImage, decode_rgb, image_size, resize_box
+from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.sources import check_class_labels
+from elastic_kfac.data.storage import join_uri
+from elastic_kfac.errors import DataError
+
+Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
+
+
+class SampleLoader:
+    """Loads samples by id; thread-safe. Options are those of `SampleStream`."""
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        cache: ShardCache,
+        *,
+        seed: int,
+        image_size: int | None,
+        decode_threads: int,
+        bad_records: str,
+        max_bad_records: int,
+    ) -> None:
+        if bad_records not in ("raise", "skip"):
+            raise DataError("unknown policy", given=bad_records, allowed="raise, skip")
+        if decode_threads < 0:
+            raise DataError("decode_threads must not be negative", given=decode_threads)
+        self._set = shard_set
+        self._cache = cache
+        self._seed = seed
+        self._skip = bad_records == "skip"
+        self._quarantine = _Quarantine(shard_set, cache, max_bad_records)
+        self.image_shape = _delivered_shape(shard_set, image_size)
+        self._pool = (
+            ThreadPoolExecutor(decode_threads, thread_name_prefix="sample-decode")
+            if decode_threads > 1 and shard_set.encoding == "encoded"
+            else None
+        )
+        self._pieces = 1 if self._pool is None else 4 * decode_threads
+
+    @property
+    def quarantined(self) -> int:
+        return len(self._quarantine.ids)
+
+    def close(self) -> None:
+        """Stops the decode threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def load(self, ids: NDArray[np.int64], epoch: int, augment: str) -> Loaded:
+        """Images uint8 [n, channels, height, width], labels int64 [n], weights float32 [n].
+
+        Raises:
+            DataError: If a record or shard is bad and the policy is `raise`, or the limit is passed.
+        """
+        shards, rows = self._set.locate(ids)
+        labels = np.zeros(len(ids), dtype=np.int64)
+        weights = np.ones(len(ids), dtype=np.float32)
+        opened: dict[int, OpenShard] = {}
+        for shard in np.unique(shards).tolist():
+            members = np.flatnonzero(shards == shard)
+            try:
+                opened[shard] = self._cache.open(self._set, shard)
+            except CorruptShard as error:
+                self._bad(ids[members], weights, members, error)
+                continue
+            labels[members] = opened[shard].labels[rows[members]]
+        check_class_labels(labels, self._set.num_classes, self._set.uri)
+        key = augmentation_key(self._seed, epoch)
+        if self._set.encoding == "raw":
+            images = self._raw(ids, shards, rows, opened, augment, key)
+        else:
+            images = self._encoded(ids, shards, rows, opened, augment, key, weights)
+        if augment == "crop_flip":
+            images = crop_flip(images, key, ids)
+        return images, labels, weights
+
+    def _raw(
+        self,
+        ids: NDArray[np.int64],
+        shards: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        opened: dict[int, OpenShard],
+        augment: str,
+        key: int,
+    ) -> NDArray[np.uint8]:
+        stored = self._set.image_shape
+        assert stored is not None
+        out = np.empty((len(ids), math.prod(stored)), dtype=np.uint8)
+        for shard in np.unique(shards).tolist():
+            members = np.flatnonzero(shards == shard)
+            if shard not in opened:
+                out[members] = 0
+                continue
+            pixels_of_shard = opened[shard].pixels
+            assert pixels_of_shard is not None
+            out[members] = pixels_of_shard[rows[members]]
+        pixels = out.reshape(len(ids), *stored)
+        if augment != "random_resized_crop" and stored == self.image_shape:
+            return pixels
+        sizes = np.broadcast_to(np.array(stored[1:], dtype=np.int64), (len(ids), 2))
+        boxes, flips = self._boxes(sizes, ids, augment, key)
+        images = np.empty((len(ids), *self.image_shape), dtype=np.uint8)
+        for i in range(len(ids)):
+            image = pixels[i].transpose(1, 2, 0)
+            resized = resize_box(image, self.image_shape[1:], boxes[i], flip=flips[i])
+            images[i] = resized.transpose(2, 0, 1)
+        return images
+
+    def _encoded(
+        self,
+        ids: NDArray[np.int64],
+        shards: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        opened: dict[int, OpenShard],
+        augment: str,
+        key: int,
+        weights: NDArray[np.float32],
+    ) -> NDArray[np.uint8]:
+        # Not zeroed: clearing a batch first costs a tenth of what decoding it does.
+        out = np.empty((len(ids), *self.image_shape[1:], 3), dtype=np.uint8)
+
+        def decode(members: NDArray[np.int64]) -> list[tuple[int, str]]:
+            problems: list[tuple[int, str]] = []
+            found: list[tuple[int, memoryview]] = []
+            sizes: list[tuple[int, int]] = []
+            for i in members.tolist():
+                source = opened.get(int(shards[i]))
+                if source is None:
+                    out[i] = 0
+                    continue
+                data = source.encoded(int(rows[i]))
+                try:
+                    sizes.append(image_size(data))
+                    found.append((i, data))
+                except UndecodableImage as error:
+                    problems.append((i, f"{source.key(int(rows[i]))}: {error}"))
+            chosen = ids[[i for i, _ in found]]
+            boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, augment, key)
+            for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
+                try:
+                    _decode_into(out[i], data, size, box, flip)
+                except UndecodableImage as error:
+                    problems.append((i, f"{opened[int(shards[i])].key(int(rows[i]))}: {error}"))
+            return problems
+
+        for problems in self._spread(decode, np.arange(len(ids))):
+            for i, problem in problems:
+                out[i] = 0
+                file = self._set.shards[int(shards[i])].file
+                error = DataError(
+                    f"undecodable image in {join_uri(self._set.uri, file)}, row {int(rows[i])}",
+                    given=problem,
+                    change="make the set again without it, or set data.bad_records=skip",
+                )
+                self._bad(ids[i : i + 1], weights, np.array([i]), error)
+        return out.transpose(0, 3, 1, 2)
+
+    def _boxes(
+        self, sizes: NDArray[np.int64], ids: NDArray[np.int64], augment: str, key: int
+    ) -> tuple[list[Box], list[bool]]:
+        """What to cut out of images of these sizes, and which of them to flip."""
+        if augment == "random_resized_crop":
+            boxes, flips = resized_crop_boxes(sizes, key, ids)
+            return [tuple(box) for box in boxes.tolist()], flips.tolist()
+        if self._set.image_shape is None:
+            return [tuple(box) for box in center_boxes(sizes).tolist()], [False] * len(sizes)
+        return [(0, 0, width, height) for height, width in sizes.tolist()], [False] * len(sizes)
+
+    def _spread(
+        self,
+        work: Callable[[NDArray[np.int64]], list[tuple[int, str]]],
+        members: NDArray[np.int64],
+    ) -> list[list[tuple[int, str]]]:
+        if self._pool is None:
+            return [work(members)]
+        pieces = [p for p in np.array_split(members, self._pieces) if len(p)]
+        return list(self._pool.map(work, pieces))
+
+    def _bad(
+        self,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        members: NDArray[np.int64],
+        error: DataError,
+    ) -> None:
+        if not self._skip:
+            raise error
+        weights[members] = 0
+        self._quarantine.add(ids, error)
+
+
+def _decode_into(
+    out: NDArray[np.uint8], data: memoryview, size: tuple[int, int], box: Box, flip: bool
+) -> None:
+    height, width = size
+    left, top, right, bottom = box
+    # The decoder may shrink by the DCT as long as the box keeps the pixels that are wanted.
+    share = max(out.shape[0] / (bottom - top), out.shape[1] / (right - left))
+    at_least = (math.ceil(height * share), math.ceil(width * share)) if share < 1 else None
+    pixels = decode_rgb(data, at_least=at_least)
+    down, across = pixels.shape[0] / height, pixels.shape[1] / width
+    scaled = (left * across, top * down, right * across, bottom * down)
+    out[:] = resize_box(pixels, (out.shape[0], out.shape[1]), scaled, flip=flip)
+
+
+class _Quarantine:
+    """Distinct bad records of a stream: counted against a limit, each with a line in a file."""
+
+    def __init__(self, shard_set: ShardSet, cache: ShardCache, limit: int) -> None:
+        self.ids: set[int] = set()
+        self.path = cache.folder / f"quarantine-{shard_set.manifest_sha256[:16]}.jsonl"
+        self._limit = limit
+        self._lock = threading.Lock()
+
+    def add(self, ids: NDArray[np.int64], error: DataError) -> None:
+        with self._lock:
+            new = [i for i in ids.tolist() if i not in self.ids]
+            self.ids.update(new)
+            lines = "".join(json.dumps({"id": i, "problem": error.line()}) + "\n" for i in new)
+            if lines:
+                # One append per batch: lines of several processes do not mix.
+                descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+                try:
+                    os.write(descriptor, lines.encode())
+                finally:
+                    os.close(descriptor)
+        if len(self.ids) > self._limit:
+            raise DataError(
+                f"more than {self._limit} bad records",
+                given=f"{len(self.ids)}, the last: {error.line()}",
+                change=f"see {self.path}",
+            )
+
+
+def _delivered_shape(shard_set: ShardSet, image_size: int | None) -> tuple[int, int, int]:
+    if image_size is not None:
+        if image_size < 1:
+            raise DataError("image_size must be positive", given=image_size)
+        channels = shard_set.image_shape[0] if shard_set.image_shape else 3
+        return channels, image_size, image_size
+    if shard_set.image_shape is None:
+        raise DataError(
+            f"images of {shard_set.uri} differ in size",
+            given=f"{shard_set.smallest_image} to {shard_set.largest_image}, image_size=None",
+            change="set data.image_size, for example 224",
+        )
+    return shard_set.image_shape

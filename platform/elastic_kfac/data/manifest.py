@@ -1,0 +1,193 @@
+"""The manifest: what a finished shard set holds. It is written last, so a set with one is whole.
+
+A root URI holds one shard set per split: `<root>/train/manifest.json`, `<root>/test/manifest.json`.
+The manifest holds no time, path or machine: the same source gives the same manifest, and its
+sha256 identifies the data of a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from elastic_kfac.data.order import SampleOrder
+from elastic_kfac.data.storage import Location, join_uri
+from elastic_kfac.errors import DataError
+
+MANIFEST_NAME: Final = "manifest.json"
+FORMAT: Final = "elastic-kfac-shards"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One Parquet shard, as it was when the set was made."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    schema_sha256: str
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A finished shard set of one split: a frozen value, picklable, cheap to hand to workers.
+
+    `image_shape` is (channels, height, width), None where encoded images differ in size; `mean`
+    and `std` are per channel for pixels scaled to 0..1; `shuffle_window` is None when an epoch is
+    one full permutation (see `SampleOrder`).
+    """
+
+    uri: str
+    split: str
+    source: str
+    source_sha256: str
+    encoding: Literal["raw", "encoded"]
+    image_shape: tuple[int, int, int] | None
+    smallest_image: tuple[int, int]
+    largest_image: tuple[int, int]
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shuffle_window: int | None
+    shards: tuple[ShardInfo, ...]
+    manifest_sha256: str = field(compare=False)
+
+    @classmethod
+    def open(cls, uri: str | Path) -> ShardSet:
+        """Reads the manifest of one split.
+
+        Raises:
+            DataError: If there is no finished set, or its manifest is damaged.
+        """
+        location = Location.parse(uri)
+        if location.size(MANIFEST_NAME) is None:
+            raise _no_manifest(location)
+        content = location.read(MANIFEST_NAME)
+        try:
+            return cls._parse(location.uri, content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                "damaged manifest",
+                given=f"{join_uri(location.uri, MANIFEST_NAME)} ({type(error).__name__}: {error})",
+                change="make the shards again in an empty folder",
+            ) from None
+
+    @classmethod
+    def _parse(cls, uri: str, content: bytes) -> ShardSet:
+        values: dict[str, Any] = json.loads(content)
+        if not isinstance(values, dict) or values.pop("format") != FORMAT:
+            raise ValueError("not a shard manifest")
+        if (version := values.pop("version")) != VERSION:
+            raise ValueError(f"version {version}; this release reads {VERSION}")
+        num_samples = values.pop("num_samples")
+        shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
+        # JSON has no tuples, and a frozen value should be hashable.
+        frozen: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        result = cls(
+            uri=uri, shards=shards, manifest_sha256=hashlib.sha256(content).hexdigest(), **frozen
+        )
+        if result.num_samples != num_samples or num_samples != sum(result.class_counts):
+            raise ValueError("sample counts do not add up")
+        if len(result.class_counts) != len(result.class_names):
+            raise ValueError("class names and counts differ in number")
+        if any(Path(shard.file).name != shard.file for shard in shards):
+            raise ValueError("a shard file lies outside the set")
+        return result
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes; the same for the same content."""
+        values = asdict(self)
+        del values["uri"], values["manifest_sha256"]
+        head = {"format": FORMAT, "version": VERSION, "num_samples": self.num_samples}
+        return (json.dumps(head | values, indent=1) + "\n").encode()
+
+    @property
+    def location(self) -> Location:
+        return Location.parse(self.uri)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def shard_rows(self) -> tuple[int, ...]:
+        return tuple(shard.rows for shard in self.shards)
+
+    def order(self, seed: int, epoch: int, *, shuffle: bool = True) -> SampleOrder:
+        """The order of an epoch: a pure function of (manifest, seed, epoch)."""
+        return SampleOrder(
+            self.num_samples,
+            seed,
+            epoch,
+            shard_rows=self.shard_rows,
+            window=self.shuffle_window,
+            shuffle=shuffle,
+        )
+
+    def locate(self, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(shard index, row in the shard) of sample ids; an id is prefix sum + row."""
+        first = np.concatenate([[0], np.cumsum(self.shard_rows)]).astype(np.int64)
+        shard = np.searchsorted(first, ids, side="right") - 1
+        return shard.astype(np.int64), (np.asarray(ids) - first[shard]).astype(np.int64)
+
+
+def schema_sha256(schema: pa.Schema) -> str:
+    """Fingerprint of column names, types and nullability (metadata excluded)."""
+    text = "\n".join(f"{f.name}:{f.type}:{f.nullable}" for f in schema)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def splits_of(uri: str | Path) -> list[str]:
+    """Names of the finished shard sets below a root URI; `[""]` if the URI is one itself.
+
+    Raises:
+        DataError: If there is no finished set at all.
+    """
+    location = Location.parse(uri)
+    if location.size(MANIFEST_NAME) is not None:
+        return [""]
+    names = location.names(folders=True)
+    found = [name for name in names if location.child(name).size(MANIFEST_NAME) is not None]
+    if not found:
+        raise _no_manifest(location)
+    return found
+
+
+def _no_manifest(location: Location) -> DataError:
+    folders = location.names(folders=True)
+    splits = [name for name in folders if location.child(name).size(MANIFEST_NAME) is not None]
+    if splits:
+        return DataError(
+            "no such split in this shard set", given=location.uri, allowed=", ".join(splits)
+        )
+    if "making" in folders:
+        return DataError(
+            "the shard set is unfinished (its `shards make` was interrupted)",
+            given=location.uri,
+            change="run the same `elastic-kfac shards make` again; it continues",
+        )
+    return DataError(
+        "no shard set here",
+        given=location.uri,
+        change="make one with `elastic-kfac shards make --source SOURCE --out URI`",
+    )

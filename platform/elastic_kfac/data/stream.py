@@ -1,0 +1,254 @@
+"""The training stream: any positions of any epoch, by anybody, with no state and no rank inside.
+
+A batch is a pure function of (manifest, seed, epoch, positions). Who reads which positions is the
+training loop's affair, so a resize needs nothing from the stream, and resuming reads no skipped data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from elastic_kfac.data.augment import check_augmentation
+from elastic_kfac.data.cache import ShardCache
+from elastic_kfac.data.loading import SampleLoader
+from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.order import SampleOrder
+from elastic_kfac.data.readahead import ReadAhead
+from elastic_kfac.errors import DataError
+
+
+class Batch(NamedTuple):
+    """Some samples, in the order of their positions."""
+
+    images: torch.Tensor
+    """uint8 [n, channels, height, width]; encoded images come in channels_last memory."""
+    labels: torch.Tensor
+    """int64 [n]."""
+    ids: NDArray[np.uint64]
+    """[n]: global sample ids, for `id_hash`."""
+    weights: torch.Tensor
+    """float32 [n]: 1, or 0 for a bad record that was skipped and keeps its place."""
+
+
+class SampleStream:
+    """Random access to the samples of a shard set in the order of an epoch.
+
+    Args:
+        shard_set: What to read.
+        seed: Of order and augmentation.
+        augment: `none`, `crop_flip` or `random_resized_crop`.
+        image_size: Height and width to bring images to; None keeps the stored size, which encoded
+            images must then share. Without augmentation, images that differ in size are cut to
+            the centred 7/8 square first.
+        decode_threads: Threads that decode one batch together; 0 and 1 decode in the reading thread.
+        prefetch_batches: Batches that may be prepared ahead; 0 makes `prefetch` do nothing.
+        bad_records: `raise`, or `skip`: an undecodable image or a corrupt shard gives zeros with
+            weight 0, and a line in the quarantine file.
+        cache_dir: Node-local folder of the memory-mapped shards; None is the user's cache directory.
+        cache_gib: Bound of that folder, GiB.
+        shuffle: False reads in id order.
+        max_bad_records: Distinct bad records after which `skip` gives up.
+
+    Raises:
+        DataError: If an option is impossible for this set.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        seed: int,
+        augment: str = "none",
+        image_size: int | None = None,
+        decode_threads: int = 1,
+        prefetch_batches: int = 2,
+        bad_records: str = "raise",
+        cache_dir: str | None = None,
+        cache_gib: float = 32.0,
+        shuffle: bool = True,
+        max_bad_records: int = 1000,
+    ) -> None:
+        check_augmentation(augment)
+        self.shard_set = shard_set
+        self.seed = seed
+        self.shuffle = shuffle
+        self._augment = augment
+        self._cache = ShardCache(cache_dir, int(cache_gib * 2**30))
+        self._cache.check_fits(shard_set)
+        self._readahead = ReadAhead(self._cache, shard_set)
+        self._loader = SampleLoader(
+            shard_set,
+            self._cache,
+            seed=seed,
+            image_size=image_size,
+            decode_threads=decode_threads,
+            bad_records=bad_records,
+            max_bad_records=max_bad_records,
+        )
+        self._prefetch_batches = prefetch_batches
+        self._background: ThreadPoolExecutor | None = None
+        self._ahead: OrderedDict[tuple[int, int, int], Future[Batch]] = OrderedDict()
+        self._orders: OrderedDict[int, SampleOrder] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def num_samples(self) -> int:
+        return self.shard_set.num_samples
+
+    @property
+    def num_classes(self) -> int:
+        return self.shard_set.num_classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images that `read` gives."""
+        return self._loader.image_shape
+
+    @property
+    def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Per-channel (mean, std), float32 [channels], for pixels scaled to 0..1."""
+        mean = torch.tensor(self.shard_set.mean, dtype=torch.float32)
+        # A constant channel has std 0; dividing by 1 keeps it finite.
+        std = torch.tensor([s or 1.0 for s in self.shard_set.std], dtype=torch.float32)
+        return mean, std
+
+    @property
+    def quarantined(self) -> int:
+        """Distinct bad records that this stream has skipped."""
+        return self._loader.quarantined
+
+    def order(self, epoch: int) -> SampleOrder:
+        """The order of an epoch."""
+        with self._lock:
+            order = self._orders.get(epoch)
+            if order is None:
+                order = self.shard_set.order(self.seed, epoch, shuffle=self.shuffle)
+                self._orders[epoch] = order
+                while len(self._orders) > 2:  # This epoch and the one prefetched into.
+                    self._orders.popitem(last=False)
+            return order
+
+    def read(self, epoch: int, first_position: int, count: int) -> Batch:
+        """Samples at positions [first_position, first_position + count) of an epoch.
+
+        Raises:
+            DataError: If the positions leave the epoch, or the data is bad and `bad_records` is
+                `raise`.
+        """
+        self._check_open()
+        with self._lock:
+            ready = self._ahead.pop((epoch, first_position, count), None)
+        if ready is not None:
+            return ready.result()
+        return self._load(epoch, first_position, count)
+
+    def prefetch(self, epoch: int, first_position: int, count: int) -> None:
+        """Starts preparing what a later `read` with the same arguments will return.
+
+        Batches that nobody came for (a resize moved the positions) make room for newer ones.
+        """
+        self._check_open()
+        if self._prefetch_batches <= 0 or count <= 0 or not 0 <= first_position < self.num_samples:
+            return
+        key = (epoch, first_position, min(count, self.num_samples - first_position))
+        with self._lock:
+            if key in self._ahead:
+                return
+            while len(self._ahead) >= self._prefetch_batches:
+                self._ahead.popitem(last=False)[1].cancel()
+            self._ahead[key] = self._executor().submit(self._load, *key)
+
+    def evaluation_batches(
+        self, batch_size: int, *, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """Every sample once over all ranks, in id order, without augmentation or padding.
+
+        Rank r of W gets ids [r * N // W, (r + 1) * N // W), so shares differ by one sample at most
+        and a rank may get none.
+
+        Raises:
+            DataError: If the batch size or the rank is impossible.
+        """
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise DataError(
+                "impossible evaluation share",
+                given=f"batch_size={batch_size}, rank={rank}, world_size={world_size}",
+                allowed="batch_size >= 1 and 0 <= rank < world_size",
+            )
+        self._check_open()
+        first = rank * self.num_samples // world_size
+        last = (rank + 1) * self.num_samples // world_size
+        return self._evaluate(first, last, batch_size)
+
+    def close(self) -> None:
+        """Stops the threads and lets go of the mapped files; may be called again."""
+        self._closed = True
+        with self._lock:
+            self._ahead.clear()
+            background, self._background = self._background, None
+        if background is not None:
+            background.shutdown(wait=True, cancel_futures=True)
+        self._readahead.close()
+        self._loader.close()
+        self._cache.close()
+
+    def __enter__(self) -> SampleStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DataError("the sample stream is closed", given=self.shard_set.uri)
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="sample-prefetch")
+        return self._background
+
+    def _load(self, epoch: int, first_position: int, count: int) -> Batch:
+        order = self.order(epoch)
+        ids = order.ids(first_position, count)
+        self._readahead.want(order.upcoming_shards(first_position).tolist())
+        return self._batch(ids, epoch, self._augment)
+
+    def _batch(self, ids: NDArray[np.int64], epoch: int, augment: str) -> Batch:
+        images, labels, weights = self._loader.load(ids, epoch, augment)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            ids.astype(np.uint64),
+            torch.from_numpy(weights),
+        )
+
+    def _evaluate(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
+        pending: Future[Batch] | None = None
+        order = self.shard_set.order(self.seed, 0, shuffle=False)
+        for start in range(first, last, batch_size):
+            self._readahead.want(order.upcoming_shards(start).tolist())
+            ids = np.arange(start, min(start + batch_size, last), dtype=np.int64)
+            following = np.arange(
+                start + batch_size, min(start + 2 * batch_size, last), dtype=np.int64
+            )
+            batch = self._batch(ids, 0, "none") if pending is None else pending.result()
+            pending = None
+            if self._prefetch_batches > 0 and len(following):
+                with self._lock:
+                    pending = self._executor().submit(self._batch, following, 0, "none")
+            yield batch

@@ -1,0 +1,1 @@
+"""What a user instantiates: KFAC, sharded pipelines, large-batch rules and schedules."""

@@ -1,0 +1,104 @@
+"""Schedules and presets of the large-batch K-FAC recipe (Osawa et al. 2019): polynomial decay of the
+rate, momentum that follows the rate, and six batch sizes from 4,096 to 131,072 on ImageNet-1k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.optimizers.schedules import Schedule
+
+MomentumRule = Literal["ratio0", "ratio_prev"]
+
+IMAGENET_SAMPLES = 1_281_167
+
+
+def polynomial_decay(start_epoch: float, end_epoch: float, power: float) -> Schedule:
+    """1 before `start_epoch`, then (1 − (e − start)/(end − start))^p, and 0 from `end_epoch` on.
+
+    `end_epoch` may lie after the end of training, which then stops at a rate that is not 0.
+
+    Raises:
+        ConfigError: If the decay ends before it starts, or the power is not positive.
+    """
+    if not 0 <= start_epoch < end_epoch or not power > 0:
+        raise ConfigError(
+            "polynomial decay out of range",
+            given=f"epochs {start_epoch} to {end_epoch}, power {power}",
+            allowed="0 <= start < end, power > 0",
+        )
+
+    def factor(epoch: float) -> float:
+        if epoch < start_epoch:
+            return 1.0
+        if epoch >= end_epoch:
+            return 0.0
+        return (1 - (epoch - start_epoch) / (end_epoch - start_epoch)) ** power
+
+    return factor
+
+
+def tied_momentum(
+    rule: MomentumRule, base_momentum: float, *, lr: float, base_lr: float, previous_lr: float
+) -> float:
+    """The momentum of a step, for a velocity that contains the rate (`VelocitySGD`).
+
+    `ratio0` is the paper's m0·lr/lr0; `ratio_prev` the released code's m0·lr/lr_prev while the rate
+    falls, which equals `torch.optim.SGD` with a constant m0 (spec E-5).
+
+    Raises:
+        ConfigError: If the rule is unknown.
+    """
+    if rule == "ratio0":
+        return base_momentum * lr / base_lr
+    if rule == "ratio_prev":
+        falls = previous_lr > 0 and lr < previous_lr
+        return base_momentum * lr / previous_lr if falls else base_momentum
+    raise ConfigError("unknown momentum rule", given=rule, allowed="ratio0, ratio_prev")
+
+
+@dataclass(frozen=True)
+class LargeBatchPreset:
+    """One row of the recipe table (spec 3.3)."""
+
+    batch_size: int
+    mixup_alpha: float
+    power: float
+    start_epoch: float
+    end_epoch: float
+    base_lr: float
+    base_momentum: float
+    damping: float
+    epochs: int
+    printed_iterations: int
+    """What the poster says; 8,192 differs from the formula there (5,434 against 5,474)."""
+    top1_percent: float
+    """Of the paper, ResNet-50."""
+
+    @property
+    def iterations(self) -> int:
+        """⌈1,281,167 · epochs / batch⌉."""
+        return -(-IMAGENET_SAMPLES * self.epochs // self.batch_size)
+
+    def lr_schedule(self) -> Schedule:
+        """Factor of `base_lr` over fractional epochs."""
+        return polynomial_decay(self.start_epoch, self.end_epoch, self.power)
+
+
+def _presets() -> Mapping[int, LargeBatchPreset]:
+    rows = (
+        LargeBatchPreset(4096, 0.4, 11.0, 1, 53, 8.18e-3, 0.997, 2.5e-4, 35, 10948, 75.1),
+        LargeBatchPreset(8192, 0.4, 8.0, 1, 53.5, 1.25e-2, 0.993, 2.5e-4, 35, 5434, 75.2),
+        LargeBatchPreset(16384, 0.4, 8.0, 1, 53.5, 2.5e-2, 0.985, 2.5e-4, 35, 2737, 75.2),
+        LargeBatchPreset(32768, 0.6, 3.5, 1.5, 49.5, 3.0e-2, 0.97, 2.0e-4, 45, 1760, 75.3),
+        LargeBatchPreset(65536, 0.6, 2.9, 2, 64.5, 4.0e-2, 0.95, 1.5e-4, 60, 1173, 75.0),
+        LargeBatchPreset(131072, 1.0, 2.9, 3, 107.6, 7.0e-2, 0.93, 1.0e-4, 100, 978, 75.0),
+    )
+    return MappingProxyType({row.batch_size: row for row in rows})
+
+
+PRESETS = _presets()
+"""By batch size; 131,072 is the paper's 100-epoch row."""

@@ -1,0 +1,1 @@
+"""Who computes and keeps what: costs, plans, planner, performance model. No processes."""

@@ -1,0 +1,95 @@
+"""Memory and traffic of a plan, in elements: the model that counted runs are compared with.
+
+With N ranks, a share f of gradient workers and the sums s, e, w of `costs` (KAISA, Pauloski et al.,
+SC'21), the average rank holds s + f e and receives per step
+
+    w (1 - f)  +  e (f - 1/N) / t_i  +  2 (N-1)/N s_packed / t_f  +  2 (N-1)/N |theta|
+
+where columns are of equal size. The functions here sum over the actual columns of a plan, which gives
+the same where the formulas hold and is exact where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from elastic_kfac.placement.costs import (
+    LayerShape,
+    Method,
+    factor_elements,
+    second_order_elements,
+)
+from elastic_kfac.placement.plan import Plan
+
+
+@dataclass(frozen=True)
+class TrafficModel:
+    """Elements that the average rank receives per step, by purpose."""
+
+    preconditioned_gradients: Fraction
+    second_order: Fraction
+    factors: Fraction
+    gradients: Fraction
+
+    @property
+    def total(self) -> Fraction:
+        """The sum of all."""
+        return self.preconditioned_gradients + self.second_order + self.factors + self.gradients
+
+
+def traffic_per_step(
+    plan: Plan,
+    layers: Sequence[LayerShape],
+    *,
+    factor_update_steps: int,
+    inverse_update_steps: int,
+    parameter_elements: int | None = None,
+    method: Method = "eigen",
+    precompute: bool = True,
+    symmetric: bool = True,
+) -> TrafficModel:
+    """What the average rank receives per step under a plan.
+
+    Args:
+        plan: who computes and receives.
+        layers: all K-FAC layers.
+        factor_update_steps: t_f.
+        inverse_update_steps: t_i.
+        parameter_elements: of the whole model, for the gradient all-reduce; the K-FAC weights if None.
+        method: which decompositions travel.
+        precompute: whether the eigenvalue product travels instead of the eigenvalues.
+        symmetric: whether factors travel as triangles.
+    """
+    n = plan.world_size
+    received_gradients = received_second_order = 0
+    for layer in layers:
+        workers = len(plan.gradient_workers(layer.name))
+        received_gradients += layer.weight_elements * (n - workers)
+        held = second_order_elements([layer], method=method, precompute=precompute)
+        received_second_order += held * (workers - 1)
+    parameters = (
+        sum(layer.weight_elements for layer in layers)
+        if parameter_elements is None
+        else parameter_elements
+    )
+    share = Fraction(2 * (n - 1), n)
+    return TrafficModel(
+        preconditioned_gradients=Fraction(received_gradients, n),
+        second_order=Fraction(received_second_order, n * inverse_update_steps),
+        factors=share * factor_elements(layers, packed=symmetric) / factor_update_steps,
+        gradients=share * parameters,
+    )
+
+
+def memory_elements(
+    plan: Plan, layers: Sequence[LayerShape], *, method: Method = "eigen", precompute: bool = True
+) -> list[int]:
+    """Factors and decompositions that every rank keeps, by rank; their mean is s + f e."""
+    held = [factor_elements(layers)] * plan.world_size
+    for layer in layers:
+        elements = second_order_elements([layer], method=method, precompute=precompute)
+        for rank in plan.gradient_workers(layer.name):
+            held[rank] += elements
+    return held

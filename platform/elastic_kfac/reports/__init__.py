@@ -1,0 +1,1 @@
+"""Run folders -> tables, figures and one self-contained HTML page. Reads files only."""

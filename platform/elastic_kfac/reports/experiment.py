@@ -1,0 +1,223 @@
+"""What a run's folder says: its rows as they are, and the few things that are derived from them.
+
+A run that is still going, or died, has no `result.json` and may end in half a line; all of this
+module works on what there is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elastic_kfac.errors import UsageError
+
+FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "result.json")
+FINISHED = "finished"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of committed steps at one world size."""
+
+    world_size: int
+    first_step: int
+    last_step: int
+    first_wall_s: float
+    last_wall_s: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, read once."""
+
+    name: str
+    location: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Row]
+    events: Sequence[Row]
+    result: Mapping[str, Any] | None
+    torn_lines: int = field(default=0)
+
+    @cached_property
+    def steps(self) -> list[Row]:
+        """Rows of training steps, in the order in which they were written."""
+        return [row for row in self.metrics if not is_evaluation(row) and "step" in row]
+
+    @cached_property
+    def evaluations(self) -> list[tuple[int, float, float, float | None]]:
+        """(step, wall time [s], accuracy, loss) of every evaluation."""
+        found = []
+        for row in self.metrics:
+            if is_evaluation(row) and number(row, "step") is not None:
+                accuracy = first_number(row, "eval_accuracy", "accuracy")
+                if accuracy is not None:
+                    wall = number(row, "wall_time_s") or 0.0
+                    loss = first_number(row, "eval_loss", "loss")
+                    found.append((int(row["step"]), wall, accuracy, loss))
+        return found
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """Stretches of equal world size; a restart at the same size does not split one."""
+        found: list[Segment] = []
+        for row in self.steps:
+            size, wall = number(row, "world_size"), number(row, "wall_time_s") or 0.0
+            if size is None:
+                continue
+            step = int(row["step"])
+            if found and found[-1].world_size == int(size):
+                last = found[-1]
+                found[-1] = Segment(last.world_size, last.first_step, step, last.first_wall_s, wall)
+            else:
+                found.append(Segment(int(size), step, step, wall, wall))
+        return found
+
+    @cached_property
+    def world_sizes(self) -> list[int]:
+        """World sizes in their order, as the steps saw them."""
+        return [segment.world_size for segment in self.segments]
+
+    @cached_property
+    def changes(self) -> list[Row]:
+        """Events after which another group of workers went on, the first start left out."""
+        return [
+            event
+            for event in self.events
+            if number(event, "from_world_size") and number(event, "to_world_size")
+        ]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended as it was meant to."""
+        return self.result is not None and self.result.get("status") == FINISHED
+
+    @property
+    def best_accuracy(self) -> float | None:
+        """Best evaluation accuracy so far."""
+        given = None if self.result is None else number(self.result, "best_accuracy")
+        seen = [accuracy for _, _, accuracy, _ in self.evaluations]
+        return given if given is not None else max(seen, default=None)
+
+    @property
+    def target_accuracy(self) -> float | None:
+        """The accuracy that the run was to reach, None when it had no target."""
+        given = None if self.result is None else number(self.result, "target_accuracy")
+        return (
+            given if given is not None else number(self.config.get("train", {}), "target_accuracy")
+        )
+
+    @property
+    def time_to_accuracy_s(self) -> float | None:
+        """Wall-clock seconds to the target, downtime and evaluation included."""
+        given = None if self.result is None else number(self.result, "time_to_accuracy_s")
+        target = self.target_accuracy
+        if given is not None or target is None:
+            return given
+        return next((wall for _, wall, acc, _ in self.evaluations if acc >= target), None)
+
+    @property
+    def last_step(self) -> int:
+        """The newest committed step that was logged."""
+        given = None if self.result is None else number(self.result, "steps")
+        return (
+            int(given)
+            if given is not None
+            else max((int(r["step"]) for r in self.steps), default=0)
+        )
+
+    @property
+    def wall_time_s(self) -> float:
+        """Seconds from the start to the newest row."""
+        return max((number(row, "wall_time_s") or 0.0 for row in self.metrics), default=0.0)
+
+    @property
+    def downtime_s(self) -> float:
+        """Seconds without stepping around changes of the group."""
+        return float(sum(number(event, "downtime_s") or 0.0 for event in self.changes))
+
+    @property
+    def steps_redone(self) -> int:
+        """Steps that were computed again after an unplanned loss."""
+        given = None if self.result is None else number(self.result, "steps_redone")
+        if given is not None:
+            return int(given)
+        return int(sum(number(event, "steps_redone") or 0 for event in self.changes))
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Versions and hardware as the run itself recorded them; empty when it did not."""
+        for row in (self.result or {}, *self.events):
+            if isinstance(row.get("provenance"), dict):
+                return dict(row["provenance"])
+        return {}
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        UsageError: If the folder is not there or holds no run.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(
+            "not a run's folder", given=folder, change="name a folder that holds config.yaml"
+        )
+    contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    return parse_run(folder.resolve().name, str(folder), contents)
+
+
+def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
+    """A run from the contents of its files, wherever they lie.
+
+    Raises:
+        UsageError: If `config.yaml` or `result.json` cannot be read.
+    """
+    try:
+        config = yaml.safe_load(contents.get("config.yaml", b"")) or {}
+        result = json.loads(contents["result.json"]) if "result.json" in contents else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError("a damaged run's folder", given=location, change=str(error)) from None
+    metrics, torn_metrics = _rows(contents.get("metrics.jsonl", b""))
+    events, torn_events = _rows(contents.get("events.jsonl", b""))
+    return Run(name, location, config, metrics, events, result, torn_metrics + torn_events)
+
+
+def is_evaluation(row: Row) -> bool:
+    """Whether a row of `metrics.jsonl` comes from an evaluation."""
+    return "eval_accuracy" in row or row.get("kind") in ("eval", "evaluation")
+
+
+def number(row: Row, key: str) -> float | None:
+    """A finite or infinite number of a row; None when it is missing or something else."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def first_number(row: Row, *keys: str) -> float | None:
+    """The first of several columns that holds a number."""
+    return next((value for key in keys if (value := number(row, key)) is not None), None)
+
+
+def _rows(content: bytes) -> tuple[list[Row], int]:
+    rows: list[Row] = []
+    torn = 0
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows, torn

@@ -1,0 +1,94 @@
+"""The result of a run in words: one sentence, and one screen for the terminal."""
+
+from __future__ import annotations
+
+from elastic_kfac.reports.experiment import Row, Run, number
+
+
+def headline(run: Run) -> str:
+    """One sentence: what was reached, how fast, on how many workers, at what cost."""
+    parts = [_outcome(run)]
+    sizes = " → ".join(map(str, run.world_sizes))
+    if sizes:
+        workers = "worker" if sizes == "1" else "workers"
+        parts.append(f"on {sizes} {workers}")
+    sentence = " ".join(parts)
+    if run.events and len(run.world_sizes) > 1:
+        count = len(run.world_sizes) - 1
+        changes = "1 change" if count == 1 else f"{count} changes"
+        redone = _count(run.steps_redone, "step was redone", "steps were redone")
+        sentence += f"; {changes} of the world size cost {duration(run.downtime_s)}, {redone}"
+    return sentence + "."
+
+
+def _outcome(run: Run) -> str:
+    best, target, reached = run.best_accuracy, run.target_accuracy, run.time_to_accuracy_s
+    if run.result is None:
+        text = f"Still going, or died: step {run.last_step:,} after {duration(run.wall_time_s)}"
+        return text + (f", {best:.2%} test accuracy so far" if best is not None else "")
+    if run.result.get("error"):
+        return f"Failed at step {run.last_step:,} ({str(run.result['error']).rstrip('.')})"
+    if not run.finished:
+        return f"Ended as “{run.result.get('status', 'unknown')}” at step {run.last_step:,}" + (
+            f" with {best:.2%} test accuracy" if best is not None else ""
+        )
+    if best is None:
+        return f"Finished {run.last_step:,} steps in {duration(run.wall_time_s)}"
+    if target is None:
+        return f"Reached {best:.2%} test accuracy in {duration(run.wall_time_s)}"
+    if reached is None:
+        return f"Missed the target: {best:.2%} test accuracy, {target:.2%} was asked for,"
+    return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%})"
+
+
+def summary_text(run: Run) -> str:
+    """The end of a run on one screen."""
+    result = run.result or {}
+    epochs = number(result, "epochs")
+    lines = [headline(run), ""]
+    steps = f"{run.last_step:,}"
+    if epochs is not None:
+        steps += f" ({epochs:g} epochs, {int(number(result, 'samples_committed') or 0):,} samples)"
+    lines.append(f"  steps       {steps}")
+    lines.append(
+        f"  time        {duration(run.wall_time_s)}"
+        + (f", of which {duration(run.downtime_s)} without steps" if run.downtime_s else "")
+    )
+    for event in run.changes[:8]:
+        lines.append("  " + describe_event(event))
+    if len(run.changes) > 8:
+        lines.append(f"  … and {len(run.changes) - 8} more in events.jsonl")
+    if result.get("final_state_sha256"):
+        lines.append(f"  state       sha256 {result['final_state_sha256']}")
+    return "\n".join(lines)
+
+
+def describe_event(event: Row) -> str:
+    """One event as one line of text."""
+    before, after = event.get("from_world_size"), event.get("to_world_size")
+    sizes = f" {before} → {after}" if before is not None and after is not None else ""
+    line = f"{event.get('kind', 'event')!s:<11} step {event.get('step', '?')}:{sizes}"
+    if event.get("reason"):
+        line += f" ({event['reason']})"
+    if (downtime := number(event, "downtime_s")) is not None:
+        line += f", {duration(downtime)} without steps"
+    if (redone := number(event, "steps_redone")) is not None:
+        line += f", {_count(int(redone), 'step redone', 'steps redone')}"
+    return line
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: `0.41 s`, `12.3 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _count(count: int, one: str, many: str) -> str:
+    return f"{'no' if count == 0 else f'{count:,}'} {one if count <= 1 else many}"

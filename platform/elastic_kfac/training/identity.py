@@ -1,0 +1,41 @@
+"""Hashes that name things: a configuration, and the counter that randomness is a function of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+from elastic_kfac.config import Config
+
+
+def config_sha256(config: Config) -> str:
+    """A hash of the resolved configuration."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def counter_seed(*counters: int) -> int:
+    """A seed that is a function of counters only (seed, step, sample id), so that it survives
+    every resize and restart."""
+    text = ":".join(str(counter) for counter in counters)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def machine_type(device: torch.device) -> str:
+    """The processor that computes, and the instructions that kernels may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,96 @@
+"""Training that survives changes of the world inside living processes.
+
+A planned change parks the members at one boundary, and the newcomers get the state from a member.
+After the loss of a peer the survivors regroup and go back to the newest state that any of them
+holds in memory (all captured it at the same boundary), so the interrupted step is computed again,
+never skipped; only when nobody holds one does the durable checkpoint serve.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.training.checkpoint import StateStore
+from elastic_kfac.training.feeds import Feeds, open_feeds
+from elastic_kfac.training.loop import Outcome, RunLoop
+from elastic_kfac.training.membership import Membership, World
+from elastic_kfac.training.moments import Moments, ignore_moments
+from elastic_kfac.training.port import Control, RunPort
+from elastic_kfac.training.rank import RankTrainer
+from elastic_kfac.training.regroup import leave
+
+_CHANGE = "the world changes"
+
+
+def run_member(
+    config: Config,
+    membership: Membership,
+    *,
+    store: StateStore,
+    port: RunPort,
+    control: Control,
+    device: torch.device | None = None,
+    feeds: Feeds | None = None,
+    moments: Moments = ignore_moments,
+) -> Outcome:
+    """Trains as a member of a world that changes, until the run ends, parks, or this member leaves.
+
+    `store` and `port` are used while this process is rank 0, so every member brings its own; they
+    lead to the same place.
+
+    Raises:
+        ElasticKfacError: As `run_rank`, but for the loss of peers, which is survived.
+    """
+    opened = feeds or open_feeds(config)
+    try:
+        # Alone first: members and newcomers then take part in the same collectives of `regroup`.
+        trainer = RankTrainer(config, Communicator.solo(), opened, device=device, moments=moments)
+        loop = RunLoop(trainer, store, port, keep_newest=True)
+        world: World | None = membership.join()
+        outcome: Outcome | None = None
+        while world is not None:
+            try:
+                trainer.regroup(membership.connect(world))
+                loop.go_on_from_newest()
+                outcome = loop.until_parked_or_finished(
+                    _ControlOfMember(control, membership), durable=_is_durable
+                )
+            except CommunicationError:
+                outcome = None
+            # Outside of the handler, whose traceback holds on to the group: only when the last
+            # reference is gone do its connections close and wake the peers that still wait in it.
+            if outcome is not None and (
+                outcome.status == "finished" or _is_durable(outcome.reasons)
+            ):
+                return outcome
+            trainer.disband()
+            leave()
+            world = membership.next_world(world)
+        assert outcome is not None
+        return outcome
+    finally:
+        leave()
+        if feeds is None:
+            opened.close()
+
+
+def _is_durable(reasons: tuple[str, ...]) -> bool:
+    """Whether parking for these reasons ends the run's processes, so that the state must be saved."""
+    return any(reason != _CHANGE for reason in reasons)
+
+
+class _ControlOfMember:
+    """Adds changes of the membership to the reasons to stop."""
+
+    def __init__(self, control: Control, membership: Membership) -> None:
+        self._control = control
+        self._membership = membership
+
+    def stop_reason(self) -> str | None:
+        reason = self._control.stop_reason()
+        if reason is None and self._membership.change_is_wanted():
+            return _CHANGE
+        return reason

@@ -1,0 +1,279 @@
+"""The loop of one rank: restore, step, evaluate, snapshot, park or finish.
+
+The life of a step boundary: flags ride on the step's own all-reduce, so every rank learns at the same
+boundary that some rank wants to stop, or that rank 0 wants a snapshot. A parked run has saved its
+state and returns; whoever starts it again, with any number of ranks, goes on with the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.training.checkpoint import StateStore
+from elastic_kfac.training.feeds import Feeds, open_feeds
+from elastic_kfac.training.moments import Moments, ignore_moments
+from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
+from elastic_kfac.training.rank import EvalResult, RankTrainer, StepResult
+from elastic_kfac.training.state import Progress, TrainingState
+from elastic_kfac.training.state_transfer import share_state
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `run_rank` ended; equal on all ranks but for clocks."""
+
+    status: Literal["finished", "parked"]
+    reasons: tuple[str, ...]
+    """Why it parked: what the ranks' controls said."""
+    progress: Progress
+    fractional_epoch: float
+    state_sha256: str
+    """Of the saved state; `final_state_sha256` of the run once it is finished."""
+    world_sizes: tuple[int, ...]
+    """World sizes that committed steps so far, over all attempts, without repetitions in a row."""
+
+
+def run_rank(
+    config: Config,
+    communicator: Communicator,
+    *,
+    store: StateStore,
+    port: RunPort,
+    control: Control,
+    device: torch.device | None = None,
+    feeds: Feeds | None = None,
+    moments: Moments = ignore_moments,
+) -> Outcome:
+    """Trains as one rank until the run is finished or some rank's control asks to stop.
+
+    Every rank of `communicator` calls it. Rank 0 loads the latest state from `store`, reports through
+    `port` and saves; the other ranks' stores and ports are not used.
+
+    Raises:
+        ElasticKfacError: A usage or data error on every rank alike; `CommunicationError` when a peer
+            left; `NumericalError` when the loss is not finite.
+    """
+    opened = feeds or open_feeds(config)
+    try:
+        trainer = RankTrainer(config, communicator, opened, device=device, moments=moments)
+        loop = RunLoop(trainer, store, port)
+        loop.go_on_from_newest()
+        return loop.until_parked_or_finished(control)
+    finally:
+        if feeds is None:
+            opened.close()
+
+
+_RECENT_ROWS = 256
+"""More steps than rows can be on their way at once."""
+
+
+class RunLoop:
+    """The loop around a trainer; rank 0 of the trainer's present world reports and saves.
+
+    With `keep_newest` every rank keeps the newest state in its own memory, for survivors to go back
+    to; otherwise only rank 0 copies it.
+    """
+
+    def __init__(
+        self,
+        trainer: RankTrainer,
+        store: StateStore,
+        port: RunPort,
+        *,
+        keep_newest: bool = False,
+    ) -> None:
+        self._trainer = trainer
+        self._store = store
+        self._own_port = port
+        self._keep_newest = keep_newest
+        self._newest: TrainingState | None = None
+        self.recent_rows: deque[dict[str, Any]] = deque(maxlen=_RECENT_ROWS)
+        """The newest metric rows of steps, on every rank."""
+        self._saved_at_train_time_s = 0.0
+        self._last_step_time_s = 0.0
+        self._target_said = False
+        self._saving: Future[bool] | None = None
+        self._segments_being_saved = 0
+        self._safe_segments = 0
+
+    @property
+    def _is_chief(self) -> bool:
+        return self._trainer.communicator.rank == 0
+
+    @property
+    def _port(self) -> RunPort:
+        return self._own_port if self._is_chief else SilentPort()
+
+    def go_on_from_newest(self) -> None:
+        """Restores the newest state that any rank holds in memory, else the durable one.
+
+        Collective. Without any state the run starts afresh.
+        """
+        trainer = self._trainer
+        communicator = trainer.communicator
+        trainer.moments("recovery", trainer.progress.step)
+        held = -1 if self._newest is None else self._newest.progress.step
+        steps = communicator.all_gather_object(held, tag="state")
+        source = steps.index(max(steps))
+        load = (lambda: self._newest) if max(steps) >= 0 else self._store.load_latest
+        state = share_state(communicator, load, device=trainer.device, src=source)
+        if state is not None:
+            trainer.restore(state)
+            self._newest = state if self._keep_newest else None
+            self._target_said = state.progress.time_to_accuracy_s is not None
+        if trainer.progress.started_at == 0.0:
+            started_at = communicator.broadcast_object(time.time(), 0, tag="start")
+            trainer.progress = replace(trainer.progress, started_at=started_at)
+        self._saved_at_train_time_s = trainer.progress.train_time_s
+        step = trainer.progress.step
+        lost = max(0, self._port.last_step() - step)
+        if state is not None or lost:
+            self._port.rewound(step, lost)
+            plan = trainer.path.plan_summary()
+            self._port.event(
+                event_row("restored", step, **self._world(), steps_redone=lost, plan=plan)
+            )
+
+    def until_parked_or_finished(
+        self,
+        control: Control,
+        *,
+        durable: Callable[[tuple[str, ...]], bool] = lambda reasons: True,
+    ) -> Outcome:
+        """Steps until the run is over or a control asks to stop; `durable` says whether parking for
+        these reasons must leave a checkpoint."""
+        trainer = self._trainer
+        snapshot = False
+        while True:
+            if trainer.evaluation_is_due:
+                self._report_evaluation(trainer.evaluate())
+            if trainer.finished:
+                return self._end("finished", (), save=True)
+            if snapshot:
+                # After the evaluation, or a restart from here would report it twice.
+                self._snapshot()
+            reason = control.stop_reason()
+            result = trainer.step(stop=reason is not None, snapshot=self._wants_snapshot())
+            self._report_step(result)
+            if result.totals.stop:
+                said = trainer.communicator.all_gather_object(reason, tag="stop")
+                reasons = tuple(dict.fromkeys(r for r in said if r is not None))
+                return self._end("parked", reasons, save=durable(reasons))
+            snapshot = result.totals.snapshot > 0
+
+    def _wants_snapshot(self) -> bool:
+        interval = self._trainer.config.elastic.snapshot_interval_s
+        age = self._trainer.progress.train_time_s - self._saved_at_train_time_s
+        # The age that it would have at the end of the coming step.
+        return self._is_chief and age + self._last_step_time_s >= interval
+
+    def _snapshot(self) -> None:
+        trainer = self._trainer
+        if not self._is_chief and not self._keep_newest:
+            trainer.join_capture()
+        else:
+            state = self._captured()
+            if self._is_chief:
+                self._save_in_background(state)
+        safe = trainer.communicator.broadcast_object(self._safe_segments, 0, tag="snapshot")
+        trainer.ledger.written(safe)
+
+    def _save_in_background(self, state: TrainingState) -> None:
+        if self._saving is not None and self._saving.done() and self._saving.result():
+            self._safe_segments = self._segments_being_saved
+        saving = self._store.save_async(state)
+        if saving is not None:
+            self._saving = saving
+            self._segments_being_saved = len(state.ledger.segments)
+
+    def _captured(self) -> TrainingState:
+        begin = time.perf_counter()
+        trainer = self._trainer
+        state = trainer.capture()
+        trainer.account(time.perf_counter() - begin)
+        self._saved_at_train_time_s = trainer.progress.train_time_s
+        if self._keep_newest:
+            self._newest = state
+        return state
+
+    def _end(
+        self, status: Literal["finished", "parked"], reasons: tuple[str, ...], *, save: bool
+    ) -> Outcome:
+        trainer = self._trainer
+        state = self._captured()
+        if self._is_chief and save:
+            self._store.wait()
+            self._store.save(state)
+        # Nobody leaves before the state is safe: a rank that ends may take its node with it.
+        trainer.communicator.barrier(tag="end")
+        step = trainer.progress.step
+        details: dict[str, Any] = {"reason": "; ".join(reasons)} if reasons else {}
+        self._port.event(event_row(status, step, **self._world(), **details))
+        return Outcome(
+            status=status,
+            reasons=reasons,
+            progress=trainer.progress,
+            fractional_epoch=trainer.fractional_epoch,
+            state_sha256=state.sha256(),
+            world_sizes=tuple(trainer.ledger.world_sizes()),
+        )
+
+    def _report_step(self, result: StepResult) -> None:
+        self._last_step_time_s = result.step_time_s
+        trainer = self._trainer
+        count = max(result.totals.count, 1)
+        row = {
+            **self._where(),
+            "global_batch_size": result.totals.count,
+            "loss": result.totals.loss_sum / count,
+            "accuracy": result.totals.correct / count,
+            "lr": result.lr,
+            "step_time_s": result.step_time_s,
+            "samples_per_s": count / result.step_time_s,
+            "data_wait_s": result.data_wait_s,
+        }
+        if trainer.scaler.enabled:
+            row["loss_scale"] = trainer.scaler.scale
+        self._port.progress(row)
+        if trainer.progress.step % trainer.config.train.log_every_steps == 0 or trainer.finished:
+            row.update(trainer.path.columns())
+            traffic = trainer.communicator.counters.total()
+            row["communication_bytes"] = traffic.payload_bytes
+            row["communication_calls"] = traffic.calls
+            # Every rank knows what rank 0 reports: if rank 0 is lost, another one has its last rows.
+            self.recent_rows.append(row)
+            self._port.metrics(row)
+
+    def _report_evaluation(self, result: EvalResult) -> None:
+        row = {**self._where(), "eval_loss": result.loss, "eval_accuracy": result.accuracy}
+        self._port.metrics(row)
+        progress = self._trainer.progress
+        if progress.time_to_accuracy_s is not None and not self._target_said:
+            self._target_said = True
+            self._port.event(
+                event_row("target_reached", progress.step, eval_accuracy=result.accuracy)
+            )
+
+    def _where(self) -> dict[str, Any]:
+        progress = self._trainer.progress
+        return {
+            "step": progress.step,
+            "epoch": self._trainer.fractional_epoch,
+            "samples": progress.samples_committed,
+            **self._world(),
+            "wall_time_s": time.time() - progress.started_at,
+            "train_time_s": progress.train_time_s,
+        }
+
+    def _world(self) -> dict[str, int]:
+        return {"world_size": self._trainer.communicator.world_size}

@@ -1,0 +1,189 @@
+"""Who is in the world: members agree on the next generation through a store that outlives them.
+
+    plan/<generation>            {"members": [slots in rank order], "joins_seen": n}
+    arrive/<generation>/<slot>   a member of the generation before asks for this one
+    join/<n>                     the slot of the n-th newcomer
+
+A slot names a process for as long as it lives. The lowest slot that has arrived proposes the plan;
+the store keeps the first proposal, so that two proposers cannot split the world.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.training.regroup import regroup
+
+
+@dataclass(frozen=True)
+class World:
+    """A generation as one of its members sees it."""
+
+    generation: int
+    rank: int
+    world_size: int
+
+
+class Membership(Protocol):
+    """What a member of an elastic world needs to know."""
+
+    def join(self) -> World:
+        """Blocks until this process is a member."""
+        ...
+
+    def change_is_wanted(self) -> bool:
+        """Whether somebody wants to join, or this process wants to leave. Returns at once."""
+        ...
+
+    def next_world(self, world: World) -> World | None:
+        """Blocks until those who are left agree; None when this process leaves."""
+        ...
+
+    def connect(self, world: World) -> Communicator:
+        """The process group of a world."""
+        ...
+
+
+class StoreMembership:
+    """Membership over a `torch.distributed` store that none of the members hosts.
+
+    Args:
+        store: For example a TCPStore on a safe node.
+        slot: This process's number; never used again after its death.
+        backend: Of the process groups.
+        settle_s: How long survivors wait for one more survivor before they go on without it.
+        timeout_s: For joining, and for collectives of the groups.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        slot: int,
+        *,
+        backend: str = "gloo",
+        settle_s: float = 0.3,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._store = dist.PrefixStore("membership", store)
+        self._groups = store
+        self._slot = slot
+        self._backend = backend
+        self._settle_s = settle_s
+        self._timeout_s = timeout_s
+        self._joins_seen = 0
+        self._leaves = False
+
+    @staticmethod
+    def found(store: dist.Store, slots: Sequence[int]) -> None:
+        """Writes the first plan; done once, by whoever starts the run."""
+        prefixed = dist.PrefixStore("membership", store)
+        prefixed.set("plan/0", json.dumps({"members": list(slots), "joins_seen": 0}))
+        prefixed.set("generation", "0")
+
+    def join(self) -> World:
+        """Becomes a founding member, or asks the members to be taken in.
+
+        Raises:
+            CommunicationError: If no plan takes this process in within the timeout.
+        """
+        generation = int(self._store.get("generation"))
+        if generation == 0 and self._slot in self._plan(0)[0]:
+            return self._world(0)
+        number = self._store.add("joins", 1)
+        self._store.set(f"join/{number}", str(self._slot))
+        deadline = time.monotonic() + self._timeout_s
+        while time.monotonic() < deadline:
+            newest = int(self._store.get("generation"))
+            members, joins_seen = self._plan(newest)
+            if joins_seen >= number and self._slot in members:
+                return self._world(newest)
+            time.sleep(0.01)
+        raise CommunicationError(
+            f"slot {self._slot} was not taken into the world within {self._timeout_s:g} s"
+        )
+
+    def leave_at_next_boundary(self) -> None:
+        """Makes this process ask for a change and stay out of it."""
+        self._leaves = True
+
+    def change_is_wanted(self) -> bool:
+        return self._leaves or int(self._store.add("joins", 0)) > self._joins_seen
+
+    def next_world(self, world: World) -> World | None:
+        """Agrees with the other survivors on the next generation.
+
+        Raises:
+            CommunicationError: If there is no plan within the timeout.
+        """
+        generation = world.generation + 1
+        self._store.set(f"arrive/{generation}/{self._slot}", "leaving" if self._leaves else "here")
+        old, _ = self._plan(world.generation)
+        arrived = self._wait_for_arrivals(generation, old)
+        staying = [slot for slot in arrived if self._answer(generation, slot) == "here"]
+        if self._leaves:
+            return None
+        if staying[0] == self._slot or not self._plan_appears(generation):
+            self._propose(generation, staying)
+        if self._slot not in self._plan(generation)[0]:
+            return self.join()
+        return self._world(generation)
+
+    def connect(self, world: World) -> Communicator:
+        return regroup(
+            world.generation,
+            world.rank,
+            world.world_size,
+            self._groups,
+            backend=self._backend,
+            timeout_s=self._timeout_s,
+        )
+
+    def _wait_for_arrivals(self, generation: int, old: Sequence[int]) -> list[int]:
+        arrived: list[int] = []
+        last_news = time.monotonic()
+        while len(arrived) < len(old):
+            now = [slot for slot in old if self._store.check([f"arrive/{generation}/{slot}"])]
+            if len(now) > len(arrived):
+                arrived, last_news = now, time.monotonic()
+            if self._store.check([f"plan/{generation}"]):
+                break
+            if time.monotonic() - last_news > self._settle_s:
+                break
+            time.sleep(0.002)
+        return arrived
+
+    def _plan_appears(self, generation: int) -> bool:
+        deadline = time.monotonic() + 4 * self._settle_s
+        while time.monotonic() < deadline:
+            if self._store.check([f"plan/{generation}"]):
+                return True
+            time.sleep(0.002)
+        return False
+
+    def _propose(self, generation: int, staying: Sequence[int]) -> None:
+        joins = int(self._store.add("joins", 0))
+        seen = self._joins_seen
+        newcomers = [int(self._store.get(f"join/{n}")) for n in range(seen + 1, joins + 1)]
+        members = list(dict.fromkeys([*staying, *newcomers]))
+        plan = json.dumps({"members": members, "joins_seen": joins})
+        self._store.compare_set(f"plan/{generation}", "", plan)
+        self._store.set("generation", str(generation))
+
+    def _answer(self, generation: int, slot: int) -> str:
+        return str(self._store.get(f"arrive/{generation}/{slot}").decode())
+
+    def _plan(self, generation: int) -> tuple[list[int], int]:
+        plan = json.loads(self._store.get(f"plan/{generation}"))
+        return list(plan["members"]), int(plan["joins_seen"])
+
+    def _world(self, generation: int) -> World:
+        members, self._joins_seen = self._plan(generation)
+        return World(generation, members.index(self._slot), len(members))

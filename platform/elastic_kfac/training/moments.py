@@ -1,0 +1,176 @@
+"""Named moments of a step, and faults that are injected there.
+
+The loop announces where it is; production ignores it, tests make something go wrong at exactly one
+place and then assert that it did.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from elastic_kfac.training.feeds import Feed, Samples, SomeSamples
+
+Moment = Literal[
+    "step_begin",
+    "backward_done",
+    "factor_exchange",
+    "gradients_exchanged",
+    "decomposition",
+    "preconditioned",
+    "committed",
+    "evaluation",
+    "capture",
+    "manifest_rename",
+    "recovery",
+]
+
+FaultKind = Literal[
+    "sigkill",
+    "sigstop",
+    "exception",
+    "nan_batch",
+    "corrupted_snapshot",
+    "torn_checkpoint",
+    "missing_checkpoint_file",
+    "disk_full",
+    "slow_disk",
+]
+
+_QUOTA_BYTES = 512
+_SLOW_WRITE_S = 0.2
+
+
+class Moments(Protocol):
+    """Is told the moment and the step that is being computed (or was committed last)."""
+
+    def __call__(self, moment: Moment, step: int) -> None: ...
+
+
+def ignore_moments(moment: Moment, step: int) -> None:
+    """Nothing happens."""
+
+
+class InjectedFault(RuntimeError):
+    """What the fault `exception` raises."""
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A fault that happened."""
+
+    kind: FaultKind
+    moment: Moment
+    step: int
+
+
+@dataclass
+class Faults:
+    """The faults of one process. Each fires once; `fired` counts, so that a test cannot pass idly."""
+
+    rank: int = 0
+    """The number of this process in plans; faults of other ranks are not its business."""
+    folder: Path | None = None
+    """The run's folder, for faults of its checkpoints."""
+    on_fire: Callable[[Fired], None] = lambda fired: None
+    """Is told before a fault happens: the last thing that a killed process can do."""
+    fired: list[Fired] = field(default_factory=list)
+    nan_batches: int = 0
+    """How many of the coming reads of a `FaultyFeed` are not numbers."""
+    write_delay_s: float = 0.0
+    """What `slow_disk` adds to the writing of each manifest."""
+    _planned: list[Fired] = field(default_factory=list)
+
+    def fail_at(self, rank: int, step: int, moment: Moment, kind: FaultKind = "sigkill") -> Faults:
+        """Plans a fault for the first time that `rank` reaches `moment` of `step`.
+
+        Several faults of the same moment happen in the order of their planning.
+        """
+        if rank == self.rank:
+            self._planned.append(Fired(kind, moment, step))
+        return self
+
+    def __call__(self, moment: Moment, step: int) -> None:
+        if moment == "manifest_rename" and self.write_delay_s:
+            time.sleep(self.write_delay_s)
+        for planned in [p for p in self._planned if (p.moment, p.step) == (moment, step)]:
+            self._planned.remove(planned)
+            self.fired.append(planned)
+            self.on_fire(planned)
+            self._happen(planned.kind)
+
+    def _happen(self, kind: FaultKind) -> None:
+        if kind == "sigkill":
+            # No handler runs, no file is flushed, no peer is told.
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "sigstop":
+            # Silent, but its connections stay open.
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif kind == "exception":
+            raise InjectedFault("injected fault")
+        elif kind == "nan_batch":
+            self.nan_batches += 1
+        elif kind == "disk_full":
+            # A quota of the kernel: every longer write of this process fails from now on.
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (_QUOTA_BYTES, most))
+        elif kind == "slow_disk":
+            self.write_delay_s = _SLOW_WRITE_S
+        else:
+            self._damage(kind)
+
+    def _damage(self, kind: FaultKind) -> None:
+        """Harms the tensors of the newest finished checkpoint."""
+        assert self.folder is not None
+        manifests = sorted(self.folder.glob("checkpoints/step-*/manifest.json"))
+        assert manifests, "there is no checkpoint to damage"
+        (tensors,) = manifests[-1].parent.glob("*.safetensors")
+        if kind == "missing_checkpoint_file":
+            tensors.unlink()
+            return
+        content = bytearray(tensors.read_bytes())
+        if kind == "torn_checkpoint":
+            content = content[: len(content) // 2]
+        else:
+            content[-1] ^= 1
+        tensors.write_bytes(content)
+
+
+class FaultyFeed:
+    """A feed whose samples are not numbers when `Faults` says so."""
+
+    def __init__(self, feed: Feed, faults: Faults) -> None:
+        self._feed, self._faults = feed, faults
+        self.num_samples = feed.num_samples
+        self.num_classes = feed.num_classes
+        self.image_shape = feed.image_shape
+        self.sha256 = feed.sha256
+        self.normalization = feed.normalization
+
+    def read(self, epoch: int, first_position: int, count: int) -> Samples:
+        samples = self._feed.read(epoch, first_position, count)
+        if not self._faults.nan_batches:
+            return samples
+        self._faults.nan_batches -= 1
+        images = torch.full(samples.images.shape, float("nan"))
+        return SomeSamples(images, samples.labels, samples.ids, samples.weights)
+
+    def prefetch(self, epoch: int, first_position: int, count: int) -> None:
+        self._feed.prefetch(epoch, first_position, count)
+
+    def close(self) -> None:
+        self._feed.close()
+
+
+def lift_quota() -> None:
+    """Ends `disk_full`."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -1,0 +1,499 @@
+"""One rank of a run: model, optimizers, one step, one evaluation, and its state as a value.
+
+Nothing here outlives a resize except through `capture` and `restore`, and nothing of the mathematics
+asks for the world size: the global batch is cut by position, losses are divided by the global count,
+and sums travel in one vector.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.data.order import id_hash
+from elastic_kfac.errors import NumericalError, StateError
+from elastic_kfac.training.activation_checkpointing import checkpoint_activations
+from elastic_kfac.training.batch_policy import BatchPolicy
+from elastic_kfac.training.exchange import Totals
+from elastic_kfac.training.feeds import Feeds, Samples, samples_in, share
+from elastic_kfac.training.first_order import make_optimizer, schedule_of, set_lr
+from elastic_kfac.training.identity import config_sha256, counter_seed
+from elastic_kfac.training.ledger import Ledger
+from elastic_kfac.training.models import build_model
+from elastic_kfac.training.moments import Moments, ignore_moments
+from elastic_kfac.training.precision import LossScaler, autocast
+from elastic_kfac.training.reproducible import (
+    ReproducibleExchange,
+    agree_on_conditions,
+    check_conditions,
+    conditions,
+    make_exchange,
+)
+from elastic_kfac.training.second_order import PARTS, GradientPath
+from elastic_kfac.training.state import (
+    Progress,
+    TrainingState,
+    capture,
+    restore_model,
+    restore_optimizer,
+)
+from elastic_kfac.training.tasks import make_task
+
+if TYPE_CHECKING:
+    from elastic_kfac.optimizers.kfac import KFAC
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a committed step was."""
+
+    totals: Totals
+    lr: float
+    step_time_s: float
+    data_wait_s: float
+    overflow: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Exact counts over the whole evaluation split."""
+
+    loss: float
+    correct: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+
+class RankTrainer:
+    """Trains as one rank of `communicator`; `regroup` moves it to another one between steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        communicator: Communicator,
+        feeds: Feeds,
+        *,
+        device: torch.device | None = None,
+        moments: Moments = ignore_moments,
+    ) -> None:
+        self.config = config
+        self.moments = moments
+        self.communicator = communicator
+        self.feeds = feeds
+        self.device = device or torch.device("cpu")
+        self.task = make_task(config.train)
+        self.model = build_model(
+            config.model,
+            num_classes=feeds.train.num_classes,
+            image_shape=feeds.train.image_shape,
+            seed=config.train.seed,
+        ).to(self.device)
+        if config.train.activation_checkpointing:
+            checkpoint_activations(self.model)
+        self._dtype = next(self.model.parameters()).dtype
+        self._normalization: tuple[Tensor, Tensor] | None = None
+        if feeds.train.normalization is not None:
+            mean, std = (
+                value.to(self.device, self._dtype).view(1, -1, 1, 1)
+                for value in feeds.train.normalization
+            )
+            self._normalization = (mean, std)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.path = self._make_path()
+        self.scaler = LossScaler.for_precision(config.train.precision)
+        self.batch_policy = BatchPolicy(
+            config.elastic.batch_policy,
+            full_batch_size=config.train.global_batch_size,
+            full_world_size=config.elastic.max_workers,
+            num_samples=feeds.train.num_samples,
+        )
+        self.exchange = make_exchange(self.model, config.elastic)
+        self._check_world()
+        self.ledger = Ledger()
+        self.progress = Progress()
+        self._schedule = schedule_of(config)
+
+    @property
+    def kfac(self) -> KFAC | None:
+        """The preconditioner of the present world, if there is one."""
+        return self.path.kfac
+
+    @property
+    def total_samples(self) -> int:
+        """Samples after which the run is over (a fraction of an epoch counts)."""
+        return max(1, round(self.config.train.epochs * self.feeds.train.num_samples))
+
+    @property
+    def position(self) -> int:
+        """Samples of the order that are committed, over all epochs."""
+        return self.progress.epoch * self.feeds.train.num_samples + self.progress.consumed
+
+    @property
+    def fractional_epoch(self) -> float:
+        return self.position / self.feeds.train.num_samples
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample of the run is committed, or the target is reached and ends it."""
+        reached = self.progress.time_to_accuracy_s is not None
+        return self.position >= self.total_samples or (self.config.train.stop_at_target and reached)
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the position has passed an evaluation point that was not evaluated yet."""
+        if self.feeds.evaluation is None:
+            return False
+        return self._evaluation_points() > self.progress.evaluations
+
+    def step(self, *, stop: bool = False, snapshot: bool = False) -> StepResult:
+        """Takes one optimizer step and commits it; flags are summed over all ranks.
+
+        Raises:
+            NumericalError: If loss or gradients are not finite (outside fp16).
+            CommunicationError: If a peer left; the step is not committed then.
+        """
+        begin = time.perf_counter()
+        before = self.progress
+        self.moments("step_begin", before.step + 1)
+        self.batch_policy.enter_world(self.communicator.world_size, self.position)
+        first, count = before.consumed, self._batch_size()
+        samples, data_wait_s = self._read_share(first, count)
+        try:
+            local = self._passes(samples, count)
+            self.moments("backward_done", before.step + 1)
+            local_totals = replace(local, stop=int(stop), snapshot=int(snapshot))
+            totals = self.path.reduce(self.exchange, local_totals, before.step)
+            self.moments("gradients_exchanged", before.step + 1)
+            lr = self._update(totals, count, local.count)
+        except BaseException:
+            self.exchange.abandon_step()
+            raise
+        self.ledger.append(
+            step=before.step + 1,
+            epoch=before.epoch,
+            first_position=first,
+            num_samples=count,
+            world_size=self.communicator.world_size,
+            id_hash=totals.id_hash,
+        )
+        epoch_is_over = first + count == self.feeds.train.num_samples
+        elapsed = time.perf_counter() - begin
+        self.progress = replace(
+            before,
+            step=before.step + 1,
+            epoch=before.epoch + epoch_is_over,
+            consumed=0 if epoch_is_over else first + count,
+            samples_committed=before.samples_committed + totals.count,
+            train_time_s=before.train_time_s + elapsed,
+        )
+        self.account(elapsed)
+        self.moments("committed", self.progress.step)
+        overflow = not totals.gradients_are_finite
+        return StepResult(totals, lr, elapsed, data_wait_s, overflow)
+
+    def evaluate(self) -> EvalResult:
+        """Counts every evaluation sample exactly once over all ranks. Collective."""
+        feed = self.feeds.evaluation
+        assert feed is not None
+        self.moments("evaluation", self.progress.step)
+        begin = time.perf_counter()
+        size = self.config.train.eval_batch_size
+        first, count = self._evaluation_share(feed.num_samples, size)
+        batches = -(-feed.num_samples // size)
+        sums = torch.zeros(batches, 3, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for start in range(first, first + count, size):
+                    samples = feed.read(0, start, min(size, first + count - start))
+                    feed.prefetch(0, start + size, min(size, first + count - start - size))
+                    images, labels = self._on_device(samples)
+                    if not len(labels):
+                        continue
+                    with autocast(self.config.train.precision, self.device):
+                        outputs = self.model(images)
+                        loss = self.task.loss(outputs, labels)
+                    row = sums[start // size]
+                    row[0] += loss
+                    row[1] += self.task.correct(outputs, labels)
+                    row[2] += len(labels)
+        finally:
+            self.model.train()
+        self.communicator.all_reduce(sums, tag="evaluation").wait()
+        loss_sum, correct, seen = sums.sum(0).tolist()
+        result = EvalResult(loss_sum / seen, round(correct), round(seen))
+        self.account(time.perf_counter() - begin)
+        self._note_accuracy(result.accuracy)
+        return result
+
+    def account(self, elapsed_s: float) -> None:
+        """Adds time that the whole world spent to the cost of the run."""
+        cost = elapsed_s * self.communicator.world_size
+        self.progress = replace(
+            self.progress,
+            worker_seconds=self.progress.worker_seconds + cost,
+            gpu_seconds=self.progress.gpu_seconds + (cost if self.device.type == "cuda" else 0.0),
+        )
+
+    def capture(self) -> TrainingState:
+        """The state of this step boundary. Collective, because K-FAC gathers what owners keep."""
+        parts: dict[str, Any] = {
+            **self.join_capture(),
+            "scaler": self.scaler.state_dict(),
+            "batch_policy": self.batch_policy.state_dict(),
+        }
+        if self.config.elastic.reproducible:
+            parts["reproducible"] = self._conditions()
+        return capture(
+            model=self.model,
+            optimizer=self.optimizer,
+            parts=parts,
+            progress=self.progress,
+            ledger=self.ledger.value(),
+            seed=self.config.train.seed,
+            data_sha256=self.feeds.train.sha256,
+            config_sha256=config_sha256(self.config),
+        )
+
+    def join_capture(self) -> dict[str, Any]:
+        """The collective part of `capture`, for ranks that need no copy themselves."""
+        self.moments("capture", self.progress.step)
+        self.ledger.seal()
+        return self.path.state_dict()
+
+    def restore(self, state: TrainingState) -> None:
+        """Becomes what `state` says, whatever world size wrote it.
+
+        Raises:
+            StateError: If it belongs to another model, data set or seed, or if the reproducible mode
+                cannot promise equal bits.
+        """
+        if state.data_sha256 != self.feeds.train.sha256:
+            raise StateError(
+                "the run's data set has changed: its manifest is not the one of the checkpoint",
+                given=self.config.data.shards,
+                change="restore the shards, or start a run under another name",
+            )
+        if state.seed != self.config.train.seed:
+            raise StateError(
+                "train.seed differs from the seed of the checkpoint",
+                given=self.config.train.seed,
+                allowed=state.seed,
+            )
+        if self.config.elastic.reproducible:
+            check_conditions(state.part("reproducible"), self._conditions())
+        restore_model(self.model, state)
+        restore_optimizer(self.model, self.optimizer, state.part("optimizer") or {})
+        self.path.load_state_dict({name: state.part(name) for name in PARTS})
+        self.scaler.load_state_dict(state.part("scaler") or {})
+        self.batch_policy.load_state_dict(state.part("batch_policy") or {})
+        self.ledger = Ledger(state.ledger)
+        self.progress = state.progress
+
+    def disband(self) -> None:
+        """Lets go of every reference to the present process group."""
+        self.communicator = Communicator.solo()
+        self.path.close()
+
+    def regroup(self, communicator: Communicator) -> None:
+        """Becomes a member of another world; a `restore` must follow, because K-FAC starts anew.
+
+        Collective over the new world.
+        """
+        self.disband()
+        self.communicator = communicator
+        # Anew, because a survivor's K-FAC may be torn: some layers exchanged, others not.
+        self.path = self._make_path()
+        self._check_world()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _make_path(self) -> GradientPath:
+        return GradientPath(
+            self.model,
+            self.optimizer,
+            self.config,
+            self.communicator,
+            lambda moment: self.moments(moment, self.progress.step + 1),
+        )
+
+    def _conditions(self) -> dict[str, Any]:
+        return conditions(self.model, self.device, self.config.elastic.logical_shards)
+
+    def _check_world(self) -> None:
+        if self.config.elastic.reproducible and self.communicator.world_size > 1:
+            agree_on_conditions(self.communicator, self._conditions())
+
+    def _share(self, first: int, count: int) -> tuple[int, int]:
+        rank, world_size = self.communicator.rank, self.communicator.world_size
+        if isinstance(self.exchange, ReproducibleExchange):
+            return self.exchange.share(first, count, rank, world_size)
+        return share(first, count, rank, world_size)
+
+    def _evaluation_share(self, num_samples: int, size: int) -> tuple[int, int]:
+        rank, world_size = self.communicator.rank, self.communicator.world_size
+        if not self.config.elastic.reproducible:
+            return share(0, num_samples, rank, world_size)
+        # Whole batches, so that every one has the same samples in every world.
+        begin, batches = share(0, -(-num_samples // size), rank, world_size)
+        return begin * size, max(0, min(num_samples, (begin + batches) * size) - begin * size)
+
+    def _batch_size(self) -> int:
+        left = self.feeds.train.num_samples - self.progress.consumed
+        return min(self.batch_policy.batch_size(self.communicator.world_size), left)
+
+    def _read_share(self, first: int, count: int) -> tuple[Samples | None, float]:
+        begin = time.perf_counter()
+        own_first, own_count = self._share(first, count)
+        samples = None
+        if own_count:
+            samples = self.feeds.train.read(self.progress.epoch, own_first, own_count)
+        waited = time.perf_counter() - begin
+        epoch, next_first = self.progress.epoch, first + count
+        if next_first == self.feeds.train.num_samples:
+            epoch, next_first = epoch + 1, 0
+        if epoch * self.feeds.train.num_samples + next_first < self.total_samples:
+            left = self.feeds.train.num_samples - next_first
+            size = self.batch_policy.batch_size(self.communicator.world_size)
+            self.feeds.train.prefetch(epoch, *self._share(next_first, min(size, left)))
+        return samples, waited
+
+    def _passes(self, samples: Samples | None, global_count: int) -> Totals:
+        """Forward and backward over this rank's share; without samples there is nothing to add."""
+        self.exchange.begin_step()
+        if isinstance(self.exchange, ReproducibleExchange):
+            return self._shard_passes(self.exchange, samples, global_count)
+        if samples is None:
+            return Totals()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        correct = torch.zeros((), dtype=torch.float64, device=self.device)
+        images, labels = self._on_device(samples)
+        size = self.config.train.micro_batch_size or max(len(labels), 1)
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            # Never the state of a generator: the same sample range has the same dropout everywhere.
+            torch.manual_seed(
+                counter_seed(self.config.train.seed, self.progress.step, int(samples.ids[start]))
+            )
+            self.exchange.begin_pass()
+            loss, right = self._pass(images[part], labels[part], self._loss_scale(global_count))
+            self.exchange.end_pass(len(labels[part]))
+            loss_sum += loss
+            correct += right
+        return Totals(
+            loss_sum=float(loss_sum),
+            correct=float(correct),
+            count=len(labels),
+            id_hash=id_hash(samples.ids),
+        )
+
+    def _shard_passes(
+        self, exchange: ReproducibleExchange, samples: Samples | None, global_count: int
+    ) -> Totals:
+        """One pass per logical shard, each a leaf of the summation tree."""
+        scale = self._loss_scale(global_count)
+        for shard, part in exchange.shards(self.communicator, self.kfac, global_count):
+            assert samples is not None
+            images, labels = self._on_device(samples_in(samples, part))
+            torch.manual_seed(counter_seed(self.config.train.seed, self.progress.step, shard))
+            exchange.begin_pass()
+            loss = right = 0.0
+            if len(labels):
+                # Clones, because kernels may round differently on memory that begins elsewhere.
+                values = self._pass(images.clone(), labels.clone(), scale)
+                loss, right = float(values[0]), float(values[1])
+            totals = Totals(loss, right, len(labels), id_hash=id_hash(samples.ids[part]))
+            exchange.end_shard(shard, totals, scale)
+        return Totals()
+
+    def _pass(self, images: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Forward and backward over one batch; its summed loss and how many are right."""
+        with autocast(self.config.train.precision, self.device):
+            outputs = self.model(images)
+            loss = self.task.loss(outputs, labels)
+        if self.kfac is not None and self.config.kfac.fisher != "empirical":
+            self.kfac.sample_fisher(outputs)
+        (loss * scale).backward()
+        return loss.detach(), self.task.correct(outputs.detach(), labels)
+
+    def _loss_scale(self, global_count: int) -> float:
+        return self.scaler.scale / self.exchange.loss_divisor(global_count)
+
+    def _update(self, totals: Totals, count: int, local_count: int) -> float:
+        # The middle of the batch: neither the first rate of a warm-up nor a last one is 0.
+        position = self.position + count / 2
+        lr = self.config.optimizer.lr * self._schedule(position / self.feeds.train.num_samples)
+        lr *= self.batch_policy.lr_factor(position)
+        set_lr(self.optimizer, lr)
+        finite = totals.gradients_are_finite
+        if totals.count == 0:
+            raise NumericalError(
+                f"every record of step {self.progress.step + 1} is bad",
+                change="check the shards with `elastic-kfac shards verify`",
+            )
+        if not finite and not self.scaler.enabled:
+            raise NumericalError(
+                f"loss or gradients are not finite in step {self.progress.step + 1}",
+                given=f"mean loss {totals.loss_sum / max(totals.count, 1)}",
+                change="lower optimizer.lr or raise kfac.damping; the last checkpoint is kept",
+            )
+        # Losses may be divided by the planned count; bad records make the true one smaller.
+        divisor = self.exchange.loss_divisor(count)
+        self.exchange.publish_gradients(self.scaler.scale * totals.count / divisor)
+        if finite:
+            self.path.update(
+                num_samples=local_count,
+                loss_scale_per_sample=self.scaler.scale / divisor,
+                lr=lr,
+                statistics=self.exchange.reduced,
+            )
+            self.moments("preconditioned", self.progress.step + 1)
+        else:
+            self.path.discard_statistics()
+        self.exchange.finish_step(totals.count)
+        self.scaler.update(overflow=not finite)
+        return lr
+
+    def _on_device(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        images, labels = samples.images, samples.labels
+        good = samples.weights > 0
+        if not bool(good.all()):
+            # A bad record keeps its place in the order but takes no part in the loss.
+            images, labels = images[good], labels[good]
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = images.to(self._dtype).div_(255)
+            if self._normalization is not None:
+                mean, std = self._normalization
+                images = images.sub_(mean).div_(std)
+        return images.to(self._dtype), labels.to(self.device, non_blocking=True)
+
+    def _evaluation_points(self) -> int:
+        every = self.config.train.eval_every_epochs * self.feeds.train.num_samples
+        passed = int(self.position / every + 1e-9)
+        # The end of the run is an evaluation point, wherever it lies.
+        if self.position >= self.total_samples and self.position - passed * every > 0.5:
+            return passed + 1
+        return passed
+
+    def _note_accuracy(self, accuracy: float) -> None:
+        progress = self.progress
+        best = accuracy if progress.best_accuracy is None else max(accuracy, progress.best_accuracy)
+        progress = replace(progress, best_accuracy=best, evaluations=self._evaluation_points())
+        target = self.config.train.target_accuracy
+        if target is not None and accuracy >= target and progress.time_to_accuracy_s is None:
+            progress = replace(
+                progress,
+                time_to_accuracy_s=time.time() - progress.started_at,
+                train_time_to_accuracy_s=progress.train_time_s,
+            )
+        self.progress = progress

@@ -1,0 +1,54 @@
+"""Makes a process group, as often as the world changes, inside one living process."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.errors import CommunicationError
+
+
+def regroup(
+    generation: int,
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    *,
+    backend: str = "gloo",
+    timeout_s: float = 60.0,
+) -> Communicator:
+    """Leaves the old group, if there is one, and joins the group of `generation`.
+
+    Members of a generation agree on its number, on `world_size` and on their ranks beforehand; the
+    `store` lives outside of them, so that it survives any member. Destroying the old group first
+    also wakes the peers that still wait in it for one that is gone.
+
+    Raises:
+        CommunicationError: If the members do not come together within `timeout_s`.
+    """
+    leave()
+    if world_size == 1:
+        return Communicator.solo()
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"generation-{generation}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        leave()
+        raise CommunicationError(
+            f"rank {rank} of {world_size} could not join generation {generation}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Communicator.world()
+
+
+def leave() -> None:
+    """Destroys this process's group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,203 @@
+"""From local gradients to changed weights: the parts of that way which know the present world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.training.exchange import Exchange, Totals
+from elastic_kfac.training.gradient_reduction import make_reduction
+from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.reproducible import ReproducibleExchange
+
+if TYPE_CHECKING:
+    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.optimizers.kfac_statistics import Statistics
+    from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+
+
+class GradientPath:
+    """Reduction, preconditioner and update of one world; built anew for the next one.
+
+    Either gradients are summed, preconditioned by K-FAC (if enabled) and applied by the first-order
+    optimizer, or Osawa's pipeline does all of it between the halves of its own reduction.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        communicator: Communicator,
+        announce: Callable[[Moment], None] = lambda moment: None,
+    ) -> None:
+        """`announce` is told right before statistics or decompositions are exchanged."""
+        self._communicator = communicator
+        self._optimizer = optimizer
+        self._announce = announce
+        self.kfac: KFAC | None = None
+        self.sharded: ShardedKFAC | None = None
+        if config.optimizer.name == "sharded_kfac":
+            self.sharded = _make_sharded(model, config, communicator)
+        elif config.kfac.enabled:
+            self.kfac = _make_kfac(model, optimizer, config, communicator)
+            self.kfac.announce_to(announce)
+        self._reduction = make_reduction(config.communication, communicator, config.train.seed)
+
+    def reduce(self, exchange: Exchange, local: Totals, step: int) -> Totals:
+        """Sums what the ranks have to tell each other before the update."""
+        if self.sharded is not None:
+            # Its gradients travel inside its own step, to their owners only.
+            return exchange.reduce(self._communicator, local, reduce_gradients=lambda flat: None)
+        if self._reduction is not None:
+            reduction = self._reduction
+            return exchange.reduce(
+                self._communicator, local, reduce_gradients=lambda flat: reduction(flat, step)
+            )
+        if isinstance(exchange, ReproducibleExchange) and exchange.carries_statistics():
+            self._announce("factor_exchange")
+        return exchange.reduce(self._communicator, local)
+
+    def update(
+        self,
+        *,
+        num_samples: int,
+        loss_scale_per_sample: float,
+        lr: float,
+        statistics: Statistics | None = None,
+    ) -> None:
+        """Turns published gradients into changed weights.
+
+        `statistics` are K-FAC's where they were reduced together with the gradients.
+        """
+        if self.sharded is not None:
+            self.sharded.lr = lr
+            self.sharded.step(num_samples=num_samples, loss_scale_per_sample=loss_scale_per_sample)
+            if self.sharded.gather == "weights":
+                return
+        elif self.kfac is not None:
+            self.kfac.step(num_samples, loss_scale_per_sample, statistics=statistics)
+        self._optimizer.step()
+
+    def discard_statistics(self) -> None:
+        """Forgets what the passes of this step added, because an overflow is in it."""
+        if self.kfac is not None:
+            self.kfac.skip_step()
+
+    def columns(self) -> dict[str, float]:
+        """What a metric row says about the curvature of a step."""
+        if self.sharded is not None:
+            return {
+                "damping": self.sharded.damping,
+                "factor_updates": max((b.factor_updates for b in self.sharded.blocks), default=0),
+            }
+        if self.kfac is None:
+            return {}
+        oldest = min((block.inverse_step for block in self.kfac.blocks), default=0)
+        return {
+            "damping": self.kfac.damping,
+            "kl_clip_scale": self.kfac.kl_clip_scale,
+            "factor_updates": max((b.factor_updates for b in self.kfac.blocks), default=0),
+            "inverse_age_steps": max(0, self.kfac.steps - 1 - oldest),
+            "fallbacks": self.kfac.counters["inverse_failures"],
+        }
+
+    def plan_summary(self) -> str | None:
+        """Who decomposes and preconditions what, in one line; None without a plan."""
+        owner = self.kfac or self.sharded
+        if owner is None:
+            return None
+        plan = owner.plan
+        return (
+            f"{plan.strategy}, {len(plan.columns)} columns over {plan.world_size} ranks, "
+            f"grad_worker_frac {plan.grad_worker_frac:.4g}, {len(plan.layers)} layers, "
+            f"{plan.sha256[:12]}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The world-size-free state of each part that there is. Collective."""
+        parts: dict[str, Any] = {}
+        if self.kfac is not None:
+            parts["kfac"] = self.kfac.state_dict()
+        if self.sharded is not None:
+            parts["sharded"] = self.sharded.state_dict()
+        if self._reduction is not None:
+            parts["compression"] = self._reduction.state_dict()
+        return parts
+
+    def load_state_dict(self, parts: Mapping[str, Any]) -> None:
+        """Continues from saved parts; a part that was not saved starts afresh."""
+        for name, owner in (
+            ("kfac", self.kfac),
+            ("sharded", self.sharded),
+            ("compression", self._reduction),
+        ):
+            saved = parts.get(name)
+            if owner is not None and saved is not None:
+                owner.load_state_dict(saved)
+
+    def close(self) -> None:
+        """Removes hooks and lets go of every reference to the world's groups."""
+        for owner in (self.kfac, self.sharded):
+            if owner is not None:
+                owner.close()
+        self.kfac = self.sharded = self._reduction = None
+        self._communicator = Communicator.solo()
+
+
+PARTS = ("kfac", "sharded", "compression")
+"""Names of the parts that `GradientPath.state_dict` may hold."""
+
+
+def _make_kfac(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    communicator: Communicator,
+) -> KFAC:
+    from elastic_kfac.optimizers.calibration import shared_costs
+    from elastic_kfac.optimizers.kfac import KFAC
+
+    options = config.kfac.model_dump(exclude={"enabled"})
+    budget = config.plan.memory_budget_gib
+    costs = None
+    if config.plan.calibrate:
+        device = next(model.parameters()).device
+        costs = shared_costs(communicator, config.kfac.method, device=device)
+    return KFAC(
+        model,
+        lr=optimizer,
+        process_group=communicator,
+        costs=costs,
+        memory_budget_bytes=None if budget is None else budget * 2**30,
+        **options,
+    )
+
+
+def _make_sharded(model: nn.Module, config: Config, communicator: Communicator) -> ShardedKFAC:
+    from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+
+    kfac, sharded = config.kfac, config.sharded
+    weights = sharded.gather == "weights"
+    return ShardedKFAC(
+        model,
+        lr=config.optimizer.lr,
+        momentum=config.optimizer.momentum,
+        damping=kfac.damping,
+        factor_decay=kfac.factor_decay,
+        factor_update_steps=kfac.factor_update_steps,
+        method=kfac.method,
+        inverse_damping=kfac.inverse_damping,
+        bn_fisher=kfac.bn_fisher,
+        bn_damping_multiplier=kfac.bn_damping_multiplier,
+        kl_clip=kfac.kl_clip,
+        skip_layers=kfac.skip_layers,
+        weight_decay=config.optimizer.weight_decay if weights else 0.0,
+        process_group=communicator,
+        **sharded.model_dump(),
+    )

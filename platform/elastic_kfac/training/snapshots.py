@@ -1,0 +1,96 @@
+"""What a survivor can save: the state of the last committed step, when a peer is lost in the next one.
+
+A replica that is still whole is a place where a committed step exists. A run whose processes all end
+with the group hands it to the store first, so that the loss of a worker costs no committed step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.training.checkpoint import StateStore
+from elastic_kfac.training.feeds import Feeds, open_feeds
+from elastic_kfac.training.loop import Outcome, RunLoop
+from elastic_kfac.training.moments import Moment, Moments, ignore_moments
+from elastic_kfac.training.port import Control, RunPort
+from elastic_kfac.training.rank import RankTrainer
+from elastic_kfac.training.state import TrainingState
+
+RESCUERS = 3
+"""Only the lowest ranks rescue: all of them would send the same bytes."""
+
+
+class RescueStore(StateStore, Protocol):
+    """A store that any rank may hand a state to."""
+
+    def rescue(self, state: TrainingState, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps the state of a survivor and the metric rows that led to it, of which a lost rank 0
+        may have reported only some; returns quickly, whether or not it worked."""
+        ...
+
+
+class CommitWatch:
+    """Moments of a trainer: knows whether its live state is that of a committed step."""
+
+    def __init__(self, then: Moments = ignore_moments) -> None:
+        self._then = then
+        self.is_whole = False
+
+    def __call__(self, moment: Moment, step: int) -> None:
+        if moment == "committed":
+            self.is_whole = True
+        elif moment in ("gradients_exchanged", "recovery"):
+            # From here on parameters, factors and decompositions change one after another.
+            self.is_whole = False
+        self._then(moment, step)
+
+
+def run_rank_with_rescue(
+    config: Config,
+    communicator: Communicator,
+    *,
+    store: RescueStore,
+    port: RunPort,
+    control: Control,
+    device: torch.device | None = None,
+    feeds: Feeds | None = None,
+    moments: Moments = ignore_moments,
+) -> Outcome:
+    """`run_rank`; a rank that loses a peer gives its last committed state to `store` before it fails.
+
+    Raises:
+        ElasticKfacError: As `run_rank`.
+    """
+    opened = feeds or open_feeds(config)
+    watch = CommitWatch(moments)
+    try:
+        trainer = RankTrainer(config, communicator, opened, device=device, moments=watch)
+        loop = RunLoop(trainer, store, port)
+        try:
+            loop.go_on_from_newest()
+            return loop.until_parked_or_finished(control)
+        except CommunicationError:
+            if watch.is_whole and communicator.rank < RESCUERS and holds_everything(trainer):
+                # A decomposition may still be on its way from the lost peer.
+                with contextlib.suppress(CommunicationError):
+                    store.rescue(trainer.capture(), list(loop.recent_rows))
+            raise
+    finally:
+        if feeds is None:
+            opened.close()
+
+
+def holds_everything(trainer: RankTrainer) -> bool:
+    """Whether this rank alone can capture: no part of the state is kept by an owner or in residuals."""
+    config = trainer.config
+    if config.optimizer.name == "sharded_kfac" or config.communication.wire_format != "fp32":
+        return False
+    kfac = trainer.kfac
+    return kfac is None or len(kfac.plan.columns) == 1

@@ -1,0 +1,85 @@
+"""The files of a run below one URI: local folders, s3:// and gs:// behind the same few calls.
+
+A reader never sees half of a file that `write` has written: locally it is a temporary file, an
+fsync and a rename; an object store makes an object visible only when its upload is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyarrow import fs
+
+from elastic_kfac.data.storage import Location
+from elastic_kfac.errors import DataError, UsageError
+
+
+class Storage:
+    """A folder somewhere; names are relative to it and use `/`.
+
+    Raises:
+        UsageError: If the URI names no file system that is known.
+    """
+
+    def __init__(self, uri: str | Path) -> None:
+        try:
+            self._location = Location.parse(uri)
+        except DataError as error:
+            raise UsageError(
+                "cannot open the storage of a run",
+                given=error.given,
+                allowed=error.allowed,
+                change=error.change,
+            ) from None
+        self.uri = self._location.uri
+        self.is_local = self._location.is_local
+
+    def path(self, name: str = "") -> str:
+        """The full path of `name` inside the file system."""
+        return f"{self._location.path}/{name}".rstrip("/")
+
+    def read(self, name: str) -> bytes:
+        """The content of a file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        if self._location.size(name) is None:
+            raise FileNotFoundError(self.path(name))
+        return self._location.read(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a file as a whole, replacing an older one; when it returns the file is safe."""
+        self._location.write(name, content)
+
+    def append_lines(self, name: str, content: bytes) -> None:
+        """Adds whole lines to the end of a file (an object store rewrites it).
+
+        A writer that was killed may have left half a line; the new lines do not become part of it.
+        """
+        if self.is_local:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab+") as stream:
+                if stream.tell() > 0:
+                    stream.seek(-1, os.SEEK_END)
+                    content = content if stream.read(1) == b"\n" else b"\n" + content
+                stream.write(content)
+            return
+        old = self.read(name) if self.exists(name) else b""
+        self.write(name, old + content)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+        return self._location.size(name) is not None
+
+    def folders(self, name: str) -> list[str]:
+        """Sorted names of the folders directly in `name`; empty when there is no such folder."""
+        selector = fs.FileSelector(self.path(name), allow_not_found=True)
+        found = self._location.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file or a whole folder; nothing happens when there is none."""
+        self._location.remove(name)

@@ -1,0 +1,99 @@
+"""Suite-wide rules: no skip without a committed reason, and where tests find real data."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SKIPS_FILE = Path(__file__).with_name("skips.toml")
+TOLERATED = pytest.StashKey[list[tuple[str, str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--data", default=None, help="folder of real data sets (ELASTIC_KFAC_DATA)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TOLERATED] = []
+
+
+@pytest.fixture(scope="session")
+def data_folder(pytestconfig: pytest.Config) -> Path:
+    """The folder with `fashion_mnist_train.parquet` and its like; skips where there is none."""
+    given = pytestconfig.getoption("--data") or os.environ.get("ELASTIC_KFAC_DATA")
+    if not given:
+        pytest.skip("--data or ELASTIC_KFAC_DATA is not set")
+    folder = Path(given)
+    if not folder.is_dir():
+        pytest.fail(f"--data / ELASTIC_KFAC_DATA names {folder}, which is not a folder")
+    return folder
+
+
+def allowed_skips(path: Path = SKIPS_FILE) -> list[dict[str, str]]:
+    """The committed list: pattern of the node id, pattern of the reason, and why."""
+    entries = tomllib.loads(path.read_text(encoding="utf-8")).get("skip", [])
+    for entry in entries:
+        if set(entry) != {"test", "reason", "why"} or not all(entry.values()):
+            raise pytest.UsageError(f"{path.name}: an entry needs test, reason and why: {entry}")
+    return list(entries)
+
+
+def why_tolerated(node_id: str, reason: str, entries: list[dict[str, str]]) -> str | None:
+    """The `why` of the first entry that covers this skip, None when no entry does."""
+    for entry in entries:
+        if fnmatch.fnmatchcase(node_id, entry["test"]) and fnmatch.fnmatchcase(
+            reason, entry["reason"]
+        ):
+            return entry["why"]
+    return None
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    expected_failure = getattr(report, "wasxfail", None)
+    if expected_failure is not None:
+        return f"xfail: {expected_failure}"
+    longrepr = report.longrepr
+    text = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return text.removeprefix("Skipped: ")
+
+
+def _judge(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    if report.outcome != "skipped":
+        return
+    reason = _reason(report)
+    why = why_tolerated(report.nodeid, reason, allowed_skips())
+    if why is not None:
+        config.stash[TOLERATED].append((report.nodeid, reason, why))
+        return
+    report.outcome = "failed"
+    report.__dict__.pop("wasxfail", None)
+    report.longrepr = f"skipped for a reason that is not in {SKIPS_FILE.name}: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    _judge(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    _judge(report, collector.config)
+    return report
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    tolerated = config.stash[TOLERATED]
+    if tolerated:
+        terminalreporter.section(f"{len(tolerated)} skipped, each with its committed reason")
+        for node_id, reason, why in tolerated:
+            terminalreporter.write_line(f"SKIPPED {node_id}: {reason} ({why})")

@@ -1,0 +1,285 @@
+"""Osawa's pipeline over 2, 3 and 5 processes: one process's numbers, one all-reduce's bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_kfac import KFAC
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.counters import all_reduce_received
+from elastic_kfac.communication.packing import triangle_size
+from elastic_kfac.errors import StateError
+from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+from support.gloo import run_ranks
+
+BATCH = 10
+LR, MOMENTUM, DAMPING = 0.05, 0.9, 0.01
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.GroupNorm(2, 4),
+        nn.PReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 16, 6),
+        nn.Tanh(),
+        nn.Linear(6, 3),
+    ).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, 1, 4, 4, dtype=torch.double, generator=generator)
+    return x, torch.randint(3, (BATCH,), generator=generator)
+
+
+def build(model: nn.Module, communicator: Communicator, **options: Any) -> ShardedKFAC:
+    options = {"lr": LR, "momentum": MOMENTUM, "damping": DAMPING, **options}
+    with pytest.warns(UserWarning, match="PReLU"):
+        return ShardedKFAC(model, process_group=communicator, **options)
+
+
+def train(model: nn.Module, optimizer: ShardedKFAC, steps: range) -> None:
+    communicator = optimizer.communicator
+    edges = [r * BATCH // communicator.world_size for r in range(communicator.world_size + 1)]
+    share = slice(edges[communicator.rank], edges[communicator.rank + 1])
+    for step in steps:
+        x, y = batch(step)
+        model.zero_grad()
+        if len(x[share]):
+            (F.cross_entropy(model(x[share]), y[share], reduction="sum") / BATCH).backward()
+        optimizer.step(num_samples=len(x[share]), loss_scale_per_sample=1 / BATCH)
+
+
+def reference(steps: int, **options: Any) -> dict[str, Tensor]:
+    """KFAC on one process, then torch's own SGD with momentum."""
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    with pytest.warns(UserWarning, match="PReLU"):
+        kfac = KFAC(
+            model,
+            damping=DAMPING,
+            factor_decay=0.0,
+            kl_clip=None,
+            process_group=Communicator.solo(),
+            **{"inverse_update_steps": 1, "method": "inverse", **options},
+        )
+    for step in range(steps):
+        x, y = batch(step)
+        sgd.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        kfac.step()
+        sgd.step()
+    return model.state_dict()
+
+
+CASES: list[dict[str, Any]] = [
+    {"v_method": "per_owner"},
+    {"v_method": "padded", "method": "eigen"},
+    {"v_method": "fused"},
+    {"v_method": "padded", "gather": "gradients"},
+    {"factor_update_steps": 2, "v_method": "fused", "method": "eigen"},
+]
+
+
+def _run_cases() -> list[dict[str, Tensor]]:
+    results = []
+    for case in CASES:
+        model = network()
+        optimizer = build(model, Communicator.world(), **case)
+        if case.get("gather") == "gradients":
+            sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+            for step in range(4):
+                train(model, optimizer, range(step, step + 1))
+                sgd.step()
+        else:
+            train(model, optimizer, range(4))
+        results.append(model.state_dict())
+    return results
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_pipeline_equals_one_process_kfac_and_sgd(world_size: int) -> None:
+    expected = []
+    for case in CASES:
+        interval = case.get("factor_update_steps", 1)
+        expected.append(
+            reference(
+                4,
+                method=case.get("method", "inverse"),
+                factor_update_steps=interval,
+                inverse_update_steps=interval,
+            )
+        )
+    for results in run_ranks(world_size, _run_cases):
+        for result, weights in zip(results, expected, strict=True):
+            for name, value in weights.items():
+                torch.testing.assert_close(result[name], value, **TOLERANCE)
+
+
+def _bytes_and_memory() -> dict[str, Any]:
+    communicator = Communicator.world()
+    model = network()
+    optimizer = build(model, communicator, v_method="per_owner", factor_update_steps=2)
+    counted = []
+    for step in range(2):
+        communicator.counters.reset()
+        train(model, optimizer, range(step, step + 1))
+        counted.append(communicator.counters.snapshot())
+    packed = 0
+    for block in optimizer.blocks:
+        for shape in block.factor_shapes.values():
+            packed += torch.Size(shape[:-2]).numel() * triangle_size(shape[-1])
+    return {
+        "bytes": counted,
+        "packed": packed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "owned": [unit.name for unit in optimizer.owned],
+        "factors_of": [b.name for b in optimizer.blocks if b.factors or b.second_order],
+        "velocity_of": sorted(optimizer.velocity),
+        "owned_parameters": sorted(n for u in optimizer.owned for n, _ in u.parameters),
+    }
+
+
+def test_gradient_bytes_are_those_of_one_all_reduce_and_state_is_sharded() -> None:
+    ranks = run_ranks(3, _bytes_and_memory)
+    owned = [name for rank in ranks for name in rank["owned"]]
+    assert sorted(owned) == sorted(set(owned)) and len(owned) == 5
+    gradients, packed = 8 * ranks[0]["parameters"], 8 * ranks[0]["packed"]
+    for rank in ranks:
+        with_statistics, without = rank["bytes"]
+        # One buffer in each direction; the statistics ride in the first.
+        assert without["sharded/reduce"].payload_bytes == gradients
+        assert without["sharded/gather"].payload_bytes == gradients
+        assert with_statistics["sharded/reduce"].payload_bytes == gradients + packed
+        assert set(without) == {"sharded/reduce", "sharded/gather"}
+        assert set(rank["factors_of"]) <= set(rank["owned"])
+        assert rank["velocity_of"] == rank["owned_parameters"]
+    received = sum(t.received_bytes for rank in ranks for t in rank["bytes"][1].values())
+    # A ring all-reduce brings 2 (p - 1) / p of the buffer to each of p ranks.
+    assert received <= 3 * all_reduce_received(gradients, 3)
+
+
+def _half_wire(wire: str, damping: float) -> float:
+    model, exact = network().float(), network().float()
+    communicator = Communicator.world()
+    optimizers = [
+        build(m, communicator, gather="gradients", wire=w, damping=damping)
+        for m, w in ((model, wire), (exact, "fp32"))
+    ]
+    x, y = batch(0)
+    share = slice(5 * communicator.rank, 5 * communicator.rank + 5)
+    for m, optimizer in zip((model, exact), optimizers, strict=True):
+        (F.cross_entropy(m(x[share].float()), y[share], reduction="sum") / BATCH).backward()
+        optimizer.step(num_samples=5, loss_scale_per_sample=1 / BATCH)
+    flat, reference = (
+        torch.cat([p.grad.reshape(-1) for p in m.parameters()]) for m in (model, exact)
+    )
+    return float((flat - reference).norm() / reference.norm())
+
+
+def test_half_precision_wire_stays_within_its_error_budget() -> None:
+    assert max(run_ranks(2, _half_wire, "fp16", 0.1)) <= 1e-2
+
+
+def _resized(options: dict[str, Any]) -> dict[str, Tensor]:
+    """Four ranks, then three, then four again; what a rank keeps is what it then owns."""
+    world = Communicator.world()
+    three = world.subgroup([0, 1, 2])
+    model = network()
+    optimizer = build(model, world, **options)
+    train(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    optimizer.close()
+    if three is not None:
+        optimizer = build(model, three, **options)
+        optimizer.load_state_dict(state)
+        train(model, optimizer, range(3, 6))
+        state = optimizer.state_dict()
+        optimizer.close()
+    state = world.broadcast_object(state, 0, tag="state")
+    for tensor in model.state_dict().values():
+        world.broadcast(tensor, 0, tag="model").wait()
+    optimizer = build(model, world, **options)
+    optimizer.load_state_dict(state)
+    train(model, optimizer, range(6, 9))
+    return model.state_dict()
+
+
+def _resized_all() -> list[dict[str, Tensor]]:
+    return [_resized(options) for options in RESIZED]
+
+
+RESIZED: list[dict[str, Any]] = [
+    {},
+    {"refresh": "adaptive", "refresh_threshold": 0.6},
+    {"factor_update_steps": 2, "factor_decay": 0.5, "method": "eigen"},
+]
+
+
+def test_four_three_four_ranks_equal_constant_world() -> None:
+    expected = []
+    for options in RESIZED:
+        model = network()
+        train(model, build(model, Communicator.solo(), **options), range(9))
+        expected.append(model.state_dict())
+    for results in run_ranks(4, _resized_all):
+        for result, weights in zip(results, expected, strict=True):
+            for name, value in weights.items():
+                torch.testing.assert_close(result[name], value, **TOLERANCE)
+
+
+def test_adaptive_refresh_saves_most_refreshes_at_the_same_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 12, generator=generator)
+    y = (x @ torch.randn(12, 4, generator=generator)).argmax(1)
+    losses, refreshes = {}, {}
+    for refresh in ("fixed", "adaptive"):
+        finals = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
+            optimizer = ShardedKFAC(
+                model, lr=0.02, momentum=0.9, damping=0.03, refresh=refresh, refresh_threshold=0.3
+            )
+            for _ in range(300):
+                model.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            finals.append(float(F.cross_entropy(model(x), y).detach()))
+        losses[refresh] = sum(finals) / 3
+        refreshes[refresh] = optimizer.counters["refreshes"]
+    assert refreshes["fixed"] == 300 * 4
+    assert refreshes["adaptive"] * 5 <= refreshes["fixed"]
+    assert losses["adaptive"] <= 1.1 * losses["fixed"] + 0.01
+
+
+def test_weight_rescaling_only_shrinks_matrices() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = ShardedKFAC(model, lr=1e-9, rescale_weights=True)
+    with torch.no_grad():
+        model.weight.mul_(100)
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    assert model.weight.norm().item() == pytest.approx(6**0.5, rel=1e-4)
+    small = model.weight.detach().clone() * 0.1
+    with torch.no_grad():
+        model.weight.copy_(small)
+    model.zero_grad()
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), small, rtol=1e-4, atol=1e-6)
+
+
+def test_state_of_other_options_is_refused() -> None:
+    state = ShardedKFAC(nn.Linear(2, 2)).state_dict()
+    with pytest.raises(StateError, match="another method"):
+        ShardedKFAC(nn.Linear(2, 2), method="eigen").load_state_dict(state)

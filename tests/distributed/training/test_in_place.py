@@ -1,0 +1,151 @@
+"""Worlds that change while their processes live: kills, departures and newcomers over gloo."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from elastic_kfac.training.audit import audit_rows
+from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.training.in_place import run_member
+from elastic_kfac.training.membership import StoreMembership
+from elastic_kfac.training.moments import Faults, Moment
+from elastic_kfac.training.port import KeepGoing
+from elastic_kfac.training.state import TrainingState
+from support.gloo import run_ranks
+from support.training_problems import (
+    FeedOrder,
+    RecordingPort,
+    Script,
+    Seen,
+    in_one_process,
+    memory_feeds,
+    small_config,
+    states_differ_in,
+)
+
+KFAC: dict[str, Any] = {
+    "kfac.enabled": True,
+    "kfac.damping": 0.01,
+    "kfac.factor_update_steps": 2,
+    "kfac.inverse_update_steps": 4,
+}
+EVERY_STEP = {"elastic.snapshot_interval_s": 1e-9}
+
+
+def member(folder: str, script: Script) -> Seen:
+    store = dist.distributed_c10d._get_default_store()
+    slot = dist.get_rank()
+    dist.destroy_process_group()
+    membership = StoreMembership(store, slot, settle_s=2, timeout_s=20)
+    if slot == min(script.founders):
+        StoreMembership.found(store, script.founders)
+    store.wait(["membership/generation"])
+    seen, faults, port = Seen(), Faults(slot), RecordingPort()
+    if slot in script.kills:
+        faults.fail_at(slot, *script.kills[slot])
+
+    def moments(moment: Moment, step: int) -> None:
+        faults(moment, step)
+        if moment == "committed":
+            seen.steps.append(step)
+            seen.times_s.append(time.monotonic())
+            if step >= script.leaves.get(slot, 10**9):
+                membership.leave_at_next_boundary()
+            if slot == min(script.founders):
+                store.set("reached", str(step))
+                # The newcomer has asked before the next step begins: a test cannot be late.
+                while list(script.joins.values()).count(step) and not membership.change_is_wanted():
+                    time.sleep(0.002)
+
+    if slot in script.joins:
+        while not store.check(["reached"]) or int(store.get("reached")) < script.joins[slot]:
+            time.sleep(0.005)
+    seen.outcome = run_member(
+        small_config({**script.changes, **EVERY_STEP}),
+        membership,
+        store=CheckpointStore(folder),
+        port=port,
+        control=KeepGoing(),
+        feeds=memory_feeds(),
+        moments=moments,
+    )
+    seen.rewinds = port.rewinds
+    return seen
+
+
+def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], TrainingState]:
+    seen = run_ranks(world_size, member, str(folder), script, expect_death=tuple(script.kills))
+    state = CheckpointStore(folder).load_latest()
+    assert state is not None
+    report = audit_rows(state.ledger.tail, FeedOrder())
+    assert report.passed, report.line()
+    return seen, state
+
+
+@pytest.mark.parametrize("changes", [{}, KFAC], ids=["sgd", "kfac"])
+@pytest.mark.parametrize(
+    "moment", ["step_begin", "backward_done", "gradients_exchanged", "committed", "capture"]
+)
+def test_kill_of_one_of_three_survivors_go_on_and_end_as_one_process(
+    tmp_path: Path, changes: dict[str, Any], moment: Moment
+) -> None:
+    alone = in_one_process(tmp_path / "alone", changes)
+    script = Script((0, 1, 2), changes, kills={1: (6, moment)})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert seen[1] is None
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+    # The step of the kill is computed again at most once, and none is left out.
+    for survivor in (seen[0], seen[2]):
+        assert sorted(set(survivor.steps)) == list(range(1, 13))
+        assert len(survivor.steps) <= 13
+
+
+def test_kill_of_rank_zero_another_rank_takes_over_and_saves(tmp_path: Path) -> None:
+    alone = in_one_process(tmp_path / "alone", KFAC)
+    script = Script((0, 1, 2), KFAC, kills={0: (7, "backward_done")})
+    _, state = play(tmp_path / "run", 3, script)
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+
+
+def test_two_kills_leave_one_that_finishes_alone(tmp_path: Path) -> None:
+    alone = in_one_process(tmp_path / "alone", {})
+    kills: dict[int, tuple[int, Moment]] = {
+        0: (5, "step_begin"),
+        2: (9, "gradients_exchanged"),
+    }
+    _, state = play(tmp_path / "run", 3, Script((0, 1, 2), kills=kills))
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2, 1)
+
+
+@pytest.mark.parametrize("changes", [{}, KFAC], ids=["sgd", "kfac"])
+def test_departure_and_newcomer_end_as_one_process_without_a_step_redone(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    alone = in_one_process(tmp_path / "alone", changes)
+    script = Script((0, 1), changes, leaves={1: 4}, joins={2: 8})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (2, 1, 2)
+    assert seen[0].steps == list(range(1, 13))
+    assert [lost for _, lost in seen[0].rewinds] == [0, 0]
+    assert seen[1].outcome is not None and seen[1].outcome.status == "parked"
+    outcomes = [seen[0].outcome, seen[2].outcome]
+    assert {o.state_sha256 for o in outcomes if o is not None} == {state.sha256()}
+
+
+def test_newcomer_into_a_world_of_one_receives_the_state_of_a_peer_not_of_a_file(
+    tmp_path: Path,
+) -> None:
+    script = Script((0,), KFAC, joins={1: 3})
+    seen, state = play(tmp_path / "run", 2, script)
+    assert state.ledger.world_sizes == (1, 2)
+    # Asked after step 3 was committed, admitted at the boundary of step 4.
+    assert seen[1].steps == list(range(5, 13))

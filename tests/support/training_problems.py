@@ -1,0 +1,210 @@
+"""Small problems for tests of the training room: samples in memory, float64 models, a control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config, parse_config
+from elastic_kfac.data.order import SampleOrder
+from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.training.loop import Outcome, run_rank
+from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.port import KeepGoing
+from elastic_kfac.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class MemorySamples:
+    images: Tensor
+    labels: Tensor
+    ids: npt.NDArray[np.uint64]
+    weights: Tensor
+
+
+class MemoryFeed:
+    """Random images of a few classes, read in the product's own order."""
+
+    def __init__(self, num_samples: int, *, seed: int = 0, shape: tuple[int, int, int] = (1, 4, 4)):
+        generator = torch.Generator().manual_seed(100 + num_samples)
+        self.num_samples = num_samples
+        self.num_classes = 3
+        self.image_shape = shape
+        self.sha256 = f"memory-{num_samples}"
+        self.normalization = None
+        self.bad_ids: frozenset[int] = frozenset()
+        self._seed = seed
+        self._images = torch.randn(num_samples, *shape, dtype=torch.float64, generator=generator)
+        self._labels = torch.randint(0, 3, (num_samples,), generator=generator)
+        self._images += self._labels.double().view(-1, 1, 1, 1)
+        self.read_ids: list[int] = []
+
+    def read(self, epoch: int, first_position: int, count: int) -> MemorySamples:
+        ids = SampleOrder(self.num_samples, self._seed, epoch).ids(first_position, count)
+        self.read_ids += ids.tolist()
+        weights = torch.tensor([float(i not in self.bad_ids) for i in ids.tolist()])
+        return MemorySamples(self._images[ids], self._labels[ids], ids.astype(np.uint64), weights)
+
+    def prefetch(self, epoch: int, first_position: int, count: int) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+def memory_feeds(num_samples: int = 50, eval_samples: int = 20) -> Feeds:
+    return Feeds(MemoryFeed(num_samples), MemoryFeed(eval_samples))
+
+
+def float64_cnn(num_classes: int, image_shape: tuple[int, int, int], **_: Any) -> nn.Module:
+    """A double-precision network without BatchNorm, for equalities to 1e-10."""
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(4 * image_shape[1] * image_shape[2], num_classes),
+    ).double()
+
+
+def batch_norm_cnn(num_classes: int, image_shape: tuple[int, int, int], **_: Any) -> nn.Module:
+    """The same with BatchNorm."""
+    return nn.Sequential(
+        nn.Conv2d(image_shape[0], 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * image_shape[1] * image_shape[2], num_classes),
+    ).double()
+
+
+def small_config(changes: Mapping[str, Any] | None = None) -> Config:
+    """SGD without K-FAC, three epochs of 16 samples per step; `section.key` paths change it."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": "support.training_problems:float64_cnn"},
+        "train": {"epochs": 3, "global_batch_size": 16, "eval_every_epochs": 1},
+        "optimizer": {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3},
+        "kfac": {"enabled": False},
+        "elastic": {"snapshot_interval_s": 1e9, "max_workers": 8},
+    }
+    for path, value in (changes or {}).items():
+        section, key = path.split(".")
+        values.setdefault(section, {})[key] = value
+    return parse_config(values)
+
+
+@dataclass
+class StopAt:
+    """A control that asks to park when it is polled for the n-th time."""
+
+    polls: int
+    reason: str = "test"
+    polled: int = 0
+
+    def stop_reason(self) -> str | None:
+        self.polled += 1
+        return self.reason if self.polled >= self.polls else None
+
+
+@dataclass
+class RecordingPort:
+    """Keeps what the loop says."""
+
+    reached: int = 0
+    metric_rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    rewinds: list[tuple[int, int]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        self.metric_rows.append(dict(row))
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        self.events.append(dict(row))
+
+    def progress(self, row: Mapping[str, Any]) -> None:
+        self.steps.append(int(row["step"]))
+
+    def last_step(self) -> int:
+        return self.steps[-1] if self.steps else self.reached
+
+    def rewound(self, step: int, lost_steps: int) -> None:
+        self.rewinds.append((step, lost_steps))
+
+
+class FeedOrder:
+    """The order of a memory feed, for audits."""
+
+    def __init__(self, num_samples: int = 50) -> None:
+        self.num_samples = num_samples
+
+    def ids(self, epoch: int, first_position: int, count: int) -> npt.NDArray[np.int64]:
+        return SampleOrder(self.num_samples, 0, epoch).ids(first_position, count)
+
+
+def in_one_process(folder: Path, changes: Mapping[str, Any]) -> TrainingState:
+    """The final state of a run that never saw another world size."""
+    run_rank(
+        small_config(changes),
+        Communicator.solo(),
+        store=CheckpointStore(folder),
+        port=RecordingPort(),
+        control=KeepGoing(),
+        feeds=memory_feeds(),
+    )
+    state = CheckpointStore(folder).load_latest()
+    assert state is not None
+    return state
+
+
+def states_differ_in(first: TrainingState, second: TrainingState) -> list[str]:
+    """Names of tensors that differ by more than 1e-10, and of ledger columns that differ at all."""
+    ours, theirs = _without_bases(first), _without_bases(second)
+    names = sorted(set(ours) ^ set(theirs))
+    names += [
+        name
+        for name in sorted(set(ours) & set(theirs))
+        if not torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-10)
+    ]
+    for column in ("step", "epoch", "first_position", "num_samples", "id_hash"):
+        if first.ledger.tail[column].tolist() != second.ledger.tail[column].tolist():
+            names.append(column)
+    return names
+
+
+def _without_bases(state: TrainingState) -> dict[str, Tensor]:
+    """Eigenvectors are unique only up to signs; the matrix that they decompose is not."""
+    tensors = dict(state.tensors)
+    for name in [name for name in tensors if name.endswith("_vectors")]:
+        vectors, values = tensors.pop(name), tensors[name.replace("_vectors", "_values")]
+        tensors[name] = (vectors * values) @ vectors.mT
+    return tensors
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the slots do: who founds the world; who dies, leaves or joins at which step."""
+
+    founders: tuple[int, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+    kills: dict[int, tuple[int, Moment]] = field(default_factory=dict)
+    leaves: dict[int, int] = field(default_factory=dict)
+    joins: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class Seen:
+    """What one slot saw."""
+
+    outcome: Outcome | None = None
+    steps: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    rewinds: list[tuple[int, int]] = field(default_factory=list)

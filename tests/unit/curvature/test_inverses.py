@@ -1,0 +1,148 @@
+"""Decompositions and their application against dense linear algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from elastic_kfac.curvature import damping, inverses, preconditioning
+from elastic_kfac.errors import ConfigError, NumericalError
+
+
+def spd(size: int, seed: int) -> torch.Tensor:
+    root = torch.randn(
+        size, 2 * size, dtype=torch.double, generator=torch.Generator().manual_seed(seed)
+    )
+    return root @ root.t() / size
+
+
+def test_eigen_precondition_equals_dense_kronecker_inverse() -> None:
+    a, g, gamma = spd(5, 0), spd(4, 1), 0.03
+    d = torch.randn(4, 5, dtype=torch.double)
+    a_values, a_vectors = inverses.eigen(a)
+    g_values, g_vectors = inverses.eigen(g)
+    result = preconditioning.eigen_precondition(d, a_vectors, g_vectors, a_values, g_values, gamma)
+    # Row-major flattening of G X A is (G ⊗ A) vec(X).
+    dense = torch.kron(g, a) + gamma * torch.eye(20, dtype=torch.double)
+    expected = torch.linalg.solve(dense, d.reshape(-1)).reshape(4, 5)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    # Column-major flattening turns the same thing into A ⊗ G.
+    dense = torch.kron(a, g) + gamma * torch.eye(20, dtype=torch.double)
+    expected = torch.linalg.solve(dense, d.t().reshape(-1)).reshape(5, 4).t()
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["pi", "sqrt", "plain"])
+def test_inverse_precondition_equals_dense_factored_tikhonov(mode: str) -> None:
+    a, g, gamma = 7 * spd(5, 0), spd(4, 1), 0.03
+    d = torch.randn(4, 5, dtype=torch.double)
+    gamma_a, gamma_g = damping.split_damping(a, g, gamma, mode)
+    pi = math.sqrt((a.trace().item() / 5) / (g.trace().item() / 4))
+    expected_a, expected_g = {
+        "pi": (pi * math.sqrt(gamma), math.sqrt(gamma) / pi),
+        "sqrt": (math.sqrt(gamma), math.sqrt(gamma)),
+        "plain": (gamma, gamma),
+    }[mode]
+    assert gamma_a.item() == pytest.approx(expected_a, rel=1e-12)
+    assert gamma_g.item() == pytest.approx(expected_g, rel=1e-12)
+    result = preconditioning.inverse_precondition(
+        d, inverses.damped_inverse(a, gamma_a), inverses.damped_inverse(g, gamma_g)
+    )
+    dense = torch.kron(
+        g + expected_g * torch.eye(4, dtype=torch.double),
+        a + expected_a * torch.eye(5, dtype=torch.double),
+    )
+    expected = torch.linalg.solve(dense, d.reshape(-1)).reshape(4, 5)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_two_by_two_inverse_equals_dense() -> None:
+    blocks = torch.stack([spd(2, seed) for seed in range(6)])
+    expected = torch.linalg.inv(blocks + 0.1 * torch.eye(2, dtype=torch.double))
+    torch.testing.assert_close(inverses.two_by_two_inverse(blocks, 0.1), expected)
+
+
+def test_decompositions_read_the_lower_triangle_only() -> None:
+    factor = spd(6, 0)
+    spoiled = factor.tril() + torch.full_like(factor, 9.0).triu(1)
+    torch.testing.assert_close(inverses.eigen(spoiled)[0], inverses.eigen(factor)[0])
+    torch.testing.assert_close(
+        inverses.damped_inverse(spoiled, 0.1), inverses.damped_inverse(factor, 0.1)
+    )
+
+
+def test_eigen_failure_in_own_precision_falls_back_to_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    factor = spd(6, 0).float()
+    real = torch.linalg.eigh
+    precisions = []
+
+    def failing(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        precisions.append(x.dtype)
+        if x.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return real(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors = inverses.eigen(factor)
+    assert precisions == [torch.float32, torch.float64]
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.t(), factor, rtol=1e-5, atol=1e-5)
+
+
+def test_damped_inverse_indefinite_by_rounding_is_mended_by_jitter() -> None:
+    # A rank-one factor whose smallest eigenvalue is slightly negative after rounding.
+    factor = torch.ones(4, 4, dtype=torch.double)
+    factor[3, 3] -= 1e-9
+    inverse = inverses.damped_inverse(factor, 0.0)
+    assert torch.isfinite(inverse).all()
+
+
+@pytest.mark.parametrize("operation", [inverses.eigen, lambda x: inverses.damped_inverse(x, 0.1)])
+def test_decomposition_of_non_finite_factor_raises(operation) -> None:
+    factor = spd(3, 0)
+    factor[1, 0] = float("nan")
+    with pytest.raises(NumericalError, match="non-finite"):
+        operation(factor)
+
+
+def test_kl_clip_scale_bounds_the_step_with_equality() -> None:
+    p = [torch.randn(3, 4, dtype=torch.double), torch.randn(5, dtype=torch.double)]
+    d = [3 * p[0], 2 * p[1]]
+    products = preconditioning.inner_products(p, d)
+    scale = preconditioning.kl_clip_scale(products, [0.5, 0.25], 1e-3)
+    total = 0.25 * (p[0] * d[0]).sum() + 0.0625 * (p[1] * d[1]).sum()
+    assert (scale**2 * total).item() == pytest.approx(1e-3, rel=1e-12)
+    assert preconditioning.kl_clip_scale(products, [1e-6, 1e-6], 1e-3).item() == 1.0
+    zero = preconditioning.inner_products([torch.zeros(2)], [torch.zeros(2)])
+    assert preconditioning.kl_clip_scale(zero, [0.1], 1e-3).item() == 1.0
+
+
+def test_levenberg_marquardt_follows_the_reduction_ratio() -> None:
+    rule = damping.LevenbergMarquardt(1.0, omega=0.9, interval=2)
+    assert rule.update(-1.0, -1.0) == 1.0
+    assert rule(0) == pytest.approx(0.81)
+    assert rule.update(-0.1, -1.0) == pytest.approx(0.1)
+    assert rule(0) == pytest.approx(1.0)
+    rule.update(-0.5, -1.0)  # between the thresholds: unchanged
+    assert rule(0) == pytest.approx(1.0)
+    rule.update(float("nan"), -1.0)  # a step into nowhere: more damping
+    assert rule(0) == pytest.approx(1 / 0.81)
+    again = damping.LevenbergMarquardt(1.0, omega=0.9, interval=2)
+    again.load_state_dict(rule.state_dict())
+    assert again(0) == rule(0)
+    with pytest.raises(ConfigError, match="predicted change"):
+        rule.update(1.0, 0.0)
+
+
+def test_damping_schedules_hit_their_published_points() -> None:
+    warmup = damping.DampingWarmup(start=1.0, target=1e-4, warmup_steps=100)
+    assert warmup(0) == 1.0
+    rate = 2 * 4 / 100
+    assert warmup(1) == pytest.approx(1e-4 * rate + (1 - rate))
+    assert warmup(10**5) == pytest.approx(1e-4)
+    steps = damping.StepwiseDecay(0.004, 0.5, (10, 20))
+    assert [steps(s) for s in (0, 9, 10, 20)] == [0.004, 0.004, 0.002, 0.001]

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from elastic_kfac.errors import UsageError
+from elastic_kfac.metric_names import METRICS, metric
+from elastic_kfac.reports.experiment import read_run
+from elastic_kfac.reports.html import write_report
+from elastic_kfac.reports.summary import duration, headline, summary_text
+
+MakeRun = Callable[..., Path]
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch, and the nesting of elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            inside = (value or "").startswith(("#", "data:"))
+            if name in ("src", "href", "xlink:href", "action") and not inside:
+                self.fetched.append(f"{tag} {name}={value}")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_of_finished_run_is_well_formed_and_fetches_nothing(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert page.fetched == []
+    assert "script" not in page.tags
+    assert not re.findall(r"url\((?!#)", text)
+    assert page.tags.count("svg") == 3
+
+
+def test_report_figures_are_valid_xml_with_unique_clip_paths(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text(encoding="utf-8")
+    clips: list[str] = []
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL):
+        root = ElementTree.fromstring(svg)
+        ids = {e.get("id", "") for e in root.iter("{http://www.w3.org/2000/svg}clipPath")}
+        assert len(ids) > 0
+        clips += ids
+    assert len(clips) == len(set(clips))
+
+
+def test_report_written_twice_has_equal_bytes(make_run: MakeRun) -> None:
+    folder = make_run()
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+def test_report_shows_result_events_config_and_provenance(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text(encoding="utf-8")
+    assert "Reached 97.00% test accuracy in 33.4 s (best 98.61%) on 2 → 1 → 2 workers" in text
+    assert "node removed" in text
+    assert "8.6 s" in text
+    assert "20.0 s" in text  # the second event, after the first
+    assert "torch" in text and "2.15.0" in text
+    assert "conv1  0       0 1" in text
+    assert "shards: data/digits" in text
+
+
+def test_report_escapes_what_the_run_says(make_run: MakeRun) -> None:
+    text = write_report(make_run()).read_text(encoding="utf-8")
+    assert "&lt;b&gt;node&lt;/b&gt;" in text
+    assert "<b>node</b>" not in text
+
+
+@pytest.mark.parametrize(
+    "metrics", [None, "", '{"step": 1, "loss": 2.0, "wall_time_s": 0.5}\n{"st']
+)
+def test_report_of_run_that_has_just_begun_says_so(make_run: MakeRun, metrics: str | None) -> None:
+    folder = make_run(metrics__jsonl=metrics, events__jsonl=None, result__json=None)
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert "Still going, or died" in text
+
+
+def test_report_with_non_finite_losses_is_still_drawn(make_run: MakeRun) -> None:
+    rows = [
+        {"step": step, "loss": loss, "wall_time_s": step / 10, "world_size": 1, "accuracy": 0.1}
+        for step, loss in enumerate([2.0, float("nan"), float("inf"), 1.0], start=1)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    assert Page(write_report(make_run(metrics__jsonl=lines)).read_text()).open == []
+
+
+def test_report_of_many_steps_stays_small(make_run: MakeRun) -> None:
+    rows = (
+        {"step": s, "loss": 1 + 1 / s, "wall_time_s": s / 10, "world_size": 1, "step_time_s": 0.1}
+        | {"global_batch_size": 8, "lr": 0.1, "damping": 0.1, "factor_updates": s}
+        for s in range(1, 20_001)
+    )
+    folder = make_run(metrics__jsonl="".join(json.dumps(row) + "\n" for row in rows))
+    assert write_report(folder).stat().st_size < 1_500_000
+
+
+def test_write_report_of_something_else_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
+        write_report(tmp_path)
+
+
+def test_run_segments_follow_the_rows(make_run: MakeRun) -> None:
+    run = read_run(make_run())
+    assert run.world_sizes == [2, 1, 2]
+    assert [(s.first_step, s.last_step) for s in run.segments] == [(1, 60), (61, 130), (131, 210)]
+    assert run.downtime_s == pytest.approx(16.5)
+    assert len(run.evaluations) == 8
+
+
+def test_living_run_derives_time_to_accuracy_from_its_rows(make_run: MakeRun) -> None:
+    run = read_run(make_run(result__json=None))
+    first = next(e for e in run.evaluations if e[2] >= 0.97)
+    assert run.time_to_accuracy_s == first[1]
+    assert run.steps_redone == 3
+
+
+def test_headline_of_run_below_target_says_missed(make_run: MakeRun) -> None:
+    result = {"status": "finished", "best_accuracy": 0.91, "target_accuracy": 0.97, "steps": 9}
+    run = read_run(make_run(result__json=json.dumps(result), metrics__jsonl=""))
+    assert headline(run).startswith("Missed the target: 91.00% test accuracy, 97.00%")
+
+
+def test_headline_of_failed_run_names_the_status(make_run: MakeRun) -> None:
+    run = read_run(make_run(result__json=json.dumps({"status": "failed", "steps": 9})))
+    assert headline(run).startswith("Ended as “failed” at step 9")
+
+
+def test_summary_fits_one_screen(make_run: MakeRun) -> None:
+    lines = summary_text(read_run(make_run())).splitlines()
+    assert len(lines) < 24
+    assert any(
+        "2 → 1 (node removed), 8.6 s without steps, no step redone" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.414, "0.41 s"),
+        (12.34, "12.3 s"),
+        (59.97, "1 min 00 s"),
+        (185, "3 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (7620, "2 h 07 min"),
+    ],
+)
+def test_duration_reads_like_people_write(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_metric_names_are_unique_and_carry_their_unit() -> None:
+    assert len({m.column for m in METRICS}) == len(METRICS)
+    assert len({m.exported_name for m in METRICS}) == len(METRICS)
+    for entry in METRICS:
+        assert entry.help.endswith(".")
+        assert (entry.unit == "s") == entry.column.endswith("_s") or entry.unit == "samples/s"
+    assert metric("world_size").exported_name == "kfac_elastic_world_size"
+    with pytest.raises(KeyError):
+        metric("wrold_size")

@@ -1,0 +1,435 @@
+"""The loop in a world of one: what it writes, parks, resumes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import support.training_problems
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.order import id_hash
+from elastic_kfac.errors import ConfigError, NumericalError, StateError
+from elastic_kfac.training.activation_checkpointing import blocks_of
+from elastic_kfac.training.audit import audit_rows
+from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.training.evaluate import evaluate_run, export_run
+from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.training.ledger import Ledger
+from elastic_kfac.training.loop import Outcome, run_rank
+from elastic_kfac.training.models import build_model, create_model, zoo
+from elastic_kfac.training.port import FolderPort, KeepGoing
+from elastic_kfac.training.rank import RankTrainer
+from elastic_kfac.training.results import compact_ledger, read_ledger, result_row
+from elastic_kfac.training.run_folder import RunFolder
+from support.training_problems import (
+    FeedOrder,
+    MemoryFeed,
+    RecordingPort,
+    StopAt,
+    float64_cnn,
+    memory_feeds,
+    small_config,
+)
+
+
+def run(folder: Path, changes: dict[str, object] | None = None, **arguments: object) -> Outcome:
+    options: dict[str, object] = {
+        "store": CheckpointStore(folder),
+        "port": RecordingPort(),
+        "control": KeepGoing(),
+        "feeds": memory_feeds(),
+    }
+    return run_rank(small_config(changes), Communicator.solo(), **{**options, **arguments})  # type: ignore[arg-type]
+
+
+def manual_sgd(steps: int) -> list[torch.Tensor]:
+    """Three lines of textbook training over the same order: the oracle of the loop."""
+    config = small_config()
+    feed = MemoryFeed(50)
+    model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if "weight" in n], "weight_decay": 1e-3},
+        {"params": [p for n, p in model.named_parameters() if "bias" in n], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    epoch = first = 0
+    for _ in range(steps):
+        samples = feed.read(epoch, first, min(16, 50 - first))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(samples.images), samples.labels).backward()
+        optimizer.step()
+        first += 16
+        if first >= 50:
+            epoch, first = epoch + 1, 0
+    return [p.detach() for p in model.parameters()]
+
+
+def test_sgd_trajectory_equals_textbook_training(tmp_path: Path) -> None:
+    run(tmp_path, {"train.epochs": 2})
+    state = CheckpointStore(tmp_path).load_latest()
+    assert state is not None and state.progress.step == 8
+    model = float64_cnn(3, (1, 4, 4))
+    model.load_state_dict(state.model_tensors())
+    for ours, oracle in zip(model.parameters(), manual_sgd(8), strict=True):
+        assert torch.allclose(ours, oracle, rtol=0, atol=1e-12)
+
+
+def test_micro_batches_give_the_same_trajectory(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", {"train.micro_batch_size": 3})
+    whole = CheckpointStore(tmp_path / "whole").load_latest()
+    parts = CheckpointStore(tmp_path / "parts").load_latest()
+    assert whole is not None and parts is not None
+    for name, tensor in whole.tensors.items():
+        assert torch.allclose(tensor, parts.tensors[name], rtol=0, atol=1e-12), name
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
+def test_parked_and_resumed_run_ends_in_the_same_bits(tmp_path: Path, stop_at: int) -> None:
+    straight = run(tmp_path / "straight")
+    port = RecordingPort()
+    parked = run(tmp_path / "parked", control=StopAt(stop_at), port=port)
+    assert (parked.status, parked.reasons, parked.progress.step) == ("parked", ("test",), stop_at)
+    resumed = run(tmp_path / "parked", port=port)
+    assert resumed.status == "finished"
+    assert resumed.state_sha256 == straight.state_sha256
+    assert port.rewinds == [(stop_at, 0)]
+    assert [row["step"] for row in port.metric_rows if "loss" in row] == list(range(1, 13))
+    evaluated = [row["step"] for row in port.metric_rows if "eval_accuracy" in row]
+    assert evaluated == [4, 8, 12]
+
+
+def test_lost_steps_are_repeated_and_said(tmp_path: Path) -> None:
+    straight = run(tmp_path / "straight")
+    run(tmp_path / "killed", control=StopAt(3))
+    port = RecordingPort(reached=9)
+    resumed = run(tmp_path / "killed", port=port)
+    assert port.rewinds == [(3, 6)]
+    assert resumed.state_sha256 == straight.state_sha256
+
+
+def test_damaged_newest_checkpoint_ends_in_the_same_bits(tmp_path: Path) -> None:
+    straight = run(tmp_path / "straight")
+    run(tmp_path / "run", control=StopAt(3))
+    run(tmp_path / "run", control=StopAt(4))
+    (damaged,) = (tmp_path / "run/checkpoints/step-000000000007").glob("*.safetensors")
+    damaged.write_bytes(b"")
+    port = RecordingPort(reached=7)
+    resumed = run(tmp_path / "run", port=port)
+    assert port.rewinds == [(3, 4)]
+    assert resumed.state_sha256 == straight.state_sha256
+    state = CheckpointStore(tmp_path / "run").load_latest()
+    assert state is not None
+    report = audit_rows(state.ledger.tail, FeedOrder())
+    assert report.passed, report.line()
+
+
+def test_snapshots_by_stepping_time_are_durable(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=3)
+    run(tmp_path, {"elastic.snapshot_interval_s": 1e-9}, store=store)
+    steps = store.steps()
+    assert len(steps) >= 2 and steps[-1] == 12
+
+
+def test_every_sample_once_per_epoch_at_the_loss(tmp_path: Path) -> None:
+    feeds = memory_feeds()
+    run(tmp_path, {"train.epochs": 2, "train.micro_batch_size": 5}, feeds=feeds)
+    assert isinstance(feeds.train, MemoryFeed)
+    assert sorted(feeds.train.read_ids) == sorted(2 * list(range(50)))
+
+
+def test_fraction_of_an_epoch_ends_there_and_is_evaluated(tmp_path: Path) -> None:
+    port = RecordingPort()
+    outcome = run(tmp_path, {"train.epochs": 1.3}, port=port)
+    assert outcome.progress.samples_committed == 66
+    assert [row["step"] for row in port.metric_rows if "eval_accuracy" in row] == [4, 5]
+
+
+def test_target_accuracy_is_timed_and_can_end_the_run(tmp_path: Path) -> None:
+    port = RecordingPort()
+    changes = {"train.target_accuracy": 0.3, "train.stop_at_target": True}
+    outcome = run(tmp_path, changes, port=port)
+    progress = outcome.progress
+    assert outcome.status == "finished" and progress.step < 12
+    assert progress.time_to_accuracy_s is not None
+    assert progress.train_time_to_accuracy_s is not None
+    assert progress.train_time_to_accuracy_s <= progress.time_to_accuracy_s
+    assert [event["kind"] for event in port.events] == ["target_reached", "finished"]
+
+
+def test_nan_batch_is_an_error_that_names_the_step(tmp_path: Path) -> None:
+    feeds = memory_feeds()
+    assert isinstance(feeds.train, MemoryFeed)
+    feeds.train._images[7] = float("nan")
+    with pytest.raises(NumericalError, match="not finite in step"):
+        run(tmp_path, feeds=feeds)
+
+
+def test_bad_records_take_no_part_in_the_mean_but_keep_their_place(tmp_path: Path) -> None:
+    feed = MemoryFeed(50)
+    samples = feed.read(0, 0, 16)
+    feed.bad_ids = frozenset(samples.ids[:3].tolist())
+    trainer = RankTrainer(
+        small_config({"optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}),
+        Communicator.solo(),
+        Feeds(feed, None),
+    )
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    loss = torch.nn.functional.cross_entropy(trainer.model(samples.images[3:]), samples.labels[3:])
+    gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
+    result = trainer.step()
+    assert result.totals.count == 13
+    assert result.totals.id_hash == id_hash(samples.ids)
+    for old, gradient, new in zip(before, gradients, trainer.model.parameters(), strict=True):
+        assert torch.allclose(old - 0.05 * gradient, new, rtol=0, atol=1e-12)
+
+
+def test_other_data_set_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, control=StopAt(2))
+    with pytest.raises(StateError, match="data set has changed"):
+        run(tmp_path, feeds=memory_feeds(num_samples=51))
+
+
+def test_other_model_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, control=StopAt(2))
+    changes = {"model.name": "support.training_problems:batch_norm_cnn"}
+    with pytest.raises(StateError, match="another model"):
+        run(tmp_path, changes)
+
+
+def test_evaluation_counts_are_exact(tmp_path: Path) -> None:
+    feeds = memory_feeds(eval_samples=23)
+    config = small_config({"train.eval_batch_size": 4})
+    trainer = RankTrainer(config, Communicator.solo(), feeds)
+    result = trainer.evaluate()
+    assert isinstance(feeds.evaluation, MemoryFeed)
+    assert sorted(feeds.evaluation.read_ids) == list(range(23))
+    images = feeds.evaluation._images
+    with torch.no_grad():
+        outputs = trainer.model(images)
+    loss = torch.nn.functional.cross_entropy(outputs, feeds.evaluation._labels)
+    assert result.count == 23
+    assert result.correct == int((outputs.argmax(1) == feeds.evaluation._labels).sum())
+    assert result.loss == pytest.approx(float(loss), abs=1e-12)
+
+
+def test_batch_norm_running_statistics_do_not_depend_on_micro_batch_count(tmp_path: Path) -> None:
+    """One moving-average step per optimizer step: with equal micro-batches the mean is the same."""
+    changes = {"model.name": "support.training_problems:batch_norm_cnn", "optimizer.lr": 1e-12}
+    whole = RankTrainer(small_config(changes), Communicator.solo(), memory_feeds())
+    parts = RankTrainer(
+        small_config({**changes, "train.micro_batch_size": 4}), Communicator.solo(), memory_feeds()
+    )
+    for _ in range(3):
+        whole.step()
+        parts.step()
+    first, second = whole.model[1], parts.model[1]  # type: ignore[index]
+    assert torch.allclose(first.running_mean, second.running_mean, rtol=0, atol=1e-9)
+    assert int(first.num_batches_tracked) == int(second.num_batches_tracked) == 3
+    assert first.momentum == 0.1
+
+
+def test_batch_norm_of_one_pass_equals_torch(tmp_path: Path) -> None:
+    changes = {"model.name": "support.training_problems:batch_norm_cnn"}
+    config = small_config(changes)
+    trainer = RankTrainer(config, Communicator.solo(), memory_feeds())
+    oracle = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    oracle(MemoryFeed(50).read(0, 0, 16).images)
+    trainer.step()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        ours = getattr(trainer.model[1], name)  # type: ignore[index]
+        assert torch.allclose(ours, getattr(oracle[1], name), rtol=0, atol=1e-12)  # type: ignore[index]
+
+
+def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    config = small_config()
+    folder.write_config(config)
+    outcome = run(tmp_path, port=FolderPort(folder))
+    feeds = memory_feeds()
+    evaluation = evaluate_run(folder, feeds=feeds)
+    last = [row for row in folder.metrics() if "eval_accuracy" in row][-1]
+    assert evaluation.accuracy == last["eval_accuracy"] and evaluation.step == 12
+    assert compact_ledger(folder) == 12
+    assert audit_rows(read_ledger(folder), FeedOrder()).passed
+    result = result_row(config, outcome)
+    assert (result["status"], result["epochs"], result["world_sizes"]) == ("finished", 3.0, [1])
+    export_run(folder, tmp_path / "weights.safetensors")
+    changes = {"model.initial_weights": str(tmp_path / "weights.safetensors")}
+    again = build_model(small_config(changes).model, num_classes=3, image_shape=(1, 4, 4), seed=1)
+    state = CheckpointStore(tmp_path).load_latest()
+    assert state is not None
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, state.model_tensors()[name])
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    run(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    export_run(folder, tmp_path / "weights.safetensors")
+    changes = {
+        "model.name": "mlp",
+        "model.initial_weights": str(tmp_path / "weights.safetensors"),
+    }
+    with pytest.raises(ConfigError, match="does not fit"):
+        run(tmp_path / "other", changes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_and_resumes_in_the_same_bits(tmp_path: Path, precision: str) -> None:
+    changes = {"train.precision": precision, "model.name": "mlp"}
+    port = RecordingPort()
+    straight = run(tmp_path / "straight", changes, port=port)
+    run(tmp_path / "parked", changes, control=StopAt(5))
+    resumed = run(tmp_path / "parked", changes)
+    assert resumed.state_sha256 == straight.state_sha256
+    losses = [row["loss"] for row in port.metric_rows if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_fp16_overflow_skips_the_update_halves_the_scale_and_commits_the_samples() -> None:
+    config = small_config({"train.precision": "fp16", "model.name": "mlp"})
+    trainer = RankTrainer(config, Communicator.solo(), memory_feeds())
+    trainer.scaler.scale = 2.0**24
+    trainer.scaler.largest = 2.0**40
+    trainer.scaler.scale = 2.0**40
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    result = trainer.step()
+    assert result.overflow
+    assert trainer.scaler.scale == 2.0**39
+    assert trainer.progress.samples_committed == 16
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_long_ledger_is_sealed_into_segments_and_read_back_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger.seal, "__defaults__", (3,))
+    changes = {"elastic.snapshot_interval_s": 1e-9}
+    run(tmp_path, changes, control=StopAt(7))
+    run(tmp_path, changes)
+    state = CheckpointStore(tmp_path).load_latest()
+    assert state is not None and len(state.ledger.segments) >= 2
+    rows = read_ledger(RunFolder(tmp_path))
+    assert audit_rows(rows, FeedOrder()).passed
+    assert rows["step"].tolist() == list(range(1, 13))
+    assert state.ledger.world_sizes == (1,)
+
+
+def test_evaluation_at_a_snapshot_boundary_is_reported_once(tmp_path: Path) -> None:
+    changes = {"elastic.snapshot_interval_s": 1e-9}
+    port = RecordingPort()
+
+    def crash_after_the_snapshot(moment: str, step: int) -> None:
+        if (moment, step) == ("step_begin", 5):
+            store.wait()
+            raise RuntimeError("crash")
+
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path, changes, store=store, port=port, moments=crash_after_the_snapshot)
+    assert store.steps()[-1] <= 4
+    run(tmp_path, changes, port=port)
+    (rewound_to, _) = port.rewinds[0]
+    before = [row for row in port.metric_rows if "eval_accuracy" in row and row["step"] == 4]
+    assert len(before) == (1 if rewound_to == 4 else 2)
+
+
+class OwnTask:
+    """Hinge loss, as a person would write it."""
+
+    def __init__(self, train: object) -> None:
+        self.margin = 1.0
+
+    def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.multi_margin_loss(
+            outputs, labels, margin=self.margin, reduction="sum"
+        )
+
+    def correct(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (outputs.topk(2, dim=1).indices == labels[:, None]).any(dim=1).sum()
+
+
+def test_own_loss_and_metric_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support.training_problems, "OwnTask", OwnTask, raising=False)
+    port = RecordingPort()
+    run(tmp_path, {"train.loss": "support.training_problems:OwnTask"}, port=port)
+    model = build_model(small_config().model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    samples = MemoryFeed(50).read(0, 0, 16)
+    task = OwnTask(None)
+    outputs = model(samples.images).detach()
+    assert port.metric_rows[0]["loss"] == pytest.approx(
+        float(task.loss(outputs, samples.labels)) / 16
+    )
+    assert port.metric_rows[0]["accuracy"] == int(task.correct(outputs, samples.labels)) / 16
+
+
+def test_own_task_without_a_metric_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no method"):
+        run(tmp_path, {"train.loss": "support.training_problems:StopAt"})
+
+
+@pytest.mark.parametrize("kfac", [False, True], ids=["sgd", "kfac"])
+def test_activation_checkpointing_gives_the_same_bits(kfac: bool) -> None:
+    """BatchNorm statistics and Kronecker factors see every activation once, not twice."""
+    changes = {
+        "model.name": "resnet20",
+        "model.arguments": {"width": 4},
+        "kfac.enabled": kfac,
+        "kfac.damping": 0.1,
+    }
+    feeds = Feeds(MemoryFeed(50, shape=(1, 8, 8)), None)
+    hashes = []
+    for flag in (False, True):
+        config = small_config({**changes, "train.activation_checkpointing": flag})
+        trainer = RankTrainer(config, Communicator.solo(), feeds)
+        for _ in range(2):
+            trainer.step()
+        hashes.append(trainer.capture().sha256())
+    assert hashes[0] == hashes[1]
+    assert len(blocks_of(trainer.model)) == 10
+
+
+@pytest.mark.parametrize("name", sorted(zoo()))
+def test_zoo_model_forward_gives_one_logit_per_class(name: str) -> None:
+    shape = (3, 32, 32)
+    model = create_model(name, 7, shape).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(2, *shape)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 33, 31)])
+def test_small_cnn_fits_image_shapes(shape: tuple[int, int, int]) -> None:
+    assert create_model("small_cnn", 10, shape, width=4)(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet999", "resnet20"),
+        ("no.such.module:factory", "cannot be imported"),
+        ("support.training_problems:nothing", "no callable"),
+        ("support.training_problems:small_config", "do not fit"),
+        (":", "package.module:factory"),
+    ],
+)
+def test_bad_model_name_is_one_clear_line(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        create_model(name, 10, (1, 8, 8))
+
+
+def test_initial_weights_depend_on_the_seed_only() -> None:
+    config = small_config().model
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=5)
+    third = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=6)
+    weights = [next(m.parameters()) for m in (first, second, third)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])

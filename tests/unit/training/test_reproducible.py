@@ -1,0 +1,138 @@
+"""The reproducible mode in one process: what it refuses, and what its passes look like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.errors import ConfigError, StateError
+from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.training.rank import RankTrainer
+from elastic_kfac.training.reproducible import ReproducibleExchange, check_conditions, conditions
+from support.reproducible_problems import reproducible_config
+from support.training_problems import MemoryFeed, small_config
+
+
+def trainer(
+    changes: dict[str, Any] | None = None, shape: tuple[int, int, int] = (1, 4, 4)
+) -> RankTrainer:
+    feeds = Feeds(MemoryFeed(50, shape=shape), None)
+    return RankTrainer(reproducible_config(changes), Communicator.solo(), feeds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimizer.name": "sharded_kfac"}, "optimizer.name=sharded_kfac"),
+        ({"communication.wire_format": "int8"}, "communication.wire_format=int8"),
+        ({"communication.algorithm": "ring"}, "communication.algorithm=ring"),
+        ({"elastic.batch_policy": "keep_local"}, "elastic.batch_policy=keep_local"),
+        ({"plan.retune": True}, "plan.retune"),
+        ({"train.micro_batch_size": 2}, "a shard has 3 samples"),
+        ({"elastic.logical_shards": 6}, "not a power of two"),
+        ({"elastic.max_workers": 9}, "max_workers=9 is above logical_shards=8"),
+    ],
+)
+def test_config_that_cannot_be_reproducible_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match="consistent values") as caught:
+        reproducible_config(changes)
+    assert said in caught.value.line()
+
+
+def test_config_with_a_micro_batch_of_a_whole_shard_is_accepted() -> None:
+    assert reproducible_config({"train.micro_batch_size": 3}).train.micro_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("logical_shards", 16, "elastic.logical_shards"),
+        ("threads", 64, "number of threads"),
+        ("memory_format", "channels_last", "memory format"),
+        ("machine", "another processor", "machine type"),
+        ("torch", "1.0", "torch build"),
+    ],
+)
+def test_checkpoint_of_other_conditions_is_refused_with_the_reason(
+    key: str, value: Any, said: str
+) -> None:
+    own = conditions(nn.Conv2d(3, 4, 3), torch.device("cpu"), 8)
+    check_conditions(own, own)
+    with pytest.raises(StateError, match=r"elastic\.reproducible") as caught:
+        check_conditions({**own, key: value}, own)
+    assert said in caught.value.line() and str(value) in caught.value.line()
+
+
+def test_memory_format_is_part_of_the_conditions() -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert conditions(model, torch.device("cpu"), 8)["memory_format"] == "channels_last"
+
+
+def test_checkpoint_of_the_ordinary_mode_is_refused_and_the_reverse_is_not() -> None:
+    first = trainer()
+    first.step()
+    ordinary = RankTrainer(
+        small_config({"model.name": "support.reproducible_problems:dropout_net"}),
+        Communicator.solo(),
+        Feeds(MemoryFeed(50), None),
+    )
+    with pytest.raises(StateError, match="not written in the reproducible mode"):
+        trainer({"kfac.enabled": False}).restore(ordinary.capture())
+    ordinary.restore(first.capture())
+    assert ordinary.progress.step == 1
+
+
+def test_step_of_the_reproducible_mode_is_a_step_of_the_same_mathematics() -> None:
+    # Without BatchNorm and dropout, cutting a batch into shards changes rounding only.
+    changes = {"model.name": "support.training_problems:float64_cnn", "optimizer.momentum": 0.0}
+    pair = [trainer({**changes, "elastic.reproducible": mode}) for mode in (True, False)]
+    for _ in range(6):
+        results = [one.step() for one in pair]
+        assert results[0].totals.loss_sum == pytest.approx(results[1].totals.loss_sum, rel=1e-12)
+        assert results[0].totals.id_hash == results[1].totals.id_hash
+    for ours, theirs in zip(pair[0].model.parameters(), pair[1].model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+    factors = [[b.factors for b in one.kfac.blocks] for one in pair if one.kfac is not None]
+    for ours_by_name, theirs_by_name in zip(*factors, strict=True):
+        for name, value in ours_by_name.items():
+            assert torch.allclose(value, theirs_by_name[name], rtol=0, atol=1e-10)
+
+
+def test_inputs_of_every_shard_begin_on_a_cache_line() -> None:
+    # Views of a batch of 25-element samples do not, and kernels may round differently there.
+    one = trainer(shape=(1, 5, 5))
+    offsets: list[int] = []
+    shapes: list[int] = []
+
+    def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        offsets.append(inputs[0].data_ptr() % 64)
+        shapes.append(len(inputs[0]))
+
+    one.model.register_forward_pre_hook(see)
+    for _ in range(3):
+        one.step()
+    assert offsets == [0] * 22
+    assert shapes == [3, 3, 3, 3, 3, 3, 2, 2] * 2 + [1] * 6
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("count", [22, 6, 1, 8])
+def test_shares_of_the_ranks_follow_each_other_without_gap(world_size: int, count: int) -> None:
+    exchange = ReproducibleExchange(nn.Linear(2, 2), 8)
+    position = 100
+    for rank in range(world_size):
+        first, size = exchange.share(100, count, rank, world_size)
+        assert first == position
+        position += size
+    assert position == 100 + count
+
+
+def test_evaluation_counts_every_sample_once_in_whole_batches(tmp_path: Path) -> None:
+    feeds = Feeds(MemoryFeed(50), MemoryFeed(20))
+    config = reproducible_config({"train.eval_batch_size": 8})
+    assert RankTrainer(config, Communicator.solo(), feeds).evaluate().count == 20

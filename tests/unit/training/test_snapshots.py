@@ -1,0 +1,30 @@
+"""Which live states a survivor may hand over."""
+
+from __future__ import annotations
+
+from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.snapshots import CommitWatch
+
+
+def test_watch_state_is_whole_only_between_commit_and_the_next_update() -> None:
+    heard: list[tuple[Moment, int]] = []
+    watch = CommitWatch(lambda moment, step: heard.append((moment, step)))
+    seen = {}
+    moments: tuple[Moment, ...] = (
+        "recovery",
+        "step_begin",
+        "gradients_exchanged",
+        "preconditioned",
+        "committed",
+        "evaluation",
+        "backward_done",
+    )
+    for moment in moments:
+        watch(moment, 1)
+        seen[moment] = watch.is_whole
+    assert [moment for moment, whole in seen.items() if whole] == [
+        "committed",
+        "evaluation",
+        "backward_done",
+    ]
+    assert heard == [(moment, 1) for moment in moments]
