@@ -27,6 +27,7 @@ from elastic_kfac.training.moments import (
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
 from elastic_kfac.training.state import TrainingState
+from support.gloo import disband
 from support.reproducible_problems import reproducible_config
 from support.training_problems import RecordingPort, StopAt, memory_feeds
 
@@ -110,10 +111,9 @@ def note(folder: Path, fired: Fired) -> None:
 
 def play_cases(folder: str, cases: list[Case]) -> dict[str, str]:
     """All cases with one pool of processes; how their first worlds ended, as this process saw it."""
-    store = dist.distributed_c10d._get_default_store()
     alive = list(range(dist.get_world_size()))
     slot = dist.get_rank()
-    dist.destroy_process_group()
+    store = disband()
     store.set(f"pid/{slot}", str(os.getpid()))
     endings: dict[str, str] = {}
     generation = 0

@@ -114,6 +114,19 @@ def run_ranks(
         return _results(outcomes, stacks, set(expect_death), timeout_s)
 
 
+def disband() -> Any:
+    """The store of the ranks' group, after the group itself has ended.
+
+    A connection closed while slower peers still connect fails them, so nobody closes before all have
+    come together.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"joined/{dist.get_rank()}", "")
+    store.wait([f"joined/{rank}" for rank in range(dist.get_world_size())])
+    dist.destroy_process_group()
+    return store
+
+
 def _collect(
     pipes: list[Connection], deadline: float, expect_death: set[int]
 ) -> dict[int, tuple[str, Any]]:

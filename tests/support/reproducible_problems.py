@@ -17,6 +17,7 @@ from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
+from support.gloo import disband
 from support.training_problems import RecordingPort, StopAt, memory_feeds, small_config
 
 Segment = tuple[int, int | None]
@@ -86,9 +87,8 @@ def random_schedule(seed: int, most: int) -> list[Segment]:
 
 def play_schedules(folder: str, schedules: dict[str, tuple[dict[str, Any], list[Segment]]]) -> None:
     """Plays schedules one after the other with the ranks of the present group as a pool."""
-    store = dist.distributed_c10d._get_default_store()
     slot = dist.get_rank()
-    dist.destroy_process_group()
+    store = disband()
     generation = 0
     for name, (changes, segments) in schedules.items():
         for world_size, steps in segments:
@@ -103,9 +103,8 @@ def play_schedules(folder: str, schedules: dict[str, tuple[dict[str, Any], list[
 
 def play_kill(folder: str, moments: Moments, victim: int) -> str:
     """Three ranks until one is killed; the survivors go on as two, from the newest checkpoint."""
-    store = dist.distributed_c10d._get_default_store()
     slot = dist.get_rank()
-    dist.destroy_process_group()
+    store = disband()
     config = reproducible_config({"elastic.snapshot_interval_s": 1e-9})
     said = ""
     try:

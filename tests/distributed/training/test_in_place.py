@@ -16,7 +16,7 @@ from elastic_kfac.training.membership import StoreMembership
 from elastic_kfac.training.moments import Faults, Moment
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.state import TrainingState
-from support.gloo import run_ranks
+from support.gloo import disband, run_ranks
 from support.training_problems import (
     FeedOrder,
     RecordingPort,
@@ -38,9 +38,8 @@ EVERY_STEP = {"elastic.snapshot_interval_s": 1e-9}
 
 
 def member(folder: str, script: Script) -> Seen:
-    store = dist.distributed_c10d._get_default_store()
     slot = dist.get_rank()
-    dist.destroy_process_group()
+    store = disband()
     membership = StoreMembership(store, slot, settle_s=2, timeout_s=20)
     if slot == min(script.founders):
         StoreMembership.found(store, script.founders)
