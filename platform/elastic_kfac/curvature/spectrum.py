@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -107,7 +107,11 @@ def top_eigenvalues(
     found: list[tuple[float, Tensor, float, bool]] = []
     products = 0
     for index in range(count):
-        others = [vector for _, vector, _, _ in found]
+        others = (
+            torch.stack([vector for _, vector, _, _ in found])
+            if found
+            else torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
+        )
         vector = _unit(_without(random_vector(operator, seed, index), others))
         value, residual, done = math.nan, math.nan, False
         for _ in range(max_iterations):
@@ -146,14 +150,46 @@ def top_by_lanczos(
         UsageError: If more eigenvalues are asked for than there are.
     """
     _check_count(operator, count)
-    found: list[tuple[float, Tensor, float, bool]] = []
+    result = lanczos(
+        operator,
+        max_steps,
+        random_vector(operator, seed, 0),
+        enough=lambda so_far: _is_enough(so_far, count, tolerance),
+    )
+    return _largest(result, count, tolerance)
 
-    def enough(result: Tridiagonal) -> bool:
-        # A look costs a small eigenproblem, so not after every step.
-        steps = len(result.diagonal)
-        return steps >= count and steps % 5 == 0 and all(_settled(result, count, tolerance)[1])
+
+def spectrum(
+    operator: Operator,
+    count: int = 1,
+    *,
+    seed: int = 0,
+    max_steps: int = 100,
+    tolerance: float = 1e-3,
+) -> tuple[Eigenpairs, Extremes]:
+    """The eigenvalues of the largest size and both ends, from one and the same Lanczos run.
+
+    Raises:
+        UsageError: If more eigenvalues are asked for than there are.
+        NumericalError: If a product was not finite.
+    """
+    _check_count(operator, count)
+
+    def enough(so_far: Tridiagonal) -> bool:
+        return _is_enough(so_far, count, tolerance) and _ends(so_far, tolerance).converged
 
     result = lanczos(operator, max_steps, random_vector(operator, seed, 0), enough=enough)
+    return _largest(result, count, tolerance), _ends(result, tolerance)
+
+
+def _is_enough(so_far: Tridiagonal, count: int, tolerance: float) -> bool:
+    # A look costs a small eigenproblem, so not after every step.
+    steps = len(so_far.diagonal)
+    return steps >= count and steps % 5 == 0 and all(_settled(so_far, count, tolerance)[1])
+
+
+def _largest(result: Tridiagonal, count: int, tolerance: float) -> Eigenpairs:
+    found: list[tuple[float, Tensor, float, bool]] = []
     if not result.is_finite:
         return _eigenpairs([(math.nan, result.basis[0], math.nan, False)], len(result.diagonal))
     order, settled = _settled(result, count, tolerance)
@@ -241,7 +277,10 @@ def extremes(
 ) -> Extremes:
     """Both ends at once by Lanczos iterations; converged when both residuals are below
     tolerance times the larger end."""
-    result = lanczos(operator, steps, random_vector(operator, seed, 0))
+    return _ends(lanczos(operator, steps, random_vector(operator, seed, 0)), tolerance)
+
+
+def _ends(result: Tridiagonal, tolerance: float) -> Extremes:
     values, mixes = result.eigen()
     ends = [0, -1]
     residual = max(abs(result.residual * float(mixes[-1, end])) for end in ends)
@@ -271,27 +310,30 @@ def lanczos(
     """
     if steps < 1:
         raise UsageError("Lanczos needs at least one step", given=steps)
-    basis = [_unit(start)]
+    steps = min(steps, operator.size)
+    # One block: a list that is stacked at the end would take the memory twice.
+    basis = start.new_empty(steps, operator.size)
+    basis[0] = _unit(start)
     diagonal: list[float] = []
     off_diagonal: list[float] = []
     scale = 0.0
     while True:
-        image = operator.product(basis[-1])
-        diagonal.append(_dot(basis[-1], image))
-        image = _without(image, basis)
+        newest = basis[len(diagonal)]
+        image = operator.product(newest)
+        diagonal.append(_dot(newest, image))
+        done_rows = basis[: len(diagonal)]
+        image = _without(image, done_rows)
         norm = float(torch.linalg.vector_norm(image))
         scale = max(scale, abs(diagonal[-1]), norm)
         # Below rounding there is nothing left but noise: the space is invariant.
         if norm <= torch.finfo(operator.dtype).eps * operator.size**0.5 * scale:
             norm = 0.0
-        done = len(diagonal) >= min(steps, operator.size) or norm == 0 or not math.isfinite(norm)
-        if done or operator.expired:
-            return Tridiagonal(tuple(diagonal), tuple(off_diagonal), norm, torch.stack(basis))
-        so_far = Tridiagonal(tuple(diagonal), tuple(off_diagonal), norm, start.new_empty(0))
-        if enough(so_far):
-            return replace(so_far, basis=torch.stack(basis))
+        result = Tridiagonal(tuple(diagonal), tuple(off_diagonal), norm, done_rows)
+        done = len(diagonal) >= steps or norm == 0 or not math.isfinite(norm)
+        if done or operator.expired or enough(result):
+            return result
         off_diagonal.append(norm)
-        basis.append(image / norm)
+        basis[len(diagonal)] = image / norm
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -302,9 +344,9 @@ def _unit(vector: Tensor) -> Tensor:
     return vector / torch.linalg.vector_norm(vector)
 
 
-def _without(vector: Tensor, found: Sequence[Tensor]) -> Tensor:
-    """`vector` minus its parts along unit vectors; twice, because once leaves rounding."""
-    for _ in range(2):
-        for other in found:
-            vector = vector - torch.dot(other, vector) * other
+def _without(vector: Tensor, found: Tensor) -> Tensor:
+    """`vector` minus its parts along orthonormal rows; twice, because once leaves rounding."""
+    if len(found):
+        for _ in range(2):
+            vector = vector - found.T @ (found @ vector)
     return vector
