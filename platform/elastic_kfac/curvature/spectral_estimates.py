@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,29 +118,35 @@ def one_sample_eigenvalues(
     sum_over_ranks: SumOverRanks = alone,
     max_steps: int = 100,
     tolerance: float = 1e-3,
+    time_budget_s: float | None = None,
 ) -> Tensor:
     """Top eigenvalues of the Hessian of each of `samples` single samples [samples, top].
 
     By Lanczos, because such a Hessian has pairs of nearly ±λ that stop power iteration early. Ranks
-    share the samples; every rank gets the whole table. `sample(i)` is a batch of one.
+    share the samples; every rank gets the whole table. `sample(i)` is a batch of one, or empty for a
+    sample that does not count. Samples that a rank's time budget has no room for are left out.
     """
-    table: Tensor | None = None
+    if samples < 1:
+        raise UsageError("one-sample spectra need at least one sample")
+    began = time.monotonic()
     chosen = None if parameters is None else list(parameters)
-    for index in range(samples):
-        if table is None:
-            device = next(model.parameters()).device
-            table = torch.zeros(samples, top, dtype=torch.float64, device=device)
-        if index % world_size != rank:
+    device = next(model.parameters()).device
+    # The last column says which rows count.
+    table = torch.zeros(samples, top + 1, dtype=torch.float64, device=device)
+    for index in range(rank, samples, world_size):
+        if time_budget_s is not None and time.monotonic() - began > time_budget_s:
+            break
+        batch = sample(index)
+        if not len(batch[1]):
             continue
-        hessian = Hessian(model, loss_sum, [sample(index)], parameters=chosen)
+        hessian = Hessian(model, loss_sum, [batch], parameters=chosen)
         found = top_by_lanczos(hessian, top, seed=index, max_steps=max_steps, tolerance=tolerance)
         # A Hessian of low rank has fewer eigenvalues that are not 0 than were asked for.
         values = torch.tensor(found.values, dtype=torch.float64)
         table[index, : len(values)] = values
-    if table is None:
-        raise UsageError("one-sample spectra need at least one sample")
+        table[index, -1] = 1
     sum_over_ranks(table)
-    return table.cpu()
+    return table[table[:, -1] > 0, :-1].cpu()
 
 
 @torch.no_grad()

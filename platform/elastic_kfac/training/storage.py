@@ -80,6 +80,12 @@ class Storage:
         found = self._location.filesystem.get_file_info(selector)
         return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
 
+    def files(self, name: str) -> list[str]:
+        """Sorted names of the files directly in `name`; empty when there is no such folder."""
+        selector = fs.FileSelector(self.path(name), allow_not_found=True)
+        found = self._location.filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+
     def delete(self, name: str) -> None:
         """Deletes a file or a whole folder; nothing happens when there is none."""
         self._location.remove(name)
