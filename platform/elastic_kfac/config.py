@@ -10,15 +10,40 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from elastic_kfac.config_sections import (
+    AdversarialConfig,
+    BatchConfig,
+    DistNewtonConfig,
+    MixingConfig,
+    OptimizerConfig,
+    Section,
+    conflicts,
+    reproducible_conflicts,
+)
 from elastic_kfac.errors import ConfigError
 
-
-class Section(BaseModel):
-    """A frozen section: unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+__all__ = [
+    "AdversarialConfig",
+    "BatchConfig",
+    "CommunicationConfig",
+    "Config",
+    "DataConfig",
+    "DistNewtonConfig",
+    "ElasticConfig",
+    "KfacConfig",
+    "MixingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "ResourcesConfig",
+    "Section",
+    "ShardedConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "parse_config",
+]
 
 
 class DataConfig(Section):
@@ -73,34 +98,12 @@ class TrainConfig(Section):
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     torch_threads: Annotated[int, Field(ge=1)] = 1
     """Intra-op threads per worker (CPU)."""
+    sync_batch_norm: bool = False
+    """Normalise over the samples of a group of ranks instead of over one rank's pass."""
+    sync_batch_norm_group: Annotated[int, Field(ge=1)] | None = None
+    """Consecutive ranks that normalise together; None is all of them."""
     loss: str = "cross_entropy"
     """`cross_entropy`, `mse`, or `package.module:factory`."""
-
-
-class OptimizerConfig(Section):
-    """The first-order rule that applies the (preconditioned) gradient."""
-
-    name: Literal["sgd", "adam", "adamw", "sharded_kfac"] = "sgd"
-    """`sharded_kfac` is Osawa's pipeline: it takes damping, method, intervals and scales from `kfac`,
-    momentum from here and the rest from `sharded`; factors and momentum live at one owner each."""
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    decay_norm_and_bias: bool = False
-    """Whether weight decay also covers normalisation layers and biases."""
-    lr_schedule: Literal["constant", "step", "cosine", "linear"] = "constant"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0
-    decay_epochs: tuple[float, ...] = ()
-    decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    end_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Where cosine and linear schedules end, as a fraction of `lr`."""
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> OptimizerConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum > 0")
-        return self
 
 
 class KfacConfig(Section):
@@ -143,8 +146,6 @@ class ShardedConfig(Section):
     refresh: Literal["fixed", "adaptive"] = "fixed"
     """Statistics every `kfac.factor_update_steps`, or by how much each of them changes."""
     refresh_threshold: Annotated[float, Field(gt=0)] = 0.1
-    rescale_weights: bool = False
-    """Shrink weight matrices to norm sqrt(2·d_out) after each update, instead of weight decay."""
 
 
 class CommunicationConfig(Section):
@@ -162,7 +163,13 @@ class ElasticConfig(Section):
 
     min_workers: Annotated[int, Field(ge=1)] = 1
     max_workers: Annotated[int, Field(ge=1)] = 2
-    batch_policy: Literal["keep_global", "keep_local"] = "keep_global"
+    batch_policy: Literal["keep_global", "keep_local", "abs"] = "keep_global"
+    """What a resize does to the batch: nothing, or scale it with the workers; with `abs` the batch
+    does not follow the workers, but its growth (`batch.policy`) asks for more of them."""
+    merge: Literal["average", "distnewton"] = "average"
+    """How ranks that stepped apart come together: by averaging, or by a quasi-Newton step."""
+    merge_every_steps: Annotated[int, Field(ge=1)] = 1
+    """Steps that ranks take apart, each on its own share; 1 with `average` sums gradients instead."""
     snapshot_interval_s: Annotated[float, Field(gt=0)] = 2.0
     """At most this much stepping time is redone after an unplanned loss."""
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = 60.0
@@ -221,10 +228,14 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    mixing: MixingConfig = MixingConfig()
     kfac: KfacConfig = KfacConfig()
     sharded: ShardedConfig = ShardedConfig()
     communication: CommunicationConfig = CommunicationConfig()
     elastic: ElasticConfig = ElasticConfig()
+    distnewton: DistNewtonConfig = DistNewtonConfig()
     plan: PlanConfig = PlanConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -246,6 +257,8 @@ class Config(Section):
                 raise ValueError("optimizer.name=sharded_kfac runs in fp32 or bf16, not in fp16")
             if self.kfac.fisher != "empirical":
                 raise ValueError("optimizer.name=sharded_kfac uses kfac.fisher=empirical")
+        for problem in conflicts(self):
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -263,12 +276,13 @@ class Config(Section):
                 self.communication.algorithm != "native"
             ),
             f"elastic.batch_policy={self.elastic.batch_policy}": (
-                self.elastic.batch_policy != "keep_global"
+                self.elastic.batch_policy == "keep_local"
             ),
             "plan.retune=true": self.plan.retune,
             f"train.micro_batch_size={micro} (a shard has {largest_shard} samples)": (
                 micro is not None and micro < largest_shard
             ),
+            **dict.fromkeys(reproducible_conflicts(self), True),
         }
         for setting, is_in_the_way in obstacles.items():
             if is_in_the_way:

@@ -9,36 +9,13 @@ from types import MappingProxyType
 from typing import Literal
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.optimizers.schedules import Schedule
+from elastic_kfac.optimizers.schedules import Schedule, polynomial_decay
+
+__all__ = ["PRESETS", "LargeBatchPreset", "MomentumRule", "polynomial_decay", "tied_momentum"]
 
 MomentumRule = Literal["ratio0", "ratio_prev"]
 
 IMAGENET_SAMPLES = 1_281_167
-
-
-def polynomial_decay(start_epoch: float, end_epoch: float, power: float) -> Schedule:
-    """1 before `start_epoch`, then (1 − (e − start)/(end − start))^p, and 0 from `end_epoch` on.
-
-    `end_epoch` may lie after the end of training, which then stops at a rate that is not 0.
-
-    Raises:
-        ConfigError: If the decay ends before it starts, or the power is not positive.
-    """
-    if not 0 <= start_epoch < end_epoch or not power > 0:
-        raise ConfigError(
-            "polynomial decay out of range",
-            given=f"epochs {start_epoch} to {end_epoch}, power {power}",
-            allowed="0 <= start < end, power > 0",
-        )
-
-    def factor(epoch: float) -> float:
-        if epoch < start_epoch:
-            return 1.0
-        if epoch >= end_epoch:
-            return 0.0
-        return (1 - (epoch - start_epoch) / (end_epoch - start_epoch)) ** power
-
-    return factor
 
 
 def tied_momentum(

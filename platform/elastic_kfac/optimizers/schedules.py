@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from elastic_kfac.errors import ConfigError
+
 Schedule = Callable[[float], float]
 """Maps a fractional epoch to a factor of the base learning rate."""
 
@@ -44,6 +46,31 @@ def linear(total_epochs: float, end_fraction: float = 0.0) -> Schedule:
     return factor
 
 
+def polynomial_decay(start_epoch: float, end_epoch: float, power: float) -> Schedule:
+    """1 before `start_epoch`, then (1 − (e − start)/(end − start))^p, and 0 from `end_epoch` on.
+
+    `end_epoch` may lie after the end of training, which then stops at a rate that is not 0.
+
+    Raises:
+        ConfigError: If the decay ends before it starts, or the power is not positive.
+    """
+    if not 0 <= start_epoch < end_epoch or not power > 0:
+        raise ConfigError(
+            "polynomial decay out of range",
+            given=f"epochs {start_epoch} to {end_epoch}, power {power}",
+            allowed="0 <= start < end, power > 0",
+        )
+
+    def factor(epoch: float) -> float:
+        if epoch < start_epoch:
+            return 1.0
+        if epoch >= end_epoch:
+            return 0.0
+        return (1 - (epoch - start_epoch) / (end_epoch - start_epoch)) ** power
+
+    return factor
+
+
 def with_warmup(schedule: Schedule, warmup_epochs: float) -> Schedule:
     """Ramps linearly to the schedule's value at the end of the warm-up (Goyal et al. 2017).
 
@@ -69,11 +96,18 @@ def make_schedule(
     decay_epochs: Sequence[float] = (),
     decay_factor: float = 0.1,
     end_fraction: float = 0.0,
+    start_epoch: float = 0.0,
+    end_epoch: float | None = None,
+    power: float = 2.0,
 ) -> Schedule:
-    """The schedule of a configuration: `constant`, `step`, `cosine` or `linear`, with warm-up.
+    """The schedule of a name, with warm-up.
+
+    `constant`, `step` (decay epochs and factor), `cosine` and `linear` (end fraction) or `polynomial`
+    (start and end epoch, power; None ends it with the run).
 
     Raises:
         ValueError: If the name is unknown.
+        ConfigError: If a polynomial decay is out of range.
     """
     if name == "constant":
         schedule = constant()
@@ -83,6 +117,11 @@ def make_schedule(
         schedule = cosine(total_epochs, end_fraction)
     elif name == "linear":
         schedule = linear(total_epochs, end_fraction)
+    elif name == "polynomial":
+        end = total_epochs if end_epoch is None else end_epoch
+        schedule = polynomial_decay(start_epoch, end, power)
     else:
-        raise ValueError(f"unknown lr_schedule {name!r}: constant, step, cosine or linear")
+        raise ValueError(
+            f"unknown lr_schedule {name!r}: constant, step, cosine, linear or polynomial"
+        )
     return with_warmup(schedule, warmup_epochs)

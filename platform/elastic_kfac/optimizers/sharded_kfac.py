@@ -58,7 +58,6 @@ class ShardedKFAC:
         inverse_damping: How `inverse` splits γ.
         kl_clip: Bound on the KL of a step, measured over all owners; None, as published, for none.
         weight_decay: Added to the gradient before preconditioning; γ grows by it (coupled form).
-        rescale_weights: After each update `W ← W·min(1, sqrt(2·d_out)/‖W‖)` for layers with a matrix.
         gather: `weights` or `gradients`.
         v_method: How V-collectives run: `per_owner`, `padded` or `fused`.
         wire: `fp32`, or `fp16` / `bf16` for gradients and statistics on the way to their owners. The
@@ -88,7 +87,6 @@ class ShardedKFAC:
         bn_damping_multiplier: float = 1.0,
         kl_clip: float | None = None,
         weight_decay: float = 0.0,
-        rescale_weights: bool = False,
         gather: Literal["weights", "gradients"] = "weights",
         v_method: VMethod = "per_owner",
         wire: Literal["fp32", "fp16", "bf16"] = "fp32",
@@ -112,7 +110,7 @@ class ShardedKFAC:
         self.factor_decay, self.factor_update_steps = factor_decay, factor_update_steps
         self.refresh, self.refresh_threshold = refresh, refresh_threshold
         self.kl_clip, self.weight_decay = kl_clip, weight_decay
-        self.rescale_weights, self.gather, self.v_method = rescale_weights, gather, v_method
+        self.gather, self.v_method = gather, v_method
         self.wire = wire
         self.options = BlockOptions(
             method=method,
@@ -398,9 +396,6 @@ class ShardedKFAC:
                     velocity = self.velocity[name] = torch.zeros_like(parameter)
                 velocity.mul_(self.momentum).add_(step, alpha=-self.lr)
                 parameter.add_(velocity)
-                if self.rescale_weights and unit.block is not None and parameter.dim() > 1:
-                    limit = (2 * parameter.shape[0]) ** 0.5
-                    parameter.mul_((limit / (parameter.norm() + 1e-9)).clamp(max=1.0))
 
     def _all_gather(self, preconditioned: Mapping[str, Sequence[Tensor]]) -> None:
         like = self.units[0].parameters[0][1]

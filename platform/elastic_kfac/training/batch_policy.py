@@ -1,6 +1,7 @@
 """How the global batch and the learning rate follow the world size.
 
-`keep_global`: neither follows; the mathematics does not know the world size.
+`keep_global`: neither follows; the mathematics does not know the world size. `abs`: the same; the
+workers follow the batch (`batch_control`).
 `keep_local`: every worker keeps its share, so the batch is proportional to the world, and the rate
 follows it by the linear scaling rule (Goyal et al. 2017, section 2.1), ramped after every change
 because a jump upwards is what diverges (section 2.2).
@@ -22,7 +23,7 @@ class BatchPolicy:
     `full_batch_size` is the global batch of `full_world_size` workers; a factor of 1 belongs to it.
     """
 
-    kind: Literal["keep_global", "keep_local"]
+    kind: Literal["keep_global", "keep_local", "abs"]
     full_batch_size: int
     full_world_size: int
     num_samples: int
@@ -35,7 +36,7 @@ class BatchPolicy:
 
     def batch_size(self, world_size: int) -> int:
         """Samples per step."""
-        if self.kind == "keep_global":
+        if self.kind != "keep_local":
             return self.full_batch_size
         return max(1, self.full_batch_size * world_size // self.full_world_size)
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from elastic_kfac.config import Config, OptimizerConfig
+from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
 from elastic_kfac.optimizers.schedules import Schedule, make_schedule
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -28,7 +29,7 @@ def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """SGD, Adam or AdamW; by default no weight decay on normalisation layers and biases."""
+    """The rule of a name; by default no weight decay on normalisation layers and biases."""
     decayed, plain = decay_groups(model)
     plain_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
@@ -38,32 +39,35 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     ]
     # foreach kernels group parameters by device and type; the plain loop has one fixed order.
     foreach = None if any(p.is_cuda for p in model.parameters()) else False
-    if config.name in ("sgd", "sharded_kfac"):
-        return torch.optim.SGD(
-            groups,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            foreach=foreach,
-        )
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=config.lr, betas=(config.momentum, 0.999), foreach=foreach)
+    lr, momentum = config.lr, config.momentum
+    if config.name == "lars":
+        return LARS(groups, lr=lr, momentum=momentum, trust=config.trust)
+    if config.name == "lamb":
+        return LAMB(groups, lr=lr, betas=(momentum, 0.999))
+    if config.name == "velocity_sgd":
+        return VelocitySGD(groups, lr=lr, momentum=momentum)
+    if config.name in ("adam", "adamw"):
+        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+        return kind(groups, lr=lr, betas=(momentum, 0.999), foreach=foreach)
+    return torch.optim.SGD(
+        groups, lr=lr, momentum=momentum, nesterov=config.nesterov, foreach=foreach
+    )
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The learning-rate schedule over fractional epochs."""
+    """The learning-rate schedule over fractional epochs; a batch policy has the decay epochs itself."""
     optimizer = config.optimizer
+    name = optimizer.lr_schedule
+    if name == "step" and config.batch.policy != "constant":
+        name = "constant"
     return make_schedule(
-        optimizer.lr_schedule,
+        name,
         total_epochs=config.train.epochs,
         warmup_epochs=optimizer.warmup_epochs,
         decay_epochs=optimizer.decay_epochs,
         decay_factor=optimizer.decay_factor,
         end_fraction=optimizer.end_lr_fraction,
+        start_epoch=optimizer.decay_start_epoch,
+        end_epoch=optimizer.decay_end_epoch,
+        power=optimizer.decay_power,
     )
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Sets the rate of every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -19,10 +19,11 @@ import torch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.training.checkpoint import StateStore
+from elastic_kfac.training.evaluation import EvalResult
 from elastic_kfac.training.feeds import Feeds, open_feeds
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
-from elastic_kfac.training.rank import EvalResult, RankTrainer, StepResult
+from elastic_kfac.training.rank import RankTrainer, StepResult
 from elastic_kfac.training.state import Progress, TrainingState
 from elastic_kfac.training.state_transfer import share_state
 

@@ -12,22 +12,24 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
+from elastic_kfac.training.attacks import evaluation_attack
 from elastic_kfac.training.batch_policy import BatchPolicy
+from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 from elastic_kfac.training.exchange import Totals
-from elastic_kfac.training.feeds import Feeds, Samples, samples_in, share
-from elastic_kfac.training.first_order import make_optimizer, schedule_of, set_lr
-from elastic_kfac.training.identity import config_sha256, counter_seed
+from elastic_kfac.training.feeds import Feeds, Samples, share
+from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.identity import config_sha256
 from elastic_kfac.training.ledger import Ledger
 from elastic_kfac.training.models import build_model
 from elastic_kfac.training.moments import Moments, ignore_moments
-from elastic_kfac.training.precision import LossScaler, autocast
+from elastic_kfac.training.passes import Passes, Place
+from elastic_kfac.training.precision import LossScaler
+from elastic_kfac.training.rates import RateControl
 from elastic_kfac.training.reproducible import (
     ReproducibleExchange,
     agree_on_conditions,
@@ -60,19 +62,6 @@ class StepResult:
     overflow: bool
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Exact counts over the whole evaluation split."""
-
-    loss: float
-    correct: int
-    count: int
-
-    @property
-    def accuracy(self) -> float:
-        return self.correct / self.count
-
-
 class RankTrainer:
     """Trains as one rank of `communicator`; `regroup` moves it to another one between steps."""
 
@@ -99,14 +88,7 @@ class RankTrainer:
         ).to(self.device)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
-        self._dtype = next(self.model.parameters()).dtype
-        self._normalization: tuple[Tensor, Tensor] | None = None
-        if feeds.train.normalization is not None:
-            mean, std = (
-                value.to(self.device, self._dtype).view(1, -1, 1, 1)
-                for value in feeds.train.normalization
-            )
-            self._normalization = (mean, std)
+        self.passes = Passes(self.model, self.task, config, feeds.train, self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.path = self._make_path()
         self.scaler = LossScaler.for_precision(config.train.precision)
@@ -120,7 +102,12 @@ class RankTrainer:
         self._check_world()
         self.ledger = Ledger()
         self.progress = Progress()
-        self._schedule = schedule_of(config)
+        self.rates = RateControl(config)
+        self._evaluation_attack = None
+        if feeds.evaluation is not None:
+            self._evaluation_attack = evaluation_attack(
+                config.adversarial, self.passes.make_inputs, feeds.evaluation
+            )
 
     @property
     def kfac(self) -> KFAC | None:
@@ -168,7 +155,15 @@ class RankTrainer:
         first, count = before.consumed, self._batch_size()
         samples, data_wait_s = self._read_share(first, count)
         try:
-            local = self._passes(samples, count)
+            place = Place(before.step, before.epoch, count, self._share(first, count)[0] - first)
+            local = self.passes.run(
+                self.exchange,
+                self.communicator,
+                self.kfac,
+                samples,
+                place,
+                self._loss_scale(count),
+            )
             self.moments("backward_done", before.step + 1)
             local_totals = replace(local, stop=int(stop), snapshot=int(snapshot))
             totals = self.path.reduce(self.exchange, local_totals, before.step)
@@ -206,31 +201,16 @@ class RankTrainer:
         assert feed is not None
         self.moments("evaluation", self.progress.step)
         begin = time.perf_counter()
-        size = self.config.train.eval_batch_size
-        first, count = self._evaluation_share(feed.num_samples, size)
-        batches = -(-feed.num_samples // size)
-        sums = torch.zeros(batches, 3, dtype=torch.float64, device=self.device)
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for start in range(first, first + count, size):
-                    samples = feed.read(0, start, min(size, first + count - start))
-                    feed.prefetch(0, start + size, min(size, first + count - start - size))
-                    images, labels = self._on_device(samples)
-                    if not len(labels):
-                        continue
-                    with autocast(self.config.train.precision, self.device):
-                        outputs = self.model(images)
-                        loss = self.task.loss(outputs, labels)
-                    row = sums[start // size]
-                    row[0] += loss
-                    row[1] += self.task.correct(outputs, labels)
-                    row[2] += len(labels)
-        finally:
-            self.model.train()
-        self.communicator.all_reduce(sums, tag="evaluation").wait()
-        loss_sum, correct, seen = sums.sum(0).tolist()
-        result = EvalResult(loss_sum / seen, round(correct), round(seen))
+        result = evaluate_split(
+            self.model,
+            self.task,
+            feed,
+            self.passes.make_inputs,
+            self.communicator,
+            self.config.train,
+            attack=self._evaluation_attack,
+            whole_batches=self.config.elastic.reproducible,
+        )
         self.account(time.perf_counter() - begin)
         self._note_accuracy(result.accuracy)
         return result
@@ -250,6 +230,7 @@ class RankTrainer:
             **self.join_capture(),
             "scaler": self.scaler.state_dict(),
             "batch_policy": self.batch_policy.state_dict(),
+            "rates": self.rates.state_dict(),
         }
         if self.config.elastic.reproducible:
             parts["reproducible"] = self._conditions()
@@ -296,8 +277,10 @@ class RankTrainer:
         self.path.load_state_dict({name: state.part(name) for name in PARTS})
         self.scaler.load_state_dict(state.part("scaler") or {})
         self.batch_policy.load_state_dict(state.part("batch_policy") or {})
+        self.rates.load_state_dict(state.part("rates") or {})
         self.ledger = Ledger(state.ledger)
         self.progress = state.progress
+        self.passes.drop_mixed()
 
     def disband(self) -> None:
         """Lets go of every reference to the present process group."""
@@ -339,14 +322,6 @@ class RankTrainer:
             return self.exchange.share(first, count, rank, world_size)
         return share(first, count, rank, world_size)
 
-    def _evaluation_share(self, num_samples: int, size: int) -> tuple[int, int]:
-        rank, world_size = self.communicator.rank, self.communicator.world_size
-        if not self.config.elastic.reproducible:
-            return share(0, num_samples, rank, world_size)
-        # Whole batches, so that every one has the same samples in every world.
-        begin, batches = share(0, -(-num_samples // size), rank, world_size)
-        return begin * size, max(0, min(num_samples, (begin + batches) * size) - begin * size)
-
     def _batch_size(self) -> int:
         left = self.feeds.train.num_samples - self.progress.consumed
         return min(self.batch_policy.batch_size(self.communicator.world_size), left)
@@ -367,73 +342,16 @@ class RankTrainer:
             self.feeds.train.prefetch(epoch, *self._share(next_first, min(size, left)))
         return samples, waited
 
-    def _passes(self, samples: Samples | None, global_count: int) -> Totals:
-        """Forward and backward over this rank's share; without samples there is nothing to add."""
-        self.exchange.begin_step()
-        if isinstance(self.exchange, ReproducibleExchange):
-            return self._shard_passes(self.exchange, samples, global_count)
-        if samples is None:
-            return Totals()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        correct = torch.zeros((), dtype=torch.float64, device=self.device)
-        images, labels = self._on_device(samples)
-        size = self.config.train.micro_batch_size or max(len(labels), 1)
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
-            # Never the state of a generator: the same sample range has the same dropout everywhere.
-            torch.manual_seed(
-                counter_seed(self.config.train.seed, self.progress.step, int(samples.ids[start]))
-            )
-            self.exchange.begin_pass()
-            loss, right = self._pass(images[part], labels[part], self._loss_scale(global_count))
-            self.exchange.end_pass(len(labels[part]))
-            loss_sum += loss
-            correct += right
-        return Totals(
-            loss_sum=float(loss_sum),
-            correct=float(correct),
-            count=len(labels),
-            id_hash=id_hash(samples.ids),
-        )
-
-    def _shard_passes(
-        self, exchange: ReproducibleExchange, samples: Samples | None, global_count: int
-    ) -> Totals:
-        """One pass per logical shard, each a leaf of the summation tree."""
-        scale = self._loss_scale(global_count)
-        for shard, part in exchange.shards(self.communicator, self.kfac, global_count):
-            assert samples is not None
-            images, labels = self._on_device(samples_in(samples, part))
-            torch.manual_seed(counter_seed(self.config.train.seed, self.progress.step, shard))
-            exchange.begin_pass()
-            loss = right = 0.0
-            if len(labels):
-                # Clones, because kernels may round differently on memory that begins elsewhere.
-                values = self._pass(images.clone(), labels.clone(), scale)
-                loss, right = float(values[0]), float(values[1])
-            totals = Totals(loss, right, len(labels), id_hash=id_hash(samples.ids[part]))
-            exchange.end_shard(shard, totals, scale)
-        return Totals()
-
-    def _pass(self, images: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Forward and backward over one batch; its summed loss and how many are right."""
-        with autocast(self.config.train.precision, self.device):
-            outputs = self.model(images)
-            loss = self.task.loss(outputs, labels)
-        if self.kfac is not None and self.config.kfac.fisher != "empirical":
-            self.kfac.sample_fisher(outputs)
-        (loss * scale).backward()
-        return loss.detach(), self.task.correct(outputs.detach(), labels)
-
     def _loss_scale(self, global_count: int) -> float:
         return self.scaler.scale / self.exchange.loss_divisor(global_count)
 
     def _update(self, totals: Totals, count: int, local_count: int) -> float:
         # The middle of the batch: neither the first rate of a warm-up nor a last one is 0.
         position = self.position + count / 2
-        lr = self.config.optimizer.lr * self._schedule(position / self.feeds.train.num_samples)
-        lr *= self.batch_policy.lr_factor(position)
-        set_lr(self.optimizer, lr)
+        rates = self.rates.at(
+            position / self.feeds.train.num_samples, self.batch_policy.lr_factor(position)
+        )
+        self.rates.apply(self.optimizer, rates)
         finite = totals.gradients_are_finite
         if totals.count == 0:
             raise NumericalError(
@@ -453,7 +371,8 @@ class RankTrainer:
             self.path.update(
                 num_samples=local_count,
                 loss_scale_per_sample=self.scaler.scale / divisor,
-                lr=lr,
+                lr=rates.lr,
+                momentum=rates.momentum,
                 statistics=self.exchange.reduced,
             )
             self.moments("preconditioned", self.progress.step + 1)
@@ -461,21 +380,7 @@ class RankTrainer:
             self.path.discard_statistics()
         self.exchange.finish_step(totals.count)
         self.scaler.update(overflow=not finite)
-        return lr
-
-    def _on_device(self, samples: Samples) -> tuple[Tensor, Tensor]:
-        images, labels = samples.images, samples.labels
-        good = samples.weights > 0
-        if not bool(good.all()):
-            # A bad record keeps its place in the order but takes no part in the loss.
-            images, labels = images[good], labels[good]
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = images.to(self._dtype).div_(255)
-            if self._normalization is not None:
-                mean, std = self._normalization
-                images = images.sub_(mean).div_(std)
-        return images.to(self._dtype), labels.to(self.device, non_blocking=True)
+        return rates.lr
 
     def _evaluation_points(self) -> int:
         every = self.config.train.eval_every_epochs * self.feeds.train.num_samples

@@ -10,6 +10,7 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from elastic_kfac.training.exchange import Exchange, Totals
 from elastic_kfac.training.gradient_reduction import make_reduction
 from elastic_kfac.training.moments import Moment
@@ -47,6 +48,8 @@ class GradientPath:
         elif config.kfac.enabled:
             self.kfac = _make_kfac(model, optimizer, config, communicator)
             self.kfac.announce_to(announce)
+        rule = config.optimizer.rescale_weights
+        self._rescaling = None if rule == "none" else WeightRescaling(model, rule)
         self._reduction = make_reduction(config.communication, communicator, config.train.seed)
 
     def reduce(self, exchange: Exchange, local: Totals, step: int) -> Totals:
@@ -69,6 +72,7 @@ class GradientPath:
         num_samples: int,
         loss_scale_per_sample: float,
         lr: float,
+        momentum: float,
         statistics: Statistics | None = None,
     ) -> None:
         """Turns published gradients into changed weights.
@@ -76,13 +80,14 @@ class GradientPath:
         `statistics` are K-FAC's where they were reduced together with the gradients.
         """
         if self.sharded is not None:
-            self.sharded.lr = lr
+            self.sharded.lr, self.sharded.momentum = lr, momentum
             self.sharded.step(num_samples=num_samples, loss_scale_per_sample=loss_scale_per_sample)
-            if self.sharded.gather == "weights":
-                return
         elif self.kfac is not None:
             self.kfac.step(num_samples, loss_scale_per_sample, statistics=statistics)
-        self._optimizer.step()
+        if self.sharded is None or self.sharded.gather == "gradients":
+            self._optimizer.step()
+        if self._rescaling is not None:
+            self._rescaling.apply()
 
     def discard_statistics(self) -> None:
         """Forgets what the passes of this step added, because an overflow is in it."""

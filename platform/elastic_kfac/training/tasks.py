@@ -19,7 +19,10 @@ from elastic_kfac.training.imports import is_reference, load_reference
 
 
 class Task(Protocol):
-    """A person's own task has these two methods; its factory gets the `train` section."""
+    """A person's own task has these two methods; its factory gets the `train` section.
+
+    Labels are classes [batch], or probabilities [batch, classes] where mixup is on.
+    """
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The summed loss of a batch, a scalar."""
@@ -32,19 +35,21 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Classification: outputs [batch, classes], labels [batch]."""
+    """Classification: outputs [batch, classes]."""
 
     label_smoothing: float = 0.0
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         # Half-precision logits lose the small differences that a confident model lives on.
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        if labels.dim() == 2:
+            labels = labels.to(logits.dtype)
         return F.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self.label_smoothing
         )
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (outputs.argmax(dim=1) == labels).sum()
+        return _right(outputs, labels)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,18 @@ class MeanSquaredError:
     """Half the squared distance to the one-hot label: outputs [batch, classes], labels [batch]."""
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        targets = F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)
+        targets = labels if labels.dim() == 2 else F.one_hot(labels, outputs.shape[1])
+        targets = targets.to(outputs.dtype)
         return 0.5 * (outputs - targets).square().sum()
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (outputs.argmax(dim=1) == labels).sum()
+        return _right(outputs, labels)
+
+
+def _right(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Of probabilities the largest counts."""
+    classes = labels.argmax(dim=1) if labels.dim() == 2 else labels
+    return (outputs.argmax(dim=1) == classes).sum()
 
 
 def make_task(train: TrainConfig) -> Task:

@@ -15,6 +15,7 @@ from elastic_kfac.communication.counters import all_reduce_received
 from elastic_kfac.communication.packing import triangle_size
 from elastic_kfac.errors import StateError
 from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from support.gloo import run_ranks
 
 BATCH = 10
@@ -264,11 +265,12 @@ def test_adaptive_refresh_saves_most_refreshes_at_the_same_loss() -> None:
 
 def test_weight_rescaling_only_shrinks_matrices() -> None:
     model = nn.Linear(4, 3)
-    optimizer = ShardedKFAC(model, lr=1e-9, rescale_weights=True)
+    optimizer, rescaling = ShardedKFAC(model, lr=1e-9), WeightRescaling(model)
     with torch.no_grad():
         model.weight.mul_(100)
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
+    rescaling.apply()
     assert model.weight.norm().item() == pytest.approx(6**0.5, rel=1e-4)
     small = model.weight.detach().clone() * 0.1
     with torch.no_grad():
@@ -276,6 +278,7 @@ def test_weight_rescaling_only_shrinks_matrices() -> None:
     model.zero_grad()
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
+    rescaling.apply()
     torch.testing.assert_close(model.weight.detach(), small, rtol=1e-4, atol=1e-6)
 
 

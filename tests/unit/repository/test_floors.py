@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": GROUND | {"data", "optimizers", "training", "reports"},
     "cli": GROUND | {"data", "optimizers", "training", "reports", "cluster"},
 }
-EVERYWHERE = {"errors", "config", "metric_names"}
+EVERYWHERE = {"errors", "config", "config_sections", "metric_names"}
 FORBIDDEN_PACKAGES = {
     "curvature": {"torchvision", "torchmetrics", "ray"},
     "communication": {"torchvision", "torchmetrics", "ray"},

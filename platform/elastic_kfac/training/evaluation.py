@@ -1,0 +1,105 @@
+"""Counts over a whole split: every sample once, whatever the world size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import TrainConfig
+from elastic_kfac.training.adversarial import Attack, perturbed
+from elastic_kfac.training.feeds import Feed, share
+from elastic_kfac.training.inputs import InputMaker
+from elastic_kfac.training.precision import autocast
+from elastic_kfac.training.tasks import Task
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Exact counts over the whole evaluation split."""
+
+    loss: float
+    correct: int
+    count: int
+    attacked: EvalResult | None = field(default=None)
+    """The same for attacked inputs, where an attack is configured."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.count
+
+
+def evaluate_split(
+    model: nn.Module,
+    task: Task,
+    feed: Feed,
+    make_inputs: InputMaker,
+    communicator: Communicator,
+    config: TrainConfig,
+    *,
+    attack: Attack | None = None,
+    whole_batches: bool = False,
+) -> EvalResult:
+    """Counts every sample of a split exactly once over all ranks. Collective.
+
+    Args:
+        model: In any mode; it is in training mode afterwards.
+        task: What is counted.
+        feed: The split.
+        make_inputs: For its samples.
+        communicator: The ranks.
+        config: Batch size and precision.
+        attack: Also count samples that it has changed.
+        whole_batches: Cut between ranks at multiples of the batch size only, so that every batch
+            has the same samples in every world.
+    """
+    size, device = config.eval_batch_size, next(model.parameters()).device
+    first, count = _own_share(feed.num_samples, size, communicator, whole_batches)
+    batches = -(-feed.num_samples // size)
+    sums = torch.zeros(batches, 5, dtype=torch.float64, device=device)
+    model.eval()
+    try:
+        for start in range(first, first + count, size):
+            samples = feed.read(0, start, min(size, first + count - start))
+            feed.prefetch(0, start + size, min(size, first + count - start - size))
+            inputs = make_inputs(samples)
+            if not len(inputs.labels):
+                continue
+            row = sums[start // size]
+            row[0] += len(inputs.labels)
+            variants = [inputs.images]
+            if attack is not None:
+                variants.append(
+                    perturbed(
+                        model, task.loss, inputs.images, inputs.labels, attack, ids=inputs.ids
+                    )
+                )
+            for place, images in zip((1, 3), variants, strict=False):
+                with torch.no_grad(), autocast(config.precision, device):
+                    outputs = model(images)
+                    loss = task.loss(outputs, inputs.labels)
+                row[place] += loss
+                row[place + 1] += task.correct(outputs, inputs.labels)
+    finally:
+        model.train()
+    communicator.all_reduce(sums, tag="evaluation").wait()
+    seen, *counted = sums.sum(0).tolist()
+    results = [
+        EvalResult(counted[place] / seen, round(counted[place + 1]), round(seen))
+        for place in (0, 2)
+    ]
+    if attack is None:
+        return results[0]
+    return EvalResult(results[0].loss, results[0].correct, results[0].count, results[1])
+
+
+def _own_share(
+    num_samples: int, size: int, communicator: Communicator, whole_batches: bool
+) -> tuple[int, int]:
+    rank, world_size = communicator.rank, communicator.world_size
+    if not whole_batches:
+        return share(0, num_samples, rank, world_size)
+    begin, batches = share(0, -(-num_samples // size), rank, world_size)
+    return begin * size, max(0, min(num_samples, (begin + batches) * size) - begin * size)
