@@ -121,7 +121,7 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    from elastic_kfac.cli.planning import plans
+    from elastic_kfac.training.feasibility import plans
 
     print("\n\n".join(str(each) for each in plans(config, arguments.world_size)))
     return 0

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,8 @@ def train(
     progress: Display | None = None,
     cluster: LocalCluster | None = None,
     rank_function: str = RANK_FUNCTION,
+    stop_signals: StopSignals | None = None,
+    make_callback: Callable[..., ElasticCallback] = ElasticCallback,
 ) -> RunResult:
     """Trains until the configured end; the same `name` continues where an earlier call ended.
 
@@ -85,6 +87,9 @@ def train(
         progress: Where the run is shown; None is a live line on standard output.
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
         rank_function: `module:function` that runs one rank.
+        stop_signals: Where the wish to stop comes from; None is Ctrl-C and SIGTERM.
+        make_callback: Makes what Ray Train's controller asks and tells, from the arguments of
+            `ElasticCallback`.
 
     Returns:
         How the run ended, also when it was stopped by a signal.
@@ -97,7 +102,7 @@ def train(
     folder = RunFolder(f"{storage.rstrip('/')}/{name}")
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
-        signals = stack.enter_context(StopSignals())
+        signals = stack.enter_context(stop_signals or StopSignals())
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
             display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
@@ -110,7 +115,7 @@ def train(
             display.say(f"Run {name} exists in {storage}: continuing it.")
         folder.write_config(config)
         signals.defer()
-        run = _Run(config, folder, cluster, faults, display, signals, rank_function)
+        run = _Run(config, folder, cluster, faults, display, signals, rank_function, make_callback)
         return run.finish()
 
 
@@ -126,6 +131,7 @@ class _Run:
         display: Display,
         signals: StopSignals,
         rank_function: str,
+        make_callback: Callable[..., ElasticCallback],
     ) -> None:
         self._config = config
         self._folder = folder
@@ -170,7 +176,7 @@ class _Run:
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[
-                    ElasticCallback(
+                    make_callback(
                         RecorderListener(self._recorder),
                         spare_processes=self._spares,
                     )

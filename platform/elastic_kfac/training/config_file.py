@@ -39,7 +39,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             given=f"{path} with a {type(values).__name__} at the top",
             allowed="train:, model:, kfac:, …",
         )
-    return parse_config(apply_overrides(values, [_split(text) for text in overrides]))
+    return parse_config(apply_overrides(values, [split_override(text) for text in overrides]))
 
 
 def write_config(config: Config, path: str | Path) -> None:
@@ -48,7 +48,12 @@ def write_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _split(override: str) -> tuple[str, Any]:
+def split_override(override: str) -> tuple[str, Any]:
+    """`section.key=value` as a path and its value, which is YAML.
+
+    Raises:
+        ConfigError: Without a value, or if it is not YAML.
+    """
     path, equals, value = override.partition("=")
     if not equals:
         raise ConfigError(

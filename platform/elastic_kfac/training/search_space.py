@@ -1,0 +1,420 @@
+"""A search space: what a search may change, what it aims at, and what it may cost.
+
+    base: ../jobs/configs/digits.yaml          # relative to this file
+    set: {train.global_batch_size: 64}         # of every trial
+    parameters:
+      kfac.damping: {loguniform: [1.0e-4, 1.0e-1]}
+      kfac.inverse_update_steps: {choice: [5, 10, 50]}
+    objective: {target_accuracy: 0.95}
+    budget: {epochs: 10}
+
+Everything is checked against the configuration model before anything starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+
+from elastic_kfac.config import Config, Section, apply_overrides, parse_config
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.training.config_file import read_config, split_override
+
+Point = Mapping[str, Any]
+"""One value for every parameter, by `section.key`."""
+
+METRICS = {
+    "train_time_to_accuracy_s": "training seconds",
+    "time_to_accuracy_s": "wall-clock seconds",
+    "steps_to_accuracy": "steps",
+    "worker_seconds_to_accuracy": "worker seconds",
+    "cpu_seconds_to_accuracy": "CPU seconds",
+    "emulated_time_to_accuracy_s": "seconds on emulated links",
+}
+"""What can be minimised, with its unit; `training` seconds leave out evaluation and downtime."""
+
+OWNED = {
+    "train.seed": "repeats",
+    "train.epochs": "budget.epochs",
+    "train.target_accuracy": "objective.target_accuracy",
+    "train.stop_at_target": "objective",
+}
+"""Keys that the search itself sets, and where the space says what they become."""
+
+
+class Parameter(Section):
+    """Where one value comes from; exactly one of the five."""
+
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    grid: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    """Every value, in combination with every other grid."""
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    randint: tuple[int, int] | None = None
+    """Both ends included."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Parameter:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"needs exactly one of {', '.join(type(self).model_fields)}, has {len(given)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Parameter:
+        if self.interval is not None:
+            low, high = self.interval
+            if low >= high:
+                raise ValueError(f"{self.kind} {low} to {high} is empty")
+            if self.kind == "loguniform" and low <= 0:
+                raise ValueError(f"loguniform needs bounds above 0, not {low}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is set."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """The values of a discrete parameter."""
+        return self.choice if self.choice is not None else self.grid
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of an interval."""
+        return self.uniform or self.loguniform or self.randint
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that must be allowed if all are: the ends and, of reals, one in between."""
+        if self.values is not None:
+            return self.values
+        assert self.interval is not None
+        low, high = self.interval
+        if self.kind == "randint":
+            return (int(low), int(high))
+        return (low, low + (high - low) * 0.38196601, high)
+
+
+class Objective(Section):
+    """What is minimised."""
+
+    metric: Literal[
+        "train_time_to_accuracy_s",
+        "time_to_accuracy_s",
+        "steps_to_accuracy",
+        "worker_seconds_to_accuracy",
+        "cpu_seconds_to_accuracy",
+        "emulated_time_to_accuracy_s",
+    ] = "train_time_to_accuracy_s"
+    target_accuracy: Annotated[float, Field(gt=0, le=1)]
+    censored: Literal["by_distance", "equal"] = "by_distance"
+    """How trials that miss the target rank behind all that reach it: by the accuracy they lack, or
+    all alike."""
+
+
+class Links(Section):
+    """The cluster that `emulated_time_to_accuracy_s` predicts the steps of."""
+
+    world_size: Annotated[int, Field(ge=2)] = 16
+    ranks_per_node: Annotated[int, Field(ge=1)] = 1
+    latency_s: Annotated[float, Field(gt=0)] = 50e-6
+    gbit_per_s: Annotated[float, Field(gt=0)] = 10.0
+
+
+class Budget(Section):
+    """The most that one trial may take; it ends sooner when it reaches the target."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    train_seconds: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Budget:
+        if (self.epochs is None) == (self.train_seconds is None):
+            raise ValueError("needs exactly one of epochs and train_seconds")
+        return self
+
+
+class Scheduler(Section):
+    """Ray Tune's schedulers: who is stopped early, and who continues another trial's state."""
+
+    name: Literal["none", "asha", "pb2"] = "none"
+    grace: Annotated[float, Field(gt=0)] | None = None
+    """ASHA: no trial is stopped sooner, in units of the budget; None is an eighth of it."""
+    reduction_factor: Annotated[float, Field(gt=1)] = 3
+    """ASHA: one of so many trials goes on at every rung."""
+    interval: Annotated[float, Field(gt=0)] | None = None
+    """PB2: between two exploits, in units of the budget; None is a quarter of it."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """PB2: this part of the population takes the state of the best part."""
+
+
+class Searcher(Section):
+    """Ray Tune's searchers."""
+
+    name: Literal["random", "grid", "optuna"] = "random"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class SearchSpace(Section):
+    """A whole search, resolved: `base` holds every configuration key."""
+
+    base: Config = Config()
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    objective: Objective
+    budget: Budget
+    links: Links = Links()
+    scheduler: Scheduler = Scheduler()
+    searcher: Searcher = Searcher()
+    num_trials: Annotated[int, Field(ge=1)] = 8
+    """Points to try (PB2: size of the population); a grid has as many as it has."""
+    repeats: Annotated[int, Field(ge=1)] = 1
+    """Seeds per point; the median counts, of an even number the worse of the two in the middle."""
+    references: dict[str, dict[str, Any]] = {"default": {}}
+    """Points outside the search to compare with; `default: {}` is the base itself."""
+    confirm: Annotated[int, Field(ge=0)] = 0
+    """Seeds, unseen by the search, with which the winner and the references run once more."""
+    max_concurrent: Annotated[int, Field(ge=1)] = 1
+    """Trials at the same time; 1 keeps their clocks comparable on a small machine."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SearchSpace:
+        kinds = {key: parameter.kind for key, parameter in self.parameters.items()}
+        if self.searcher.name == "grid":
+            for key, kind in kinds.items():
+                if kind not in ("grid", "choice"):
+                    raise ValueError(f"searcher grid needs grid or choice, {key} has {kind}")
+        else:
+            for key, kind in kinds.items():
+                if kind == "grid":
+                    raise ValueError(f"{key} is a grid, which needs searcher: {{name: grid}}")
+        if self.scheduler.name == "pb2":
+            if self.searcher.name != "random" or self.repeats != 1:
+                raise ValueError("scheduler pb2 goes with searcher random and repeats 1")
+            if not {"uniform", "loguniform"} & set(kinds.values()):
+                raise ValueError("scheduler pb2 needs a uniform or loguniform parameter")
+            if self.num_trials < 2:
+                raise ValueError("scheduler pb2 needs a population: num_trials of 2 or more")
+        return self
+
+    @property
+    def perturbed(self) -> dict[str, Parameter]:
+        """The parameters that PB2 changes while a trial runs."""
+        reals = {k: p for k, p in self.parameters.items() if p.kind in ("uniform", "loguniform")}
+        return reals if self.scheduler.name == "pb2" else {}
+
+    @property
+    def limit(self) -> float:
+        """The budget in its unit."""
+        return float(self.budget.epochs or self.budget.train_seconds or 0)
+
+    @property
+    def num_points(self) -> int:
+        """Points that the search tries."""
+        return len(self.grid_points()) if self.searcher.name == "grid" else self.num_trials
+
+    def grid_points(self) -> list[dict[str, Any]]:
+        """All combinations of a grid search, the last parameter changing fastest."""
+        values = [parameter.values or () for parameter in self.parameters.values()]
+        return [dict(zip(self.parameters, row, strict=True)) for row in itertools.product(*values)]
+
+    def config(self, point: Point, seed: int) -> Config:
+        """The configuration of a trial.
+
+        Raises:
+            ConfigError: If the values do not go together.
+        """
+        overrides = [
+            *point.items(),
+            ("train.seed", seed),
+            ("train.target_accuracy", self.objective.target_accuracy),
+            ("train.stop_at_target", True),
+        ]
+        if self.budget.epochs is not None:
+            overrides.append(("train.epochs", self.budget.epochs))
+        return parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
+
+    def shipped_config(self, point: Point) -> Config:
+        """What `best_config.yaml` holds: the point, trained on to the end of the budget."""
+        config = self.config(point, self.base.train.seed)
+        values = apply_overrides(
+            config.model_dump(mode="json"),
+            [("train.stop_at_target", self.base.train.stop_at_target)],
+        )
+        return parse_config(values)
+
+    def default_point(self) -> dict[str, Any]:
+        """The base configuration's own values of the parameters."""
+        return {key: value_at(self.base, key) for key in self.parameters}
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value of `section.key` (or of an entry of a mapping below it)."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else getattr(node, part)
+    return node
+
+
+def read_space(path: str | Path, overrides: Sequence[str] = ()) -> SearchSpace:
+    """Reads a YAML file; `overrides` are `section.key=value` for the base of every trial.
+
+    Raises:
+        ConfigError: With the field that is missing, misspelt or impossible.
+    """
+    file = Path(path).expanduser()
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(
+            "no such search space", given=path, change="for example tune_spaces/smoke.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the search space: {error}", given=path) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a search space is a mapping", given=f"{path}: {type(values).__name__}")
+    base = values.get("base")
+    if isinstance(base, str):
+        values["base"] = read_config(file.parent / base).model_dump(mode="json")
+    elif not isinstance(base, dict):
+        raise ConfigError(
+            "a search space needs base", given=base, allowed="the path of a configuration file"
+        )
+    changes = values.pop("set", {})
+    if not isinstance(changes, dict):
+        raise ConfigError("bad value for set", given=changes, allowed="section.key: value")
+    changed = [*changes.items(), *(split_override(text) for text in overrides)]
+    for key, _ in changed:
+        _refuse_owned(str(key), "set")
+    values["base"] = apply_overrides(values["base"], changed)
+    return parse_space(values)
+
+
+def parse_space(values: Mapping[str, Any]) -> SearchSpace:
+    """Validates a mapping whose `base` is a configuration.
+
+    Raises:
+        ConfigError: With the field that is missing, misspelt or impossible.
+    """
+    base = parse_config(values.get("base") or {})
+    try:
+        space = SearchSpace.model_validate({**values, "base": base})
+    except ValidationError as error:
+        raise _readable(error) from None
+    for key, parameter in space.parameters.items():
+        _refuse_owned(key, "parameters")
+        for value in parameter.probes():
+            _check_value(key, value, parameter)
+    for name, point in space.references.items():
+        for key, value in point.items():
+            _refuse_owned(key, f"references.{name}")
+            _check_value(key, value, None)
+        space.config(point, space.base.train.seed)
+    return space
+
+
+def _refuse_owned(key: str, where: str) -> None:
+    if key in OWNED:
+        raise ConfigError(
+            f"{where} holds {key}, which the search sets itself", change=f"use {OWNED[key]}"
+        )
+
+
+def _check_value(key: str, value: Any, parameter: Parameter | None) -> None:
+    field = _field(key)
+    if field is None:
+        return
+    try:
+        TypeAdapter(field).validate_python(value)
+    except ValidationError as error:
+        said = dict.fromkeys(str(p["msg"]).removeprefix("Input should be ") for p in error.errors())
+        source = "" if parameter is None else f" (from {parameter.kind})"
+        raise ConfigError(
+            f"the search space gives {key} a value that it cannot have",
+            given=f"{value!r}{source}",
+            allowed=" or ".join(said),
+            change="use choice or randint for whole numbers"
+            if isinstance(value, float) and not value.is_integer()
+            else None,
+        ) from None
+
+
+def _field(key: str) -> Any:
+    """The type of `section.key` with its bounds; None below a mapping, where anything goes."""
+    section, _, name = key.partition(".")
+    sections = Config.model_fields
+    if section not in sections or not name:
+        raise _unknown(key, section, list(sections))
+    model = sections[section].annotation
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    name, _, below = name.partition(".")
+    if name not in model.model_fields:
+        known = [f"{section}.{field}" for field in model.model_fields]
+        raise _unknown(key, f"{section}.{name}", known)
+    field = model.model_fields[name]
+    if below:
+        if get_origin(field.annotation) is not dict:
+            raise ConfigError(f"{section}.{name} has nothing below it", given=key)
+        return None
+    annotation: Any = field.annotation
+    for rule in field.metadata:
+        annotation = Annotated[annotation, rule]
+    return annotation
+
+
+def _unknown(key: str, part: str, known: list[str]) -> ConfigError:
+    close = difflib.get_close_matches(part, known, n=1)
+    return ConfigError(
+        f"the search space names {key}, which is no configuration key",
+        allowed=", ".join(known),
+        change=f"did you mean {close[0]}?" if close else None,
+    )
+
+
+def _readable(error: ValidationError) -> ConfigError:
+    problem = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")[0]
+    parts = [str(part) for part in problem["loc"]]
+    where = ".".join(parts) or "the search space"
+    if problem["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {
+            "objective": Objective,
+            "budget": Budget,
+            "scheduler": Scheduler,
+            "searcher": Searcher,
+            "links": Links,
+            "parameters": Parameter,
+        }
+        model = models.get(parts[0], SearchSpace) if parts[1:] else SearchSpace
+        known = list(model.model_fields)
+        close = difflib.get_close_matches(parts[-1], known, n=1)
+        return ConfigError(
+            f"unknown key {where} in the search space",
+            allowed=", ".join(known),
+            change=f"did you mean {close[0]}?" if close else "remove it or correct its name",
+        )
+    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    given = None if isinstance(problem["input"], dict) else repr(problem["input"])
+    return ConfigError(f"bad value for {where} in the search space", given=given, allowed=message)
+
+
+def log_scaled(parameter: Parameter, value: float) -> float:
+    """A perturbed parameter's value on the scale that PB2 searches: logarithms of loguniform."""
+    return math.log10(value) if parameter.kind == "loguniform" else value
+
+
+def from_log_scale(parameter: Parameter, value: float) -> float:
+    """The inverse of `log_scaled`, kept inside the bounds against rounding."""
+    assert parameter.interval is not None
+    low, high = parameter.interval
+    plain = 10.0**value if parameter.kind == "loguniform" else value
+    return min(max(plain, low), high)
