@@ -124,6 +124,9 @@ class RecordingPort:
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
+    def watch(self, trainer: Any) -> None:
+        return None
+
     def metrics(self, row: Mapping[str, Any]) -> None:
         self.metric_rows.append(dict(row))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from elastic_kfac.communication.collectives import Communicator
     from elastic_kfac.config import Config
+    from elastic_kfac.training.rank import RankTrainer
 
 RANK_FUNCTION = "elastic_kfac.training.snapshots:run_rank_with_rescue"
 
@@ -94,6 +95,9 @@ class RecorderPort:
         self._closed = False
         self._thread = threading.Thread(target=self._send_all, name="recorder-port", daemon=True)
         self._thread.start()
+
+    def watch(self, trainer: RankTrainer) -> None:
+        return None
 
     def metrics(self, row: Mapping[str, Any]) -> None:
         self._put(("metrics", dict(row)))

@@ -11,8 +11,9 @@ zero elements are not sent (all members know the size), and collectives of one r
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +28,7 @@ from elastic_kfac.communication.counters import (
     reduce_scatter_received,
 )
 from elastic_kfac.communication.work import Work, clear_errors
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import CommunicationError, UsageError
 
 __all__ = ["Communicator", "Work"]
 
@@ -410,8 +411,17 @@ class Communicator:
             work.wait()
         return work
 
-    def _translated(self, collective: str, tag: str) -> AbstractContextManager[None]:
-        return clear_errors(collective, tag, self.rank, self.world_size)
+    @contextmanager
+    def _translated(self, collective: str, tag: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            with clear_errors(collective, tag, self.rank, self.world_size):
+                yield
+        except CommunicationError:
+            self.counters.errors += 1
+            raise
+        finally:
+            self.counters.waited_s += time.perf_counter() - begin
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -74,6 +74,10 @@ class CommunicationCounters:
 
     def __init__(self) -> None:
         self._traffic: dict[str, Traffic] = {}
+        self.waited_s = 0.0
+        """Time that callers were held up in collectives."""
+        self.errors = 0
+        """Collectives that failed."""
 
     def add(self, tag: str, payload_bytes: int, received_bytes: Fraction | int) -> None:
         """Count one call."""
@@ -96,3 +100,4 @@ class CommunicationCounters:
     def reset(self) -> None:
         """Forget everything counted so far."""
         self._traffic.clear()
+        self.waited_s = 0.0

@@ -80,6 +80,8 @@ class ShardCache:
         self.limit_bytes = limit_bytes
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+        self.counts = {"cache_hits": 0, "cache_misses": 0, "read_bytes": 0}
+        """Shards that were here, shards that were not, and bytes read from storage for those."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -132,6 +134,11 @@ class ShardCache:
         with self._lock:
             self._open.clear()
 
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            for name, number in more.items():
+                self.counts[name] += number
+
     def _path(self, shard: ShardInfo) -> Path:
         return self.folder / f"{shard.sha256}.arrow"
 
@@ -141,8 +148,11 @@ class ShardCache:
         # damaged file is made anew once.
         for attempt in range(_ATTEMPTS):
             with self._writing(), self._shard_lock(shard):
-                if not path.exists():
+                if path.exists():
+                    self._count(cache_hits=1)
+                else:
                     self._build(shard_set, shard, path)
+                    self._count(cache_misses=1, read_bytes=shard.bytes)
             try:
                 opened = OpenShard(path)
                 if opened.num_rows == shard.rows:

@@ -127,6 +127,11 @@ class SampleStream:
         """Distinct bad records that this stream has skipped."""
         return self._loader.quarantined
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Shards found in the cache and fetched, bytes read from storage, records left out."""
+        return {**self._cache.counts, "quarantined": self.quarantined}
+
     def order(self, epoch: int) -> SampleOrder:
         """The order of an epoch."""
         with self._lock:

@@ -9,7 +9,7 @@ What is computed is `curvature/`; who computes it is `placement/`; how it travel
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -31,13 +31,9 @@ from elastic_kfac.optimizers.kfac_options import (
     rates_of,
     warn_if_layers_disagree,
 )
-from elastic_kfac.optimizers.kfac_state import (
-    check_state,
-    load_layers,
-    memory_usage,
-    save_layers,
-)
+from elastic_kfac.optimizers.kfac_state import check_state, load_layers, memory_usage, save_layers
 from elastic_kfac.optimizers.kfac_statistics import Statistics, apply_statistics, take_statistics
+from elastic_kfac.optimizers.timing import timed
 from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
 
@@ -167,6 +163,8 @@ class KFAC:
         self.loss_scale_per_sample = loss_scale_per_sample
         self.grad_scaler = grad_scaler
         self.counters: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Time of the host in each part of `step`; it is no state."""
         self._warned = False
         layers = find_layers(model, self.options, skip_layers)
         self.blocks: tuple[Block, ...] = tuple(b for layer in layers for b in layer.blocks)
@@ -270,19 +268,20 @@ class KFAC:
         """
         active = [block for block in self.blocks if block.has_gradient()]
         if not active:
-            raise UsageError(
-                "step() found no gradients", change="call loss.backward() before step()"
-            )
+            raise UsageError("step() found no gradients", change="call loss.backward() first")
         if self.grad_scaler is not None and not self._gradients_finite(active):
             self.skip_step()  # the scaler will skip it too
             return
-        if self.factors_due():
-            if statistics is None:
-                own = self.take_statistics(num_samples, loss_scale_per_sample)
-                statistics = self._exchange.reduce_statistics(own)
-            self._update_factors(statistics)
-        self._decompose()
-        self._precondition([block for block in active if block.inverse_step >= 0])
+        with timed(self.seconds, "factors"):
+            if self.factors_due():
+                if statistics is None:
+                    own = self.take_statistics(num_samples, loss_scale_per_sample)
+                    statistics = self._exchange.reduce_statistics(own)
+                self._update_factors(statistics)
+        with timed(self.seconds, "decompositions"):
+            self._decompose()
+        with timed(self.seconds, "preconditioning"):
+            self._precondition([block for block in active if block.inverse_step >= 0])
         self.counters["steps"] += 1
         self._arm()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,8 @@ class CheckpointStore:
         self._warn = on_warning or (lambda line: None)
         self.before_manifest: Callable[[int], None] = lambda step: None
         """Is told the step right before its manifest, the last file, appears."""
+        self.after_save: Callable[[int, float], None] = lambda num_bytes, elapsed_s: None
+        """Is told the size of each complete checkpoint and how long its writing took, in s."""
         self._lock = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[bool] | None = None
@@ -172,6 +175,7 @@ class CheckpointStore:
 
     def _save(self, state: TrainingState) -> None:
         with self._lock:
+            begin = time.perf_counter()
             state.ledger.write_segments(self.storage)
             folder = _folder(state.progress.step)
             files = {}
@@ -192,6 +196,8 @@ class CheckpointStore:
             }
             self.before_manifest(state.progress.step)
             self.storage.write(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
+            num_bytes = sum(int(str(entry["bytes"])) for entry in files.values())
+            self.after_save(num_bytes, time.perf_counter() - begin)
             self._retain(state.progress.step)
 
     def _retain(self, newest: int) -> None:

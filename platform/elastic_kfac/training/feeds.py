@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,9 +123,17 @@ class StreamFeed:
         self.image_shape = stream.image_shape
         self.normalization = stream.normalization
         self._stream = stream
+        self._stall_s = 0.0
 
     def read(self, epoch: int, first_position: int, count: int) -> Samples:
-        return self._stream.read(epoch, first_position, count)
+        begin = time.perf_counter()
+        samples = self._stream.read(epoch, first_position, count)
+        self._stall_s += time.perf_counter() - begin
+        return samples
+
+    def counts(self) -> dict[str, float]:
+        """What the stream has counted, and the time that reading has held up its callers."""
+        return {**self._stream.counts, "stall_s": self._stall_s}
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         self._stream.prefetch(epoch, first_position, count)

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_kfac.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from elastic_kfac.training.rank import RankTrainer
 
 Row = Mapping[str, Any]
 
 
 class RunPort(Protocol):
-    """Called on rank 0 only."""
+    """Called on rank 0 only, but for `watch`."""
+
+    def watch(self, trainer: RankTrainer) -> None:
+        """The trainer whose run this is about; called on every rank, before anything else."""
+        ...
 
     def metrics(self, row: Row) -> None:
         """A row of `metrics.jsonl`."""
@@ -60,6 +67,9 @@ class FolderPort:
         self.folder = folder
         self.steps_redone = 0
 
+    def watch(self, trainer: RankTrainer) -> None:
+        return None
+
     def metrics(self, row: Row) -> None:
         self.folder.append_metrics([row])
 
@@ -80,6 +90,9 @@ class FolderPort:
 
 class SilentPort:
     """Tells nobody: the port of ranks other than 0."""
+
+    def watch(self, trainer: RankTrainer) -> None:
+        return None
 
     def metrics(self, row: Row) -> None:
         return None

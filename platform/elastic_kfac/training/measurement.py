@@ -1,0 +1,239 @@
+"""What a rank measures about itself beside its work: times by phase, CPU time, traffic, curvature.
+
+A probe listens to the moments of a step and reads counters that exist anyway; it never synchronises
+a device more often than it is asked for values. On a GPU the phases are times of the host: a kernel
+that still runs is waited for in a later phase.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from elastic_kfac.curvature.kronecker_block import KroneckerBlock
+from elastic_kfac.training.feeds import StreamFeed
+from elastic_kfac.training.moments import Moment, Moments, ignore_moments
+
+if TYPE_CHECKING:
+    from elastic_kfac.curvature.block import Block
+    from elastic_kfac.training.rank import RankTrainer
+
+Labels = tuple[str, ...]
+"""Values of a metric's labels besides run and rank, in the order of the table."""
+Values = dict[str, dict[Labels, float]]
+"""Column -> label values -> number."""
+
+_PHASES: Mapping[Moment, str] = {
+    "step_begin": "forward_backward",
+    "backward_done": "communication",
+    "gradients_exchanged": "optimizer",
+    "committed": "",
+    "evaluation": "evaluation",
+    "capture": "snapshot",
+    "recovery": "",
+}
+"""What begins with a moment; the others are inside a phase."""
+
+
+class RankProbe:
+    """Measures one rank, through all worlds that it is a member of."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        """The step that is computed, or was committed last."""
+        self._trainer: RankTrainer | None = None
+        self._then: Moments = ignore_moments
+        self._phase = ""
+        self._phase_began = 0.0
+        self._phase_s: dict[str, float] = defaultdict(float)
+        self._step_cpu_began = 0.0
+        self._step_cpu_s = 0.0
+        self._own_cpu_s = 0.0
+        self._skipped = 0
+        self._preconditioned = True
+        self._inverse_steps: dict[str, int] = {}
+        self._inverse_updates = 0.0
+        self._told: dict[tuple[str, Labels], float] = {}
+        self._is_new_world = True
+        self._exposed_s = 0.0
+        self._waited: tuple[int, float] = (0, 0.0)
+        self._saved: Values = {}
+
+    def watch(self, trainer: RankTrainer) -> None:
+        """Listens to a trainer's moments, before whoever listened to them so far."""
+        self._trainer = trainer
+        self._then, trainer.moments = trainer.moments, self
+
+    def __call__(self, moment: Moment, step: int) -> None:
+        now = time.perf_counter()
+        self.step = step
+        phase = _PHASES.get(moment)
+        if phase is not None:
+            if self._phase:
+                self._phase_s[self._phase] += now - self._phase_began
+            self._phase, self._phase_began = phase, now
+        if moment == "step_begin":
+            if self._is_new_world:
+                self._enter_world()
+            self._preconditioned = False
+            self._step_cpu_began = time.process_time()
+        elif moment == "preconditioned":
+            self._preconditioned = True
+        elif moment == "committed":
+            self._step_cpu_s += time.process_time() - self._step_cpu_began
+            self._skipped += not self._preconditioned
+            self._count_decompositions()
+        elif moment == "recovery":
+            self._is_new_world = True
+        self._then(moment, step)
+
+    @contextmanager
+    def own_cpu(self) -> Iterator[None]:
+        """Counts what the calling thread spends on measuring."""
+        begin = time.thread_time()
+        try:
+            yield
+        finally:
+            self._own_cpu_s += time.thread_time() - begin
+
+    def snapshot_kept(self) -> None:
+        """A state has reached a second place in memory."""
+        self._saved["snapshot_timestamp_s"] = {(): time.time()}
+
+    def checkpoint_written(self, num_bytes: int, elapsed_s: float) -> None:
+        """A durable checkpoint is complete."""
+        self._saved["checkpoint_timestamp_s"] = {(): time.time()}
+        self._saved["checkpoint_time_s"] = {(): elapsed_s}
+        self._saved["checkpoint_bytes"] = {(): float(num_bytes)}
+
+    def of_the_run(self) -> Values:
+        """What rank 0 says for the run: gauges as they are, counters since the last call."""
+        trainer = self._trainer
+        if trainer is None or self._is_new_world:
+            return {}
+        values = {
+            name: {labels: self._growth(name, labels, total) for labels, total in totals.items()}
+            for name, totals in self._totals(trainer).items()
+        }
+        columns = trainer.path.columns()
+        for name in ("damping", "kl_clip_scale", "inverse_age_steps"):
+            if name in columns:
+                values[name] = {(): float(columns[name])}
+        values["condition_number"] = condition_numbers(_blocks(trainer), columns.get("damping", 0))
+        return {**values, **self._saved}
+
+    def of_the_rank(self) -> Values:
+        """What every rank says for itself: running totals and gauges."""
+        trainer = self._trainer
+        values: Values = {
+            "step_cpu_s": {(): self._step_cpu_s},
+            "telemetry_cpu_s": {(): self._own_cpu_s},
+        }
+        if trainer is None:
+            return values
+        counters = trainer.communicator.counters
+        world, waited = self._waited
+        # The counters begin anew with every world.
+        self._exposed_s += counters.waited_s - (waited if world == id(counters) else 0.0)
+        self._waited = (id(counters), counters.waited_s)
+        values["communication_exposed_s"] = {(): self._exposed_s}
+        owner = trainer.path.kfac or trainer.path.sharded
+        if owner is not None:
+            usage = owner.memory_usage()
+            usage.pop("total")
+            values["memory_bytes"] = {(part,): float(held) for part, held in usage.items()}
+        for name, count in _data_counts(trainer).items():
+            values[name] = {(): float(count)}
+        return values
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _enter_world(self) -> None:
+        # What was restored with the state was counted by whoever computed it.
+        assert self._trainer is not None
+        self._is_new_world = False
+        for name, totals in self._totals(self._trainer).items():
+            for labels, total in totals.items():
+                self._told[name, labels] = total
+        self._inverse_steps = {block.name: block.inverse_step for block in _blocks(self._trainer)}
+
+    def _growth(self, name: str, labels: Labels, total: float) -> float:
+        before = self._told.get((name, labels), 0.0)
+        self._told[name, labels] = total
+        return max(0.0, total - before)
+
+    def _totals(self, trainer: RankTrainer) -> Values:
+        traffic = trainer.communicator.counters.snapshot()
+        totals: Values = {
+            "phase_time_s": self._phases(trainer),
+            "skipped_steps": {(): float(self._skipped)},
+            "inverse_updates": {(): self._inverse_updates},
+            "communication_bytes": {(tag,): t.payload_bytes for tag, t in traffic.items()},
+            "communication_calls": {(tag,): t.calls for tag, t in traffic.items()},
+            "communication_errors": {(): float(trainer.communicator.counters.errors)},
+        }
+        blocks = _blocks(trainer)
+        owner = trainer.path.kfac or trainer.path.sharded
+        if owner is not None:
+            totals["factor_updates"] = {(): float(max(b.factor_updates for b in blocks))}
+            totals["fallbacks"] = {(): float(owner.counters["inverse_failures"])}
+            totals["nonfinite_factors"] = {(): float(owner.counters["discarded_statistics"])}
+        return totals
+
+    def _phases(self, trainer: RankTrainer) -> dict[Labels, float]:
+        spent = defaultdict(float, self._phase_s)
+        # The feed and K-FAC know their own parts of these two phases.
+        data_s = min(_data_counts(trainer).get("stall_s", 0.0), spent["forward_backward"])
+        spent["data"] += data_s
+        spent["forward_backward"] -= data_s
+        if trainer.path.kfac is not None:
+            for phase, elapsed_s in trainer.path.kfac.seconds.items():
+                spent[phase] += elapsed_s
+                spent["optimizer"] -= elapsed_s
+        elif trainer.path.sharded is not None:
+            spent["preconditioning"] = spent.pop("optimizer", 0.0)
+        return {(phase,): elapsed_s for phase, elapsed_s in spent.items()}
+
+    def _count_decompositions(self) -> None:
+        assert self._trainer is not None
+        blocks = _blocks(self._trainer)
+        known = self._inverse_steps
+        changed = [block for block in blocks if known.get(block.name) != block.inverse_step]
+        for block in changed:
+            known[block.name] = block.inverse_step
+            self._inverse_updates += 1 / len(blocks)
+
+
+def condition_numbers(blocks: tuple[Block, ...], damping: float) -> dict[Labels, float]:
+    """Median and maximum of (λmax + √γ) / (λmin + √γ) over the layers this rank has decomposed.
+
+    Only where the eigenvalues are at hand: computing them for the purpose would cost a
+    decomposition. √γ is what each factor gets of the damping γ in the factored form.
+    """
+    found: dict[Labels, float] = {}
+    shift = damping**0.5
+    for factor in ("A", "G"):
+        conditions = []
+        for block in blocks:
+            values = block.second_order.get(f"{factor}_values")
+            if isinstance(block, KroneckerBlock) and values is not None:
+                low, high = (float(value) for value in values.aminmax())
+                conditions.append((high + shift) / max(low + shift, 1e-30))
+        if conditions:
+            found[factor, "median"] = statistics.median(conditions)
+            found[factor, "max"] = max(conditions)
+    return found
+
+
+def _blocks(trainer: RankTrainer) -> tuple[Block, ...]:
+    owner = trainer.path.kfac or trainer.path.sharded
+    return tuple(owner.blocks) if owner is not None else ()
+
+
+def _data_counts(trainer: RankTrainer) -> dict[str, float]:
+    feed = trainer.feeds.train
+    return feed.counts() if isinstance(feed, StreamFeed) else {}
