@@ -142,6 +142,8 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         for name in ENV_VARS_TO_PROPAGATE:
             os.environ.pop(name, None)
         plan_with_staying_nodes()
+        # The coordinator outlives runs: what it saw may be older than this cluster's newest node.
+        refresh_capacity()
         self._listener.controller_started(ray.get_runtime_context().current_actor)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
