@@ -69,7 +69,7 @@ def learning_figure(run: Run) -> str:
                 _mark_changes(axes, run, horizontal)
             accuracy.set_title("Accuracy by step" if column == 0 else "Accuracy by wall time")
             loss.set_title("Training loss by step" if column == 0 else "Training loss by wall time")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def throughput_figure(run: Run) -> str:
@@ -83,7 +83,7 @@ def throughput_figure(run: Run) -> str:
         top.set_title("Throughput, samples per second")
         _mark_changes(top, run, "wall_time_s")
         _draw_band(band, run, "wall_time_s")
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def curvature_figure(run: Run) -> str:
@@ -103,7 +103,7 @@ def curvature_figure(run: Run) -> str:
             if points:
                 top.plot(*zip(*_thin(points), strict=True), color=colour, lw=1.3, label=label)
         if top.lines:
-            _plain_log_scale(top)
+            plain_log_scale(top)
             # A schedule that ends at zero would press everything else together.
             low, high = top.get_ylim()
             top.set_ylim(bottom=max(low, high * 1e-6))
@@ -111,7 +111,7 @@ def curvature_figure(run: Run) -> str:
         top.set_title("K-FAC by step")
         _mark_changes(top, run, "step")
         _draw_updates(ticks, run)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def _horizontals() -> tuple[Horizontal, Horizontal]:
@@ -156,7 +156,7 @@ def _draw_loss(axes: Axes, run: Run, horizontal: Horizontal) -> None:
     loss = [number(row, "loss") for row in run.steps]
     _line_and_trend(axes, run, horizontal, loss, TRAINING, EVALUATION)
     if any(value is not None and value > 0 for value in loss):
-        _plain_log_scale(axes)
+        plain_log_scale(axes)
 
 
 def _draw_band(axes: Axes, run: Run, horizontal: Horizontal) -> None:
@@ -226,7 +226,8 @@ def _mark_changes(axes: Axes, run: Run, horizontal: Horizontal) -> None:
         axes.axvline(end, color=SOFT, lw=0.9, ls=(0, (2, 2)), zorder=1)
 
 
-def _plain_log_scale(axes: Axes) -> None:
+def plain_log_scale(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     narrow = high / low < 100
@@ -305,7 +306,8 @@ def _samples_per_s(row: Row) -> float | None:
     return size / seconds if size is not None and seconds else None
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """The figure as an `<svg>` element."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

@@ -72,31 +72,36 @@ def render_report(run: Run) -> str:
     """The page of a run; equal runs give equal text."""
     parts = [
         "<header>",
-        f"<p>elastic-kfac run <b>{_text(run.name)}</b> · {_text(_what(run))}</p>",
-        f"<h1>{_text(headline(run))}</h1>",
+        f"<p>elastic-kfac run <b>{escaped(run.name)}</b> · {escaped(_what(run))}</p>",
+        f"<h1>{escaped(headline(run))}</h1>",
         "</header>",
         _tiles(run),
     ]
     if run.steps:
-        parts.append(_section("Learning", learning_figure(run) + _figure_note(run)))
-        panels = [_section("", throughput_figure(run))]
+        parts.append(section("Learning", learning_figure(run) + _figure_note(run)))
+        panels = [section("", throughput_figure(run))]
         if _kfac(run):
-            panels.append(_section("", curvature_figure(run)))
+            panels.append(section("", curvature_figure(run)))
         parts.append(f'<div class="pair">{"".join(panels)}</div>')
     else:
-        parts.append(_section("Learning", "<p>No step has been logged yet.</p>"))
-    parts.append(_section("Events", _events(run)))
+        parts.append(section("Learning", "<p>No step has been logged yet.</p>"))
+    parts.append(section("Events", _events(run)))
     if plan := _newest_plan(run):
-        parts.append(_section("Plan in use at the end", f"<pre>{_text(plan)}</pre>"))
-    parts.append(_fold("Configuration", f"<pre>{_text(_yaml(run.config))}</pre>"))
-    parts.append(_fold("Result", _mapping_table(run.result or {"status": "no result yet"})))
-    parts.append(_section("Provenance", _provenance(run)))
+        parts.append(section("Plan in use at the end", f"<pre>{escaped(plan)}</pre>"))
+    parts.append(fold("Configuration", f"<pre>{escaped(_yaml(run.config))}</pre>"))
+    parts.append(fold("Result", mapping_table(run.result or {"status": "no result yet"})))
+    parts.append(section("Provenance", _provenance(run)))
+    return page(run.name, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole page that needs no network."""
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{_text(run.name)} · elastic-kfac</title>\n<style>{STYLE}</style></head>\n"
+        f"<title>{escaped(title)} · elastic-kfac</title>\n<style>{STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
 
@@ -128,7 +133,9 @@ def _tiles(run: Run) -> str:
         ("training loss", "–" if loss is None else f"{loss:.3g}"),
         ("wall time", duration(run.wall_time_s)),
     ]
-    cells = (f'<div class="tile"><span>{_text(n)}</span><b>{_text(v)}</b></div>' for n, v in tiles)
+    cells = (
+        f'<div class="tile"><span>{escaped(n)}</span><b>{escaped(v)}</b></div>' for n, v in tiles
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
@@ -165,18 +172,18 @@ def _event_row(event: Row, origin: float, plans: bool) -> str:
     downtime = number(event, "downtime_s") if before is not None else None
     cells = [
         ("n", "" if at is None else duration(at - origin)),
-        ("n", _text(event.get("step", ""))),
-        ("", _text(workers)),
-        ("", _text(event.get("reason") or "") + _phases(event)),
+        ("n", escaped(event.get("step", ""))),
+        ("", escaped(workers)),
+        ("", escaped(event.get("reason") or "") + _phases(event)),
         ("n", "" if downtime is None else duration(downtime)),
         ("n", "" if redone is None else f"{redone:,.0f}"),
     ]
     if plans:
-        cells.append(("", f"<code>{_text(_plan_name(event.get('plan')))}</code>"))
+        cells.append(("", f"<code>{escaped(_plan_name(event.get('plan')))}</code>"))
     row = [
         f'<td class="{name}">{text}</td>' if name else f"<td>{text}</td>" for name, text in cells
     ]
-    row.insert(1, f'<td><span class="kind{bad}">{_text(kind)}</span></td>')
+    row.insert(1, f'<td><span class="kind{bad}">{escaped(kind)}</span></td>')
     return f"<tr>{''.join(row)}</tr>"
 
 
@@ -185,7 +192,7 @@ def _phases(event: Row) -> str:
     if not isinstance(phases, Mapping):
         return ""
     parts = [f"{name} {max(0.0, number(phases, name) or 0.0):.1f} s" for name in phases]
-    return f'<div class="note">{_text(" · ".join(parts))}</div>'
+    return f'<div class="note">{escaped(" · ".join(parts))}</div>'
 
 
 def _plan_name(plan: object) -> str:
@@ -211,14 +218,14 @@ def _newest_plan(run: Run) -> str:
 
 
 def _provenance(run: Run) -> str:
-    recorded = _mapping_table(run.provenance) if run.provenance else ""
-    note = f"Page written by elastic-kfac {__version__} from {_text(run.location)}."
+    recorded = mapping_table(run.provenance) if run.provenance else ""
+    note = f"Page written by elastic-kfac {__version__} from {escaped(run.location)}."
     if not recorded:
         note += " The run recorded neither versions nor hardware."
     columns = {key for row in run.steps[:50] for key in row}
     meanings = [m for m in METRICS if m.column in columns]
     legend = "".join(
-        f"<tr><td><code>{m.column}</code></td><td>{_text(m.unit)}</td><td>{_text(m.help)}</td></tr>"
+        f"<tr><td><code>{m.column}</code></td><td>{escaped(m.unit)}</td><td>{escaped(m.help)}</td></tr>"
         for m in meanings
     )
     table = (
@@ -230,9 +237,10 @@ def _provenance(run: Run) -> str:
     return f'{recorded}<p class="note">{note}</p>{table}'
 
 
-def _mapping_table(mapping: Mapping[str, Any]) -> str:
+def mapping_table(mapping: Mapping[str, Any]) -> str:
+    """Names and values in two columns."""
     rows = "".join(
-        f"<tr><th>{_text(key)}</th><td><code>{_text(_plain(value))}</code></td></tr>"
+        f"<tr><th>{escaped(key)}</th><td><code>{escaped(_plain(value))}</code></td></tr>"
         for key, value in mapping.items()
         if key != "provenance"
     )
@@ -262,14 +270,17 @@ def _yaml(value: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(value), sort_keys=False, default_flow_style=None, width=96).rstrip()
 
 
-def _section(title: str, content: str) -> str:
-    heading = f"<h2>{_text(title)}</h2>" if title else ""
+def section(title: str, content: str) -> str:
+    """A box of a page, with or without a heading."""
+    heading = f"<h2>{escaped(title)}</h2>" if title else ""
     return f"<section>{heading}{content}</section>"
 
 
-def _fold(title: str, content: str) -> str:
-    return f"<section><details><summary>{_text(title)}</summary>{content}</details></section>"
+def fold(title: str, content: str) -> str:
+    """A box that opens when its title is clicked."""
+    return f"<section><details><summary>{escaped(title)}</summary>{content}</details></section>"
 
 
-def _text(value: object) -> str:
+def escaped(value: object) -> str:
+    """A value as text of a page."""
     return html.escape(str(value))
