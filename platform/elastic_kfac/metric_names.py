@@ -77,7 +77,7 @@ LABELS: tuple[Label, ...] = (
     Label(
         "moment",
         "Point that a change of the world has reached.",
-        values=("noticed", "planned", "started", "joined", "restored"),
+        values=("noticed", "parked", "planned", "started", "joined", "restored"),
     ),
     Label("factor", "Side of a Kronecker product.", values=("A", "G")),
     Label("statistic", "How layers are summed up.", values=("median", "max")),

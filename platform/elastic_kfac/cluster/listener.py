@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import ray
 
 from elastic_kfac.cluster.crash_loop import RankError
 from elastic_kfac.cluster.progress import workers
-from elastic_kfac.cluster.ray_adapter import RankProcess
+from elastic_kfac.cluster.ray_adapter import RankProcess, draining_nodes
 
 PARK_TIMEOUT_S = 60.0
 """How long a planned resize waits for the ranks to save their state."""
@@ -41,7 +42,10 @@ class RecorderListener:
             named = ", ".join(node_id[:8] for node_id in draining)
             plural = "s are" if len(draining) > 1 else " is"
             reason = f"node{plural} being drained ({named}); {reason}"
-        parked = self._recorder.park.remote(reason, timeout_s=self._park_timeout_s)
+        notice_s = _time_left(draining)
+        parked = self._recorder.park.remote(
+            reason, timeout_s=self._park_timeout_s, notice_s=notice_s
+        )
         while not ray.wait([parked], timeout=1.0)[0]:
             if not is_alive():
                 return False
@@ -52,3 +56,10 @@ class RecorderListener:
             self._recorder.group_failed.remote(dict(errors), list(lost_nodes))
         )
         return None if verdict is None else verdict.line
+
+
+def _time_left(draining: Sequence[str]) -> float | None:
+    """Seconds until the first of these nodes goes; 0 without a deadline, None without nodes."""
+    deadlines = draining_nodes()
+    left = [deadlines.get(node_id, 0) / 1000 - time.time() for node_id in draining]
+    return max(0.0, min(left)) if left else None

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elastic_kfac.cluster.crash_loop import CrashLoopBreaker, RankError
+from elastic_kfac.cluster.telemetry import RunTelemetry, TelemetryOptions
 from elastic_kfac.cluster.vault import VaultPlace
 from elastic_kfac.training.port import event_row
 from elastic_kfac.training.run_folder import RunFolder
 
-Message = tuple[Literal["metrics", "event", "progress", "rewound"], Mapping[str, Any]]
+Message = tuple[Literal["metrics", "event", "progress", "rewound", "measured"], Mapping[str, Any]]
 """What rank 0 sends: a kind and a row."""
 
 
@@ -47,10 +48,19 @@ class Change:
     reason: str
     from_world_size: int
     steps_redone: int = 0
+    is_preemption: bool = False
+    """Whether it began with the notice that a node will go."""
     restored_from: str | None = None
     """Where the state came from: a vault or the disk."""
     marks: dict[str, float] = field(default_factory=dict)
     """When its phases were reached (Unix time)."""
+
+    @property
+    def hand_over_s(self) -> float | None:
+        """From the notice of a preemption until the state of all ranks was safe."""
+        if not self.is_preemption or "parked" not in self.marks:
+            return None
+        return round(self.marks["parked"] - self.marks["noticed"], 3)
 
     def mark(self, name: str) -> None:
         """A phase was reached; the last time counts when a restart has to be tried again."""
@@ -95,6 +105,7 @@ class RunRecorder:
         *,
         breaker: CrashLoopBreaker | None = None,
         survivors_timeout_s: float = 3.0,
+        telemetry: TelemetryOptions | None = None,
     ) -> None:
         """Opens the run's folder.
 
@@ -102,7 +113,9 @@ class RunRecorder:
             run_uri: The run's folder.
             breaker: Decides when a run that keeps failing has to end.
             survivors_timeout_s: How long, after processes died, the others have to save their state.
+            telemetry: What to export to Ray's metrics; None exports nothing.
         """
+        self._telemetry = RunTelemetry(telemetry)
         self._survivors_timeout_s = survivors_timeout_s
         self._folder = RunFolder(run_uri)
         self._breaker = breaker or CrashLoopBreaker()
@@ -151,12 +164,21 @@ class RunRecorder:
         self._group = Group(self._attempt, len(pids), dict(pids), dict(nodes), time.time())
         self._group.store_address = asyncio.get_running_loop().create_future()
 
-    async def park(self, reason: str, *, timeout_s: float) -> bool:
-        """Asks all ranks to stop at the same boundary; returns whether the run is over instead."""
+    async def park(self, reason: str, *, timeout_s: float, notice_s: float | None = None) -> bool:
+        """Asks all ranks to stop at the same boundary; returns whether the run is over instead.
+
+        `notice_s` is given for a preemption: what is left until the first node goes.
+        """
         group = self._group
         if group is None:
             return self._outcome is not None
         self._begin_change("resize", reason)
+        if notice_s is not None:
+            assert self._change is not None
+            self._change.is_preemption = True
+            self._record_event(
+                event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
+            )
         self._set_phase("parking", reason)
         group.park_reason = reason
         group.changed.set()
@@ -165,6 +187,8 @@ class RunRecorder:
             if len(group.ended) == group.world_size:
                 break
             await asyncio.sleep(0.005)
+        if list(group.ended.values()) == ["parked"] * group.world_size:
+            self._mark("parked")
         return list(group.ended.values()) == ["finished"] * group.world_size
 
     async def group_failed(
@@ -253,6 +277,7 @@ class RunRecorder:
                 metrics.append(row)
                 if row.get("eval_accuracy") is not None:
                     self._evaluation = dict(row)
+                    self._telemetry.evaluated(row)
             elif kind == "event":
                 if row.get("plan") is not None:
                     self._plan = row["plan"]
@@ -263,6 +288,9 @@ class RunRecorder:
                 self._folder.append_metrics(metrics)
                 metrics = []
                 self._rewind(int(row["step"]), int(row["lost_steps"]))
+            elif kind == "measured":
+                self._telemetry.measured(dict(row))
+                self._telemetry.ask_vaults(self._vaults)
             else:
                 self._stepped(group, row)
         self._folder.append_metrics(metrics)
@@ -284,6 +312,7 @@ class RunRecorder:
         if self._group is not None and self._group.attempt == attempt:
             self._group.ended[error.rank] = "failed"
             self._breaker.reported(error)
+            self._telemetry.rank_failed(error.kind)
 
     # ---- the driver's side -----------------------------------------------------------------
 
@@ -386,6 +415,7 @@ class RunRecorder:
         self._last_step = step
         self._last_step_time = now
         self._breaker.stepped(step)
+        self._telemetry.stepped(self._progress)
 
     def _first_step(self, group: Group, now: float) -> None:
         change, self._change = self._change, None
@@ -418,6 +448,7 @@ class RunRecorder:
                 downtime_s=round(now - self._last_step_time, 3),
                 steps_redone=change.steps_redone,
                 restored_from=change.restored_from,
+                hand_over_s=change.hand_over_s,
                 phases_s={
                     name: round(moment - self._last_step_time, 3)
                     for name, moment in change.marks.items()
@@ -428,6 +459,7 @@ class RunRecorder:
 
     def _record_event(self, row: Mapping[str, Any]) -> None:
         self._events.append(dict(row))
+        self._telemetry.event(row)
         self._folder.append_events([row])
 
     def _close_group(self) -> None:
@@ -444,3 +476,4 @@ class RunRecorder:
         reason: str,
     ) -> None:
         self._phase, self._reason, self._phase_since = phase, reason, time.time()
+        self._telemetry.state(phase)

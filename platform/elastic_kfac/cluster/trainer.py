@@ -33,6 +33,7 @@ from elastic_kfac.cluster.ray_adapter import (
 from elastic_kfac.cluster.recorder import RunRecorder, RunView
 from elastic_kfac.cluster.result import RunResult, build_result
 from elastic_kfac.cluster.signals import StopSignals, kept_signal_handlers
+from elastic_kfac.cluster.telemetry import TelemetryOptions
 from elastic_kfac.cluster.vault import VaultKeeper, head_node
 from elastic_kfac.cluster.worker import RANK_FUNCTION, WorkerSettings, run_worker
 from elastic_kfac.config import Config
@@ -109,7 +110,7 @@ def train(
             cluster = stack.enter_context(_local_cluster(config))
             cluster.connect()
         elif address is not None:
-            stack.enter_context(_connected(address))
+            stack.enter_context(connected(address))
         faults = FaultPlan(cluster, resize_at, kill_at)
         if folder.storage.exists("checkpoints"):
             display.say(f"Run {name} exists in {storage}: continuing it.")
@@ -143,6 +144,10 @@ class _Run:
         self._nodes_checked = time.monotonic()
         self._waiting_since = time.monotonic()
         run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
+        telemetry = None
+        if cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1":
+            bounds = config.elastic.min_workers, config.elastic.max_workers
+            telemetry = TelemetryOptions(run_uri.rpartition("/")[2], *bounds)
         self._recorder: Any = (
             ray.remote(RunRecorder)
             .options(
@@ -152,13 +157,15 @@ class _Run:
                     ray.get_runtime_context().get_node_id(), soft=False
                 ),
             )
-            .remote(run_uri)
+            .remote(run_uri, telemetry=telemetry)
         )
         self._vaults = VaultKeeper(head_node() or ray.get_runtime_context().get_node_id())
         ray.get(self._recorder.set_vaults.remote(self._vaults.places))
         # Only our own nodes preload what a rank imports; elsewhere an idle process saves little.
         self._spares = 1 if cluster is not None else 0
-        settings = WorkerSettings(config, run_uri, self._recorder, rank_function)
+        settings = WorkerSettings(
+            config, run_uri, self._recorder, rank_function, telemetry=telemetry
+        )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         elastic = config.elastic
         self._trainer = TorchTrainer(
@@ -327,7 +334,7 @@ def _local_cluster(config: Config) -> LocalCluster:
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[None]:
+def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return

@@ -34,6 +34,7 @@ class VaultStore:
         on_warning: Callable[[str], None] = lambda line: None,
         on_restore: Callable[[str, int], None] = lambda source, step: None,
         on_rescue: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
+        on_kept: Callable[[], None] = lambda: None,
         timeout_s: float = 30.0,
     ) -> None:
         """Wraps `durable`.
@@ -46,6 +47,7 @@ class VaultStore:
             on_warning: Is told what could not be kept or read.
             on_restore: Is told where the restored state came from, and its step.
             on_rescue: Is given the metric rows of a rescued state.
+            on_kept: Is told when a state has reached a vault.
             timeout_s: How long a vault may take to answer.
         """
         self._durable = durable
@@ -55,6 +57,7 @@ class VaultStore:
         self._warn = on_warning
         self._on_restore = on_restore
         self._on_rescue = on_rescue
+        self._on_kept = on_kept
         self._timeout_s = timeout_s
         self._checkpointed = time.monotonic()
         self._sender: ThreadPoolExecutor | None = None
@@ -185,6 +188,7 @@ class VaultStore:
                 # The driver replaces a vault that is gone.
                 with contextlib.suppress(ray.exceptions.RayError):
                     if any(ray.get(ready)):
+                        self._on_kept()
                         return True
         except Exception as error:
             self._warn(f"step {state.progress.step} did not reach the vaults: {error}")

@@ -18,6 +18,7 @@ import ray.train
 
 from elastic_kfac.cluster.crash_loop import RankError
 from elastic_kfac.cluster.recorder import Message
+from elastic_kfac.cluster.telemetry import ProbedPort, RankTelemetry, TelemetryOptions
 from elastic_kfac.errors import ElasticKfacError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class WorkerSettings:
     rank_function: str = RANK_FUNCTION
     """`module:function` with the signature of `run_rank`."""
     collective_timeout_s: float = 120.0
+    telemetry: TelemetryOptions | None = None
+    """What to export to Ray's metrics; None exports nothing."""
 
 
 def run_worker(settings: WorkerSettings) -> str:
@@ -114,6 +117,10 @@ class RecorderPort:
     def rewound(self, step: int, lost_steps: int) -> None:
         self._put(("rewound", {"step": step, "lost_steps": lost_steps}))
 
+    def measured(self, values: Mapping[str, Any]) -> None:
+        """What rank 0 has measured since the last time."""
+        self._put(("measured", values))
+
     def flush(self, timeout_s: float = 30.0) -> None:
         """Returns when everything has arrived."""
         with self._ready:
@@ -173,6 +180,7 @@ def _run(
 
     from elastic_kfac.cluster.vault_store import VaultStore
     from elastic_kfac.training.checkpoint import CheckpointStore
+    from elastic_kfac.training.measurement import RankProbe
     from elastic_kfac.training.port import SilentPort, event_row
     from elastic_kfac.training.results import result_row
 
@@ -197,23 +205,39 @@ def _run(
     def rescued(rows: Sequence[Mapping[str, Any]]) -> None:
         ray.get(settings.recorder.record.remote(attempt, [("metrics", row) for row in rows]))
 
+    probe, telemetry = RankProbe(), None
+    if settings.telemetry is not None:
+        tell_run = port.measured if isinstance(port, RecorderPort) else None
+        telemetry = RankTelemetry(probe, settings.telemetry, rank, tell_run=tell_run)
+    durable = CheckpointStore(
+        settings.run_uri, keep=config.elastic.keep_checkpoints, on_warning=warn
+    )
+    durable.after_save = probe.checkpoint_written
     store = VaultStore(
-        CheckpointStore(settings.run_uri, keep=config.elastic.keep_checkpoints, on_warning=warn),
+        durable,
         lambda: ray.get(settings.recorder.vaults.remote()),
         attempt=attempt,
         checkpoint_interval_s=config.elastic.checkpoint_interval_s,
         on_warning=warn,
         on_restore=found,
         on_rescue=rescued,
+        on_kept=probe.snapshot_kept,
     )
     control = RecorderControl(settings.recorder, attempt, joined["stop_reason"])
     try:
         with process_group(settings, rank, world_size, attempt, device) as communicator:
             outcome = rank_function(
-                config, communicator, store=store, port=port, control=control, device=device
+                config,
+                communicator,
+                store=store,
+                port=port if telemetry is None else ProbedPort(port, probe),
+                control=control,
+                device=device,
             )
         store.close()
     finally:
+        if telemetry is not None:
+            telemetry.export()
         if isinstance(port, RecorderPort):
             port.close()
     return {**result_row(config, outcome), "reasons": list(outcome.reasons)}

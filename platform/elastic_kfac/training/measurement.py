@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,8 @@ class RankProbe:
     def __init__(self) -> None:
         self.step = 0
         """The step that is computed, or was committed last."""
+        self.after_commit: Callable[[], None] = lambda: None
+        """Is called in the thread of the loop after every committed step."""
         self._trainer: RankTrainer | None = None
         self._then: Moments = ignore_moments
         self._phase = ""
@@ -90,6 +92,8 @@ class RankProbe:
         elif moment == "recovery":
             self._is_new_world = True
         self._then(moment, step)
+        if moment == "committed":
+            self.after_commit()
 
     @contextmanager
     def own_cpu(self) -> Iterator[None]:
@@ -99,6 +103,11 @@ class RankProbe:
             yield
         finally:
             self._own_cpu_s += time.thread_time() - begin
+
+    @property
+    def speaks_for_the_run(self) -> bool:
+        """Whether this rank is number 0 of its present world."""
+        return self._trainer is not None and self._trainer.communicator.rank == 0
 
     def snapshot_kept(self) -> None:
         """A state has reached a second place in memory."""

@@ -1,0 +1,340 @@
+"""Exports what a run measures to Ray's metrics, from where Prometheus scrapes it.
+
+The recorder exports what is true of the whole run, because it outlives the workers; ranks export only
+what each of them knows for itself (`exporter="rank"` in the table). Counters are Ray gauges that hold
+the running total and begin with 0: see `metric_names`. Values are exported about once a second, not
+at every step, so that measuring costs little whatever a step takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from ray.util.metrics import Gauge
+
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.metric_names import METRICS, OTHER, Metric, label, metric
+
+if TYPE_CHECKING:
+    from elastic_kfac.cluster.vault import VaultPlace
+    from elastic_kfac.training.measurement import Labels, RankProbe, Values
+    from elastic_kfac.training.port import RunPort
+    from elastic_kfac.training.rank import RankTrainer
+
+INTERVAL_S = 1.0
+"""Between two exports of values that change at every step."""
+
+VAULTS_INTERVAL_S = 5.0
+"""Between two questions to the vaults."""
+
+STATES = label("state").values
+
+_OF_PROGRESS = (
+    "step",
+    "epoch",
+    "loss",
+    "accuracy",
+    "lr",
+    "loss_scale",
+    "step_time_s",
+    "wall_time_s",
+    "train_time_s",
+    "samples_per_s",
+    "global_batch_size",
+    "world_size",
+    "data_wait_s",
+)
+_CHANGES = ("resize", "recovery")
+
+
+@dataclass(frozen=True)
+class TelemetryOptions:
+    """What an exporter has to know; travels to the recorder and to every rank."""
+
+    run: str
+    min_workers: int
+    max_workers: int
+
+
+class SettableGauge(Protocol):
+    """The part of `ray.util.metrics.Gauge` that is used."""
+
+    def set(self, value: float, tags: dict[str, str]) -> None: ...
+
+
+MakeGauge = Callable[[str, str, tuple[str, ...]], SettableGauge]
+
+
+class _NoGauge:
+    def __init__(self, name: str, description: str, labels: tuple[str, ...]) -> None:
+        pass
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        return None
+
+
+class Series:
+    """The series of one exporter: names, bounds of labels, and totals of counters."""
+
+    def __init__(
+        self,
+        exporter: Literal["recorder", "rank"],
+        fixed: Mapping[str, str],
+        *,
+        make_gauge: MakeGauge = Gauge,
+    ) -> None:
+        """Creates every gauge of the exporter, and sets counters to 0 wherever all labels are known.
+
+        Args:
+            exporter: Whose metrics of the table.
+            fixed: Values of the labels that are the same in all of its series (run, rank).
+            make_gauge: Ray's gauge, or a stand-in.
+        """
+        self._exporter = exporter
+        self._fixed = {name: value if len(value) <= 100 else OTHER for name, value in fixed.items()}
+        self._gauges: dict[str, SettableGauge] = {}
+        self._totals: dict[tuple[str, Labels], float] = {}
+        self._seen: dict[str, set[str]] = {}
+        for entry in METRICS:
+            if entry.exporter != exporter:
+                continue
+            self._gauges[entry.column] = make_gauge(entry.exported_name, entry.help, entry.labels)
+            if entry.kind == "counter":
+                known = [label(name).values for name in self._free(entry)]
+                for labels in product(*known):
+                    self.add(entry.column, 0.0, labels)
+
+    def set(self, column: str, value: float, labels: Labels = ()) -> None:
+        """Exports the value of a gauge.
+
+        Raises:
+            KeyError: If this exporter has no such metric.
+        """
+        self._export(metric(column), float(value), labels)
+
+    def add(self, column: str, amount: float, labels: Labels = ()) -> None:
+        """Exports a counter that has grown; negative amounts are not counted."""
+        entry = metric(column)
+        labels = self._admitted(entry, labels)
+        total = self._totals.get((column, labels), 0.0) + max(0.0, amount)
+        self._totals[column, labels] = total
+        self._export(entry, total, labels)
+
+    def raise_to(self, column: str, total: float, labels: Labels = ()) -> None:
+        """Exports a counter whose running total is known; it never falls."""
+        admitted = self._admitted(metric(column), labels)
+        self.add(column, total - self._totals.get((column, admitted), 0.0), labels)
+
+    def export(self, values: Values, *, totals: bool) -> None:
+        """Exports values by column and labels; counters are totals or growth since the last time."""
+        for column, by_label in values.items():
+            counter = metric(column).kind == "counter"
+            for labels, value in by_label.items():
+                if not counter:
+                    self.set(column, value, labels)
+                elif totals:
+                    self.raise_to(column, value, labels)
+                else:
+                    self.add(column, value, labels)
+
+    def _free(self, entry: Metric) -> list[str]:
+        return [name for name in entry.labels if name not in self._fixed]
+
+    def _admitted(self, entry: Metric, labels: Labels) -> Labels:
+        admitted = []
+        for name, value in zip(self._free(entry), labels, strict=True):
+            seen = self._seen.setdefault(name, set())
+            value = label(name).admit(value, seen)
+            seen.add(value)
+            admitted.append(value)
+        return tuple(admitted)
+
+    def _export(self, entry: Metric, value: float, labels: Labels) -> None:
+        free = zip(self._free(entry), self._admitted(entry, labels), strict=True)
+        fixed = {name: text for name, text in self._fixed.items() if name in entry.labels}
+        self._gauges[entry.column].set(value, {**fixed, **dict(free)})
+
+
+class RunTelemetry:
+    """The recorder's exporter: what is true of the whole run."""
+
+    def __init__(
+        self,
+        options: TelemetryOptions | None,
+        *,
+        make_gauge: MakeGauge = Gauge,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Exports the state `starting`; without options it exports nothing, ever."""
+        self._exports = options is not None
+        options = options or TelemetryOptions("", 0, 0)
+        self._series = Series(
+            "recorder",
+            {"run": options.run},
+            make_gauge=make_gauge if self._exports else _NoGauge,
+        )
+        self._clock = clock
+        self._vaults_asked_at = float("-inf")
+        self._row: Mapping[str, Any] = {}
+        self._exported_at = float("-inf")
+        self._samples: int | None = None
+        self._series.set("min_workers", options.min_workers)
+        self._series.set("max_workers", options.max_workers)
+        self.state("starting")
+
+    def state(self, now: str) -> None:
+        """What the run is doing: 1 for this state, 0 for every other one."""
+        for state in STATES:
+            self._series.set("run_state", float(state == now), (state,))
+        if now != "running":
+            self.flush()
+
+    def stepped(self, row: Mapping[str, Any]) -> None:
+        """A step was committed."""
+        if self._samples is None:
+            self._samples = int(row.get("samples", 0)) - int(row.get("global_batch_size", 0))
+        self._row = row
+        if self._clock() - self._exported_at >= INTERVAL_S:
+            self.flush()
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """A metrics row of an evaluation."""
+        for column in ("eval_loss", "eval_accuracy"):
+            if row.get(column) is not None:
+                self._series.set(column, row[column])
+
+    def measured(self, values: Values) -> None:
+        """What rank 0 has measured since the last time."""
+        self._series.export(values, totals=False)
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        """A row of `events.jsonl`."""
+        kind = row["kind"]
+        series = self._series
+        if kind == "failure":
+            series.add("failures", 1)
+        elif kind == "preemption":
+            series.add("preemptions", 1)
+            if row.get("notice_s") is not None:
+                series.set("notice_s", row["notice_s"])
+        if row.get("hand_over_s") is not None:
+            series.set("hand_over_s", row["hand_over_s"])
+        if kind in _CHANGES:
+            series.add("resizes", 1, (kind,))
+            series.set("downtime_s", row["downtime_s"])
+            series.add("lost_time_s", row["downtime_s"])
+            for moment, elapsed_s in row.get("phases_s", {}).items():
+                series.set("moment_s", elapsed_s, (moment,))
+        if kind in (*_CHANGES, "continue"):
+            series.add("steps_redone", row.get("steps_redone") or 0)
+
+    def rank_failed(self, kind: str) -> None:
+        """A rank ended with an error of this class."""
+        if kind == CommunicationError.__name__:
+            self._series.add("communication_errors", 1)
+
+    def ask_vaults(self, places: Sequence[VaultPlace]) -> None:
+        """Has the vaults say what they hold, unless they were asked a moment ago."""
+        if self._exports and places and self._clock() - self._vaults_asked_at >= VAULTS_INTERVAL_S:
+            self._vaults_asked_at = self._clock()
+            self._asking = asyncio.create_task(self._sum_vaults(places))
+
+    async def _sum_vaults(self, places: Sequence[VaultPlace]) -> None:
+        # A vault that is gone is replaced by the driver; the next answer counts.
+        with contextlib.suppress(Exception):
+            answers = [place.vault.notes.remote(0) for place in places]
+            held = await asyncio.wait_for(asyncio.gather(*answers), VAULTS_INTERVAL_S)
+            self._series.set("vault_bytes", sum(note.num_bytes for notes in held for note in notes))
+
+    def flush(self) -> None:
+        """Exports the newest step now."""
+        row = self._row
+        self._exported_at = self._clock()
+        for column in _OF_PROGRESS:
+            if row.get(column) is not None:
+                self._series.set(column, row[column])
+        samples = int(row.get("samples", 0))
+        if self._samples is not None and samples > self._samples:
+            # Steps that are computed again are not counted again.
+            self._series.add("samples", samples - self._samples)
+            self._samples = samples
+
+
+class RankTelemetry:
+    """A rank's exporter: asks its probe about once a second, between two steps of the loop."""
+
+    def __init__(
+        self,
+        probe: RankProbe,
+        options: TelemetryOptions,
+        rank: int,
+        *,
+        tell_run: Callable[[Values], None] | None = None,
+        make_gauge: MakeGauge = Gauge,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins to listen to the probe.
+
+        Args:
+            probe: Measures this rank.
+            options: Of the run.
+            rank: Number of this rank; from the label's bound on they share a series.
+            tell_run: Is given what is true of the whole run while this is rank 0.
+            make_gauge: Ray's gauge, or a stand-in.
+            clock: Monotonic time in s.
+        """
+        self._probe = probe
+        self._tell_run = tell_run
+        self._clock = clock
+        self._exported_at = clock()
+        bounded = str(rank) if rank < label("rank").most else OTHER
+        with probe.own_cpu():
+            self._series = Series(
+                "rank", {"run": options.run, "rank": bounded}, make_gauge=make_gauge
+            )
+        probe.after_commit = self._when_due
+
+    def export(self) -> None:
+        """Exports now."""
+        self._exported_at = self._clock()
+        with self._probe.own_cpu():
+            self._series.export(self._probe.of_the_rank(), totals=True)
+            if self._tell_run is not None and self._probe.speaks_for_the_run:
+                self._tell_run(self._probe.of_the_run())
+
+    def _when_due(self) -> None:
+        if self._clock() - self._exported_at >= INTERVAL_S:
+            self.export()
+
+
+class ProbedPort:
+    """A port that has a probe watch the trainer, and is otherwise the one behind it."""
+
+    def __init__(self, port: RunPort, probe: RankProbe) -> None:
+        self._port = port
+        self._probe = probe
+
+    def watch(self, trainer: RankTrainer) -> None:
+        self._probe.watch(trainer)
+        self._port.watch(trainer)
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        self._port.metrics(row)
+
+    def event(self, row: Mapping[str, Any]) -> None:
+        self._port.event(row)
+
+    def progress(self, row: Mapping[str, Any]) -> None:
+        self._port.progress(row)
+
+    def last_step(self) -> int:
+        return self._port.last_step()
+
+    def rewound(self, step: int, lost_steps: int) -> None:
+        self._port.rewound(step, lost_steps)
