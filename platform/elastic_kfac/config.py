@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from elastic_kfac.config_sections import (
     AdversarialConfig,
+    AnalysisConfig,
     BatchConfig,
     DistNewtonConfig,
     MixingConfig,
@@ -26,6 +27,7 @@ from elastic_kfac.errors import ConfigError
 
 __all__ = [
     "AdversarialConfig",
+    "AnalysisConfig",
     "BatchConfig",
     "CommunicationConfig",
     "Config",
@@ -237,6 +239,7 @@ class Config(Section):
     elastic: ElasticConfig = ElasticConfig()
     distnewton: DistNewtonConfig = DistNewtonConfig()
     plan: PlanConfig = PlanConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")

@@ -1,0 +1,428 @@
+"""What the Hessian says about a point of a run (spec 6), with the same numbers for any world size.
+
+One function answers one `AnalysisConfig`, for the loop after an epoch and for `analyze` on a
+checkpoint. Each rank brings its share of a fixed set of samples; sums over ranks do the rest. The
+result is JSON: what could not be had in the time is named in `notes`, not made up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import AnalysisConfig, Config
+from elastic_kfac.curvature.hessian import (
+    Batch,
+    Hessian,
+    SumLoss,
+    check_request,
+    last_layer_parameters,
+)
+from elastic_kfac.curvature.landscape import loss_along
+from elastic_kfac.curvature.spectral_estimates import density, one_sample_eigenvalues, trace
+from elastic_kfac.curvature.spectrum import Eigenpairs, spectrum, top_by_lanczos
+from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.storage import join_uri
+from elastic_kfac.data.stream import SampleStream
+from elastic_kfac.errors import UsageError
+from elastic_kfac.training.feeds import Feed, StreamFeed, share
+from elastic_kfac.training.inputs import InputMaker
+
+FORMAT = 1
+_KEPT_BYTES = 512 << 20
+"""Samples that take more than this are read again for every product instead of being kept."""
+_DENSITY_STEPS = 30
+_LAST_LAYER_SHARE, _HALF = 0.3, 0.5
+"""Of the time that is left, what a part may take; what it does not use is there for the next one."""
+
+
+class FixedSamples:
+    """The same samples of a split every time, this rank's share of them in chunks."""
+
+    def __init__(
+        self, feed: Feed, model: nn.Module, request: AnalysisConfig, communicator: Communicator
+    ) -> None:
+        wanted = request.samples
+        self.count = feed.num_samples if wanted is None else min(wanted, feed.num_samples)
+        self._feed, self._seed, self._batch_size = feed, request.seed, request.batch_size
+        parameter = next(model.parameters())
+        self._make_inputs = InputMaker(feed, parameter.dtype, parameter.device)
+        self._share = share(0, self.count, communicator.rank, communicator.world_size)
+        self._kept: list[Batch] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Batch] | None = []
+        size = 0
+        first, count = self._share
+        for start in range(first, first + count, self._batch_size):
+            batch = self._read(start, min(self._batch_size, first + count - start))
+            size += sum(part.numel() * part.element_size() for part in batch)
+            kept = None if kept is None or size > _KEPT_BYTES else [*kept, batch]
+            yield batch
+        self._kept = kept
+
+    def one(self, index: int) -> Batch:
+        """A batch of one, whichever rank's share it is in; empty when its record is bad."""
+        return self._read(index, 1)
+
+    def _read(self, first: int, count: int) -> Batch:
+        # The seed plays the epoch: each has an order of its own.
+        inputs = self._make_inputs(self._feed.read(self._seed, first, count))
+        return inputs.images, inputs.labels
+
+
+def open_plain(config: Config, split: str) -> Feed:
+    """A split without augmentation, in an order of its own per analysis seed.
+
+    Raises:
+        DataError: If the split is missing or damaged.
+    """
+    data = config.data
+    shards = ShardSet.open(join_uri(data.shards, split))
+    stream = SampleStream(
+        shards,
+        seed=config.train.seed,
+        augment="none",
+        image_size=data.image_size,
+        decode_threads=data.decode_threads,
+        prefetch_batches=data.prefetch_batches,
+        bad_records=data.bad_records,
+        cache_dir=data.cache_dir,
+        cache_gib=data.cache_gib,
+        shuffle=True,
+    )
+    return StreamFeed(shards, stream)
+
+
+def check_fits(model: nn.Module, request: AnalysisConfig, *, free_bytes: float | None) -> int:
+    """Bytes of the vectors that a request keeps at once on each worker; needs no weights.
+
+    Args:
+        model: On any device, also `meta`.
+        free_bytes: What there is; `request.memory_gib` goes before it. None: unknown.
+
+    Raises:
+        ConfigError: If they do not fit.
+        UsageError: If more eigenvalues are asked for than there are parameters.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in parameters)
+    if request.top_k > size:
+        raise UsageError("too many eigenvalues", given=request.top_k, allowed=f"1 to {size}")
+    limit = free_bytes if request.memory_gib is None else request.memory_gib * 2**30
+    steps = min(request.lanczos_steps, size)
+    # The block of Lanczos vectors, the eigenvectors made of them and both ends', three to compute with.
+    return check_request(parameters, vectors=steps + request.top_k + 5, limit_bytes=limit)
+
+
+def free_bytes(device: torch.device) -> float | None:
+    """Memory that this process may still take on a device; None when nobody says."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    except OSError:
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):
+        pass
+    if not found and hasattr(os, "sysconf"):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(min(found)) if found else None
+
+
+def analyse(
+    model: nn.Module,
+    loss_sum: SumLoss,
+    samples: FixedSamples,
+    request: AnalysisConfig,
+    communicator: Communicator,
+    *,
+    landscape: Mapping[str, FixedSamples] | None = None,
+) -> dict[str, Any]:
+    """Everything that the request asks for, as JSON. Collective; the model is left as it was.
+
+    Args:
+        landscape: By name of the split, the samples whose loss is followed along the dominant
+            eigenvector; None: none.
+
+    Raises:
+        ConfigError: If the vectors do not fit into memory.
+        NumericalError: If a Hessian product is not finite.
+    """
+    device = next(model.parameters()).device
+    check_fits(model, request, free_bytes=free_bytes(device))
+    return _Analysis(model, loss_sum, samples, request, communicator).run(landscape or {})
+
+
+class _Analysis:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_sum: SumLoss,
+        samples: FixedSamples,
+        request: AnalysisConfig,
+        communicator: Communicator,
+    ) -> None:
+        self._model, self._loss_sum, self._samples = model, loss_sum, samples
+        self._request, self._communicator = request, communicator
+        self._began = time.monotonic()
+        self._notes: list[str] = []
+        self._direction: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._pass_s = 0.0
+
+    def run(self, landscape: Mapping[str, FixedSamples]) -> dict[str, Any]:
+        request = self._request
+        parts: list[tuple[str, float, Callable[[float | None], Mapping[str, Any]], bool]] = [
+            ("gradient", 1.0, self._loss_and_gradient, True),
+            ("spectrum", _HALF, self._whole_spectrum, True),
+            ("last_layer", _LAST_LAYER_SHARE, self._last_layer, True),
+            (
+                "landscape",
+                1.0,
+                lambda limit: self._landscape(limit, landscape),
+                bool(request.landscape_points and landscape),
+            ),
+            ("trace", _HALF, self._trace, request.trace_draws > 0),
+            ("one_sample", _HALF, self._one_sample, request.one_samples > 0),
+            ("density", 1.0, self._density, request.density_draws > 0),
+        ]
+        found: dict[str, Any] = {}
+        for name, part_of_rest, part, wanted in parts:
+            if not wanted:
+                continue
+            left = self._left_s()
+            if left is not None and left <= 0:
+                self._notes.append(f"{name}: left out, the time budget is spent")
+                continue
+            found[name] = part(None if left is None else left * part_of_rest)
+        gradient = found.pop("gradient")
+        return {
+            "format": FORMAT,
+            "samples": self._samples.count,
+            "seed": request.seed,
+            "budget_s": request.budget_s,
+            **gradient,
+            **{name: value for name, value in found.items() if value},
+            "notes": self._notes,
+            "time_s": time.monotonic() - self._began,
+        }
+
+    def _left_s(self) -> float | None:
+        """Seconds of the budget that are left by rank 0's clock, so that all ranks agree."""
+        if self._request.budget_s is None:
+            return None
+        left = self._request.budget_s - (time.monotonic() - self._began)
+        return float(self._communicator.broadcast_object(left, 0, tag="hessian"))
+
+    def _sum(self, tensor: Tensor) -> None:
+        self._communicator.all_reduce(tensor, tag="hessian").wait()
+
+    def _hessian(
+        self, limit_s: float | None, parameters: Sequence[nn.Parameter] | None = None
+    ) -> Hessian:
+        return Hessian(
+            self._model,
+            self._loss_sum,
+            self._samples,
+            parameters=parameters,
+            sum_over_ranks=self._sum,
+            time_budget_s=limit_s,
+        )
+
+    def _loss_and_gradient(self, limit_s: float | None) -> Mapping[str, Any]:
+        begin = time.monotonic()
+        hessian = self._hessian(limit_s)
+        found = hessian.gradient()
+        self._pass_s = time.monotonic() - begin
+        self._gradient = found.gradient
+        return {
+            "loss": _number(found.loss),
+            "gradient_norm": _number(found.norm),
+            "parameters": hessian.size,
+            "samples_seen": found.count,
+        }
+
+    def _whole_spectrum(self, limit_s: float | None) -> Mapping[str, Any]:
+        request = self._request
+        top, ends = spectrum(
+            self._hessian(limit_s),
+            request.top_k,
+            seed=request.seed,
+            max_steps=request.lanczos_steps,
+            tolerance=request.tolerance,
+        )
+        self._direction = top.vectors[0]
+        self._note_convergence("spectrum", top)
+        if not ends.converged:
+            self._notes.append("spectrum: an end of the spectrum has not converged")
+        return {
+            **_eigenvalues(top),
+            "largest": ends.largest,
+            "smallest": ends.smallest,
+            "ends_converged": ends.converged,
+        }
+
+    def _last_layer(self, limit_s: float | None) -> Mapping[str, Any]:
+        request = self._request
+        hessian = self._hessian(limit_s, last_layer_parameters(self._model))
+        top = top_by_lanczos(
+            hessian,
+            min(request.top_k, hessian.size),
+            seed=request.seed,
+            max_steps=request.lanczos_steps,
+            tolerance=request.tolerance,
+        )
+        self._note_convergence("last_layer", top)
+        return {**_eigenvalues(top), "parameters": hessian.size}
+
+    def _landscape(
+        self, limit_s: float | None, splits: Mapping[str, FixedSamples]
+    ) -> Mapping[str, Any]:
+        assert self._gradient is not None
+        if self._direction is None:
+            self._notes.append("landscape: left out, there is no eigenvector")
+            return {}
+        points = self._request.landscape_points
+        # A forward pass is about a third of a gradient's; counted over all splits.
+        expected = self._communicator.broadcast_object(
+            self._pass_s / 3 * points * len(splits), 0, tag="hessian"
+        )
+        if limit_s is not None and expected > limit_s:
+            self._notes.append(f"landscape: left out, it would take about {expected:.0f} s")
+            return {}
+        curvature = float(self._direction @ self._hessian(None).product(self._direction))
+        reach = self._reach(curvature)
+        distances = [
+            reach * (2 * i / (points - 1) - 1) if points > 1 else 0.0 for i in range(points)
+        ]
+        losses = {
+            name: loss_along(
+                self._model,
+                self._loss_sum,
+                chosen,
+                self._direction,
+                distances,
+                sum_over_ranks=self._sum,
+            )
+            for name, chosen in splits.items()
+        }
+        return {
+            "distances": distances,
+            "losses": {name: [_number(v) for v in values] for name, values in losses.items()},
+            "slope": _number(float(self._gradient @ self._direction)),
+            "curvature": _number(curvature),
+        }
+
+    def _reach(self, curvature: float) -> float:
+        """How far to look: to where the parabola has risen by 1, or half as far as θ is long."""
+        with torch.no_grad():
+            squares = [float(p.double().square().sum()) for p in self._model.parameters()]
+        reach = math.sqrt(math.fsum(squares)) / 2 or 1.0
+        if curvature and math.isfinite(curvature):
+            reach = min(reach, math.sqrt(2 / abs(curvature)))
+        return reach
+
+    def _trace(self, limit_s: float | None) -> Mapping[str, Any]:
+        draws = self._request.trace_draws
+        found = trace(
+            self._hessian(limit_s),
+            seed=self._request.seed,
+            min_draws=min(10, draws),
+            max_draws=draws,
+            tolerance=self._request.tolerance,
+        )
+        if found.draws < min(10, draws):
+            self._notes.append(f"trace: {found.draws} of {draws} draws in the time")
+        return {
+            "mean": _number(found.mean),
+            "standard_error": _number(found.standard_error),
+            "draws": found.draws,
+        }
+
+    def _one_sample(self, limit_s: float | None) -> Mapping[str, Any]:
+        request = self._request
+        wanted = min(request.one_samples, self._samples.count)
+        table = one_sample_eigenvalues(
+            self._model,
+            self._loss_sum,
+            self._samples.one,
+            wanted,
+            top=request.top_k,
+            rank=self._communicator.rank,
+            world_size=self._communicator.world_size,
+            sum_over_ranks=self._sum,
+            max_steps=request.lanczos_steps,
+            tolerance=request.tolerance,
+            time_budget_s=limit_s,
+        )
+        if len(table) < wanted:
+            self._notes.append(f"one_sample: {len(table)} of {wanted} samples in the time")
+        if not len(table):
+            return {}
+        sizes = table.abs().sort(dim=1, descending=True).values
+        columns = [sorted(column) for column in sizes.T.tolist()]
+        return {
+            "samples": len(table),
+            "mean": [statistics.fmean(column) for column in columns],
+            "low": [_quantile(column, 0.1) for column in columns],
+            "high": [_quantile(column, 0.9) for column in columns],
+        }
+
+    def _density(self, limit_s: float | None) -> Mapping[str, Any]:
+        draws = self._request.density_draws
+        steps = min(_DENSITY_STEPS, self._request.lanczos_steps)
+        found = density(self._hessian(limit_s), seed=self._request.seed, draws=draws, steps=steps)
+        if len(found.nodes) < draws:
+            self._notes.append(f"density: {len(found.nodes)} of {draws} draws in the time")
+        grid, values = found.curve(points=400)
+        return {
+            "grid": grid.tolist(),
+            "values": values.tolist(),
+            "trace": found.trace,
+            "draws": len(found.nodes),
+        }
+
+    def _note_convergence(self, name: str, top: Eigenpairs) -> None:
+        done = sum(top.converged)
+        if done < len(top.converged):
+            self._notes.append(f"{name}: {done} of {len(top.converged)} eigenvalues converged")
+
+
+def _eigenvalues(top: Eigenpairs) -> dict[str, Any]:
+    return {
+        "eigenvalues": list(top.values),
+        "residuals": list(top.residuals),
+        "converged": list(top.converged),
+        "products": top.products,
+    }
+
+
+def _quantile(ordered: Sequence[float], share_below: float) -> float:
+    position = share_below * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
