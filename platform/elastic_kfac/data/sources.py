@@ -1,4 +1,4 @@
-"""Where shards are made from: `digits`, `parquet:PATH`, `imagefolder:PATH`, `torchvision:NAME`, ….
+"""Where shards are made from: `digits`, `clusters10`, `parquet:PATH`, `torchvision:NAME`, ….
 
 A source has named splits. A split knows how many samples it has and reads any range of them, so that
 shards can be made in any order, by any process, and again after an interruption. Raw pixels are
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
 from elastic_kfac.errors import DataError
 
-KNOWN_SOURCES = "digits, parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"
+KNOWN_SOURCES = (
+    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"
+)
 TORCHVISION_ROOT = "data/torchvision"
 _BATCH_ROWS = 512
 
@@ -98,6 +100,13 @@ def open_source(text: str, *, split: str | None = None) -> Source:
     kind, _, rest = text.partition(":")
     if kind == "digits" and not rest:
         return Source("digits", {s: partial(DigitsSplit, s) for s in ("train", "test")})
+    if kind == "clusters10":
+        from elastic_kfac.data.clusters import ClustersSplit, parse_seed
+
+        seed = parse_seed(rest)
+        return Source(
+            f"clusters10:{seed}", {s: partial(ClustersSplit, s, seed) for s in ("train", "test")}
+        )
     if kind == "parquet" and rest:
         return _parquet_source(Path(rest).expanduser(), split)
     if kind in ("imagefolder", "torchvision", "ilsvrc") and rest:

@@ -1,0 +1,73 @@
+"""`elastic-kfac compare`: check every cell, make shards if needed, train what is missing, report."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+import elastic_kfac
+from elastic_kfac.cli.provenance import provenance
+from elastic_kfac.cli.runs import is_remote
+from elastic_kfac.errors import UsageError
+
+if TYPE_CHECKING:
+    from elastic_kfac.reports.comparison_study import LoadedStudy
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Runs the study that a file describes; the same call continues an interrupted one."""
+    from elastic_kfac.reports.comparison_study import load_study
+
+    loaded = load_study(
+        arguments.study,
+        arguments.overrides,
+        seeds=arguments.seeds,
+        parallelism=arguments.parallelism,
+    )
+    name = arguments.name or loaded.name
+    print(f"elastic-kfac {elastic_kfac.__version__}: {_size(loaded)}")
+    _make_missing_shards(loaded)
+
+    from elastic_kfac.cluster.comparison import compare as compare_on_ray
+    from elastic_kfac.reports.comparison import outcome_text
+
+    result = compare_on_ray(
+        loaded,
+        name=name,
+        storage=arguments.storage,
+        address=arguments.address,
+        provenance=provenance(loaded.cells[0].config.resources.use_gpu),
+    )
+    print(f"\n{outcome_text(result.outcome)}")
+    if is_remote(result.uri):
+        print(f"\nReport: {result.uri}/report.html")
+    else:
+        from elastic_kfac.training.storage import Storage
+
+        print(f"\nReport: {Storage(result.uri).path('report.html')}")
+    return result.exit_code
+
+
+def _size(loaded: LoadedStudy) -> str:
+    study = loaded.study
+    return (
+        f"study {loaded.name}, {len(study.methods)} methods, {len(study.batch_sizes)} batch sizes, "
+        f"{len(study.seeds)} seeds: {len(loaded.cells)} trainings, {study.parallelism} at a time"
+    )
+
+
+def _make_missing_shards(loaded: LoadedStudy) -> None:
+    from elastic_kfac.cli.shards import make_missing_shards
+
+    sources: dict[str, str | None] = {}
+    for cell in loaded.cells:
+        data = cell.config.data
+        if data.shards not in sources:
+            sources[data.shards] = data.source
+            make_missing_shards(cell.config)
+        elif sources[data.shards] != data.source:
+            raise UsageError(
+                f"two sources for the shards of {data.shards}",
+                given=f"{sources[data.shards]} and {data.source}",
+                change="give each its own data.shards",
+            )
