@@ -12,7 +12,10 @@ from elastic_kfac import __version__
 from elastic_kfac.errors import UsageError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-SOURCES = "digits | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | torchvision:NAME[:ROOT]"
+SOURCES = (
+    "digits | clusters10[:SEED] | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
+    "torchvision:NAME[:ROOT]"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +101,9 @@ def _build_parser() -> Parser:
 
     _add_shards(parser, groups)
     _add_train(add("train", "train:train", "Train elastically under Ray Train."))
+    _add_tune(add("tune", "tune:tune", "Search for the fastest way to an accuracy."))
+
+    _add_compare(add("compare", "compare:compare", "Compare methods over batch sizes and seeds."))
 
     evaluate = add("evaluate", "runs:evaluate", "Loss and accuracy of a run's newest checkpoint.")
     _add_run(evaluate)
@@ -181,8 +187,40 @@ def _add_train(train: Parser) -> None:
     )
 
 
+def _add_tune(tune: Parser) -> None:
+    tune.add_argument("space", metavar="SPACE", help="YAML file, e.g. tune_spaces/smoke.yaml")
+    tune.option("--name", type=_run_name, help="name of the search; an existing one is continued")
+    tune.option("--storage", default="./runs", help="folder of searches (default: ./runs)")
+    tune.option(
+        "--address", help="Ray cluster to use (`auto` or host:port); without it a local one starts"
+    )
+    _add_overrides(tune)
+
+
+def _add_compare(compare: Parser) -> None:
+    compare.add_argument(
+        "study", metavar="STUDY", help="YAML file, e.g. benchmarks/studies/clusters10.yaml"
+    )
+    compare.option(
+        "--name", type=_run_name, help="name of its folder (default: the file's); continues it"
+    )
+    compare.option("--storage", default="./runs", help="folder or URI of runs (default: ./runs)")
+    compare.option(
+        "--address", help="Ray cluster to use (`auto` or host:port); without it a local one starts"
+    )
+    compare.option("--seeds", type=_positive("--seeds"), help="so many seeds, not the file's")
+    compare.option(
+        "--parallelism", type=_positive("--parallelism"), help="so many cells at the same time"
+    )
+    _add_overrides(compare)
+
+
 def _add_config(parser: Parser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. jobs/configs/digits.yaml")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: Parser) -> None:
     parser.option(
         "--set",
         action="append",
@@ -211,6 +249,15 @@ def _pair(form: str, option: str, smallest: tuple[int, int]) -> Callable[[str], 
                 change=f"for example {option} 60:1",
             )
         return pair
+
+    return parse
+
+
+def _positive(option: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[1-9]\d{0,5}", text):
+            raise UsageError(f"bad value for {option}", given=text, allowed="whole numbers from 1")
+        return int(text)
 
     return parse
 
