@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import elastic_kfac
+from elastic_kfac.cli.provenance import announce
 
 GIB = 1 << 30
 MIN_PYTHON = (3, 11)
@@ -43,7 +43,7 @@ class Finding:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints every finding; returns 1 when one of them stops a run."""
-    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
+    announce()
     failed = 0
     for finding in examine(arguments.storage):
         print(finding.lines(), flush=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from elastic_kfac.cli.arguments import parse_arguments
+from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.errors import ElasticKfacError
 
 PROGRAM = "elastic-kfac"
@@ -21,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback.
     """
     try:
+        if is_ray_job(os.environ):
+            announce()
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
         module_name, _, function_name = arguments.command.partition(":")
         command = getattr(importlib.import_module(module_name), function_name)

@@ -5,9 +5,26 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
+import elastic_kfac
+
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the entry point of a submitted job."""
+
 PACKAGES = ("elastic-kfac", "torch", "torchvision", "ray", "pyarrow", "numpy")
+
+
+def announce() -> None:
+    """Prints which package was imported: an installed one may hide the one that was meant."""
+    folder = Path(elastic_kfac.__file__).parent
+    print(f"elastic-kfac {elastic_kfac.__version__} from {folder}", flush=True)
+
+
+def is_ray_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the entry point of `ray job submit`."""
+    return JOB_VARIABLE in environment
 
 
 def provenance(use_gpu: bool) -> dict[str, str]:

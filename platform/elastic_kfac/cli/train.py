@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import elastic_kfac
-from elastic_kfac.cli.provenance import provenance
+from elastic_kfac.cli.provenance import announce, is_ray_job, provenance
 from elastic_kfac.cli.runs import is_remote, open_run, write_report_and_summary
 from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
 
@@ -21,10 +21,11 @@ def train(arguments: argparse.Namespace) -> int:
     """Runs the job that a configuration file describes; prints a summary and the report's path."""
     from elastic_kfac.training.config_file import read_config
 
+    if not is_ray_job(os.environ):  # There it is the first line of every command.
+        announce()
     config = read_config(arguments.config, arguments.overrides)
     check_local_cluster_events(config, arguments)
     name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
-    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
 
     from elastic_kfac.cli.shards import make_missing_shards
 

@@ -1,0 +1,194 @@
+"""A head as `ray start` makes it, with its dashboard and metrics, for tests of the real thing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class RayHead:
+    """A running head and how to reach it; everything listens on loopback."""
+
+    address: str
+    dashboard: str
+    metrics: str
+    temp_dir: Path
+    environment: Mapping[str, str]
+
+    def ray(self, *arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """Runs Ray's command line against this head, in the repository."""
+        return self.run([str(SCRIPTS / "ray"), *arguments], timeout_s=timeout_s)
+
+    def run(
+        self, command: Sequence[str], *, timeout_s: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command in the repository, with this head's environment."""
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            env=dict(self.environment),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def submit(
+        self, script: str, *arguments: str, options: Sequence[str] = ()
+    ) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` as the README says it, with the committed runtime environment."""
+        return self.ray(
+            "job",
+            "submit",
+            *("--working-dir", "."),
+            *("--runtime-env", "jobs/runtime_env.yaml"),
+            *options,
+            "--",
+            "python",
+            script,
+            *arguments,
+        )
+
+    def scrape(self) -> str:
+        """What Prometheus would read now."""
+        with urllib.request.urlopen(self.metrics, timeout=10) as reply:
+            return str(reply.read().decode())
+
+
+@contextmanager
+def ray_head(
+    *, num_cpus: int = 2, variables: Mapping[str, str] | None = None, attempts: int = 3
+) -> Iterator[RayHead]:
+    """Starts a head with its own temporary folder and free ports; ends all of its processes.
+
+    Raises:
+        RuntimeError: If it does not answer; with the end of what it said.
+    """
+    said = ""
+    for _ in range(attempts):
+        # Short: Ray keeps unix sockets below it.
+        folder = Path(tempfile.mkdtemp(prefix="ek-head-", dir="/tmp"))
+        process: subprocess.Popen[bytes] | None = None
+        try:
+            head, command = _head(folder, num_cpus, variables or {})
+            log = folder / "start.log"
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    env=dict(head.environment),
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            if _is_up(process, head):
+                yield head
+                return
+            said = log.read_text(errors="replace")[-2000:]
+        finally:
+            if process is not None:
+                _end(process)
+            shutil.rmtree(folder, ignore_errors=True)
+    raise RuntimeError(f"the head did not start: {said}")
+
+
+def until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Waits for an event; whether it came."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    ports = [int(listener.getsockname()[1]) for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+def _head(folder: Path, num_cpus: int, variables: Mapping[str, str]) -> tuple[RayHead, list[str]]:
+    gcs, dashboard, metrics, agent, agent_grpc = free_ports(5)
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+        "RAY_TMPDIR": str(folder),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
+        "RAY_raylet_start_wait_time_s": "60",
+        "RAY_metrics_report_interval_ms": "1000",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
+    environment.pop("PYTHONPATH", None)
+    command = [
+        *(str(SCRIPTS / "ray"), "start", "--head", "--block"),
+        "--node-ip-address=127.0.0.1",
+        f"--port={gcs}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--metrics-export-port={metrics}",
+        f"--num-cpus={num_cpus}",
+        "--object-store-memory=150000000",
+        f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]
+    head = RayHead(
+        address=f"127.0.0.1:{gcs}",
+        dashboard=f"http://127.0.0.1:{dashboard}",
+        metrics=f"http://127.0.0.1:{metrics}/metrics",
+        temp_dir=folder,
+        environment={**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"},
+    )
+    return head, command
+
+
+def _is_up(process: subprocess.Popen[bytes], head: RayHead) -> bool:
+    """Waits until the head answers or has ended."""
+    until(lambda: process.poll() is not None or _answers(head), 120)
+    return process.poll() is None and _answers(head)
+
+
+def _answers(head: RayHead) -> bool:
+    for url in (f"{head.dashboard}/api/version", head.metrics):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except OSError as error:
+            # A head that asks for a token answers, too.
+            if getattr(error, "code", None) != 401:
+                return False
+    return True
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """`ray start --block` ends what it started; what is left is in its session."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
