@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from elastic_kfac.errors import StateError
+from elastic_kfac.errors import ElasticKfacError, StateError
 from elastic_kfac.training.state import TrainingState
 from elastic_kfac.training.storage import Storage
 
@@ -153,8 +153,8 @@ class CheckpointStore:
                 return self.load(step)
             except _NewerFormat:
                 raise
-            except (StateError, OSError) as error:
-                line = error.line() if isinstance(error, StateError) else str(error)
+            except (ElasticKfacError, OSError) as error:
+                line = error.line() if isinstance(error, ElasticKfacError) else str(error)
                 problems.append(line)
                 self._warn(f"checkpoint of step {step} was skipped: {line}")
         if problems:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pyarrow import fs
-
 from elastic_kfac.data.storage import Location
 from elastic_kfac.errors import DataError, UsageError
 
@@ -76,15 +74,11 @@ class Storage:
 
     def folders(self, name: str) -> list[str]:
         """Sorted names of the folders directly in `name`; empty when there is no such folder."""
-        selector = fs.FileSelector(self.path(name), allow_not_found=True)
-        found = self._location.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        return self._location.child(name).names(folders=True)
 
     def files(self, name: str) -> list[str]:
         """Sorted names of the files directly in `name`; empty when there is no such folder."""
-        selector = fs.FileSelector(self.path(name), allow_not_found=True)
-        found = self._location.filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+        return self._location.child(name).names()
 
     def delete(self, name: str) -> None:
         """Deletes a file or a whole folder; nothing happens when there is none."""

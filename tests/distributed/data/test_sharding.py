@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from elastic_kfac.cluster.ray_adapter import quiet_driver
 from elastic_kfac.cluster.sharding import run_shard_tasks, shard_tasks_on
 from elastic_kfac.data import ShardSet, make_shards, verify_shards
 from elastic_kfac.errors import DataError, UsageError
+from support.object_server import Store, s3_server
 
 SMALL = 128 * 64 / 2**20
 """Shards of 128 digits: 12 of the training split."""
@@ -25,7 +26,14 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
+def bucket() -> Iterator[tuple[Store, Callable[[str], str]]]:
+    """An object store that the nodes know the keys of, and the URIs of its folders."""
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def cluster(bucket: tuple[Store, Callable[[str], str]]) -> Iterator[LocalCluster]:
     with quiet_driver(), LocalCluster(2) as started:
         started.connect()
         yield started
@@ -60,6 +68,27 @@ def test_make_on_nodes_equals_alone_and_survives_a_lost_node(
     assert content(tmp_path / "cluster" / "train") == content(tmp_path / "alone" / "train")
     verify_shards(tmp_path / "cluster")
     cluster.add_node()
+
+
+def test_make_on_nodes_to_an_object_store_gives_the_bytes_of_one_process(
+    cluster: LocalCluster, bucket: tuple[Store, Callable[[str], str]], tmp_path: Path
+) -> None:
+    store, uri_of = bucket
+    make_shards("digits", tmp_path, "train", shard_mib=SMALL)
+    refused: list[str] = []
+
+    def refuse_once(key: str) -> int:
+        if key.endswith("00004.parquet") and not refused:
+            refused.append(key)
+            return 503
+        return 200
+
+    store.on_put = refuse_once
+    with shard_tasks_on("auto") as run_tasks:
+        make_shards("digits", uri_of("set"), "train", shard_mib=SMALL, run_tasks=run_tasks)
+    held = {key.removeprefix("set/train/"): data for key, data in store.objects.items() if data}
+    assert held == content(tmp_path / "train") and len(held) == 13 and len(refused) == 1
+    assert verify_shards(uri_of("set")).num_samples == 1438
 
 
 def test_make_on_nodes_continues_what_was_begun_alone(
