@@ -76,7 +76,8 @@ def run_ranks(
         RankFailed: with the tracebacks of all failed ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "pytest"])
+    # Optimizers import torch._dynamo (2 s), whose default arguments would hold the ranks' first group.
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pytest"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = []

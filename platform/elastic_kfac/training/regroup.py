@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from datetime import timedelta
 
 import torch.distributed as dist
 
+# Optimizers import it, and default arguments of its functions would hold on to the group of that time
+# for ever: before the first group there is none.
+import torch.distributed.nn.functional
+
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
+
+_OWN_REFERENCES = 2
+"""A local name and the argument of `getrefcount`."""
 
 
 def regroup(
@@ -49,6 +58,14 @@ def regroup(
 
 
 def leave() -> None:
-    """Destroys this process's group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Destroys this process's group, if there is one.
+
+    Its connections close, which wakes peers that wait in it, when the last reference to it is gone. A
+    trainer that failed is garbage, but in cycles; a caller that still handles its error holds it.
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    dist.destroy_process_group()
+    if sys.getrefcount(group) > _OWN_REFERENCES:
+        gc.collect()
