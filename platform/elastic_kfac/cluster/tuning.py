@@ -32,3 +32,376 @@ replaced as a whole (a reader never sees half a file):
 `tune/`
     Ray Tune's own files; TensorBoard events of every trial (`tensorboard --logdir <folder>`).
 """
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.logger import TBXLoggerCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray_adapter import quiet_driver, room_for_workers
+from elastic_kfac.cluster.result import EXIT_INTERRUPTED
+from elastic_kfac.cluster.signals import StopSignals
+from elastic_kfac.cluster.trainer import connected
+from elastic_kfac.cluster.tuning_books import Listener, SearchBooks, StopWhen, trial_name
+from elastic_kfac.cluster.tuning_desk import SearchDesk
+from elastic_kfac.cluster.tuning_journal import Journal, TrialRow, hardware_of
+from elastic_kfac.cluster.tuning_search import (
+    Assignment,
+    Suggestions,
+    make_scheduler,
+    param_space,
+    planned_points,
+)
+from elastic_kfac.cluster.tuning_trial import TrialRun, TrialSettings
+from elastic_kfac.cluster.worker import RANK_FUNCTION
+from elastic_kfac.errors import ConfigError, RunError, UsageError
+from elastic_kfac.training.emulation import Emulator
+from elastic_kfac.training.feasibility import why_infeasible
+from elastic_kfac.training.search_space import SearchSpace
+
+CONFIRMATION_SEED = 1000
+"""Distance of the confirmation's seeds from those of the search."""
+
+_ENVIRONMENT = {
+    # Relative paths of a configuration are meant from where the command was given.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # The journal and TensorBoard are the only loggers.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """How a search ended."""
+
+    status: str
+    """`finished` or `interrupted`."""
+    folder: Path
+    best: TrialRow | None
+    rows: tuple[TrialRow, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 if there is a best trial; 1 if no trial came to an end; 130 interrupted."""
+        if self.status == "interrupted":
+            return EXIT_INTERRUPTED
+        return 0 if self.best is not None else 1
+
+
+def search(
+    space: SearchSpace,
+    *,
+    name: str,
+    storage: str = "./runs",
+    address: str | None = None,
+    cluster: LocalCluster | None = None,
+    say: Callable[[str], None] = print,
+    rank_function: str = RANK_FUNCTION,
+) -> SearchResult:
+    """Searches until all trials have ended; the same `name` continues where an earlier call ended.
+
+    Args:
+        space: What to search.
+        name: Name of the search; its folder is `<storage>/<name>`.
+        storage: Folder that every node of the cluster reaches.
+        address: Address of a Ray cluster; None starts one on this machine with a node per worker of
+            every concurrent trial.
+        cluster: An embedded cluster to use and to leave running; this process is connected to it.
+        say: Is told what happens, a line each.
+        rank_function: `module:function` that runs one rank of a trial.
+
+    Raises:
+        UsageError: If the search could not work; nothing was started then.
+        RunError: If Ray Tune itself failed; the same name continues.
+    """
+    folder = _local_folder(storage) / name
+    journal = Journal(folder, name, space)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        stack.enter_context(quiet_driver())
+        stack.enter_context(_environment(_ENVIRONMENT))
+        elastic = space.base.elastic
+        if cluster is None and address is None:
+            nodes = elastic.max_workers * space.max_concurrent
+            say(f"Starting a local Ray cluster with {nodes} nodes …")
+            cluster = stack.enter_context(local_cluster(space, nodes))
+            cluster.connect()
+        elif address is not None:
+            stack.enter_context(connected(address))
+        signals.defer()
+        running = _Search(space, journal, say, rank_function)
+        return running.finish(signals)
+
+
+def local_cluster(space: SearchSpace, nodes: int) -> LocalCluster:
+    """A cluster with a node per worker."""
+    resources = dict(space.base.resources.per_worker)
+    cpus = resources.pop("CPU", 1.0)
+    gpus = resources.pop("GPU", 1.0 if space.base.resources.use_gpu else 0.0)
+    return LocalCluster(nodes, cpus_per_node=cpus, gpus_per_node=gpus, resources_per_node=resources)
+
+
+class _Search:
+    """One call of `search`, connected to a cluster."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        journal: Journal,
+        say: Callable[[str], None],
+        rank_function: str,
+    ) -> None:
+        self._space = space
+        self._journal = journal
+        self._say = say
+        per_worker = dict(space.base.resources.per_worker)
+        if space.base.resources.use_gpu:
+            per_worker.setdefault("GPU", 1.0)
+        # An autoscaler may bring the first nodes only when trials ask for them.
+        self._room = room_for_workers(per_worker) or space.base.elastic.max_workers
+        self._slots = min(
+            space.max_concurrent, max(1, self._room // space.base.elastic.min_workers)
+        )
+        emulated = space.objective.metric == "emulated_time_to_accuracy_s"
+        self._books = SearchBooks(journal, say, Emulator(space.links) if emulated else None)
+        journal.hardware = hardware_of(ray.nodes())
+        self._plan()
+        here = ray.get_runtime_context().get_node_id()
+        self._desk: Any = (
+            ray.remote(SearchDesk)
+            .options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            )
+            .remote(self._slots, per_worker)
+        )
+        self._books.desk = self._desk
+        self._settings = TrialSettings(space, str(journal.folder), self._desk, rank_function)
+
+    def finish(self, signals: StopSignals) -> SearchResult:
+        """Runs what is left, in two stages, and closes the books."""
+        journal = self._journal
+        if journal.is_continued and any(row.is_final for row in journal.rows.values()):
+            ended = sum(row.is_final for row in journal.rows.values())
+            self._say(f"Search {journal.name} exists: continuing it after {ended} trials.")
+        journal.status = "running"
+        try:
+            self._run_stage(("reference", "search"), signals, make_scheduler(self._space))
+            if signals.reason is None and self._space.confirm and journal.best() is not None:
+                self._plan_confirmation()
+                self._run_stage(("confirm",), signals, None)
+        except BaseException:
+            journal.status = "failed"
+            raise
+        else:
+            journal.status = "interrupted" if signals.reason is not None else "finished"
+        finally:
+            self._books.close()
+            ray.kill(self._desk)
+        return SearchResult(
+            journal.status, journal.folder, journal.best(), tuple(journal.rows.values())
+        )
+
+    # ---- trials ----------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Writes down every trial that is known before the search begins."""
+        space, journal = self._space, self._journal
+        for name, point in space.references.items():
+            values = {**space.default_point(), **point}
+            shown = {key: values[key] for key in space.parameters}
+            for repeat in range(space.repeats):
+                trial = f"{name}-s{repeat}"
+                row = TrialRow(trial, "reference", name, space.base.train.seed + repeat, shown)
+                self._admit(journal.add(row))
+        if space.searcher.name != "optuna":
+            for number, point in enumerate(planned_points(space)):
+                self._add_point(number, point)
+            searched = [row for row in journal.rows.values() if row.stage == "search"]
+            if all(row.status == "refused" for row in searched):
+                raise ConfigError(
+                    "no point of the search space can run here", given=searched[0].reason
+                )
+        journal.write()
+
+    def _plan_confirmation(self) -> None:
+        space, journal = self._space, self._journal
+        best = journal.best()
+        assert best is not None
+        points: dict[str, Mapping[str, Any]] = {"best": best.parameters}
+        for name in space.references:
+            rows = journal.repeats("reference", name)
+            points[name] = rows[0].parameters
+        # A continued search may have found another winner: its confirmation is a new one.
+        with self._books.lock:
+            for row in list(journal.rows.values()):
+                if row.point == "confirm-best" and row.parameters != best.parameters:
+                    del journal.rows[row.trial_id]
+            for repeat in range(space.confirm):
+                seed = space.base.train.seed + CONFIRMATION_SEED + repeat
+                for name, point in points.items():
+                    trial = f"confirm-{name}-s{repeat}"
+                    row = TrialRow(trial, "confirm", f"confirm-{name}", seed, dict(point))
+                    self._admit(journal.add(row))
+
+    def _add_point(self, number: int, point: Mapping[str, Any]) -> list[TrialRow]:
+        rows = []
+        for repeat in range(self._space.repeats):
+            trial = f"t{number:03d}" + (f"-s{repeat}" if self._space.repeats > 1 else "")
+            seed = self._space.base.train.seed + repeat
+            row = self._journal.add(TrialRow(trial, "search", str(number), seed, dict(point)))
+            self._admit(row)
+            rows.append(row)
+        return rows
+
+    def _admit(self, row: TrialRow) -> None:
+        """Refuses a trial that cannot work, before it costs anything."""
+        if row.is_final:
+            return
+        try:
+            reason = why_infeasible(self._journal.config_of(row), self._room)
+        except ConfigError as error:
+            reason = error.line()
+        if reason is not None:
+            row.status, row.reason = "refused", reason
+            self._say(f"{row.trial_id} refused: {reason}")
+
+    def _assignment(self, row: TrialRow) -> Assignment:
+        return {
+            "trial": row.trial_id,
+            "stage": row.stage,
+            "point": self._journal.point_of(row),
+            "seed": row.seed,
+        }
+
+    def _open(self, stages: Sequence[str]) -> list[TrialRow]:
+        rows = self._journal.rows.values()
+        return [row for row in rows if row.stage in stages and not row.is_final]
+
+    # ---- running ---------------------------------------------------------------------------
+
+    def _run_stage(
+        self, stages: Sequence[str], signals: StopSignals, scheduler: Any | None
+    ) -> None:
+        rows = self._open(stages)
+        searcher = None
+        if "search" in stages and self._space.searcher.name == "optuna":
+            searcher = self._suggestions(rows)
+        if not rows and (searcher is None or not self._books.points_left()):
+            return
+        self._books.tell_waiting()
+        tuner = tune.Tuner(
+            tune.with_resources(
+                tune.with_parameters(TrialRun, settings=self._settings),
+                # The head is where a driver is safe; its workers ask for resources themselves.
+                {"CPU": 0, "node:__internal_head__": 0.001},
+            ),
+            param_space={}
+            if searcher is not None
+            else param_space(self._space, [self._assignment(row) for row in rows]),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1 if searcher is not None else 1,
+                max_concurrent_trials=self._slots,
+                reuse_actors=True,
+                trial_name_creator=trial_name,
+                trial_dirname_creator=trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(self._journal.folder),
+                stop=StopWhen(self._books.interrupted),
+                callbacks=[Listener(self._books), TBXLoggerCallback()],
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(
+                    checkpoint_frequency=0, checkpoint_at_end=False
+                ),
+            ),
+        )
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                tuner.fit()
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            if signals.reason is not None and not self._books.interrupted.is_set():
+                self._say(f"{signals.reason}: trials save their state and stop …")
+                ray.get(self._desk.stop.remote(f"interrupted by {signals.reason}"))
+                self._books.interrupted.set()
+            self._books.report_news()
+            thread.join(0.2)
+        if failure and not self._books.interrupted.is_set():
+            text = str(failure[0]).strip().splitlines() or [""]
+            raise RunError(
+                f"Ray Tune ended the search: {type(failure[0]).__name__}: {text[-1]}",
+                change="the same --name continues it",
+            ) from failure[0]
+
+    def _suggestions(self, rows: Sequence[TrialRow]) -> Suggestions:
+        journal = self._journal
+        points = dict.fromkeys(r.point for r in journal.rows.values() if r.stage == "search")
+        evaluated = []
+        for point in points:
+            repeats = journal.repeats("search", point)
+            if all(row.is_final and row.status != "refused" for row in repeats):
+                evaluated.append((repeats[0].parameters, journal.score_of(repeats)))
+
+        def on_point(values: Mapping[str, Any]) -> list[Assignment]:
+            with self._books.lock:
+                number = self._space.num_trials - self._books.points_left()
+                added = self._add_point(number, values)
+                self._books.note()
+                return [self._assignment(row) for row in added if not row.is_final]
+
+        def score_of(assignment: Assignment) -> float | None:
+            with self._books.lock:
+                row = journal.rows[str(assignment["trial"])]
+                repeats = journal.repeats("search", row.point)
+                if not all(each.is_final for each in repeats):
+                    return None
+                return journal.score_of(repeats)
+
+        first = [self._assignment(row) for row in rows]
+        return Suggestions(
+            self._space, first, evaluated, self._books.points_left(), on_point, score_of
+        )
+
+
+def _local_folder(storage: str) -> Path:
+    if "://" in storage and not storage.startswith("file://"):
+        raise UsageError(
+            "a search keeps its files in a folder",
+            given=f"--storage {storage}",
+            allowed="a path that every node of the cluster reaches",
+        )
+    return Path(storage.removeprefix("file://")).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    added = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.shards import ShardSet
@@ -34,8 +36,10 @@ class ImaginedWorld(Communicator):
         return [obj] * self.world_size
 
 
-def imagined_paths(config: Config, world_sizes: Sequence[int]) -> Iterator[GradientPath]:
-    """The gradient path of every world size, made by the code that training runs.
+def imagined_paths(
+    config: Config, world_sizes: Sequence[int]
+) -> Iterator[tuple[nn.Module, GradientPath]]:
+    """The model and its gradient path at every world size, made by the code that training runs.
 
     Raises:
         DataError: If the shards, which say how large images are, are not there.
@@ -52,7 +56,7 @@ def imagined_paths(config: Config, world_sizes: Sequence[int]) -> Iterator[Gradi
     for world_size in world_sizes:
         path = GradientPath(model, optimizer, config, ImaginedWorld(world_size))
         try:
-            yield path
+            yield model, path
         finally:
             path.close()
 
@@ -63,7 +67,7 @@ def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
     Raises:
         DataError: As `imagined_paths`.
     """
-    for path in imagined_paths(config, world_sizes):
+    for _, path in imagined_paths(config, world_sizes):
         owner = path.kfac or path.sharded
         if owner is not None:
             yield owner.plan
@@ -85,10 +89,12 @@ def why_infeasible(config: Config, room: int) -> str | None:
             "workers without a sample"
         )
     budget_gib = config.plan.memory_budget_gib
+    if budget_gib is None:
+        return None
     sizes = sorted({elastic.min_workers, largest})
     try:
-        for world_size, path in zip(sizes, imagined_paths(config, sizes), strict=True):
-            if path.kfac is None or budget_gib is None:
+        for world_size, (_, path) in zip(sizes, imagined_paths(config, sizes), strict=True):
+            if path.kfac is None:
                 continue
             held = max(
                 memory_elements(

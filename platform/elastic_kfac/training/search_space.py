@@ -165,6 +165,10 @@ class Searcher(Section):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+def _only_default() -> dict[str, dict[str, Any]]:
+    return {"default": {}}
+
+
 class SearchSpace(Section):
     """A whole search, resolved: `base` holds every configuration key."""
 
@@ -179,7 +183,7 @@ class SearchSpace(Section):
     """Points to try (PB2: size of the population); a grid has as many as it has."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Seeds per point; the median counts, of an even number the worse of the two in the middle."""
-    references: dict[str, dict[str, Any]] = {"default": {}}
+    references: dict[str, dict[str, Any]] = Field(default_factory=_only_default)
     """Points outside the search to compare with; `default: {}` is the base itself."""
     confirm: Annotated[int, Field(ge=0)] = 0
     """Seeds, unseen by the search, with which the winner and the references run once more."""

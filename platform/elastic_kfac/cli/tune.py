@@ -1,0 +1,39 @@
+"""`elastic-kfac tune`: check the space, make shards if needed, search, say what was found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import elastic_kfac
+from elastic_kfac.cli.train import fresh_name
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Runs the search that a file describes; the same name continues it."""
+    from elastic_kfac.training.search_space import read_space
+
+    space = read_space(arguments.space, arguments.overrides)
+    name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
+    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
+
+    from elastic_kfac.cli.shards import make_missing_shards
+
+    make_missing_shards(space.base)
+
+    from elastic_kfac.cluster.tuning import search
+
+    result = search(space, name=name, storage=arguments.storage, address=arguments.address)
+    reached = sum(row.stage == "search" and bool(row.reached) for row in result.rows)
+    tried = sum(row.stage == "search" for row in result.rows)
+    print(f"\n{reached} of {tried} trials reached {space.objective.target_accuracy:.4g}.")
+    if result.best is not None:
+        values = ", ".join(f"{key}={value}" for key, value in result.best.parameters.items())
+        value = result.best.numbers.get("objective")
+        took = f"{space.objective.metric} {value:.4g}" if value is not None else "not reached"
+        print(f"Best: {result.best.trial_id} ({took}): {values}")
+        print(f"Train with it: elastic-kfac train {result.folder / 'best_config.yaml'}")
+    if result.status == "interrupted":
+        print(f"Interrupted; the same command with --name {name} continues.")
+    print(f"Files: {result.folder}")
+    return result.exit_code

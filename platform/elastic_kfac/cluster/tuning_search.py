@@ -1,0 +1,198 @@
+"""From a search space to Ray Tune's own schedulers, searchers and domains."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from elastic_kfac.cluster.tuning_trial import PERTURBED
+from elastic_kfac.errors import UsageError
+from elastic_kfac.training.search_space import Parameter, SearchSpace, log_scaled
+
+SCORE = "score"
+"""The metric of searchers: `objective.score`, smaller is better."""
+
+_MOST_REFUSED_IN_A_ROW = 100
+
+Assignment = Mapping[str, Any]
+"""A trial for Ray Tune: `trial` (its id), `stage`, `point` (values by key), `seed`."""
+
+
+def domain(parameter: Parameter) -> Any:
+    """Ray Tune's domain of a parameter."""
+    if parameter.values is not None:
+        return tune.choice(list(parameter.values))
+    assert parameter.interval is not None
+    low, high = parameter.interval
+    if parameter.kind == "randint":
+        return tune.randint(int(low), int(high) + 1)
+    return tune.uniform(low, high) if parameter.kind == "uniform" else tune.loguniform(low, high)
+
+
+def planned_points(space: SearchSpace) -> list[dict[str, Any]]:
+    """The points of a grid or random search: the same for the same space and seed."""
+    if space.searcher.name == "grid":
+        return space.grid_points()
+    random = np.random.RandomState(space.searcher.seed)
+    domains = {key: domain(parameter) for key, parameter in space.parameters.items()}
+    return [
+        {key: _plain(each.sample(random_state=random)) for key, each in domains.items()}
+        for _ in range(space.num_trials)
+    ]
+
+
+def make_scheduler(space: SearchSpace) -> TrialScheduler:
+    """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget."""
+    time_attr = "epoch" if space.budget.epochs is not None else "train_time_s"
+    if space.scheduler.name == "asha":
+        grace = space.scheduler.grace or space.limit / 8
+        return ASHAScheduler(
+            time_attr=time_attr,
+            metric="best_accuracy",
+            mode="max",
+            max_t=space.limit,
+            grace_period=min(grace, space.limit),
+            reduction_factor=space.scheduler.reduction_factor,
+        )
+    if space.scheduler.name == "pb2":
+        from ray.tune.schedulers.pb2 import PB2
+
+        bounds = {
+            PERTURBED + key: [log_scaled(parameter, end) for end in parameter.interval or ()]
+            for key, parameter in space.perturbed.items()
+        }
+        return PB2(
+            time_attr=time_attr,
+            metric="accuracy",
+            mode="max",
+            perturbation_interval=space.scheduler.interval or space.limit / 4,
+            hyperparam_bounds=bounds,
+            quantile_fraction=space.scheduler.quantile,
+        )
+    return FIFOScheduler()
+
+
+def param_space(space: SearchSpace, assignments: Sequence[Assignment]) -> dict[str, Any]:
+    """What Tune's basic variant generator expands to exactly these trials."""
+    found: dict[str, Any] = {"assignment": tune.grid_search([dict(each) for each in assignments])}
+    for key, parameter in space.perturbed.items():
+        found[PERTURBED + key] = tune.sample_from(_start_of(key, parameter))
+    return found
+
+
+def _start_of(key: str, parameter: Parameter) -> Callable[[Any], float]:
+    def start(config: Any) -> float:
+        return log_scaled(parameter, float(config["assignment"]["point"][key]))
+
+    return start
+
+
+class Suggestions(Searcher):
+    """Optuna for points; seeds, refusals and the median of repeats around it.
+
+    `on_points` is asked for the trials of a new point (none if it is refused), `score_of` for the
+    score of a point that is complete.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        first: Sequence[Assignment],
+        evaluated: Sequence[tuple[Mapping[str, Any], float]],
+        num_points: int,
+        on_point: Callable[[Mapping[str, Any]], Sequence[Assignment]],
+        score_of: Callable[[Assignment], float | None],
+    ) -> None:
+        """`first` are trials to run before new points; `evaluated` are points with their scores."""
+        super().__init__(metric=SCORE, mode="min")
+        self._optuna = _optuna(space)
+        for point, score in evaluated:
+            self._optuna.add_evaluated_point(dict(point), score)
+        self._queue = list(first)
+        self._left = num_points
+        self._on_point = on_point
+        self._score_of = score_of
+        self._made = 0
+        self._assigned: dict[str, Assignment] = {}
+        self._asked: dict[tuple[tuple[str, str], ...], str] = {}
+        self._lock = threading.Lock()
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial, or that there is none."""
+        with self._lock:
+            refused = 0
+            while not self._queue and self._left > 0 and refused < _MOST_REFUSED_IN_A_ROW:
+                self._left -= 1
+                self._made += 1
+                name = f"point-{self._made}"
+                point = self._optuna.suggest(name)
+                if not isinstance(point, dict):
+                    break
+                point = {key: _plain(value) for key, value in point.items()}
+                self._asked[_key(point)] = name
+                self._queue.extend(self._on_point(point))
+                if not self._queue:
+                    refused += 1
+                    self._optuna.on_trial_complete(name, error=True)
+            if not self._queue:
+                finished: str = Searcher.FINISHED
+                return finished
+            assignment = self._queue.pop(0)
+            self._assigned[trial_id] = assignment
+            return {"assignment": dict(assignment)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Only whole points count."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Tells Optuna the score of a point once all its repeats have ended."""
+        assignment = self._assigned.get(trial_id)
+        if assignment is None or assignment["stage"] != "search":
+            return
+        score = self._score_of(assignment)
+        name = self._asked.get(_key(assignment["point"]))
+        if score is not None and name is not None:
+            self._optuna.on_trial_complete(name, {SCORE: score})
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: the journal is the memory of a search."""
+        Path(checkpoint_path).write_bytes(b"")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The journal is read instead."""
+
+
+def _optuna(space: SearchSpace) -> Any:
+    try:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError:
+        raise UsageError(
+            "searcher optuna needs the package optuna",
+            change="install it, or use searcher: {name: random}",
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    startup = max(3, min(10, space.num_trials // 3))
+    return OptunaSearch(
+        space={key: domain(parameter) for key, parameter in space.parameters.items()},
+        metric=SCORE,
+        mode="min",
+        sampler=optuna.samplers.TPESampler(seed=space.searcher.seed, n_startup_trials=startup),
+    )
+
+
+def _key(point: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, repr(value)) for name, value in sorted(point.items()))
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
