@@ -76,6 +76,11 @@ class NormBlock(Block):
         if isinstance(module, nn.GroupNorm):
             return nn.functional.group_norm(x, module.num_groups, eps=module.eps)
         assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        # A layer that normalises over more than its own inputs says with what.
+        shared = getattr(module, "shared_statistics", None)
+        if shared is not None:
+            mean, scale = (v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)) for v in shared)
+            return (x - mean) * scale
         return nn.functional.batch_norm(x, None, None, training=True, eps=module.eps)
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:

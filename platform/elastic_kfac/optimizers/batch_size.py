@@ -38,7 +38,7 @@ class Growth:
     epoch: int
     old_batch_size: int
     new_batch_size: int
-    reason: Literal["eigenvalue", "duration"]
+    reason: Literal["eigenvalue", "duration", "schedule"]
 
 
 def wanted_workers(

@@ -233,6 +233,10 @@ class Exchange:
             gradients_are_finite=bool(is_finite),
         )
 
+    def local_gradient(self, count: int) -> Tensor:
+        """The mean over `count` samples of what this rank's passes have left, one flat vector."""
+        return torch.cat([view.reshape(-1) for view in self._gradients]).div_(max(count, 1))
+
     def publish_gradients(self, loss_scale: float = 1.0) -> None:
         """Puts the reduced gradients into `.grad` on every rank, free of `loss_scale`.
 

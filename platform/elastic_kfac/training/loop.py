@@ -23,7 +23,7 @@ from elastic_kfac.training.evaluation import EvalResult
 from elastic_kfac.training.feeds import Feeds, open_feeds
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
-from elastic_kfac.training.rank import RankTrainer, StepResult
+from elastic_kfac.training.rank import EpochEnd, RankTrainer, StepResult
 from elastic_kfac.training.state import Progress, TrainingState
 from elastic_kfac.training.state_transfer import share_state
 
@@ -96,6 +96,7 @@ class RunLoop:
         self._trainer = trainer
         self._store = store
         self._own_port = port
+        port.watch(trainer)
         self._keep_newest = keep_newest
         self._newest: TrainingState | None = None
         self.recent_rows: deque[dict[str, Any]] = deque(maxlen=_RECENT_ROWS)
@@ -145,6 +146,20 @@ class RunLoop:
                 event_row("restored", step, **self._world(), steps_redone=lost, plan=plan)
             )
 
+    def keep_live_state(self) -> None:
+        """Keeps the live state as the newest one; for ranks that hold all of it."""
+        self._newest = self._trainer.capture()
+
+    def forget_rows_of_lost_steps(self) -> None:
+        """Drops rows of steps after the present one: they will be taken again."""
+        while self.recent_rows and self.recent_rows[-1]["step"] > self._trainer.progress.step:
+            self.recent_rows.pop()
+
+    def report_rows_again(self) -> None:
+        """Rank 0 reports the newest rows that it knows; the port leaves out what it has."""
+        for row in self.recent_rows:
+            self._port.metrics(row)
+
     def until_parked_or_finished(
         self,
         control: Control,
@@ -156,6 +171,8 @@ class RunLoop:
         trainer = self._trainer
         snapshot = False
         while True:
+            if trainer.epoch_end_is_due:
+                self._report_epoch_end(trainer.end_epoch())
             if trainer.evaluation_is_due:
                 self._report_evaluation(trainer.evaluate())
             if trainer.finished:
@@ -245,18 +262,46 @@ class RunLoop:
         }
         if trainer.scaler.enabled:
             row["loss_scale"] = trainer.scaler.scale
+        wanted = trainer.batch.wanted_workers(trainer.position)
+        if wanted is not None:
+            row["wanted_workers"] = wanted
         self._port.progress(row)
         if trainer.progress.step % trainer.config.train.log_every_steps == 0 or trainer.finished:
             row.update(trainer.path.columns())
+            row.update(trainer.apart.columns())
             traffic = trainer.communicator.counters.total()
             row["communication_bytes"] = traffic.payload_bytes
             row["communication_calls"] = traffic.calls
+            row["computation_s"] = trainer.progress.computation_s
+            row["communication_s"] = trainer.progress.communication_s
+            if result.attacked_fraction:
+                row["adversarial_fraction"] = result.attacked_fraction
             # Every rank knows what rank 0 reports: if rank 0 is lost, another one has its last rows.
             self.recent_rows.append(row)
             self._port.metrics(row)
 
+    def _report_epoch_end(self, end: EpochEnd) -> None:
+        trainer = self._trainer
+        if end.measured is not None:
+            columns = end.measured.columns()
+            self._port.metrics(
+                {**self._where(), **columns, "hessian_s": trainer.progress.hessian_s}
+            )
+        if end.growth is not None:
+            details = {
+                "old_batch_size": end.growth.old_batch_size,
+                "new_batch_size": end.growth.new_batch_size,
+                "reason": end.growth.reason,
+                "wanted_workers": trainer.batch.wanted_workers(trainer.position),
+            }
+            step = trainer.progress.step
+            self._port.event(event_row("batch_growth", step, **self._world(), **details))
+
     def _report_evaluation(self, result: EvalResult) -> None:
         row = {**self._where(), "eval_loss": result.loss, "eval_accuracy": result.accuracy}
+        if result.attacked is not None:
+            row["eval_adversarial_loss"] = result.attacked.loss
+            row["eval_adversarial_accuracy"] = result.attacked.accuracy
         self._port.metrics(row)
         progress = self._trainer.progress
         if progress.time_to_accuracy_s is not None and not self._target_said:

@@ -122,7 +122,7 @@ class Passes:
             id_hash=0 if samples is None else id_hash(samples.ids),
         )
 
-    def gradient(self, exchange: Exchange, samples: Samples | None, place: Place) -> Totals:
+    def gradient(self, exchange: Exchange, samples: Samples | None) -> Totals:
         """Local sums of gradients over some samples as they are, without K-FAC's statistics."""
         exchange.begin_step()
         if samples is None:

@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.errors import NumericalError, StateError
+from elastic_kfac.optimizers.batch_size import Growth
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
 from elastic_kfac.training.attacks import evaluation_attack
-from elastic_kfac.training.batch_policy import BatchPolicy
+from elastic_kfac.training.batch_control import BatchControl
+from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
 from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 from elastic_kfac.training.exchange import Totals
 from elastic_kfac.training.feeds import Feeds, Samples, share
@@ -45,6 +49,8 @@ from elastic_kfac.training.state import (
     restore_model,
     restore_optimizer,
 )
+from elastic_kfac.training.steps_apart import StepsApart
+from elastic_kfac.training.sync_batch_norm import synchronise_batch_norm
 from elastic_kfac.training.tasks import make_task
 
 if TYPE_CHECKING:
@@ -60,6 +66,17 @@ class StepResult:
     step_time_s: float
     data_wait_s: float
     overflow: bool
+    attacked_fraction: float = 0.0
+    """γ: share of each logical micro-batch that was attacked."""
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What was found and decided at the end of an epoch."""
+
+    epoch: int
+    measured: Measured | None
+    growth: Growth | None
 
 
 class RankTrainer:
@@ -86,23 +103,26 @@ class RankTrainer:
             image_shape=feeds.train.image_shape,
             seed=config.train.seed,
         ).to(self.device)
+        if config.train.sync_batch_norm:
+            self.model = self._synchronised(communicator)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self.passes = Passes(self.model, self.task, config, feeds.train, self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.apart = StepsApart(config, self.model, self.optimizer, self.passes, feeds.train)
+        self._steps_apart = steps_apart(config)
         self.path = self._make_path()
         self.scaler = LossScaler.for_precision(config.train.precision)
-        self.batch_policy = BatchPolicy(
-            config.elastic.batch_policy,
-            full_batch_size=config.train.global_batch_size,
-            full_world_size=config.elastic.max_workers,
-            num_samples=feeds.train.num_samples,
+        self.batch = BatchControl(config, feeds.train.num_samples)
+        self._eigenvalues = EigenvalueWatch(
+            self.model, self.task, config, feeds.train, self.passes.make_inputs
         )
         self.exchange = make_exchange(self.model, config.elastic)
         self._check_world()
         self.ledger = Ledger()
         self.progress = Progress()
         self.rates = RateControl(config)
+        self._newest_lr = config.optimizer.lr
         self._evaluation_attack = None
         if feeds.evaluation is not None:
             self._evaluation_attack = evaluation_attack(
@@ -148,14 +168,20 @@ class RankTrainer:
             NumericalError: If loss or gradients are not finite (outside fp16).
             CommunicationError: If a peer left; the step is not committed then.
         """
-        begin = time.perf_counter()
+        begin, waited_s = time.perf_counter(), self.communicator.counters.waited_s
         before = self.progress
         self.moments("step_begin", before.step + 1)
-        self.batch_policy.enter_world(self.communicator.world_size, self.position)
+        self.batch.of_world.enter_world(self.communicator.world_size, self.position)
         first, count = before.consumed, self._batch_size()
         samples, data_wait_s = self._read_share(first, count)
         try:
-            place = Place(before.step, before.epoch, count, self._share(first, count)[0] - first)
+            place = Place(
+                before.step,
+                before.epoch,
+                count,
+                self._share(first, count)[0] - first,
+                self.batch.attacked_fraction(self.position),
+            )
             local = self.passes.run(
                 self.exchange,
                 self.communicator,
@@ -182,6 +208,7 @@ class RankTrainer:
         )
         epoch_is_over = first + count == self.feeds.train.num_samples
         elapsed = time.perf_counter() - begin
+        waited_s = self.communicator.counters.waited_s - waited_s
         self.progress = replace(
             before,
             step=before.step + 1,
@@ -189,16 +216,23 @@ class RankTrainer:
             consumed=0 if epoch_is_over else first + count,
             samples_committed=before.samples_committed + totals.count,
             train_time_s=before.train_time_s + elapsed,
+            computation_s=before.computation_s + elapsed - waited_s - data_wait_s,
+            communication_s=before.communication_s + waited_s,
         )
         self.account(elapsed)
+        if self._steps_apart:
+            self.apart.stepped(before.epoch, first, count)
+            if self.apart.due:
+                self._come_together()
         self.moments("committed", self.progress.step)
         overflow = not totals.gradients_are_finite
-        return StepResult(totals, lr, elapsed, data_wait_s, overflow)
+        return StepResult(totals, lr, elapsed, data_wait_s, overflow, place.attacked_fraction)
 
     def evaluate(self) -> EvalResult:
         """Counts every evaluation sample exactly once over all ranks. Collective."""
         feed = self.feeds.evaluation
         assert feed is not None
+        self._come_together()
         self.moments("evaluation", self.progress.step)
         begin = time.perf_counter()
         result = evaluate_split(
@@ -212,8 +246,28 @@ class RankTrainer:
             whole_batches=self.config.elastic.reproducible,
         )
         self.account(time.perf_counter() - begin)
-        self._note_accuracy(result.accuracy)
+        self.progress = self.progress.evaluated(
+            result.accuracy, self._evaluation_points(), self.config.train.target_accuracy
+        )
         return result
+
+    @property
+    def epoch_end_is_due(self) -> bool:
+        """Whether an epoch is complete and nobody has looked at its end yet."""
+        return self.batch.epochs < self.progress.epoch
+
+    def end_epoch(self) -> EpochEnd:
+        """Decides at the end of an epoch how the batch goes on, on every rank alike. Collective."""
+        begin = time.perf_counter()
+        epoch, measured = self.progress.epoch, None
+        self._come_together()
+        if self.batch.needs_eigenvalue:
+            measured = self._eigenvalues.measure(self.communicator, self.kfac)
+            time_s = self.progress.hessian_s + measured.time_s
+            self.progress = replace(self.progress, hessian_s=time_s)
+        growth = self.batch.end_epoch(epoch, None if measured is None else measured.driving)
+        self.account(time.perf_counter() - begin)
+        return EpochEnd(epoch, measured, growth)
 
     def account(self, elapsed_s: float) -> None:
         """Adds time that the whole world spent to the cost of the run."""
@@ -229,7 +283,9 @@ class RankTrainer:
         parts: dict[str, Any] = {
             **self.join_capture(),
             "scaler": self.scaler.state_dict(),
-            "batch_policy": self.batch_policy.state_dict(),
+            "batch_policy": self.batch.of_world.state_dict(),
+            "batch_size": self.batch.state_dict(),
+            "eigenvalues": self._eigenvalues.state_dict(),
             "rates": self.rates.state_dict(),
         }
         if self.config.elastic.reproducible:
@@ -248,6 +304,7 @@ class RankTrainer:
     def join_capture(self) -> dict[str, Any]:
         """The collective part of `capture`, for ranks that need no copy themselves."""
         self.moments("capture", self.progress.step)
+        self._come_together()
         self.ledger.seal()
         return self.path.state_dict()
 
@@ -276,16 +333,21 @@ class RankTrainer:
         restore_optimizer(self.model, self.optimizer, state.part("optimizer") or {})
         self.path.load_state_dict({name: state.part(name) for name in PARTS})
         self.scaler.load_state_dict(state.part("scaler") or {})
-        self.batch_policy.load_state_dict(state.part("batch_policy") or {})
+        self.batch.of_world.load_state_dict(state.part("batch_policy") or {})
+        self.batch.load_state_dict(state.part("batch_size") or {})
+        self._eigenvalues.load_state_dict(state.part("eigenvalues") or {})
         self.rates.load_state_dict(state.part("rates") or {})
         self.ledger = Ledger(state.ledger)
         self.progress = state.progress
         self.passes.drop_mixed()
+        self.apart.forget()
 
     def disband(self) -> None:
         """Lets go of every reference to the present process group."""
         self.communicator = Communicator.solo()
         self.path.close()
+        if self.config.train.sync_batch_norm:
+            self._synchronised(self.communicator)
 
     def regroup(self, communicator: Communicator) -> None:
         """Becomes a member of another world; a `restore` must follow, because K-FAC starts anew.
@@ -294,6 +356,9 @@ class RankTrainer:
         """
         self.disband()
         self.communicator = communicator
+        self.passes.drop_mixed()
+        if self.config.train.sync_batch_norm:
+            self._synchronised(communicator)
         # Anew, because a survivor's K-FAC may be torn: some layers exchanged, others not.
         self.path = self._make_path()
         self._check_world()
@@ -308,6 +373,21 @@ class RankTrainer:
             self.communicator,
             lambda moment: self.moments(moment, self.progress.step + 1),
         )
+
+    def _synchronised(self, communicator: Communicator) -> nn.Module:
+        size = self.config.train.sync_batch_norm_group
+        return synchronise_batch_norm(self.model, communicator, group_size=size)
+
+    def _come_together(self) -> None:
+        """Merges ranks that have stepped apart. Collective, and nothing where they have not."""
+        if self.apart.apart:
+            begin = time.perf_counter()
+            self.apart.merge(self.communicator, self.exchange, self._newest_lr)
+            elapsed = time.perf_counter() - begin
+            self.account(elapsed)
+            self.progress = replace(
+                self.progress, train_time_s=self.progress.train_time_s + elapsed
+            )
 
     def _conditions(self) -> dict[str, Any]:
         return conditions(self.model, self.device, self.config.elastic.logical_shards)
@@ -324,7 +404,7 @@ class RankTrainer:
 
     def _batch_size(self) -> int:
         left = self.feeds.train.num_samples - self.progress.consumed
-        return min(self.batch_policy.batch_size(self.communicator.world_size), left)
+        return min(self.batch.size(self.communicator.world_size, self.position), left)
 
     def _read_share(self, first: int, count: int) -> tuple[Samples | None, float]:
         begin = time.perf_counter()
@@ -338,7 +418,8 @@ class RankTrainer:
             epoch, next_first = epoch + 1, 0
         if epoch * self.feeds.train.num_samples + next_first < self.total_samples:
             left = self.feeds.train.num_samples - next_first
-            size = self.batch_policy.batch_size(self.communicator.world_size)
+            position = epoch * self.feeds.train.num_samples + next_first
+            size = self.batch.size(self.communicator.world_size, position)
             self.feeds.train.prefetch(epoch, *self._share(next_first, min(size, left)))
         return samples, waited
 
@@ -349,7 +430,7 @@ class RankTrainer:
         # The middle of the batch: neither the first rate of a warm-up nor a last one is 0.
         position = self.position + count / 2
         rates = self.rates.at(
-            position / self.feeds.train.num_samples, self.batch_policy.lr_factor(position)
+            position / self.feeds.train.num_samples, self.batch.lr_factor(position)
         )
         self.rates.apply(self.optimizer, rates)
         finite = totals.gradients_are_finite
@@ -366,8 +447,13 @@ class RankTrainer:
             )
         # Losses may be divided by the planned count; bad records make the true one smaller.
         divisor = self.exchange.loss_divisor(count)
-        self.exchange.publish_gradients(self.scaler.scale * totals.count / divisor)
-        if finite:
+        if self._steps_apart:
+            # Of this rank's samples only, and a rank without any stays where it is.
+            self.exchange.publish_gradients(max(local_count, 1) / divisor)
+        else:
+            self.exchange.publish_gradients(self.scaler.scale * totals.count / divisor)
+        self._newest_lr = rates.lr
+        if finite and (local_count or not self._steps_apart):
             self.path.update(
                 num_samples=local_count,
                 loss_scale_per_sample=self.scaler.scale / divisor,
@@ -376,7 +462,7 @@ class RankTrainer:
                 statistics=self.exchange.reduced,
             )
             self.moments("preconditioned", self.progress.step + 1)
-        else:
+        elif not finite:
             self.path.discard_statistics()
         self.exchange.finish_step(totals.count)
         self.scaler.update(overflow=not finite)
@@ -389,16 +475,3 @@ class RankTrainer:
         if self.position >= self.total_samples and self.position - passed * every > 0.5:
             return passed + 1
         return passed
-
-    def _note_accuracy(self, accuracy: float) -> None:
-        progress = self.progress
-        best = accuracy if progress.best_accuracy is None else max(accuracy, progress.best_accuracy)
-        progress = replace(progress, best_accuracy=best, evaluations=self._evaluation_points())
-        target = self.config.train.target_accuracy
-        if target is not None and accuracy >= target and progress.time_to_accuracy_s is None:
-            progress = replace(
-                progress,
-                time_to_accuracy_s=time.time() - progress.started_at,
-                train_time_to_accuracy_s=progress.train_time_s,
-            )
-        self.progress = progress

@@ -10,6 +10,7 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from elastic_kfac.training.exchange import Exchange, Totals
 from elastic_kfac.training.gradient_reduction import make_reduction
@@ -43,6 +44,7 @@ class GradientPath:
         self._announce = announce
         self.kfac: KFAC | None = None
         self.sharded: ShardedKFAC | None = None
+        self._stays_local = steps_apart(config)
         if config.optimizer.name == "sharded_kfac":
             self.sharded = _make_sharded(model, config, communicator)
         elif config.kfac.enabled:
@@ -54,8 +56,8 @@ class GradientPath:
 
     def reduce(self, exchange: Exchange, local: Totals, step: int) -> Totals:
         """Sums what the ranks have to tell each other before the update."""
-        if self.sharded is not None:
-            # Its gradients travel inside its own step, to their owners only.
+        if self.sharded is not None or self._stays_local:
+            # Its gradients travel inside its own step, to their owners only; or not at all.
             return exchange.reduce(self._communicator, local, reduce_gradients=lambda flat: None)
         if self._reduction is not None:
             reduction = self._reduction

@@ -14,6 +14,7 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training.checkpoint import StateStore
 from elastic_kfac.training.feeds import Feeds, open_feeds
@@ -90,6 +91,8 @@ def run_rank_with_rescue(
 def holds_everything(trainer: RankTrainer) -> bool:
     """Whether this rank alone can capture: no part of the state is kept by an owner or in residuals."""
     config = trainer.config
+    if steps_apart(config):
+        return False
     if config.optimizer.name == "sharded_kfac" or config.communication.wire_format != "fp32":
         return False
     kfac = trainer.kfac

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -40,6 +41,12 @@ class Progress:
     """Unix time of the run's very first start, so that wall times include downtime."""
     train_time_s: float = 0.0
     """Stepping time: no evaluation, no downtime."""
+    computation_s: float = 0.0
+    """Of the stepping time, what rank 0 spent on neither the others nor the data."""
+    communication_s: float = 0.0
+    """Of the stepping time, what it spent inside collectives."""
+    hessian_s: float = 0.0
+    """Time to measure eigenvalues for the batch policy; not part of the stepping time."""
     worker_seconds: float = 0.0
     gpu_seconds: float = 0.0
     evaluations: int = 0
@@ -47,6 +54,19 @@ class Progress:
     best_accuracy: float | None = None
     time_to_accuracy_s: float | None = None
     train_time_to_accuracy_s: float | None = None
+
+    def evaluated(self, accuracy: float, points: int, target: float | None) -> Progress:
+        """After an evaluation, `points` of which are due until here; the first one at `target` stops
+        the clock."""
+        best = accuracy if self.best_accuracy is None else max(accuracy, self.best_accuracy)
+        progress = replace(self, best_accuracy=best, evaluations=points)
+        if target is None or accuracy < target or progress.time_to_accuracy_s is not None:
+            return progress
+        return replace(
+            progress,
+            time_to_accuracy_s=time.time() - progress.started_at,
+            train_time_to_accuracy_s=progress.train_time_s,
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     communicator: Communicator = Communicator.solo()
+    shared_statistics: tuple[Tensor, Tensor] | None = None
+    """(mean, 1/σ) of the newest training pass over the group; K-FAC needs what the inputs became."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -35,6 +37,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises [n, channels, ...]; updates running values in training mode."""
+        self.shared_statistics = None
         use_batch = self.training or self.running_mean is None
         if not use_batch or self.communicator.world_size == 1:
             return super().forward(input)
@@ -48,6 +51,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training and self.running_mean is not None:
             self._move_running_values(mean, variance * (total / (total - 1)))
         scale = (variance + self.eps).rsqrt()
+        self.shared_statistics = (mean, scale)
         output: Tensor = _Normalize.apply(
             input, self.weight, self.bias, mean, scale, total, self.communicator
         )
