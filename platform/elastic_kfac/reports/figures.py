@@ -23,7 +23,7 @@ from matplotlib.ticker import (
 
 from elastic_kfac.reports.experiment import Row, Run, Segment, first_number, number
 
-INK, SOFT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 TRAINING, EVALUATION, ACCENT = "#9fb3c8", "#0b69a3", "#c4580f"
 BAND = ("#f0e2c8", "#cfe3d4", "#c6dbef", "#dccfe8", "#f3cfd0", "#d5d8dc")
 MAX_POINTS = 1500

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import os
 from collections.abc import Mapping, Sequence
@@ -30,22 +32,34 @@ section { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px; paddi
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 10px; }
 .tile { background: #fff; border: 1px solid #e4e7eb; border-radius: 8px; padding: 11px 13px; }
 .tile b { display: block; font-size: 19px; font-weight: 620; white-space: nowrap; }
-.tile span { color: #7b8794; font-size: 12px; white-space: nowrap; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; }
+.tile span { color: #616e7c; font-size: 12px; white-space: nowrap; }
+.pair { display: grid; gap: 16px;
+        grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); }
 svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
-th { text-align: left; color: #7b8794; font-weight: 500; white-space: nowrap; }
+th { text-align: left; color: #616e7c; font-weight: 500; white-space: nowrap; }
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid #e4e7eb; vertical-align: top; }
-tr:last-child td { border-bottom: 0; }
+tr:last-child td, tbody tr:last-child th { border-bottom: 0; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .kind { background: #e4ecf4; border-radius: 4px; padding: 1px 7px; white-space: nowrap; }
 .kind.bad { background: #f8ddd4; }
-.note { color: #7b8794; font-size: 13px; margin: 10px 0 0; }
+.note { color: #616e7c; font-size: 13px; margin: 10px 0 0; }
 td .note { font-size: 12px; margin: 2px 0 0; }
 pre { margin: 0; font: 12px/1.55 ui-monospace, "DejaVu Sans Mono", monospace; overflow-x: auto; }
 code { font: 12px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 details summary { cursor: pointer; font-weight: 600; font-size: 16px; }
 details[open] summary { margin-bottom: 10px; }
+@media (max-width: 760px) {
+  main { padding: 18px 12px 32px; }
+  h1 { font-size: 20px; }
+  section { padding: 14px 12px; }
+  /* A wide figure keeps its size and its box scrolls, so that its text stays legible. */
+  main > section > svg { min-width: 680px; }
+}
+@media print {
+  body { background: #fff; }
+  section { break-inside: avoid; overflow: visible; }
+}
 """
 UNPLANNED = ("fail", "kill", "lost", "crash", "error")
 
@@ -60,12 +74,7 @@ def write_report(run_folder: Path) -> Path:
         UsageError: If the folder is not there or holds no run.
     """
     folder = Path(run_folder)
-    page = render_report(read_run(folder))
-    target = folder / "report.html"
-    temporary = target.with_name(f".report.html.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
-    return target
+    return write_page(folder / "report.html", render_report(read_run(folder)))
 
 
 def render_report(run: Run) -> str:
@@ -94,16 +103,36 @@ def render_report(run: Run) -> str:
     return page(run.name, parts)
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole page that needs no network."""
+def page(title: str, parts: Sequence[str], *, style: str = "", script: str = "") -> str:
+    """A whole page that needs no network, and may not use it.
+
+    The content security policy lets nothing load, and nothing run but `script`: text of a run that
+    got into the page by mistake could not become a program.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    allowed = f"'sha256-{digest}'" if script else "'none'"
+    policy = (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escaped(title)} · elastic-kfac</title>\n<style>{STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+        f"<title>{escaped(title)} · elastic-kfac</title>\n<style>{STYLE}{style}</style></head>\n"
+        f"<body><main>\n{body}\n</main>{f'<script>{script}</script>' if script else ''}"
+        "</body></html>\n"
     )
+
+
+def write_page(target: Path, text: str) -> Path:
+    """Replaces a page as a whole: a browser that reloads never sees half of one."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(target)
+    return target
 
 
 def _what(run: Run) -> str:
