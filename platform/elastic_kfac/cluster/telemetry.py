@@ -3,13 +3,15 @@
 The recorder exports what is true of the whole run, because it outlives the workers; ranks export only
 what each of them knows for itself (`exporter="rank"` in the table). Counters are Ray gauges that hold
 the running total and begin with 0: see `metric_names`. Values are exported about once a second, not
-at every step, so that measuring costs little whatever a step takes.
+at every step, so that measuring costs little whatever a step takes; all of them every time, because
+Ray exports only what was set since its last report.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from ray.util.metrics import Gauge
 
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.metric_names import METRICS, OTHER, Metric, label, metric
+from elastic_kfac.metric_names import METRICS, OTHER, Metric, label
 
 if TYPE_CHECKING:
     from elastic_kfac.cluster.vault import VaultPlace
@@ -32,6 +34,8 @@ INTERVAL_S = 1.0
 
 VAULTS_INTERVAL_S = 5.0
 """Between two questions to the vaults."""
+
+_ENTRIES = {entry.column: entry for entry in METRICS}
 
 STATES = label("state").values
 
@@ -99,6 +103,7 @@ class Series:
         self._exporter = exporter
         self._fixed = {name: value if len(value) <= 100 else OTHER for name, value in fixed.items()}
         self._gauges: dict[str, SettableGauge] = {}
+        self._values: dict[tuple[str, Labels], tuple[float, dict[str, str]]] = {}
         self._totals: dict[tuple[str, Labels], float] = {}
         self._seen: dict[str, set[str]] = {}
         for entry in METRICS:
@@ -111,30 +116,30 @@ class Series:
                     self.add(entry.column, 0.0, labels)
 
     def set(self, column: str, value: float, labels: Labels = ()) -> None:
-        """Exports the value of a gauge.
+        """Notes the value of a gauge for the next `flush`.
 
         Raises:
             KeyError: If this exporter has no such metric.
         """
-        self._export(metric(column), float(value), labels)
+        self._note(_ENTRIES[column], float(value), labels)
 
     def add(self, column: str, amount: float, labels: Labels = ()) -> None:
-        """Exports a counter that has grown; negative amounts are not counted."""
-        entry = metric(column)
+        """Notes that a counter has grown; negative amounts are not counted."""
+        entry = _ENTRIES[column]
         labels = self._admitted(entry, labels)
         total = self._totals.get((column, labels), 0.0) + max(0.0, amount)
         self._totals[column, labels] = total
-        self._export(entry, total, labels)
+        self._note(entry, total, labels)
 
     def raise_to(self, column: str, total: float, labels: Labels = ()) -> None:
-        """Exports a counter whose running total is known; it never falls."""
-        admitted = self._admitted(metric(column), labels)
+        """Notes the running total of a counter; it never falls."""
+        admitted = self._admitted(_ENTRIES[column], labels)
         self.add(column, total - self._totals.get((column, admitted), 0.0), labels)
 
-    def export(self, values: Values, *, totals: bool) -> None:
-        """Exports values by column and labels; counters are totals or growth since the last time."""
+    def note(self, values: Values, *, totals: bool) -> None:
+        """Notes values by column and labels; counters are totals or growth since the last time."""
         for column, by_label in values.items():
-            counter = metric(column).kind == "counter"
+            counter = _ENTRIES[column].kind == "counter"
             for labels, value in by_label.items():
                 if not counter:
                     self.set(column, value, labels)
@@ -155,10 +160,16 @@ class Series:
             admitted.append(value)
         return tuple(admitted)
 
-    def _export(self, entry: Metric, value: float, labels: Labels) -> None:
-        free = zip(self._free(entry), self._admitted(entry, labels), strict=True)
+    def _note(self, entry: Metric, value: float, labels: Labels) -> None:
+        labels = self._admitted(entry, labels)
+        free = zip(self._free(entry), labels, strict=True)
         fixed = {name: text for name, text in self._fixed.items() if name in entry.labels}
-        self._gauges[entry.column].set(value, {**fixed, **dict(free)})
+        self._values[entry.column, labels] = (value, {**fixed, **dict(free)})
+
+    def flush(self) -> None:
+        """Hands every value to Ray, which forgets what is not said again before its next report."""
+        for (column, _), (value, tags) in list(self._values.items()):
+            self._gauges[column].set(value, tags)
 
 
 class RunTelemetry:
@@ -182,26 +193,25 @@ class RunTelemetry:
         self._clock = clock
         self._vaults_asked_at = float("-inf")
         self._row: Mapping[str, Any] = {}
-        self._exported_at = float("-inf")
+        self._flushing = threading.RLock()
         self._samples: int | None = None
         self._series.set("min_workers", options.min_workers)
         self._series.set("max_workers", options.max_workers)
         self.state("starting")
+        if self._exports:
+            threading.Thread(target=self._repeat, name="telemetry", daemon=True).start()
 
     def state(self, now: str) -> None:
         """What the run is doing: 1 for this state, 0 for every other one."""
         for state in STATES:
             self._series.set("run_state", float(state == now), (state,))
-        if now != "running":
-            self.flush()
+        self.flush()
 
     def stepped(self, row: Mapping[str, Any]) -> None:
         """A step was committed."""
         if self._samples is None:
             self._samples = int(row.get("samples", 0)) - int(row.get("global_batch_size", 0))
         self._row = row
-        if self._clock() - self._exported_at >= INTERVAL_S:
-            self.flush()
 
     def evaluated(self, row: Mapping[str, Any]) -> None:
         """A metrics row of an evaluation."""
@@ -211,7 +221,7 @@ class RunTelemetry:
 
     def measured(self, values: Values) -> None:
         """What rank 0 has measured since the last time."""
-        self._series.export(values, totals=False)
+        self._series.note(values, totals=False)
 
     def event(self, row: Mapping[str, Any]) -> None:
         """A row of `events.jsonl`."""
@@ -253,9 +263,12 @@ class RunTelemetry:
             self._series.set("vault_bytes", sum(note.num_bytes for notes in held for note in notes))
 
     def flush(self) -> None:
-        """Exports the newest step now."""
+        """Exports everything, the newest step included, now."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         row = self._row
-        self._exported_at = self._clock()
         for column in _OF_PROGRESS:
             if row.get(column) is not None:
                 self._series.set(column, row[column])
@@ -264,6 +277,12 @@ class RunTelemetry:
             # Steps that are computed again are not counted again.
             self._series.add("samples", samples - self._samples)
             self._samples = samples
+        self._series.flush()
+
+    def _repeat(self) -> None:
+        while True:
+            time.sleep(INTERVAL_S)
+            self.flush()
 
 
 class RankTelemetry:
@@ -304,9 +323,10 @@ class RankTelemetry:
         """Exports now."""
         self._exported_at = self._clock()
         with self._probe.own_cpu():
-            self._series.export(self._probe.of_the_rank(), totals=True)
+            self._series.note(self._probe.of_the_rank(), totals=True)
             if self._tell_run is not None and self._probe.speaks_for_the_run:
                 self._tell_run(self._probe.of_the_run())
+            self._series.flush()
 
     def _when_due(self) -> None:
         if self._clock() - self._exported_at >= INTERVAL_S:
