@@ -179,6 +179,10 @@ class ElasticConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
     resize_poll_s: Annotated[float, Field(gt=0)] = 1.0
     """How often Ray Train looks for capacity to grow into."""
+    in_place: bool = False
+    """Survivors of a loss keep their processes and step on while the lost ranks are replaced."""
+    in_place_wait_s: Annotated[float, Field(gt=0)] = 30.0
+    """How long they go on without a place for the lost ranks before the group is started again."""
     reproducible: bool = False
     """Every bit of the final state is the same for any number of workers, resizes and kills."""
     logical_shards: Annotated[int, Field(ge=1, le=1024)] = 8

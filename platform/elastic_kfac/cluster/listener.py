@@ -51,6 +51,20 @@ class RecorderListener:
                 return False
         return bool(ray.get(parked))
 
+    def members_lost(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
+        verdict: RankError | None = ray.get(
+            self._recorder.members_lost.remote(dict(errors), list(lost_nodes))
+        )
+        return None if verdict is None else verdict.line
+
+    def is_over(self) -> bool:
+        return bool(ray.get(self._recorder.is_over.remote()))
+
+    def fall_back(self, reason: str) -> bool:
+        return bool(
+            ray.get(self._recorder.fall_back.remote(reason, timeout_s=self._park_timeout_s))
+        )
+
     def group_failed(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
         verdict: RankError | None = ray.get(
             self._recorder.group_failed.remote(dict(errors), list(lost_nodes))

@@ -118,7 +118,10 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             f"{event['steps_redone']} steps redone"
         )
     if kind == "failure":
-        return f"[step {step}] {event['reason']}; starting again from the last saved state"
+        then = "the others go on" if event.get("in_place") else "starting again from the last state"
+        return f"[step {step}] {event['reason']}; {then}"
+    if kind == "fallback":
+        return f"[step {step}] {event['reason']}; starting the whole group again"
     if kind == "fault":
         return f"[step {step}] as asked: {event['reason']}"
     if kind == "warning":

@@ -153,16 +153,7 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Tells where the ranks are."""
         self._errors = {}
-        self._actors = tuple(worker.actor for worker in worker_group.get_workers())
-        self._ranks = tuple(
-            RankProcess(
-                rank=worker.distributed_context.world_rank,
-                pid=worker.metadata.pid,
-                node_id=worker.metadata.node_id,
-                node_address=worker.metadata.node_ip,
-            )
-            for worker in worker_group.get_workers()
-        )
+        self._learn_workers(worker_group)
         self._listener.group_started(self._ranks)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -198,6 +189,18 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         refresh_capacity()
         if lost:
             time.sleep(POLICY_CACHE_S)
+
+    def _learn_workers(self, worker_group: Any) -> None:
+        self._actors = tuple(worker.actor for worker in worker_group.get_workers())
+        self._ranks = tuple(
+            RankProcess(
+                rank=worker.distributed_context.world_rank,
+                pid=worker.metadata.pid,
+                node_id=worker.metadata.node_id,
+                node_address=worker.metadata.node_ip,
+            )
+            for worker in worker_group.get_workers()
+        )
 
     def _warm_up_joiners(self) -> None:
         # Training goes on meanwhile: what a new process imports now is not waited for later.

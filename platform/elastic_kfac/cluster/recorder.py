@@ -38,6 +38,13 @@ class Group:
     """Set when ranks have to look at the stop reason, or when the group is over."""
     store_address: asyncio.Future[tuple[str, int]] | None = None
     stepped: bool = False
+    away: set[int] = field(default_factory=set)
+    """Ranks that are gone while the others step on."""
+
+    @property
+    def everybody_left(self) -> bool:
+        """Whether the training function of every rank that is there has returned."""
+        return set(self.ended) >= set(self.pids) - self.away
 
 
 @dataclass
@@ -51,7 +58,9 @@ class Change:
     is_preemption: bool = False
     """Whether it began with the notice that a node will go."""
     restored_from: str | None = None
-    """Where the state came from: a vault or the disk."""
+    """Where the state came from: a vault, the disk or a member."""
+    in_place: bool = False
+    """Whether the survivors kept their processes."""
     marks: dict[str, float] = field(default_factory=dict)
     """When its phases were reached (Unix time)."""
 
@@ -184,12 +193,13 @@ class RunRecorder:
         group.changed.set()
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and "failed" not in group.ended.values():
-            if len(group.ended) == group.world_size:
+            if group.everybody_left:
                 break
             await asyncio.sleep(0.005)
-        if list(group.ended.values()) == ["parked"] * group.world_size:
+        ends = set(group.ended.values()) if group.everybody_left else set()
+        if ends == {"parked"}:
             self._mark("parked")
-        return list(group.ended.values()) == ["finished"] * group.world_size
+        return ends == {"finished"}
 
     async def group_failed(
         self, errors: Mapping[int, str], lost_nodes: Sequence[str]
@@ -224,7 +234,7 @@ class RunRecorder:
 
     # ---- the ranks' side -------------------------------------------------------------------
 
-    async def join(self, rank: int) -> dict[str, Any]:
+    async def join(self, rank: int, pid: int = 0, node_id: str = "") -> dict[str, Any]:
         """What a rank has to know when its training function begins."""
         self._mark("joined")
         if self._group is None:
@@ -449,6 +459,7 @@ class RunRecorder:
                 steps_redone=change.steps_redone,
                 restored_from=change.restored_from,
                 hand_over_s=change.hand_over_s,
+                in_place=change.in_place,
                 phases_s={
                     name: round(moment - self._last_step_time, 3)
                     for name, moment in change.marks.items()

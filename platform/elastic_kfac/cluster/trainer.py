@@ -17,8 +17,10 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster.faults import FaultPlan
+from elastic_kfac.cluster.in_place_recorder import InPlaceRecorder
 from elastic_kfac.cluster.listener import RecorderListener
 from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.membership_host import create_membership_host
 from elastic_kfac.cluster.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.ray_adapter import (
     ElasticCallback,
@@ -31,6 +33,7 @@ from elastic_kfac.cluster.ray_adapter import (
     train_environment,
 )
 from elastic_kfac.cluster.recorder import RunRecorder, RunView
+from elastic_kfac.cluster.replicas import InPlaceCallback, ReplicaBackend
 from elastic_kfac.cluster.result import RunResult, build_result
 from elastic_kfac.cluster.signals import StopSignals, kept_signal_handlers
 from elastic_kfac.cluster.telemetry import TelemetryOptions
@@ -48,7 +51,8 @@ RAY_FOLDER = ".ray"
 
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "30",
+    # A worker that hangs is found within 30 s, the time of two polls included.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Draining nodes are left out of the plan; Ray's own way would wait for the deadline.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -148,8 +152,9 @@ class _Run:
         if cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1":
             bounds = config.elastic.min_workers, config.elastic.max_workers
             telemetry = TelemetryOptions(run_uri.rpartition("/")[2], *bounds)
+        in_place = config.elastic.in_place
         self._recorder: Any = (
-            ray.remote(RunRecorder)
+            ray.remote(InPlaceRecorder if in_place else RunRecorder)
             .options(
                 num_cpus=0,
                 max_concurrency=1000,
@@ -159,19 +164,26 @@ class _Run:
             )
             .remote(run_uri, telemetry=telemetry)
         )
-        self._vaults = VaultKeeper(head_node() or ray.get_runtime_context().get_node_id())
+        home = head_node() or ray.get_runtime_context().get_node_id()
+        self._vaults = VaultKeeper(home)
         ray.get(self._recorder.set_vaults.remote(self._vaults.places))
         # Only our own nodes preload what a rank imports; elsewhere an idle process saves little.
         self._spares = 1 if cluster is not None else 0
         settings = WorkerSettings(
-            config, run_uri, self._recorder, rank_function, telemetry=telemetry
+            config,
+            run_uri,
+            self._recorder,
+            rank_function,
+            telemetry=telemetry,
+            membership_host=create_membership_host(home) if in_place else None,
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         elastic = config.elastic
+        listener = RecorderListener(self._recorder)
         self._trainer = TorchTrainer(
             run_worker,
             train_loop_config=settings,
-            torch_config=OwnGroupBackend(),
+            torch_config=ReplicaBackend() if in_place else OwnGroupBackend(),
             scaling_config=ScalingConfig(
                 num_workers=(elastic.min_workers, elastic.max_workers),
                 elastic_resize_monitor_interval_s=elastic.resize_poll_s,
@@ -179,14 +191,18 @@ class _Run:
                 resources_per_worker=dict(config.resources.per_worker),
             ),
             run_config=RunConfig(
-                name="ray_train",
+                name=run_uri.rpartition("/")[2],
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=-1),
                 callbacks=[
-                    make_callback(
-                        RecorderListener(self._recorder),
-                        spare_processes=self._spares,
+                    InPlaceCallback(
+                        listener,
+                        wait_s=elastic.in_place_wait_s,
+                        min_workers=elastic.min_workers,
+                        spares=self._spares,
                     )
+                    if in_place
+                    else make_callback(listener, spare_processes=self._spares)
                 ],
             ),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import socket
+import os
 import threading
 import time
 import traceback
@@ -17,6 +17,8 @@ import ray
 import ray.train
 
 from elastic_kfac.cluster.crash_loop import RankError
+from elastic_kfac.cluster.member import NeverAMember, membership_of
+from elastic_kfac.cluster.membership_host import listening_store
 from elastic_kfac.cluster.recorder import Message
 from elastic_kfac.cluster.telemetry import ProbedPort, RankTelemetry, TelemetryOptions
 from elastic_kfac.errors import ElasticKfacError
@@ -44,6 +46,8 @@ class WorkerSettings:
     collective_timeout_s: float = 120.0
     telemetry: TelemetryOptions | None = None
     """What to export to Ray's metrics; None exports nothing."""
+    membership_host: Any = None
+    """Handle of the actor where members meet; None restarts the group at every change."""
 
 
 def run_worker(settings: WorkerSettings) -> str:
@@ -55,10 +59,15 @@ def run_worker(settings: WorkerSettings) -> str:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     recorder = settings.recorder
-    joined = ray.get(recorder.join.remote(rank))
+    node_id = ray.get_runtime_context().get_node_id()
+    joined = ray.get(recorder.join.remote(rank, os.getpid(), node_id))
     attempt = int(joined["attempt"])
+    if joined.get("over"):
+        return "finished"
     try:
         outcome = _run(settings, rank, world_size, joined)
+    except NeverAMember:
+        outcome = {"status": "parked"}
     except BaseException as error:
         ray.get(recorder.rank_failed.remote(attempt, describe(rank, error)))
         raise
@@ -154,6 +163,14 @@ class RecorderPort:
             time.sleep(self._interval_s)
 
 
+class MemberPort(RecorderPort):
+    """The port of a process that may become rank 0 in any world of its group."""
+
+    def last_step(self) -> int:
+        self.flush()
+        return int(ray.get(self._recorder.last_step.remote()))
+
+
 class RecorderControl:
     """The loop's control: a thread waits for the recorder, the loop only reads a variable."""
 
@@ -180,6 +197,7 @@ def _run(
 
     from elastic_kfac.cluster.vault_store import VaultStore
     from elastic_kfac.training.checkpoint import CheckpointStore
+    from elastic_kfac.training.in_place import run_member
     from elastic_kfac.training.measurement import RankProbe
     from elastic_kfac.training.port import SilentPort, event_row
     from elastic_kfac.training.results import result_row
@@ -190,11 +208,11 @@ def _run(
     attempt = int(joined["attempt"])
     module_name, _, function_name = settings.rank_function.partition(":")
     rank_function = getattr(importlib.import_module(module_name), function_name)
-    port = (
-        RecorderPort(settings.recorder, attempt, int(joined["last_step"]))
-        if rank == 0
-        else SilentPort()
-    )
+    port: RecorderPort | SilentPort = SilentPort()
+    if settings.membership_host is not None:
+        port = MemberPort(settings.recorder, attempt, int(joined["last_step"]))
+    elif rank == 0:
+        port = RecorderPort(settings.recorder, attempt, int(joined["last_step"]))
 
     def warn(line: str) -> None:
         port.event(event_row("warning", int(joined["last_step"]), reason=line))
@@ -225,15 +243,24 @@ def _run(
     )
     control = RecorderControl(settings.recorder, attempt, joined["stop_reason"])
     try:
-        with process_group(settings, rank, world_size, attempt, device) as communicator:
-            outcome = rank_function(
+        probed = port if telemetry is None else ProbedPort(port, probe)
+        if settings.membership_host is not None:
+            backend = _backend(config, device)
+            membership = membership_of(settings.membership_host, joined, control, backend=backend)
+            outcome = run_member(
                 config,
-                communicator,
+                membership,
                 store=store,
-                port=port if telemetry is None else ProbedPort(port, probe),
+                port=probed,
                 control=control,
                 device=device,
+                repeat_rows=True,
             )
+        else:
+            with process_group(settings, rank, world_size, attempt, device) as communicator:
+                outcome = rank_function(
+                    config, communicator, store=store, port=probed, control=control, device=device
+                )
         store.close()
     finally:
         if telemetry is not None:
@@ -276,18 +303,7 @@ def _rendezvous(recorder: Any, rank: int, world_size: int, attempt: int, timeout
 
     if rank == 0:
         host = ray.util.get_node_ip_address()
-        # Bound here, so that the port is free for certain and only this address listens.
-        listener = socket.create_server((host, 0))
-        port = listener.getsockname()[1]
-        store = TCPStore(
-            host,
-            port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        store, port = listening_store(host, world_size, timeout)
         ray.get(recorder.publish_store.remote(host, port))
         return store
     host, port = ray.get(recorder.store_address.remote(attempt))

@@ -8,6 +8,8 @@ never skipped; only when nobody holds one does the durable checkpoint serve.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
@@ -21,6 +23,7 @@ from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.regroup import leave
+from elastic_kfac.training.snapshots import CommitWatch, holds_everything
 
 _CHANGE = "the world changes"
 
@@ -35,19 +38,22 @@ def run_member(
     device: torch.device | None = None,
     feeds: Feeds | None = None,
     moments: Moments = ignore_moments,
+    repeat_rows: bool = False,
 ) -> Outcome:
     """Trains as a member of a world that changes, until the run ends, parks, or this member leaves.
 
     `store` and `port` are used while this process is rank 0, so every member brings its own; they
-    lead to the same place.
+    lead to the same place. With `repeat_rows` a new rank 0 reports the newest rows again, of which a
+    lost one may have reported only some; the port leaves out what it has.
 
     Raises:
         ElasticKfacError: As `run_rank`, but for the loss of peers, which is survived.
     """
     opened = feeds or open_feeds(config)
+    watch = CommitWatch(moments)
     try:
         # Alone first: members and newcomers then take part in the same collectives of `regroup`.
-        trainer = RankTrainer(config, Communicator.solo(), opened, device=device, moments=moments)
+        trainer = RankTrainer(config, Communicator.solo(), opened, device=device, moments=watch)
         loop = RunLoop(trainer, store, port, keep_newest=True)
         world: World | None = membership.join()
         outcome: Outcome | None = None
@@ -55,11 +61,18 @@ def run_member(
             try:
                 trainer.regroup(membership.connect(world))
                 loop.go_on_from_newest()
+                loop.forget_rows_of_lost_steps()
+                if repeat_rows:
+                    loop.report_rows_again()
                 outcome = loop.until_parked_or_finished(
                     _ControlOfMember(control, membership), durable=_is_durable
                 )
             except CommunicationError:
                 outcome = None
+            if outcome is None and watch.is_whole and holds_everything(trainer):
+                # Newer than what was captured at the last snapshot: nothing is computed again.
+                with contextlib.suppress(CommunicationError):
+                    loop.keep_live_state()
             # Outside of the handler, whose traceback holds on to the group: only when the last
             # reference is gone do its connections close and wake the peers that still wait in it.
             if outcome is not None and (

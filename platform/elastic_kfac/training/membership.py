@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +61,7 @@ class StoreMembership:
         backend: Of the process groups.
         settle_s: How long survivors wait for one more survivor before they go on without it.
         timeout_s: For joining, and for collectives of the groups.
+        while_joining: Called while this process waits to be taken in; may raise to give up.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class StoreMembership:
         backend: str = "gloo",
         settle_s: float = 0.3,
         timeout_s: float = 30.0,
+        while_joining: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = dist.PrefixStore("membership", store)
         self._groups = store
@@ -78,6 +80,7 @@ class StoreMembership:
         self._backend = backend
         self._settle_s = settle_s
         self._timeout_s = timeout_s
+        self._while_joining = while_joining
         self._joins_seen = 0
         self._leaves = False
 
@@ -105,6 +108,7 @@ class StoreMembership:
             members, joins_seen = self._plan(newest)
             if joins_seen >= number and self._slot in members:
                 return self._world(newest)
+            self._while_joining()
             time.sleep(0.01)
         raise CommunicationError(
             f"slot {self._slot} was not taken into the world within {self._timeout_s:g} s"

@@ -1,0 +1,99 @@
+"""Survivors that disagree on the last step: the commit of one of them counts, and nothing is torn."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.training.audit import audit_rows
+from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.training.in_place import run_member
+from elastic_kfac.training.membership import StoreMembership
+from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.port import KeepGoing
+from support.gloo import disband, run_ranks
+from support.training_problems import (
+    FeedOrder,
+    RecordingPort,
+    in_one_process,
+    memory_feeds,
+    small_config,
+    states_differ_in,
+)
+
+STEP = 6
+KFAC: dict[str, Any] = {
+    "kfac.enabled": True,
+    "kfac.damping": 0.01,
+    "kfac.factor_update_steps": 2,
+    "kfac.inverse_update_steps": 4,
+}
+NO_SNAPSHOTS = {"elastic.snapshot_interval_s": 3600.0}
+
+
+def member(folder: str, torn: bool) -> tuple[list[int], list[int]]:
+    """Slot 1 dies once it has committed; slot 0 has committed too, slot 2 lost the exchange."""
+    slot = dist.get_rank()
+    store = disband()
+    membership = StoreMembership(store, slot, settle_s=2, timeout_s=60)
+    if slot == 0:
+        StoreMembership.found(store, (0, 1, 2))
+    store.wait(["membership/generation"])
+    steps: list[int] = []
+    port = RecordingPort()
+    once: list[int] = []
+
+    def moments(moment: Moment, step: int) -> None:
+        if moment == "committed":
+            steps.append(step)
+        if step != STEP or once:
+            return
+        if slot == 2 and moment == ("gradients_exchanged" if torn else "backward_done"):
+            once.append(step)
+            if not torn:
+                return
+            # The others have what they need of this rank and go on to commit.
+            store.wait(["committed/0", "committed/1"])
+            raise CommunicationError("the last part of the exchange did not arrive")
+        if moment == "committed" and slot in (0, 1):
+            once.append(step)
+            store.set(f"committed/{slot}", "yes")
+            store.wait(["committed/0", "committed/1"])
+            if slot == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    run_member(
+        small_config({**KFAC, **NO_SNAPSHOTS}),
+        membership,
+        store=CheckpointStore(folder),
+        port=port,
+        control=KeepGoing(),
+        feeds=memory_feeds(),
+        moments=moments,
+    )
+    return steps, [lost for _, lost in port.rewinds]
+
+
+@pytest.mark.parametrize("torn", [True, False], ids=["one_survivor_torn", "both_whole"])
+def test_partial_commit_goes_on_from_the_survivor_that_committed(
+    tmp_path: Path, torn: bool
+) -> None:
+    alone = in_one_process(tmp_path / "alone", KFAC)
+    seen = run_ranks(3, member, str(tmp_path / "run"), torn, expect_death=(1,))
+    state = CheckpointStore(tmp_path / "run").load_latest()
+    assert state is not None
+    report = audit_rows(state.ledger.tail, FeedOrder())
+    assert report.passed, report.line()
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+    # Without any snapshot in memory or on disk: the live state of slot 0 is the only one there is.
+    committed, _ = seen[0]
+    assert committed == list(range(1, 13))
+    assert sorted({*committed[:STEP], *seen[2][0]}) == list(range(1, 13))
+    assert STEP not in seen[2][0] or not torn

@@ -1,0 +1,299 @@
+"""The real membership protocol under a virtual clock: one process, one schedule at a time, any faults.
+
+Members are threads of which exactly one runs; every look at the clock or the store is a point where
+another one may go on, in an order that the seed decides. Time passes only when all of them wait.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from elastic_kfac.errors import CommunicationError
+from elastic_kfac.training import membership as protocol
+from elastic_kfac.training.membership import StoreMembership, World
+
+LIMIT_S = 3600.0
+"""Virtual time after which a schedule hangs."""
+
+
+class Died(BaseException):
+    """The member's process was killed."""
+
+
+class Clock:
+    """Cooperative threads in virtual time."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self._waiting: list[tuple[float, float, int]] = []
+        self._turns: dict[int, threading.Lock] = {}
+        self._deaths: dict[int, float] = {}
+        self._main = threading.Lock()
+        self._main.acquire()
+        self._local = threading.local()
+        self.errors: list[BaseException] = []
+
+    def spawn(self, name: int, work: Callable[[], None], *, at: float, dies_at: float) -> None:
+        turn = threading.Lock()
+        turn.acquire()
+        self._turns[name], self._deaths[name] = turn, dies_at
+        heapq.heappush(self._waiting, (at, self.random.random(), name))
+
+        def body() -> None:
+            self._local.name = name
+            turn.acquire()
+            try:
+                self._die_if_due()
+                work()
+            except Died:
+                pass
+            except BaseException as error:
+                self.errors.append(error)
+            self._pass_on()
+
+        threading.Thread(target=body, daemon=True).start()
+
+    def run(self) -> None:
+        self._pass_on()
+        self._main.acquire()
+
+    def is_alive(self, name: int) -> bool:
+        return self.now < self._deaths[name]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        name = self._local.name
+        jitter = self.random.random()
+        heapq.heappush(self._waiting, (self.now + seconds * (0.5 + jitter), jitter, name))
+        self._pass_on()
+        self._turns[name].acquire()
+        self._die_if_due()
+
+    def _die_if_due(self) -> None:
+        if not self.is_alive(self._local.name):
+            raise Died
+        if self.now > LIMIT_S:
+            raise TimeoutError("the schedule hangs")
+
+    def _pass_on(self) -> None:
+        if not self._waiting:
+            self._main.release()
+            return
+        moment, _, name = heapq.heappop(self._waiting)
+        self.now = max(self.now, moment)
+        self._turns[name].release()
+
+
+class Store:
+    """What the protocol uses of a `torch.distributed` store; each call takes a random moment."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self._travel()
+        self._values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self._travel()
+        while key not in self._values:
+            self._clock.sleep(0.01)
+        return self._values[key]
+
+    def add(self, key: str, amount: int) -> int:
+        self._travel()
+        total = int(self._values.get(key, b"0")) + amount
+        self._values[key] = str(total).encode()
+        return total
+
+    def check(self, keys: Sequence[str]) -> bool:
+        self._travel()
+        return all(key in self._values for key in keys)
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        self._travel()
+        if self._values.get(key, b"") == expected.encode():
+            self._values[key] = value.encode()
+        return self._values[key]
+
+    def _travel(self) -> None:
+        self._clock.sleep(0.001)
+
+
+@dataclass
+class Group:
+    """The process group of one generation: collectives end for all members or for none of them."""
+
+    members: tuple[int, ...]
+    arrived: dict[tuple[str, int], dict[int, Any]] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Schedule:
+    """What happens to whom."""
+
+    founders: tuple[int, ...]
+    joins: dict[int, float]
+    deaths: dict[int, float]
+    leaves: dict[int, float]
+    steps: int
+
+    @classmethod
+    def draw(cls, seed: int) -> Schedule:
+        pick = random.Random(seed * 7919 + 1)
+        founders = tuple(range(pick.randint(1, 5)))
+        joiners = range(len(founders), len(founders) + pick.randint(0, 3))
+        everybody = [*founders, *joiners]
+        # One founder stays whatever happens, so that there is a run to finish.
+        immortal = pick.choice(founders)
+        mortal = [slot for slot in everybody if slot != immortal]
+        joins = {slot: pick.uniform(0, 4) for slot in joiners}
+        deaths = {s: joins.get(s, 0.0) + pick.uniform(0, 4) for s in mortal if pick.random() < 0.5}
+        leaves = {s: pick.uniform(0, 4) for s in mortal if s not in deaths and pick.random() < 0.2}
+        return cls(founders, joins, deaths, leaves, pick.randint(5, 40))
+
+
+@dataclass
+class Played:
+    """What members did, for the assertions."""
+
+    commits: list[tuple[int, int, int]] = field(default_factory=list)
+    """(generation, step, slot), in order."""
+    finished: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The steps in the state of every member that finished."""
+    newest: int = 0
+    restored: list[tuple[int, int]] = field(default_factory=list)
+    """(generation, step) that each world began with."""
+
+
+@contextmanager
+def virtual(clock: Clock) -> Iterator[None]:
+    """Puts the clock and the store below the protocol."""
+    real = protocol.time, protocol.dist  # type: ignore[attr-defined]
+
+    def prefix(name: str, store: Store) -> Store:
+        return store
+
+    protocol.time = clock  # type: ignore[attr-defined]
+    protocol.dist = SimpleNamespace(PrefixStore=prefix)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        protocol.time, protocol.dist = real  # type: ignore[attr-defined]
+
+
+def play(seed: int, schedule: Schedule) -> Played:
+    """Plays a schedule to its end.
+
+    Raises:
+        AssertionError: If a member failed or the schedule hangs.
+    """
+    clock, played = Clock(seed), Played()
+    store = Store(clock)
+    groups: dict[int, Group] = {}
+    ready = {"found": False}
+    with virtual(clock):
+
+        def member(slot: int) -> None:
+            if slot == 0:
+                StoreMembership.found(store, schedule.founders)  # type: ignore[arg-type]
+                ready["found"] = True
+            while not ready["found"]:
+                clock.sleep(0.01)
+            mine = StoreMembership(store, slot, settle_s=0.3, timeout_s=120.0)  # type: ignore[arg-type]
+            _Member(slot, mine, clock, groups, schedule, played).run()
+
+        for slot in (*schedule.founders, *schedule.joins):
+            begin = schedule.joins.get(slot, 0.0)
+            # The founder of the store is a safe node, not a member: it must not die before that.
+            dies = max(schedule.deaths.get(slot, float("inf")), 0.2 if slot == 0 else 0.0)
+            clock.spawn(slot, lambda slot=slot: member(slot), at=begin, dies_at=dies)  # type: ignore[misc]
+        clock.run()
+    for error in clock.errors:
+        raise AssertionError(f"a member failed: {error!r}") from error
+    return played
+
+
+class _Member:
+    def __init__(
+        self,
+        slot: int,
+        membership: StoreMembership,
+        clock: Clock,
+        groups: dict[int, Group],
+        schedule: Schedule,
+        played: Played,
+    ) -> None:
+        self.slot, self.membership, self.clock = slot, membership, clock
+        self.groups, self.schedule, self.played = groups, schedule, played
+        self.state: tuple[int, ...] = ()
+
+    def run(self) -> None:
+        try:
+            world: World | None = self.membership.join()
+        except CommunicationError:
+            # Too late: the run was over before anybody took it in.
+            if self.played.finished:
+                return
+            raise
+        while world is not None:
+            members = tuple(self.membership._plan(world.generation)[0])
+            group = self.groups.setdefault(world.generation, Group(members))
+            try:
+                over = self._train(world, group)
+            except CommunicationError:
+                over = False
+            if over:
+                self.played.finished[self.slot] = self.state
+                group.left.add(self.slot)
+                return
+            group.left.add(self.slot)
+            world = self.membership.next_world(world)
+
+    def _train(self, world: World, group: Group) -> bool:
+        states = self._exchange(group, "state", 0, self.state)
+        self.state = max(states.values(), key=len)
+        self.played.restored.append((world.generation, len(self.state)))
+        while len(self.state) < self.schedule.steps:
+            step = len(self.state) + 1
+            if self.clock.now >= self.schedule.leaves.get(self.slot, float("inf")):
+                self.membership.leave_at_next_boundary()
+            wants = self.membership.change_is_wanted()
+            self.clock.sleep(self.clock.random.uniform(0.01, 0.1))
+            flags = self._exchange(group, "step", step, wants)
+            self.state = (*self.state, step)
+            self.played.commits.append((world.generation, step, self.slot))
+            if any(flags.values()):
+                self._exchange(group, "end", step, None)
+                return False
+        self._exchange(group, "end", len(self.state), None)
+        return True
+
+    def _exchange(self, group: Group, tag: str, step: int, value: Any) -> dict[int, Any]:
+        here = group.arrived.setdefault((tag, step), {})
+        here[self.slot] = value
+        deadline = self.clock.now + 30.0
+        while len(here) < len(group.members):
+            gone = [s for s in group.members if s not in here and self._is_gone(s, group)]
+            if gone or self.clock.now > deadline:
+                raise CommunicationError(f"slots {gone} are gone")
+            self.clock.sleep(0.01)
+        # A member may die or fail between the end of the exchange and its commit.
+        if len(group.members) > 1 and self.clock.random.random() < 0.01:
+            raise CommunicationError("the last part did not arrive")
+        return dict(here)
+
+    def _is_gone(self, slot: int, group: Group) -> bool:
+        return slot in group.left or not self.clock.is_alive(slot)
