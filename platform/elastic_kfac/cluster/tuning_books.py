@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -167,12 +166,10 @@ class SearchBooks:
         self._write_report()
 
     def _write_report(self) -> None:
-        module = importlib.import_module("elastic_kfac.reports.experiment")
-        write = getattr(module, "write_experiment_report", None)
-        if write is None:
-            return
+        from elastic_kfac.reports.experiment_report import write_experiment_report
+
         try:
-            write(self._journal.folder)
+            write_experiment_report(self._journal.folder)
         except Exception as error:
             # The search goes on; `elastic-kfac report` can be called at any time.
             self._say(f"the report could not be written: {type(error).__name__}: {error}")
