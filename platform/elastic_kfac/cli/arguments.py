@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from elastic_kfac import __version__
+from elastic_kfac.cli.analyze import ANALYZE, BIAS_VARIANCE, LOWRANK, add_options
 from elastic_kfac.errors import UsageError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -125,6 +126,11 @@ def _build_parser() -> Parser:
     _add_run(add("audit", "runs:audit", "Prove that every sample was used exactly once."))
     _add_run(add("report", "runs:report", "Write report.html of a run."))
 
+    analyze = add("analyze", "analyze:analyze", "Curvature of the loss at a run's checkpoint.")
+    _add_run(analyze)
+    add_options(analyze, ANALYZE)
+    _add_probe(parser, groups)
+
     doctor = add("doctor", "doctor:doctor", "Check this machine and say what to do.")
     doctor.option("--storage", default="./runs", help="run storage to check (default: ./runs)")
     return parser
@@ -160,6 +166,21 @@ def _add_shards(parser: Parser, groups: argparse._SubParsersAction[Parser]) -> N
     )
     for verb in (verify, describe):
         verb.add_argument("uri", metavar="URI", help="root or one split of a shard set")
+
+
+def _add_probe(parser: Parser, groups: argparse._SubParsersAction[Parser]) -> None:
+    probe = groups.add_parser("probe", help="Small diagnostics of a run's checkpoint.")
+    parser.children["probe"] = probe
+    verbs = probe.add_subparsers(metavar="VERB", required=True)
+    for name, function, options, text in (
+        ("lowrank", "lowrank", LOWRANK, "Would low-rank approximation compress its matrices?"),
+        ("bias-variance", "bias_variance", BIAS_VARIANCE, "Loss and spread over samples."),
+    ):
+        child: Parser = verbs.add_parser(name, help=text, description=text)
+        child.set_defaults(command=f"elastic_kfac.cli.analyze:{function}")
+        probe.children[name] = child
+        _add_run(child)
+        add_options(child, options)
 
 
 def _add_train(train: Parser) -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlparse
 from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
+    from elastic_kfac.reports.experiment import Run
     from elastic_kfac.training.run_folder import RunFolder
 
 
@@ -55,18 +56,30 @@ def write_report_and_summary(uri: str) -> None:
     Raises:
         UsageError: If there is no run.
     """
-    from elastic_kfac.reports.experiment import FILES, parse_run
-    from elastic_kfac.reports.html import render_report
     from elastic_kfac.reports.summary import summary_text
+
+    print(summary_text(write_report(uri)))
+    print(f"\nReport: {uri}/report.html")
+
+
+def write_report(uri: str) -> Run:
+    """Writes `report.html` into a run's folder, wherever it lies.
+
+    Raises:
+        UsageError: If there is no run.
+    """
+    from elastic_kfac.reports.experiment import ANALYSES, FILES, parse_run
+    from elastic_kfac.reports.html import render_report
 
     folder = open_run(uri)
     storage = folder.storage
-    contents = {name: storage.read(name) for name in FILES if storage.exists(name)}
+    analyses = [f"{ANALYSES}{name}" for name in storage.files(ANALYSES.rstrip("/"))]
+    names = [*FILES, *(name for name in analyses if name.endswith(".json"))]
+    contents = {name: storage.read(name) for name in names if storage.exists(name)}
     name = uri.rpartition("/")[2] if is_remote(uri) else Path(uri).resolve().name
     run = parse_run(name, uri, contents)
     storage.write("report.html", render_report(run).encode())
-    print(summary_text(run))
-    print(f"\nReport: {uri}/report.html")
+    return run
 
 
 def audit(arguments: argparse.Namespace) -> int:

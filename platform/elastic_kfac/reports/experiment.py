@@ -19,6 +19,8 @@ from elastic_kfac.errors import UsageError
 
 FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "result.json")
 FINISHED = "finished"
+ANALYSES = "analysis/"
+"""Where `analyze` and the probes write, as JSON."""
 Row = Mapping[str, Any]
 
 
@@ -44,11 +46,13 @@ class Run:
     events: Sequence[Row]
     result: Mapping[str, Any] | None
     torn_lines: int = field(default=0)
+    analyses: Sequence[Row] = ()
+    """What `analysis/` holds, oldest step first."""
 
     @cached_property
     def steps(self) -> list[Row]:
         """Rows of training steps, in the order in which they were written."""
-        return [row for row in self.metrics if not is_evaluation(row) and "step" in row]
+        return [row for row in self.metrics if is_step(row)]
 
     @cached_property
     def evaluations(self) -> list[tuple[int, float, float, float | None]]:
@@ -170,6 +174,8 @@ def read_run(folder: Path) -> Run:
             "not a run's folder", given=folder, change="name a folder that holds config.yaml"
         )
     contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    for path in (folder / ANALYSES).glob("*.json"):
+        contents[f"{ANALYSES}{path.name}"] = path.read_bytes()
     return parse_run(folder.resolve().name, str(folder), contents)
 
 
@@ -186,12 +192,19 @@ def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
         raise UsageError("a damaged run's folder", given=location, change=str(error)) from None
     metrics, torn_metrics = _rows(contents.get("metrics.jsonl", b""))
     events, torn_events = _rows(contents.get("events.jsonl", b""))
-    return Run(name, location, config, metrics, events, result, torn_metrics + torn_events)
+    torn = torn_metrics + torn_events
+    return Run(name, location, config, metrics, events, result, torn, _analyses(contents))
 
 
 def is_evaluation(row: Row) -> bool:
     """Whether a row of `metrics.jsonl` comes from an evaluation."""
     return "eval_accuracy" in row or row.get("kind") in ("eval", "evaluation")
+
+
+def is_step(row: Row) -> bool:
+    """Whether a row of `metrics.jsonl` is about one step and nothing else."""
+    aside = is_evaluation(row) or "top_eigenvalue" in row or "hessian_time_s" in row
+    return "step" in row and not aside
 
 
 def number(row: Row, key: str) -> float | None:
@@ -205,6 +218,19 @@ def number(row: Row, key: str) -> float | None:
 def first_number(row: Row, *keys: str) -> float | None:
     """The first of several columns that holds a number."""
     return next((value for key in keys if (value := number(row, key)) is not None), None)
+
+
+def _analyses(contents: Mapping[str, bytes]) -> list[Row]:
+    found = []
+    for name, content in sorted(contents.items()):
+        if name.startswith(ANALYSES) and name.endswith(".json"):
+            try:
+                row = json.loads(content)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                found.append(row)
+    return sorted(found, key=lambda row: number(row, "step") or 0.0)
 
 
 def _rows(content: bytes) -> tuple[list[Row], int]:

@@ -94,6 +94,10 @@ def render_report(run: Run) -> str:
         parts.append(f'<div class="pair">{"".join(panels)}</div>')
     else:
         parts.append(section("Learning", "<p>No step has been logged yet.</p>"))
+    # Here, because its figures are made of this page's parts.
+    from elastic_kfac.reports.analysis import analysis_sections
+
+    parts += analysis_sections(run)
     parts.append(section("Events", _events(run)))
     if plan := _newest_plan(run):
         parts.append(section("Plan in use at the end", f"<pre>{escaped(plan)}</pre>"))

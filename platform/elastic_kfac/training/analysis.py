@@ -41,6 +41,7 @@ FORMAT = 1
 _KEPT_BYTES = 512 << 20
 """Samples that take more than this are read again for every product instead of being kept."""
 _DENSITY_STEPS = 30
+_MOST_HALVINGS = 8
 _LAST_LAYER_SHARE, _HALF = 0.3, 0.5
 """Of the time that is left, what a part may take; what it does not use is there for the next one."""
 
@@ -188,7 +189,6 @@ class _Analysis:
         self._notes: list[str] = []
         self._direction: Tensor | None = None
         self._gradient: Tensor | None = None
-        self._pass_s = 0.0
 
     def run(self, landscape: Mapping[str, FixedSamples]) -> dict[str, Any]:
         request = self._request
@@ -250,10 +250,8 @@ class _Analysis:
         )
 
     def _loss_and_gradient(self, limit_s: float | None) -> Mapping[str, Any]:
-        begin = time.monotonic()
         hessian = self._hessian(limit_s)
         found = hessian.gradient()
-        self._pass_s = time.monotonic() - begin
         self._gradient = found.gradient
         return {
             "loss": _number(found.loss),
@@ -303,43 +301,54 @@ class _Analysis:
             self._notes.append("landscape: left out, there is no eigenvector")
             return {}
         points = self._request.landscape_points
-        # A forward pass is about a third of a gradient's; counted over all splits.
+        begin = time.monotonic()
+        self._losses_along([0.0], self._samples)
+        once_s = time.monotonic() - begin
         expected = self._communicator.broadcast_object(
-            self._pass_s / 3 * points * len(splits), 0, tag="hessian"
+            once_s * (points * len(splits) + 3 * _MOST_HALVINGS), 0, tag="hessian"
         )
         if limit_s is not None and expected > limit_s:
             self._notes.append(f"landscape: left out, it would take about {expected:.0f} s")
             return {}
+        slope = float(self._gradient @ self._direction)
         curvature = float(self._direction @ self._hessian(None).product(self._direction))
-        reach = self._reach(curvature)
+        reach = self._reach(slope, curvature)
         distances = [
             reach * (2 * i / (points - 1) - 1) if points > 1 else 0.0 for i in range(points)
         ]
-        losses = {
-            name: loss_along(
-                self._model,
-                self._loss_sum,
-                chosen,
-                self._direction,
-                distances,
-                sum_over_ranks=self._sum,
-            )
-            for name, chosen in splits.items()
-        }
+        losses = {name: self._losses_along(distances, chosen) for name, chosen in splits.items()}
         return {
             "distances": distances,
             "losses": {name: [_number(v) for v in values] for name, values in losses.items()},
-            "slope": _number(float(self._gradient @ self._direction)),
+            "slope": _number(slope),
             "curvature": _number(curvature),
         }
 
-    def _reach(self, curvature: float) -> float:
-        """How far to look: to where the parabola has risen by 1, or half as far as θ is long."""
+    def _losses_along(self, distances: Sequence[float], samples: FixedSamples) -> list[float]:
+        assert self._direction is not None
+        return loss_along(
+            self._model,
+            self._loss_sum,
+            samples,
+            self._direction,
+            distances,
+            sum_over_ranks=self._sum,
+        )
+
+    def _reach(self, slope: float, curvature: float) -> float:
+        """How far to look: to where the parabola has risen by 1, or half as far as θ is long; nearer
+        where the loss leaves the parabola far below, so that both can be seen in one figure."""
         with torch.no_grad():
             squares = [float(p.double().square().sum()) for p in self._model.parameters()]
         reach = math.sqrt(math.fsum(squares)) / 2 or 1.0
         if curvature and math.isfinite(curvature):
             reach = min(reach, math.sqrt(2 / abs(curvature)))
+        for _ in range(_MOST_HALVINGS):
+            low, here, high = self._losses_along([-reach, 0.0, reach], self._samples)
+            parabola = abs(slope) * reach + abs(curvature) * reach**2 / 2
+            if max(low, high) - here <= 4 * parabola:
+                break
+            reach /= 2
         return reach
 
     def _trace(self, limit_s: float | None) -> Mapping[str, Any]:

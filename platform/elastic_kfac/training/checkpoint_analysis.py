@@ -19,6 +19,7 @@ from elastic_kfac.training.analysis import FixedSamples, analyse, open_plain
 from elastic_kfac.training.checkpoint import CheckpointStore
 from elastic_kfac.training.evaluate import newest_state
 from elastic_kfac.training.feeds import Feed, Feeds
+from elastic_kfac.training.low_rank_probe import probe
 from elastic_kfac.training.models import build_model
 from elastic_kfac.training.run_folder import RunFolder
 from elastic_kfac.training.state import TrainingState, restore_model
@@ -197,6 +198,27 @@ def bias_variance_of_run(
             }
         result = {"kind": "bias_variance", **here.where(), "factor": factor, "splits": rows}
     return write_result(folder, f"{FOLDER}/bias-variance.json", result)
+
+
+def low_rank_of_run(
+    folder: RunFolder,
+    request: AnalysisConfig,
+    *,
+    epsilon: float = 1e-6,
+    step: int | None = None,
+    epoch: float | None = None,
+    device: torch.device | None = None,
+    feeds: Feeds | None = None,
+) -> dict[str, Any]:
+    """ε-ranks of a checkpoint's matrices beside a kernel matrix's; writes `analysis/low-rank.json`.
+
+    The first batch of the request is what the layers see.
+    """
+    with restored(folder, step=step, epoch=epoch, device=device, feeds=feeds) as here:
+        batch = next(iter(here.samples(here.config.data.train_split, request)))
+        found = probe(here.model, batch[0], epsilon=epsilon)
+        result = {"kind": "low_rank", **here.where(), **found}
+    return write_result(folder, f"{FOLDER}/low-rank.json", result)
 
 
 def check_split(here: Restored, split: str | None) -> str:

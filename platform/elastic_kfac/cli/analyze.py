@@ -1,0 +1,302 @@
+"""`analyze` and `probe`: what a run's checkpoint says about its loss surface and its matrices."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from elastic_kfac.cli.runs import locate_run, open_run, write_report
+from elastic_kfac.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from elastic_kfac.config import AnalysisConfig
+    from elastic_kfac.training.run_folder import RunFolder
+
+_ONE_SAMPLES = 50
+_TRACE_DRAWS = 30
+_DENSITY_DRAWS = 5
+_LANDSCAPE_POINTS = 31
+
+
+def analyze(arguments: argparse.Namespace) -> int:
+    """Spectra, trace, density and loss along the dominant eigenvector of a checkpoint."""
+    request = _request(
+        top_k=arguments.top_k,
+        samples=arguments.samples,
+        one_samples=_ONE_SAMPLES,
+        trace_draws=_TRACE_DRAWS,
+        density_draws=_DENSITY_DRAWS,
+        landscape_points=_LANDSCAPE_POINTS,
+        budget_s=arguments.budget_s,
+        memory_gib=arguments.memory_gib,
+        seed=arguments.seed,
+    )
+    uri = locate_run(arguments.run, arguments.storage)
+    folder = open_run(uri)
+
+    from elastic_kfac.training.checkpoint_analysis import analyse_run
+
+    found = analyse_run(
+        folder,
+        request,
+        split=arguments.split,
+        step=arguments.checkpoint,
+        epoch=arguments.epoch,
+        device=_device(folder),
+        say=lambda line: print(line, flush=True),
+    )
+    print("\n".join(table(found)))
+    _finish(uri, folder, found)
+    return 0
+
+
+def lowrank(arguments: argparse.Namespace) -> int:
+    """Ranks of a checkpoint's matrices beside a kernel matrix's."""
+    uri = locate_run(arguments.run, arguments.storage)
+    folder = open_run(uri)
+
+    from elastic_kfac.training.checkpoint_analysis import low_rank_of_run
+
+    found = low_rank_of_run(
+        folder,
+        _request(samples=arguments.images, batch_size=256),
+        epsilon=arguments.epsilon,
+        step=arguments.checkpoint,
+        epoch=arguments.epoch,
+        device=_device(folder),
+    )
+    print("\n".join(low_rank_table(found)))
+    _finish(uri, folder, found)
+    return 0
+
+
+def bias_variance(arguments: argparse.Namespace) -> int:
+    """Training loss + C·√(variance of the samples' losses / n), beside the other split's loss."""
+    uri = locate_run(arguments.run, arguments.storage)
+    folder = open_run(uri)
+
+    from elastic_kfac.training.checkpoint_analysis import bias_variance_of_run
+
+    found = bias_variance_of_run(
+        folder,
+        _request(samples=arguments.samples),
+        factor=arguments.factor,
+        step=arguments.checkpoint,
+        epoch=arguments.epoch,
+        device=_device(folder),
+    )
+    print(f"step {found['step']:,}, C = {found['factor']:g}")
+    print(f"  {'split':<12} {'loss':>10} {'std':>10} {'samples':>9} {'loss + C·√(Var/n)':>19}")
+    for name, row in found["splits"].items():
+        print(
+            f"  {name:<12} {row['loss']:>10.4g} {row['variance'] ** 0.5:>10.4g} "
+            f"{row['samples']:>9,} {row['bound']:>19.4g}"
+        )
+    _finish(uri, folder, found)
+    return 0
+
+
+def table(found: Mapping[str, Any]) -> Iterator[str]:
+    """An analysis on one screen."""
+    yield f"  loss {_short(found['loss'])}, gradient norm {_short(found['gradient_norm'])}"
+    whole = found.get("spectrum")
+    if whole:
+        low, high = whole["smallest"], whole["largest"]
+        yield f"  largest eigenvalue   {high:.4g}"
+        yield f"  smallest eigenvalue  {low:.4g}{_saddle(low, high)}"
+        top = " ".join(f"{value:.3g}" for value in whole["eigenvalues"])
+        yield from _wrapped(f"  top {len(whole['eigenvalues'])} by size", top)
+    if last := found.get("last_layer"):
+        top = " ".join(f"{value:.3g}" for value in last["eigenvalues"])
+        yield from _wrapped("  of the last layer", top)
+    if one := found.get("one_sample"):
+        top = " ".join(f"{value:.3g}" for value in one["mean"])
+        yield from _wrapped(f"  of one sample (n={one['samples']})", top)
+    if trace := found.get("trace"):
+        error = trace["standard_error"]
+        spread = "" if error is None else f" ± {error:.2g} ({trace['draws']} draws)"
+        yield f"  trace                {_short(trace['mean'])}{spread}"
+    for note in found["notes"]:
+        yield f"  note: {note}"
+    yield f"  took {found['time_s']:.1f} s"
+
+
+def low_rank_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """A low-rank probe on one screen, with the verdict that the numbers give."""
+    yield (
+        f"step {found['step']:,}: ranks at ε = {found['epsilon']:g} "
+        f"({found['images']} images for the unrolled inputs)"
+    )
+    yield (
+        f"  {'matrix':<28} {'size':>12} {'rank':>6} {'of full':>8} {'entries saved':>14} "
+        f"{'products to earn back':>22}"
+    )
+    for row in (found["kernel"], *found["matrices"]):
+        name = f"{row['kind']} {row['layer']}"
+        back = row["products_to_amortise"]
+        yield (
+            f"  {name[:28]:<28} {str(row['rows']) + '×' + str(row['columns']):>12} "
+            f"{row['rank']:>6} {row['share']:>8.0%} {max(row['saving'], 0):>14.0%} "
+            f"{'never' if back is None else format(back, ',.0f'):>22}"
+        )
+    yield from low_rank_verdict(found["claims"])
+
+
+def low_rank_verdict(claims: Mapping[str, bool]) -> Iterator[str]:
+    """Each of the source's three claims, and whether this run agrees."""
+    texts = {
+        "kernel_blocks_have_low_rank": "kernel blocks have a rank far below their size",
+        "network_matrices_do_not": "the network's matrices do not (at least half of full rank)",
+        "compression_is_not_earned_back_in_a_step": "compression is not earned back in one step",
+    }
+    for key, text in texts.items():
+        yield f"  {'holds' if claims[key] else 'FAILS'}: {text}"
+
+
+def _finish(uri: str, folder: RunFolder, found: Mapping[str, Any]) -> None:
+    from elastic_kfac.reports.analysis import figures
+
+    written = [found["file"]]
+    for name, text in figures(found).items():
+        file = f"{found['file'].removesuffix('.json')}-{name}.svg"
+        folder.storage.write(file, text.encode())
+        written.append(file)
+    write_report(uri)
+    print(f"Written below {uri}: {', '.join(written)}, report.html")
+
+
+def _saddle(low: float, high: float) -> str:
+    if high <= 0:
+        return "  (no direction curves upwards)"
+    share = max(0.0, -low) / high
+    # Within rounding and the stopping rule a minimum has a slightly negative end, too.
+    verdict = "a saddle" if share > 0.1 else "not a saddle"
+    return f"  ({share:.1%} of the largest: {verdict})"
+
+
+def _wrapped(title: str, text: str, width: int = 96) -> Iterator[str]:
+    import textwrap
+
+    yield from textwrap.wrap(
+        text, width, initial_indent=f"{title:<22} ", subsequent_indent=" " * 23
+    )
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _request(**values: Any) -> AnalysisConfig:
+    from elastic_kfac.config import parse_config
+
+    if values["samples"] == "all":
+        values["samples"] = None
+    return parse_config({"analysis": values}).analysis
+
+
+def _device(folder: RunFolder) -> torch.device:
+    import torch
+
+    use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def parse_samples(text: str) -> int | str:
+    """`all`, or how many.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    if text == "all":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError("bad value for --samples", given=text, allowed="a number from 1, or all")
+    return int(text)
+
+
+def parse_images(text: str) -> int:
+    """How many images; a pass over them is one batch.
+
+    Raises:
+        UsageError: If it is not a number from 1 to 256.
+    """
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise UsageError("bad value for --images", given=text, allowed="a number from 1 to 256")
+    return int(text)
+
+
+def add_options(parser: Any, names: Sequence[str]) -> None:
+    """The options of these commands by name; `parser` is that of the command line."""
+    options: dict[str, dict[str, Any]] = {
+        "--checkpoint": {
+            "type": int,
+            "metavar": "STEP",
+            "help": "step of a checkpoint (default: the newest)",
+        },
+        "--epoch": {"type": float, "metavar": "E", "help": "the last checkpoint up to epoch E"},
+        "--top-k": {
+            "type": int,
+            "default": 20,
+            "metavar": "K",
+            "help": "eigenvalues of the largest size (default: 20)",
+        },
+        "--samples": {
+            "type": parse_samples,
+            "default": 1024,
+            "metavar": "N",
+            "help": "samples to look at, or all (default: 1024)",
+        },
+        "--budget-s": {
+            "type": float,
+            "default": 120.0,
+            "metavar": "SECONDS",
+            "help": "stop after about this time and say what is missing (default: 120)",
+        },
+        "--memory-gib": {
+            "type": float,
+            "metavar": "GIB",
+            "help": "limit for the vectors (default: what is free)",
+        },
+        "--split": {"help": "split whose loss it is about (default: the training split)"},
+        "--seed": {
+            "type": int,
+            "default": 0,
+            "help": "which samples, start vectors and draws (default: 0)",
+        },
+        "--images": {
+            "type": parse_images,
+            "default": 64,
+            "metavar": "N",
+            "help": "images whose unrolled patches are looked at (default: 64)",
+        },
+        "--epsilon": {
+            "type": float,
+            "default": 1e-6,
+            "help": "singular values above this times the largest count (default: 1e-6)",
+        },
+        "--factor": {
+            "type": float,
+            "default": 1.0,
+            "metavar": "C",
+            "help": "C of loss + C·√(variance/n) (default: 1)",
+        },
+    }
+    for name in names:
+        parser.option(name, **options[name])
+
+
+ANALYZE = [
+    "--checkpoint",
+    "--epoch",
+    "--top-k",
+    "--samples",
+    "--budget-s",
+    "--memory-gib",
+    "--split",
+    "--seed",
+]
+LOWRANK = ["--checkpoint", "--epoch", "--images", "--epsilon"]
+BIAS_VARIANCE = ["--checkpoint", "--epoch", "--samples", "--factor"]
