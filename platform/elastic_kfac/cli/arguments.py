@@ -108,6 +108,11 @@ def _build_parser() -> Parser:
 
     evaluate = add("evaluate", "runs:evaluate", "Loss and accuracy of a run's newest checkpoint.")
     _add_run(evaluate)
+    evaluate.option("--attack", choices=("fgsm", "pgd", "l2"), help="also count attacked samples")
+    evaluate.option(
+        "--radius", type=float, help="of the attack, in model inputs (default: the run's)"
+    )
+    evaluate.option("--steps", type=int, help="of pgd and l2 (default: the run's)")
 
     export = add("export", "runs:export", "Write a run's weights as safetensors.")
     _add_run(export)

@@ -102,12 +102,30 @@ def evaluate(arguments: argparse.Namespace) -> int:
     folder = open_run(locate_run(arguments.run, arguments.storage))
     use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
     device = torch.device("cuda" if use_gpu else "cpu")
-    found = evaluate_run(folder, device=device)
+    found = evaluate_run(folder, attack=_attack(arguments), device=device)
     print(
         f"step {found.step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
         f"on {found.count:,} samples"
     )
+    if found.adversarial_accuracy is not None:
+        print(
+            f"attacked: accuracy {found.adversarial_accuracy:.2%}, "
+            f"loss {found.adversarial_loss:.4f}"
+        )
     return 0
+
+
+def _attack(arguments: argparse.Namespace) -> dict[str, object]:
+    given = {
+        "eval_attack": arguments.attack,
+        "eval_radius": arguments.radius,
+        "eval_steps": arguments.steps,
+    }
+    if arguments.attack is None and (arguments.radius, arguments.steps) != (None, None):
+        raise UsageError(
+            "--radius and --steps need an attack", change="add --attack fgsm, pgd or l2"
+        )
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ def train(arguments: argparse.Namespace) -> int:
 
     make_missing_shards(config)
 
+    from elastic_kfac.training.attacks import check_attacks
+
+    check_attacks(config)
+
     from elastic_kfac.cluster.trainer import train as train_on_ray
 
     uri = f"{arguments.storage.rstrip('/')}/{name}"

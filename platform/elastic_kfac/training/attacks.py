@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elastic_kfac.config import AdversarialConfig
+from elastic_kfac.config import AdversarialConfig, Config
 from elastic_kfac.training.adversarial import Attack, AttackKind
-from elastic_kfac.training.feeds import Feed
+from elastic_kfac.training.feeds import Feed, open_feeds
 from elastic_kfac.training.inputs import InputMaker
 
 
@@ -58,6 +58,26 @@ def evaluation_attack(
         low=low,
         high=high,
     )
+
+
+def check_attacks(config: Config) -> None:
+    """Refuses attacks outside the range of the data, before any worker starts.
+
+    Raises:
+        ConfigError: If a radius is.
+        DataError: If a split is missing or damaged.
+    """
+    adversarial = config.adversarial
+    if adversarial.attack == adversarial.eval_attack == "none":
+        return
+    feeds = open_feeds(config)
+    try:
+        make_inputs = InputMaker(feeds.train, torch.float64, torch.device("cpu"))
+        training_attack(adversarial, make_inputs, feeds.train)
+        if feeds.evaluation is not None:
+            evaluation_attack(adversarial, make_inputs, feeds.evaluation)
+    finally:
+        feeds.close()
 
 
 def data_range(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
+from elastic_kfac.config import Config, parse_config
 from elastic_kfac.errors import UsageError
 from elastic_kfac.training.checkpoint import CheckpointStore
 from elastic_kfac.training.feeds import Feeds, open_feeds
@@ -27,18 +29,37 @@ class Evaluation:
     loss: float
     accuracy: float
     count: int
+    adversarial_loss: float | None = None
+    """Under the attack, where there is one."""
+    adversarial_accuracy: float | None = None
 
 
 def evaluate_run(
-    folder: RunFolder, *, device: torch.device | None = None, feeds: Feeds | None = None
+    folder: RunFolder,
+    *,
+    attack: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    feeds: Feeds | None = None,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run in this process.
 
+    Args:
+        folder: The run.
+        attack: Values of the section `adversarial` to replace: `eval_attack`, `eval_radius`,
+            `eval_steps`.
+        device: Where; None is the CPU.
+        feeds: The splits; None opens the configured ones.
+
     Raises:
         UsageError: If the run has no checkpoint or no evaluation split.
+        ConfigError: If the attack is out of range.
     """
     state = newest_state(folder)
     config = _without_kfac(folder.read_config())
+    if attack:
+        adversarial = {**config.adversarial.model_dump(), **attack}
+        checked = parse_config({"adversarial": adversarial}).adversarial
+        config = config.model_copy(update={"adversarial": checked})
     opened = feeds or open_feeds(config)
     try:
         if opened.evaluation is None:
@@ -49,7 +70,15 @@ def evaluate_run(
     finally:
         if feeds is None:
             opened.close()
-    return Evaluation(state.progress.step, result.loss, result.accuracy, result.count)
+    attacked = result.attacked
+    return Evaluation(
+        state.progress.step,
+        result.loss,
+        result.accuracy,
+        result.count,
+        None if attacked is None else attacked.loss,
+        None if attacked is None else attacked.accuracy,
+    )
 
 
 def export_run(folder: RunFolder, out: str | Path) -> int:
