@@ -129,7 +129,7 @@ def _build_parser() -> Parser:
     )
 
     _add_run(add("audit", "runs:audit", "Prove that every sample was used exactly once."))
-    _add_run(add("report", "runs:report", "Write report.html of a run."))
+    _add_run(add("report", "runs:report", "Write report.html of a run or a search."))
 
     analyze = add("analyze", "analyze:analyze", "Curvature of the loss at a run's checkpoint.")
     _add_run(analyze)

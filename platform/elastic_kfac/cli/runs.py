@@ -20,33 +20,59 @@ def is_remote(uri: str) -> bool:
     return urlparse(uri).scheme not in ("", "file")
 
 
-def locate_run(run: str, storage: str) -> str:
+def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
     """The URI of a run that was named by its folder or by its name below `storage`.
+
+    Args:
+        run: Folder, URI or name.
+        storage: Folder or URI of runs.
+        searches: Whether the folder of a search will do as well.
 
     Raises:
         UsageError: If there is no such run; it names the nearest one.
     """
+    marks = ("config.yaml", "experiment.json") if searches else ("config.yaml",)
+    what = "run or search" if searches else "run"
     if is_remote(run):
         return run.rstrip("/")
     if is_remote(storage):
         return f"{storage.rstrip('/')}/{run}"
     folder = Path(storage.removeprefix("file://")).expanduser()
     for candidate in (Path(run).expanduser(), folder / run):
-        if (candidate / "config.yaml").is_file():
+        if any((candidate / mark).is_file() for mark in marks):
             return str(candidate)
-    there = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+        if (candidate / "experiment.json").is_file():
+            raise UsageError(
+                "this is the folder of a search, not of a run",
+                given=candidate,
+                change=f"name one of its trials, for example {candidate}/trials/TRIAL",
+            )
+    there = sorted(path.parent.name for mark in marks for path in folder.glob(f"*/{mark}"))
     close = difflib.get_close_matches(Path(run).name, there, n=1)
     raise UsageError(
-        "no such run",
+        f"no such {what}",
         given=run,
-        allowed=f"a run's folder, or one of {', '.join(there[-8:])} in {folder}" if there else None,
-        change=f"did you mean {close[0]}?" if close else f"name a folder below {folder}",
+        allowed=f"its folder, or one of {', '.join(there[-8:])} in {folder}" if there else None,
+        change=f"did you mean {close[0]}?"
+        if close
+        else "name its folder, or the folder that it is in with --storage",
     )
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Writes `report.html` of a run and prints its summary."""
-    write_report_and_summary(locate_run(arguments.run, arguments.storage))
+    """Writes `report.html` of a run or a search and prints its summary."""
+    uri = locate_run(arguments.run, arguments.storage, searches=True)
+    if is_remote(uri) or not (Path(uri) / "experiment.json").is_file():
+        write_report_and_summary(uri)
+        return 0
+    from elastic_kfac.reports.experiment_folder import read_experiment
+    from elastic_kfac.reports.experiment_report import render_experiment
+    from elastic_kfac.reports.experiment_words import headline
+    from elastic_kfac.reports.html import write_page
+
+    experiment = read_experiment(Path(uri))
+    path = write_page(Path(uri) / "report.html", render_experiment(experiment))
+    print(f"{headline(experiment)}\n\nReport: {path}")
     return 0
 
 
