@@ -75,6 +75,8 @@ def make_scheduler(space: SearchSpace) -> TrialScheduler:
             perturbation_interval=space.scheduler.interval or space.limit / 4,
             hyperparam_bounds=bounds,
             quantile_fraction=space.scheduler.quantile,
+            # All are parked when states change hands: the donor's is the one that was judged.
+            synch=True,
         )
     return FIFOScheduler()
 
@@ -182,8 +184,9 @@ def _optuna(space: SearchSpace) -> Any:
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     startup = max(3, min(10, space.num_trials // 3))
+    domains = {key: domain(parameter) for key, parameter in space.parameters.items()}
     return OptunaSearch(
-        space={key: domain(parameter) for key, parameter in space.parameters.items()},
+        space=OptunaSearch.convert_search_space(domains),
         metric=SCORE,
         mode="min",
         sampler=optuna.samplers.TPESampler(seed=space.searcher.seed, n_startup_trials=startup),

@@ -245,7 +245,14 @@ class SearchSpace(Section):
         ]
         if self.budget.epochs is not None:
             overrides.append(("train.epochs", self.budget.epochs))
-        return parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
+        config = parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
+        if config.elastic.in_place:
+            raise ConfigError(
+                "trials of a search change their size by restarts",
+                given="elastic.in_place=true",
+                change="set elastic.in_place=false in the search; train the winner with it",
+            )
+        return config
 
     def shipped_config(self, point: Point) -> Config:
         """What `best_config.yaml` holds: the point, trained on to the end of the budget."""
@@ -318,6 +325,7 @@ def parse_space(values: Mapping[str, Any]) -> SearchSpace:
         _refuse_owned(key, "parameters")
         for value in parameter.probes():
             _check_value(key, value, parameter)
+    space.config({}, base.train.seed)
     for name, point in space.references.items():
         for key, value in point.items():
             _refuse_owned(key, f"references.{name}")
