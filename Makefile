@@ -47,8 +47,9 @@ soak: $(STAMP) ## The long-running tests that `make test` leaves out
 test-tools: $(STAMP) ## Checks that need kubectl and promtool (Debian: kubectl, prometheus)
 	@$(BIN)/pytest -m tools
 
-studies: $(STAMP) ## Run every study of benchmarks/studies
+studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports in runs/)
 	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for study in $(wildcard benchmarks/studies/*.yaml); do echo "== $$study"; $(BIN)/elastic-kfac compare $$study || exit 1; done
 
 bench: $(STAMP) ## Run every benchmark of benchmarks/
 	@for script in $(wildcard benchmarks/*.py benchmarks/data/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -51,8 +51,8 @@ def compare(arguments: argparse.Namespace) -> int:
 def _size(loaded: LoadedStudy) -> str:
     study = loaded.study
     return (
-        f"study {loaded.name}, {len(study.methods)} methods, {len(study.batch_sizes)} batch sizes, "
-        f"{len(study.seeds)} seeds: {len(loaded.cells)} trainings, {study.parallelism} at a time"
+        f"study {loaded.name}, methods {len(study.methods)}, batch sizes {len(study.batch_sizes)}, "
+        f"seeds {len(study.seeds)}: {len(loaded.cells)} trainings, {study.parallelism} at a time"
     )
 
 

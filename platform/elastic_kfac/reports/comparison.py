@@ -168,7 +168,7 @@ def number_text(column: Column, value: float, *, unit: bool = False) -> str:
         return f"{value:,.0f}" if abs(value - round(value)) < 0.05 else f"{value:,.1f}"
     if column.form == "seconds":
         return duration(value) if unit else f"{value:.1f}"
-    return f"{value:.{_decimals(value)}f}"
+    return f"{value:.2e}" if abs(value) >= 1e5 else f"{value:.{_decimals(value)}f}"
 
 
 def summary_text(column: Column, summary: Summary | None) -> str:
@@ -177,7 +177,7 @@ def summary_text(column: Column, summary: Summary | None) -> str:
         return "–"
     if not summary.deviation:
         return number_text(column, summary.mean)
-    if column.form == "number":
+    if column.form == "number" and abs(summary.mean) < 1e5:
         # As many decimals of the spread as of the mean.
         decimals = _decimals(summary.mean)
         return f"{summary.mean:.{decimals}f} ± {summary.deviation:.{decimals}f}"
