@@ -142,7 +142,7 @@ def test_diverged_cell_shows_in_the_table_and_leaves_the_claim_to_the_other_seed
 ) -> None:
     told = {"status": DIVERGED, "error": "loss is not finite in step 7", "steps": 7}
     outcome = lost(study, {"ABS@256 1": told})
-    assert tables(outcome)[0].rows[1][2] == "95.00 ± 1.41 / 1,504 ± 6 (1 diverged)"
+    assert tables(outcome)[0].rows[1][2] == "95.00 ± 1.41 / 1,504 ± 5.7 (1 diverged)"
     interval = outcome.claims()[0].comparisons[0].interval
     assert interval is not None and interval.count == 2
     assert "ABS@256 seed 1 diverged: loss is not finite in step 7" in outcome_text(outcome)
