@@ -192,8 +192,18 @@ def test_run_unreachable_address_is_one_usage_error(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "127.0.0.9:1"}
+    options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "auto"}
     with pytest.raises(UsageError, match="cannot connect to a Ray cluster: Could not find any"):
+        train(config(1), progress=SilentDisplay(), **options)
+
+
+def test_run_address_where_nobody_listens_is_a_usage_error_too(
+    config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray itself would end the process.
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "127.0.0.9:1"}
+    with pytest.raises(UsageError, match=r"cannot connect to a Ray cluster: .*refused"):
         train(config(1), progress=SilentDisplay(), **options)
 
 

@@ -7,19 +7,17 @@ runs their tasks again elsewhere. Nodes that join take part at once.
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import ray
 
+from elastic_kfac.cluster.connection import connect
 from elastic_kfac.cluster.ray_adapter import quiet_driver
-from elastic_kfac.cluster.signals import kept_signal_handlers
 from elastic_kfac.data.shard_writing import ShardTask
 from elastic_kfac.data.sources import SourceSplit, open_source
-from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
+from elastic_kfac.errors import ElasticKfacError, RunError
 
 NODE_LOSSES = 5
 """How often a shard may lose the node that writes it before the whole call gives up."""
@@ -42,7 +40,7 @@ def shard_tasks_on(address: str) -> Iterator[RunTasks]:
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             stack.enter_context(quiet_driver())
-            _connect(address)
+            connect(address, instead="make the shards in this process")
             stack.callback(ray.shutdown)
         yield run_shard_tasks
 
@@ -79,28 +77,6 @@ def _record(reference: Any, task: ShardTask) -> dict[str, Any]:
             f"making {task.split}/{task.file} failed: {str(cause or error).strip().splitlines()[-1]}",
             change="run the same command again, it continues",
         ) from error
-
-
-def _connect(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    try:
-        if host and port.isdecimal() and "://" not in host:
-            # Where nobody listens, Ray would end this process instead of raising.
-            socket.create_connection((host, int(port)), timeout=10).close()
-        with kept_signal_handlers():
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                namespace="elastic_kfac",
-            )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"cannot connect to a Ray cluster: {str(error).splitlines()[0]}",
-            given=f"--address {address}",
-            allowed="auto (on a machine of the cluster) or the host:port of its head",
-            change="leave --address away to make the shards in this process",
-        ) from None
 
 
 def _run(task: ShardTask) -> dict[str, Any]:

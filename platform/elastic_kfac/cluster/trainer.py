@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -16,6 +15,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from elastic_kfac.cluster.connection import connect
 from elastic_kfac.cluster.faults import FaultPlan
 from elastic_kfac.cluster.in_place_recorder import InPlaceRecorder
 from elastic_kfac.cluster.listener import RecorderListener
@@ -35,12 +35,12 @@ from elastic_kfac.cluster.ray_adapter import (
 from elastic_kfac.cluster.recorder import RunRecorder, RunView
 from elastic_kfac.cluster.replicas import InPlaceCallback, ReplicaBackend
 from elastic_kfac.cluster.result import RunResult, build_result
-from elastic_kfac.cluster.signals import StopSignals, kept_signal_handlers
+from elastic_kfac.cluster.signals import StopSignals
 from elastic_kfac.cluster.telemetry import TelemetryOptions
 from elastic_kfac.cluster.vault import VaultKeeper, head_node
 from elastic_kfac.cluster.worker import RANK_FUNCTION, WorkerSettings, run_worker
 from elastic_kfac.config import Config
-from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
+from elastic_kfac.errors import ElasticKfacError, RunError
 from elastic_kfac.training.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 60.0
@@ -354,21 +354,7 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    try:
-        with kept_signal_handlers():
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                namespace="elastic_kfac",
-            )
-    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-        raise UsageError(
-            f"cannot connect to a Ray cluster: {str(error).splitlines()[0]}",
-            given=f"--address {address}",
-            allowed="auto (on a machine of the cluster) or the host:port of its head",
-            change="leave --address away to start a local cluster",
-        ) from None
+    connect(address)
     try:
         yield
     finally:
