@@ -41,7 +41,27 @@ def linear_scaling(
     return factor
 
 
-class LARS(torch.optim.Optimizer):
+class _Rule(torch.optim.Optimizer):
+    """A rule that updates each parameter on its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update; `closure` re-evaluates the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class LARS(_Rule):
     """Layer-wise adaptive rates (You, Gitman and Ginsburg 2017).
 
     q = η‖w‖ / (‖D‖ + wd‖w‖ + ε); v ← μv + lr·q·(D + wd·w); w ← w − v. q is 1 for parameters of one
@@ -80,16 +100,6 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; `closure` re-evaluates the loss."""
-        loss = _evaluated(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         decay = group["weight_decay"]
         direction = gradient.add(parameter, alpha=decay) if decay else gradient
@@ -105,7 +115,7 @@ class LARS(torch.optim.Optimizer):
         parameter.sub_(step)
 
 
-class LAMB(torch.optim.Optimizer):
+class LAMB(_Rule):
     """Layer-wise adaptive moments (You et al. 2020, algorithm 2).
 
     m, v as Adam, bias-corrected; r = m̂/(√v̂ + ε) + wd·w; w ← w − lr·φ(‖w‖)/‖r‖·r with φ the identity
@@ -137,16 +147,6 @@ class LAMB(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; `closure` re-evaluates the loss."""
-        loss = _evaluated(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
-        return loss
-
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
@@ -171,7 +171,7 @@ class LAMB(torch.optim.Optimizer):
         parameter.sub_(step)
 
 
-class VelocitySGD(torch.optim.Optimizer):
+class VelocitySGD(_Rule):
     """θ ← θ − lr·P + m·v with v = θ_t − θ_{t−1} (spec 3.3): the velocity contains the rate.
 
     Unlike in `torch.optim.SGD`, a rate that falls does not shrink the steps already on their way;
@@ -189,20 +189,11 @@ class VelocitySGD(torch.optim.Optimizer):
         _check(lr=lr, weight_decay=weight_decay, momentum=momentum)
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; `closure` re-evaluates the loss."""
-        loss = _evaluated(closure)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                gradient = parameter.grad
-                if group["weight_decay"]:
-                    gradient = gradient.add(parameter, alpha=group["weight_decay"])
-                step = gradient * group["lr"]
-                parameter.sub_(_velocity(self.state[parameter], step, group["momentum"]))
-        return loss
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if group["weight_decay"]:
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        step = gradient * group["lr"]
+        parameter.sub_(_velocity(self.state[parameter], step, group["momentum"]))
 
 
 def _velocity(state: dict[str, Any], step: Tensor, momentum: float) -> Tensor:
@@ -214,13 +205,6 @@ def _velocity(state: dict[str, Any], step: Tensor, momentum: float) -> Tensor:
         known.mul_(momentum).add_(step)
     buffer: Tensor = state["momentum_buffer"]
     return buffer
-
-
-def _evaluated(closure: Callable[[], float] | None) -> float | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def _check(**values: float) -> None:

@@ -126,7 +126,9 @@ def resized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("course")
     # An epoch has two steps or four: the first end of one comes in the first or the second world.
     for world_size, stop_at in ((3, 3), (2, 2), (3, None)):
-        results = run_ranks(world_size, _train_all, str(folder), stop_at)
+        results = run_ranks(
+            world_size, _train_all, str(folder), stop_at, timeout_s=300, group_timeout_s=120
+        )
         for name in EXACT:
             assert len({outcomes[name].state_sha256 for outcomes in results}) == 1, name
     return folder

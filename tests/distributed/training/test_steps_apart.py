@@ -67,11 +67,11 @@ def _state(folder: Path) -> TrainingState:
 
 def test_four_ranks_that_stepped_apart_rejoin_and_go_on_as_three(tmp_path: Path) -> None:
     # The stop comes between two merges: parking merges first, so that the last steps count.
-    parked = run_ranks(4, _train, str(tmp_path), 5)
+    parked = run_ranks(4, _train, str(tmp_path), 5, timeout_s=300, group_timeout_s=120)
     for name in CASES:
         assert len({rank[name][0].state_sha256 for rank in parked}) == 1, name
         assert {rank[name][0].status for rank in parked} == {"parked"}
-    finished = run_ranks(3, _train, str(tmp_path), None)
+    finished = run_ranks(3, _train, str(tmp_path), None, timeout_s=300, group_timeout_s=120)
     losses = {}
     for name in CASES:
         assert len({rank[name][0].state_sha256 for rank in finished}) == 1, name
