@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from elastic_kfac.config import Config, parse_config
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.training.storage import Storage
 
 Row = Mapping[str, Any]
@@ -51,9 +51,16 @@ class RunFolder:
         """The configuration of the run.
 
         Raises:
-            ConfigError: If it does not validate.
+            ConfigError: If it is no plain YAML or does not validate.
         """
-        return parse_config(yaml.safe_load(self.storage.read("config.yaml")) or {})
+        try:
+            values = yaml.safe_load(self.storage.read("config.yaml"))
+        except yaml.YAMLError as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(
+                f"config.yaml of the run is damaged: {line}", given=self.uri
+            ) from None
+        return parse_config(values or {})
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Adds rows to `metrics.jsonl`."""

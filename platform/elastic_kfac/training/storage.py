@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from elastic_kfac.data.storage import Location
-from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.errors import DataError, StateError, UsageError
 
 
 class Storage:
@@ -34,8 +34,13 @@ class Storage:
         self.is_local = self._location.is_local
 
     def path(self, name: str = "") -> str:
-        """The full path of `name` inside the file system."""
-        return f"{self._location.path}/{name}".rstrip("/")
+        """The full path of `name` inside the file system.
+
+        Raises:
+            StateError: If the name leads out of this folder, as for every method with a name: names
+                also come out of files that somebody else may have written.
+        """
+        return f"{self._location.path}/{_inside(name)}".rstrip("/")
 
     def read(self, name: str) -> bytes:
         """The content of a file.
@@ -43,13 +48,13 @@ class Storage:
         Raises:
             FileNotFoundError: If there is none.
         """
-        if self._location.size(name) is None:
+        if self._location.size(_inside(name)) is None:
             raise FileNotFoundError(self.path(name))
         return self._location.read(name)
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file as a whole, replacing an older one; when it returns the file is safe."""
-        self._location.write(name, content)
+        self._location.write(_inside(name), content)
 
     def append_lines(self, name: str, content: bytes) -> None:
         """Adds whole lines to the end of a file (an object store rewrites it).
@@ -70,16 +75,22 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
-        return self._location.size(name) is not None
+        return self._location.size(_inside(name)) is not None
 
     def folders(self, name: str) -> list[str]:
         """Sorted names of the folders directly in `name`; empty when there is no such folder."""
-        return self._location.child(name).names(folders=True)
+        return self._location.child(_inside(name)).names(folders=True)
 
     def files(self, name: str) -> list[str]:
         """Sorted names of the files directly in `name`; empty when there is no such folder."""
-        return self._location.child(name).names()
+        return self._location.child(_inside(name)).names()
 
     def delete(self, name: str) -> None:
         """Deletes a file or a whole folder; nothing happens when there is none."""
-        self._location.remove(name)
+        self._location.remove(_inside(name))
+
+
+def _inside(name: str) -> str:
+    if name.startswith("/") or ".." in name.split("/"):
+        raise StateError("a name leads out of the run's folder", given=name)
+    return name
