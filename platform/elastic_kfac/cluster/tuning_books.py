@@ -126,11 +126,13 @@ class SearchBooks:
         objective = self._space.objective
         accuracy = row.numbers.get("best_accuracy")
         parts = [f"{row.trial_id} {row.status}"]
-        if row.numbers.get("objective") is not None:
+        if row.status == "failed":
+            parts.append(row.reason)
+        elif row.numbers.get("objective") is not None:
             parts.append(f"{objective.metric} {row.numbers['objective']:.4g}")
         elif accuracy is not None:
             parts.append(f"best accuracy {accuracy:.2%} (target {objective.target_accuracy:.4g})")
-        if row.reason:
+        if row.reason and row.status != "failed":
             parts.append(row.reason)
         return ": ".join(parts[:1]) + (f": {'; '.join(parts[1:])}" if parts[1:] else "")
 

@@ -1,0 +1,309 @@
+"""Searches on real nodes: growth, refusals, failures, a killed driver, and states that change hands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.tuning import SearchResult, search
+from elastic_kfac.cluster.tuning_desk import shares
+from elastic_kfac.cluster.tuning_search import planned_points
+from elastic_kfac.config import Config, apply_overrides
+from elastic_kfac.errors import UsageError
+from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.training.config_file import read_config
+from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.training.search_space import SearchSpace, parse_space
+
+Make = Callable[[int], Config]
+
+# A search starts several groups one after another, each of which takes a busy machine a minute.
+pytestmark = pytest.mark.timeout(900)
+
+
+def space_of(base: Config, changes: dict[str, Any], **parts: Any) -> SearchSpace:
+    values = apply_overrides(base.model_dump(mode="json"), list(changes.items()))
+    return parse_space({"base": values, "references": {}, **parts})
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    with (folder / "trials.csv").open(encoding="utf-8") as stream:
+        return {row["trial_id"]: row for row in csv.DictReader(stream)}
+
+
+def placement_groups_in_use() -> list[str]:
+    table = ray.util.placement_group_table()
+    return [name for name, group in table.items() if group["state"] != "REMOVED"]
+
+
+# ---- a search with everything in it -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def story(
+    session_cluster: LocalCluster, config: Make, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SearchResult, list[str]]:
+    """Two of four points are refused, one fails, and the other gets the room that becomes free."""
+    space = space_of(
+        config(5000),
+        {"train.eval_every_epochs": 1},
+        parameters={
+            "kfac.damping": {"grid": [0.01, 0.9]},
+            "plan.memory_budget_gib": {"grid": [1e-6, 1.0]},
+        },
+        objective={"target_accuracy": 1.0},
+        budget={"epochs": 5000},
+        scheduler={"name": "asha", "grace": 5000},
+        searcher={"name": "grid"},
+        max_concurrent=2,
+    )
+    said: list[str] = []
+    result = search(
+        space,
+        name="story",
+        storage=str(tmp_path_factory.mktemp("search")),
+        cluster=session_cluster,
+        say=said.append,
+        rank_function="recording_ranks:ends_once_grown",
+    )
+    return result, said
+
+
+def test_search_ends_each_trial_as_it_should(story: tuple[SearchResult, list[str]]) -> None:
+    result, said = story
+    assert (result.status, result.exit_code) == ("finished", 0)
+    rows = rows_of(result.folder)
+    assert [row["status"] for row in rows.values()] == ["refused", "finished", "refused", "failed"]
+    for refused in (rows["t000"], rows["t002"]):
+        assert "plan.memory_budget_gib=1e-06" in refused["reason"]
+        assert not (result.folder / "trials" / refused["trial_id"]).exists()
+    assert "shard 3 is torn" in rows["t003"]["reason"]
+    assert any("t003 failed: shard 3 is torn" in line for line in said)
+
+
+def test_search_running_trial_grew_when_the_other_had_ended(
+    story: tuple[SearchResult, list[str]],
+) -> None:
+    result, _ = story
+    run = RunFolder(result.folder / "trials" / "t001").result() or {}
+    assert run["world_sizes"] == [1, 2]
+    assert run["steps_redone"] == 0
+
+
+def test_search_counts_what_the_best_trial_took(story: tuple[SearchResult, list[str]]) -> None:
+    result, _ = story
+    row = rows_of(result.folder)["t001"]
+    run = RunFolder(result.folder / row["run_folder"]).result() or {}
+    assert row["reached"] == "true"
+    assert float(row["objective"]) == run["train_time_to_accuracy_s"]
+    assert float(row["cpu_seconds"]) > 0
+    assert float(row["peak_memory_bytes"]) > 50e6
+    experiment = json.loads((result.folder / "experiment.json").read_text())
+    assert (experiment["best"], experiment["status"]) == ("t001", "finished")
+
+
+def test_search_best_config_is_one_that_train_takes(
+    story: tuple[SearchResult, list[str]],
+) -> None:
+    result, _ = story
+    path = result.folder / "best_config.yaml"
+    config = read_config(path)
+    assert config.kfac.damping == 0.01
+    assert config.model_dump(mode="json") == yaml.safe_load(path.read_text())
+    assert not config.train.stop_at_target
+
+
+def test_search_leaves_a_report_and_tensorboard_events(
+    story: tuple[SearchResult, list[str]],
+) -> None:
+    result, _ = story
+    assert (result.folder / "report.html").stat().st_size > 1000
+    assert list(result.folder.glob("tune/t001/events.out.tfevents.*"))
+
+
+def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]]) -> None:
+    deadline = time.monotonic() + 60
+    while placement_groups_in_use() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert placement_groups_in_use() == []
+
+
+# ---- a driver that is killed --------------------------------------------------------------------
+
+_DRIVER = """
+import json, sys
+from elastic_kfac.cluster.tuning import search
+from elastic_kfac.training.search_space import parse_space
+if __name__ == "__main__":
+    space = parse_space(json.loads(open(sys.argv[1]).read()))
+    search(space, name="killed", storage=sys.argv[2], address=sys.argv[3])
+"""
+
+
+def test_search_whose_driver_was_killed_continues_its_trials(
+    cluster: LocalCluster, config: Make, tmp_path: Path
+) -> None:
+    space = space_of(
+        config(12),
+        {"elastic.max_workers": 1, "elastic.checkpoint_interval_s": 0.1},
+        parameters={"kfac.damping": {"grid": [0.01, 0.02]}},
+        objective={"target_accuracy": 1.0},
+        budget={"epochs": 12},
+        searcher={"name": "grid"},
+    )
+    (tmp_path / "space.json").write_text(space.model_dump_json())
+    (tmp_path / "driver.py").write_text(_DRIVER)
+    folder = tmp_path / "killed"
+    driver = subprocess.Popen(
+        [sys.executable, "driver.py", "space.json", str(tmp_path), cluster.address],
+        cwd=tmp_path,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 600
+        while not list(folder.glob("trials/t001/checkpoints/*/manifest.json")):
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    before = rows_of(folder)
+    assert [row["status"] for row in before.values()] == ["finished", "running"]
+
+    with pytest.raises(UsageError, match="exists with another space"):
+        search(
+            space.model_copy(update={"num_trials": 3}),
+            name="killed",
+            storage=str(tmp_path),
+            cluster=cluster,
+        )
+    result = search(
+        space, name="killed", storage=str(tmp_path), cluster=cluster, say=lambda line: None
+    )
+
+    assert [row.status for row in result.rows] == ["finished", "finished"]
+    after = rows_of(folder)
+    assert after["t000"] == before["t000"]
+    continued = [
+        row for row in RunFolder(folder / "trials/t001").events() if row["kind"] == "restored"
+    ]
+    assert len(continued) == 1
+    assert continued[0]["step"] > 0
+    assert float(after["t001"]["steps"]) == 12 * 45
+
+
+# ---- PB2 ----------------------------------------------------------------------------------------
+
+
+def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
+    cluster: LocalCluster, config: Make, tmp_path: Path
+) -> None:
+    space = space_of(
+        config(4),
+        {"elastic.max_workers": 1, "train.eval_every_epochs": 2},
+        parameters={"optimizer.lr": {"loguniform": [1e-6, 2e-2]}},
+        objective={"target_accuracy": 1.0},
+        budget={"epochs": 4},
+        scheduler={"name": "pb2", "interval": 2, "quantile": 0.5},
+        num_trials=2,
+    )
+    result = search(
+        space,
+        name="pb2",
+        storage=str(tmp_path),
+        cluster=cluster,
+        say=lambda line: None,
+        rank_function="recording_ranks:records_what_it_restores",
+    )
+
+    [clone] = [row for row in result.rows if row.parent]
+    [donor] = [row for row in result.rows if not row.parent]
+    assert clone.parent == donor.trial_id
+    own = result.folder / "trials" / clone.trial_id
+    [event] = [row for row in RunFolder(own).events() if row["kind"] == "cloned"]
+    step = event["step"]
+
+    restored = load_file(own / f"restored-{step:06d}.safetensors")
+    given = _checkpoint_of(result.folder, donor.trial_id, step)
+    former = _checkpoint_of(result.folder, clone.trial_id, step)
+    assert {name.split("/")[0] for name in given} >= {"model", "optimizer", "kfac"}
+    assert restored.keys() == given.keys()
+    for name, tensor in given.items():
+        assert torch.equal(restored[name], tensor), name
+    different = [name for name in given if not torch.equal(former[name], given[name])]
+    assert {name.split("/")[0] for name in different} >= {"model", "optimizer", "kfac"}
+    # It trains on from there, to the end of the budget.
+    steps = [row["step"] for row in RunFolder(own).metrics() if "loss" in row]
+    assert steps == list(range(1, 4 * 45 + 1))
+    assert clone.parameters != planned_points(space)[int(clone.point)]
+
+
+def _checkpoint_of(folder: Path, trial: str, step: int) -> dict[str, torch.Tensor]:
+    """The state in the checkpoint that Ray Tune keeps of a trial."""
+    for path in sorted((folder / "tune" / trial).glob("checkpoint_*")):
+        store = CheckpointStore(path)
+        if step in store.steps():
+            return dict(store.load(step).tensors)
+    raise AssertionError(f"Ray Tune has no checkpoint of {trial} at step {step}")
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("room", "slots", "live", "waiting", "expected"),
+    [
+        (4, 2, ["a"], 3, {"a": 2}),  # the other place stays free for those who wait
+        (4, 2, ["a"], 0, {"a": 4}),
+        (5, 2, ["a", "b"], 7, {"a": 3, "b": 2}),
+        (5, 3, ["a", "b"], 0, {"a": 3, "b": 2}),
+        (1, 1, ["a", "b"], 0, {"a": 1, "b": 0}),
+        (0, 2, ["a"], 0, {"a": 0}),
+        (3, 2, [], 2, {}),
+    ],
+)
+def test_shares_never_exceed_the_room(
+    room: int, slots: int, live: list[str], waiting: int, expected: dict[str, int]
+) -> None:
+    found = shares(room, slots, live, waiting)
+    assert found == expected
+    assert sum(found.values()) <= room
+
+
+def test_planned_points_are_the_same_every_time_and_inside_the_bounds(config: Make) -> None:
+    space = space_of(
+        config(1),
+        {},
+        parameters={
+            "kfac.damping": {"loguniform": [1e-3, 1e-1]},
+            "kfac.inverse_update_steps": {"randint": [3, 5]},
+            "kfac.method": {"choice": ["eigen", "inverse"]},
+        },
+        objective={"target_accuracy": 0.5},
+        budget={"epochs": 1},
+        num_trials=50,
+    )
+    points = planned_points(space)
+    assert points == planned_points(space)
+    assert {point["kfac.inverse_update_steps"] for point in points} == {3, 4, 5}
+    assert {point["kfac.method"] for point in points} == {"eigen", "inverse"}
+    assert all(1e-3 <= point["kfac.damping"] <= 1e-1 for point in points)
+    json.dumps(points)
