@@ -277,13 +277,13 @@ def read_experiment(folder: Path) -> Experiment:
         raise UsageError(
             "not the folder of a search", given=folder, change=f"name one that holds {EXPERIMENT}"
         )
+    problem, about = "a mapping is wanted", None
     try:
         about = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
-        raise UsageError(
-            "a damaged folder of a search", given=folder / EXPERIMENT, change=str(error)
-        ) from None
-    about = mapping(about)
+        problem = str(error)
+    if not isinstance(about, dict):
+        raise UsageError("a damaged folder of a search", given=folder / EXPERIMENT, change=problem)
     text = _text_of(folder / "trials.csv") or ""
     cells = list(csv.DictReader(io.StringIO(text)))
     named = about.get("parameters")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Literal
@@ -311,4 +312,5 @@ def svg_text(figure: Figure) -> str:
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :].strip()
+    # The names of groups repeat from figure to figure, and nothing refers to them.
+    return re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :]).strip()
