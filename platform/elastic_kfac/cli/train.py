@@ -30,6 +30,11 @@ def train(arguments: argparse.Namespace) -> int:
     from elastic_kfac.cli.shards import make_missing_shards
 
     make_missing_shards(config)
+    if config.analysis.every_epochs is not None:
+        from elastic_kfac.training.analysis import check_before_start
+
+        here = config.elastic.max_workers if arguments.address is None else None
+        check_before_start(config, workers_here=here)
 
     from elastic_kfac.training.attacks import check_attacks
 

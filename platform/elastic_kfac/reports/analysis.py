@@ -40,7 +40,7 @@ def figures(found: Found) -> dict[str, str]:
     drawn: dict[str, str] = {}
     if found.get("kind") != "curvature":
         return drawn
-    if found.get("spectrum"):
+    if len(found.get("spectrum", {}).get("eigenvalues", ())) > 1:
         drawn["spectrum"] = _drawn("spectrum", lambda axes: _draw_spectrum(axes, found))
     if found.get("landscape"):
         drawn["landscape"] = _drawn("landscape", lambda axes: _draw_landscape(axes, found))

@@ -47,7 +47,7 @@ class Run:
     result: Mapping[str, Any] | None
     torn_lines: int = field(default=0)
     analyses: Sequence[Row] = ()
-    """What `analysis/` holds, oldest step first."""
+    """What was found about the loss surface, in training and afterwards; oldest step first."""
 
     @cached_property
     def steps(self) -> list[Row]:
@@ -192,8 +192,9 @@ def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
         raise UsageError("a damaged run's folder", given=location, change=str(error)) from None
     metrics, torn_metrics = _rows(contents.get("metrics.jsonl", b""))
     events, torn_events = _rows(contents.get("events.jsonl", b""))
+    analyses = _analyses(contents, metrics)
     torn = torn_metrics + torn_events
-    return Run(name, location, config, metrics, events, result, torn, _analyses(contents))
+    return Run(name, location, config, metrics, events, result, torn, analyses)
 
 
 def is_evaluation(row: Row) -> bool:
@@ -203,7 +204,7 @@ def is_evaluation(row: Row) -> bool:
 
 def is_step(row: Row) -> bool:
     """Whether a row of `metrics.jsonl` is about one step and nothing else."""
-    aside = is_evaluation(row) or "top_eigenvalue" in row or "hessian_time_s" in row
+    aside = is_evaluation(row) or "analysis_time_s" in row or "hessian_time_s" in row
     return "step" in row and not aside
 
 
@@ -220,8 +221,12 @@ def first_number(row: Row, *keys: str) -> float | None:
     return next((value for key in keys if (value := number(row, key)) is not None), None)
 
 
-def _analyses(contents: Mapping[str, bytes]) -> list[Row]:
-    found = []
+def _analyses(contents: Mapping[str, bytes], metrics: Sequence[Row]) -> list[Row]:
+    found: list[Row] = [
+        {**row["analysis"], "step": row.get("step"), "epoch": row.get("epoch")}
+        for row in metrics
+        if isinstance(row.get("analysis"), dict)
+    ]
     for name, content in sorted(contents.items()):
         if name.startswith(ANALYSES) and name.endswith(".json"):
             try:

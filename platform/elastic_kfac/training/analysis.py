@@ -11,7 +11,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
 from elastic_kfac.curvature.hessian import (
-    Batch,
     Hessian,
     SumLoss,
     check_request,
@@ -30,81 +30,16 @@ from elastic_kfac.curvature.hessian import (
 from elastic_kfac.curvature.landscape import loss_along
 from elastic_kfac.curvature.spectral_estimates import density, one_sample_eigenvalues, trace
 from elastic_kfac.curvature.spectrum import Eigenpairs, spectrum, top_by_lanczos
-from elastic_kfac.data.manifest import ShardSet
-from elastic_kfac.data.storage import join_uri
-from elastic_kfac.data.stream import SampleStream
-from elastic_kfac.errors import UsageError
-from elastic_kfac.training.feeds import Feed, StreamFeed, share
-from elastic_kfac.training.inputs import InputMaker
+from elastic_kfac.errors import NumericalError, UsageError
+from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.training.fixed_samples import FixedSamples, open_plain
+from elastic_kfac.training.models import create_model
 
 FORMAT = 1
-_KEPT_BYTES = 512 << 20
-"""Samples that take more than this are read again for every product instead of being kept."""
 _DENSITY_STEPS = 30
 _MOST_HALVINGS = 8
 _LAST_LAYER_SHARE, _HALF = 0.3, 0.5
 """Of the time that is left, what a part may take; what it does not use is there for the next one."""
-
-
-class FixedSamples:
-    """The same samples of a split every time, this rank's share of them in chunks."""
-
-    def __init__(
-        self, feed: Feed, model: nn.Module, request: AnalysisConfig, communicator: Communicator
-    ) -> None:
-        wanted = request.samples
-        self.count = feed.num_samples if wanted is None else min(wanted, feed.num_samples)
-        self._feed, self._seed, self._batch_size = feed, request.seed, request.batch_size
-        parameter = next(model.parameters())
-        self._make_inputs = InputMaker(feed, parameter.dtype, parameter.device)
-        self._share = share(0, self.count, communicator.rank, communicator.world_size)
-        self._kept: list[Batch] | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept: list[Batch] | None = []
-        size = 0
-        first, count = self._share
-        for start in range(first, first + count, self._batch_size):
-            batch = self._read(start, min(self._batch_size, first + count - start))
-            size += sum(part.numel() * part.element_size() for part in batch)
-            kept = None if kept is None or size > _KEPT_BYTES else [*kept, batch]
-            yield batch
-        self._kept = kept
-
-    def one(self, index: int) -> Batch:
-        """A batch of one, whichever rank's share it is in; empty when its record is bad."""
-        return self._read(index, 1)
-
-    def _read(self, first: int, count: int) -> Batch:
-        # The seed plays the epoch: each has an order of its own.
-        inputs = self._make_inputs(self._feed.read(self._seed, first, count))
-        return inputs.images, inputs.labels
-
-
-def open_plain(config: Config, split: str) -> Feed:
-    """A split without augmentation, in an order of its own per analysis seed.
-
-    Raises:
-        DataError: If the split is missing or damaged.
-    """
-    data = config.data
-    shards = ShardSet.open(join_uri(data.shards, split))
-    stream = SampleStream(
-        shards,
-        seed=config.train.seed,
-        augment="none",
-        image_size=data.image_size,
-        decode_threads=data.decode_threads,
-        prefetch_batches=data.prefetch_batches,
-        bad_records=data.bad_records,
-        cache_dir=data.cache_dir,
-        cache_gib=data.cache_gib,
-        shuffle=True,
-    )
-    return StreamFeed(shards, stream)
 
 
 def check_fits(model: nn.Module, request: AnalysisConfig, *, free_bytes: float | None) -> int:
@@ -170,8 +105,83 @@ def analyse(
         NumericalError: If a Hessian product is not finite.
     """
     device = next(model.parameters()).device
-    check_fits(model, request, free_bytes=free_bytes(device))
+    problem = None
+    try:
+        check_fits(model, request, free_bytes=free_bytes(device))
+    except UsageError as error:
+        problem = error
+    # One rank without room stops all of them, or the others would wait for it.
+    for found in communicator.all_gather_object(problem, tag="hessian"):
+        if found is not None:
+            raise found
     return _Analysis(model, loss_sum, samples, request, communicator).run(landscape or {})
+
+
+def analysis_row(
+    model: nn.Module, loss_sum: SumLoss, feeds: Feeds, config: Config, communicator: Communicator
+) -> dict[str, Any]:
+    """The analysis of `config.analysis` as a row of `metrics.jsonl`. Collective.
+
+    A measurement must not end a run: why there is none is then all that the row says.
+    """
+    request, data = config.analysis, config.data
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        train = feeds.train
+        if data.augment != "none":
+            train = open_plain(config, data.train_split)
+            stack.callback(train.close)
+        samples = FixedSamples(train, model, request, communicator)
+        landscape = {data.train_split: samples}
+        if feeds.evaluation is not None:
+            test = FixedSamples(feeds.evaluation, model, request, communicator)
+            landscape[data.eval_split] = test
+        try:
+            found = analyse(model, loss_sum, samples, request, communicator, landscape=landscape)
+        except (NumericalError, UsageError) as error:
+            return {"analysis_problem": error.line(), "analysis_time_s": time.monotonic() - begin}
+    columns: dict[str, Any] = {
+        "gradient_norm": found["gradient_norm"],
+        "analysis_time_s": time.monotonic() - begin,
+        "analysis": {"kind": "curvature", "split": data.train_split, **found},
+    }
+    if whole := found.get("spectrum"):
+        columns["top_eigenvalue"] = whole["eigenvalues"][0]
+        columns["smallest_eigenvalue"] = whole["smallest"]
+    if last := found.get("last_layer"):
+        columns["last_layer_eigenvalue"] = last["eigenvalues"][0]
+    if one := found.get("trace"):
+        columns["hessian_trace"] = one["mean"]
+    return {name: value for name, value in columns.items() if value is not None}
+
+
+def check_before_start(config: Config, *, workers_here: int | None) -> None:
+    """Refuses analyses during training whose vectors cannot fit, before any worker starts.
+
+    Args:
+        config: Its shards are there.
+        workers_here: How many workers share this machine's memory; None: they run elsewhere.
+
+    Raises:
+        ConfigError: If they do not fit.
+        UsageError: If more eigenvalues are asked for than the model has parameters.
+    """
+    if config.analysis.every_epochs is None:
+        return
+    feed = open_plain(config, config.data.train_split)
+    try:
+        with torch.device("meta"):
+            model = create_model(
+                config.model.name, feed.num_classes, feed.image_shape, **config.model.arguments
+            )
+    finally:
+        feed.close()
+    free = None
+    if workers_here is not None and not config.resources.use_gpu:
+        free = free_bytes(torch.device("cpu"))
+    check_fits(
+        model, config.analysis, free_bytes=None if free is None else free / (workers_here or 1)
+    )
 
 
 class _Analysis:

@@ -15,10 +15,11 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
 from elastic_kfac.curvature.landscape import bias_variance
 from elastic_kfac.errors import StateError, UsageError
-from elastic_kfac.training.analysis import FixedSamples, analyse, open_plain
+from elastic_kfac.training.analysis import analyse
 from elastic_kfac.training.checkpoint import CheckpointStore
 from elastic_kfac.training.evaluate import newest_state
 from elastic_kfac.training.feeds import Feed, Feeds
+from elastic_kfac.training.fixed_samples import FixedSamples, open_plain
 from elastic_kfac.training.low_rank_probe import probe
 from elastic_kfac.training.models import build_model
 from elastic_kfac.training.run_folder import RunFolder

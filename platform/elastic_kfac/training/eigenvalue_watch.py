@@ -121,7 +121,7 @@ class EigenvalueWatch:
         """This rank's share of the samples in chunks: the first ones of the first epoch's order."""
         feed = self._feed
         if self._config.data.augment != "none":
-            from elastic_kfac.training.analysis import open_plain
+            from elastic_kfac.training.fixed_samples import open_plain
 
             feed = open_plain(self._config, self._config.data.train_split)
         count = min(self._config.batch.hessian_samples, feed.num_samples)

@@ -175,6 +175,8 @@ class RunLoop:
                 self._report_epoch_end(trainer.end_epoch())
             if trainer.evaluation_is_due:
                 self._report_evaluation(trainer.evaluate())
+            if trainer.analysis_is_due:
+                self._port.metrics({**trainer.analyse(), **self._where()})
             if trainer.finished:
                 return self._end("finished", (), save=True)
             if snapshot:

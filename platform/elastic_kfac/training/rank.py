@@ -20,6 +20,7 @@ from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.optimizers.batch_size import Growth
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
+from elastic_kfac.training.analysis import analysis_row
 from elastic_kfac.training.attacks import evaluation_attack
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
@@ -159,7 +160,7 @@ class RankTrainer:
         """Whether the position has passed an evaluation point that was not evaluated yet."""
         if self.feeds.evaluation is None:
             return False
-        return self._evaluation_points() > self.progress.evaluations
+        return self._points(self.config.train.eval_every_epochs) > self.progress.evaluations
 
     def step(self, *, stop: bool = False, snapshot: bool = False) -> StepResult:
         """Takes one optimizer step and commits it; flags are summed over all ranks.
@@ -247,9 +248,30 @@ class RankTrainer:
         )
         self.account(time.perf_counter() - begin)
         self.progress = self.progress.evaluated(
-            result.accuracy, self._evaluation_points(), self.config.train.target_accuracy
+            result.accuracy,
+            self._points(self.config.train.eval_every_epochs),
+            self.config.train.target_accuracy,
         )
         return result
+
+    @property
+    def analysis_is_due(self) -> bool:
+        """Whether the position has passed a point of `analysis.every_epochs` that nobody looked at."""
+        every = self.config.analysis.every_epochs
+        return every is not None and self._points(every) > self.progress.analyses
+
+    def analyse(self) -> dict[str, Any]:
+        """What a metric row says about the Hessian here; training does not notice. Collective."""
+        self._come_together()
+        columns = analysis_row(
+            self.model, self.task.loss, self.feeds, self.config, self.communicator
+        )
+        elapsed = float(columns["analysis_time_s"])
+        self.account(elapsed)
+        points = self._points(self.config.analysis.every_epochs or 1)
+        time_s = self.progress.hessian_s + elapsed
+        self.progress = replace(self.progress, analyses=points, hessian_s=time_s)
+        return columns
 
     @property
     def epoch_end_is_due(self) -> bool:
@@ -468,10 +490,10 @@ class RankTrainer:
         self.scaler.update(overflow=not finite)
         return rates.lr
 
-    def _evaluation_points(self) -> int:
-        every = self.config.train.eval_every_epochs * self.feeds.train.num_samples
+    def _points(self, every_epochs: float) -> int:
+        every = every_epochs * self.feeds.train.num_samples
         passed = int(self.position / every + 1e-9)
-        # The end of the run is an evaluation point, wherever it lies.
+        # The end of the run is such a point, wherever it lies.
         if self.position >= self.total_samples and self.position - passed * every > 0.5:
             return passed + 1
         return passed

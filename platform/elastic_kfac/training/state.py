@@ -46,11 +46,14 @@ class Progress:
     communication_s: float = 0.0
     """Of the stepping time, what it spent inside collectives."""
     hessian_s: float = 0.0
-    """Time to measure eigenvalues for the batch policy; not part of the stepping time."""
+    """Time of Hessian work: eigenvalues for the batch policy, and analyses; not part of the stepping
+    time."""
     worker_seconds: float = 0.0
     gpu_seconds: float = 0.0
     evaluations: int = 0
     """Evaluation points that were passed."""
+    analyses: int = 0
+    """Analysis points that were passed."""
     best_accuracy: float | None = None
     time_to_accuracy_s: float | None = None
     train_time_to_accuracy_s: float | None = None
