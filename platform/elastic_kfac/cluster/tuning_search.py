@@ -161,9 +161,14 @@ class Suggestions(Searcher):
         if assignment is None or assignment["stage"] != "search":
             return
         score = self._score_of(assignment)
+        if score is None:
+            return
         name = self._asked.get(_key(assignment["point"]))
-        if score is not None and name is not None:
+        if name is not None:
             self._optuna.on_trial_complete(name, {SCORE: score})
+        else:
+            # Asked for by an earlier call of the search.
+            self._optuna.add_evaluated_point(dict(assignment["point"]), score)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to keep: the journal is the memory of a search."""

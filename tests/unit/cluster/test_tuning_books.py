@@ -155,13 +155,21 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
         number = assignment["trial"][0]
         return 0.5 if sum(trial[0] == number for trial in ended) == 2 else None
 
-    first = {"trial": "sgd", "stage": "reference", "point": {}, "seed": 0}
-    searcher = Suggestions(space, [first], [], 4, on_point, score_of)
+    values = {"kfac.damping": 0.1, "kfac.kl_clip": None, "kfac.grad_worker_frac": 0.5}
+    first = [
+        {"trial": "sgd", "stage": "reference", "point": {}, "seed": 0},
+        *({"trial": f"9-{s}", "stage": "search", "point": values, "seed": s} for s in (0, 1)),
+    ]
+    searcher = Suggestions(space, first, [(values, 0.25)], 4, on_point, score_of)
     seen = []
     while isinstance(suggested := searcher.suggest(f"tune-{len(seen)}"), dict):
         seen.append(suggested["assignment"]["trial"])
         searcher.on_trial_complete(f"tune-{len(seen) - 1}", {})
-    assert seen == ["sgd", "0-0", "0-1", "2-0", "2-1", "3-0", "3-1"]
+    assert seen == ["sgd", "9-0", "9-1", "0-0", "0-1", "2-0", "2-1", "3-0", "3-1"]
     assert suggested == "FINISHED"
-    states = [trial.state.name for trial in searcher._optuna._ot_study.trials]
-    assert states == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    trials = searcher._optuna._ot_study.trials
+    # A point of an earlier call, one that an earlier call had not finished, and the new ones.
+    known = [(trial.state.name, trial.value) for trial in trials]
+    done = ("COMPLETE", 0.5)
+    assert known == [("COMPLETE", 0.25), done, done, ("FAIL", None), done, done]
+    assert trials[0].params == values
