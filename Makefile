@@ -12,7 +12,7 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint soak studies bench test-tools clean
+.PHONY: help install train test lint soak chaos studies bench test-tools clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -43,6 +43,9 @@ lint: $(STAMP) ## Formatting, lint rules and types only
 
 soak: $(STAMP) ## The long-running tests that `make test` leaves out
 	@$(BIN)/pytest -m soak --timeout 7200 || test $$? -eq 5
+
+chaos: $(STAMP) ## A run with a fault every 120 s against the same run in peace: hash, samples, goodput
+	@$(BIN)/python benchmarks/elastic/chaos.py
 
 test-tools: $(STAMP) ## Checks that need kubectl and promtool (Debian: kubectl, prometheus)
 	@$(BIN)/pytest -m tools

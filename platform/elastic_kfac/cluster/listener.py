@@ -57,6 +57,10 @@ class RecorderListener:
         )
         return None if verdict is None else verdict.line
 
+    def wanted_workers(self) -> int | None:
+        wanted: int | None = ray.get(self._recorder.wanted_workers.remote())
+        return wanted
+
     def is_over(self) -> bool:
         return bool(ray.get(self._recorder.is_over.remote()))
 

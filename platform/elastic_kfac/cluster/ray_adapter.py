@@ -45,6 +45,7 @@ from ray.train.v2._internal.constants import (
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
+from elastic_kfac.cluster.growth import ask_for_wanted_workers
 from elastic_kfac.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,12 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
     """Stops the ranks before a planned resize and clears the way after a loss."""
 
     def __init__(
-        self, listener: GroupListener, *, spare_processes: int = 0, head_start_s: float = 15.0
+        self,
+        listener: GroupListener,
+        *,
+        spare_processes: int = 0,
+        head_start_s: float = 15.0,
+        wanted: Callable[[], int | None] | None = None,
     ) -> None:
         """Created by the driver, runs in Ray Train's controller.
 
@@ -126,10 +132,12 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             spare_processes: Idle worker processes to keep ready on every node of a group.
             head_start_s: How long processes on new nodes may at most import before the group
                 parks; only where spare processes are kept.
+            wanted: How many workers the run asks for; None is always the most there may be.
         """
         self._listener = listener
         self._spares = spare_processes
         self._head_start_s = head_start_s
+        self._wanted = wanted
         self._ranks: tuple[RankProcess, ...] = ()
         self._errors: dict[int, str] = {}
         self._actors: tuple[Any, ...] = ()
@@ -142,6 +150,8 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         for name in ENV_VARS_TO_PROPAGATE:
             os.environ.pop(name, None)
         plan_with_staying_nodes()
+        if self._wanted is not None:
+            ask_for_wanted_workers(self._wanted)
         # The coordinator outlives runs: what it saw may be older than this cluster's newest node.
         refresh_capacity()
         self._listener.controller_started(ray.get_runtime_context().current_actor)

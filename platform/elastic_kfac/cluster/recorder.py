@@ -132,6 +132,9 @@ class RunRecorder:
         self._last_step = max((int(row.get("step", 0)) for row in rows), default=0)
         self._last_row_step = max((int(r["step"]) for r in rows if "loss" in r), default=0)
         self._continued = self._last_step > 0
+        self._wanted_workers = next(
+            (r["wanted_workers"] for r in rows[:-9:-1] if "wanted_workers" in r), None
+        )
         self._attempt = 0
         self._group: Group | None = None
         self._change: Change | None = None
@@ -271,6 +274,10 @@ class RunRecorder:
     async def vaults(self) -> tuple[VaultPlace, ...]:
         """Where copies of the state are kept."""
         return self._vaults
+
+    async def wanted_workers(self) -> int | None:
+        """How many workers the batch keeps busy; None before the first step."""
+        return self._wanted_workers
 
     async def record(self, attempt: int, messages: Sequence[Message]) -> None:
         """Rows of rank 0, in order. Rows of a group that was replaced are too late."""
@@ -425,6 +432,7 @@ class RunRecorder:
         self._last_step = step
         self._last_step_time = now
         self._breaker.stepped(step)
+        self._wanted_workers = row.get("wanted_workers")
         self._telemetry.stepped(self._progress)
 
     def _first_step(self, group: Group, now: float) -> None:

@@ -64,16 +64,18 @@ class ReplicaBackend(OwnGroupBackend):
 class InPlaceCallback(ElasticCallback):
     """Lets survivors step on while a lost rank is replaced; otherwise an `ElasticCallback`."""
 
-    def __init__(self, listener: MemberListener, *, wait_s: float, min_workers: int, spares: int):
+    def __init__(
+        self, listener: MemberListener, *, wait_s: float, min_workers: int, **options: Any
+    ) -> None:
         """Created by the driver, runs in Ray Train's controller.
 
         Args:
             listener: Is asked and told what happens.
             wait_s: How long survivors go on without a place for the lost ranks.
             min_workers: With fewer survivors the group parks at once.
-            spares: Idle worker processes to keep ready on every node of a group.
+            options: Those of `ElasticCallback`.
         """
-        super().__init__(listener, spare_processes=spares)
+        super().__init__(listener, **options)
         self._members = listener
         self._wait_s = wait_s
         self._min_workers = min_workers

@@ -180,6 +180,11 @@ class _Run:
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         elastic = config.elastic
         listener = RecorderListener(self._recorder)
+        grows = elastic.batch_policy == "abs" and config.batch.policy != "constant"
+        options: dict[str, Any] = {
+            "spare_processes": self._spares,
+            "wanted": listener.wanted_workers if grows else None,
+        }
         self._trainer = TorchTrainer(
             run_worker,
             train_loop_config=settings,
@@ -199,10 +204,10 @@ class _Run:
                         listener,
                         wait_s=elastic.in_place_wait_s,
                         min_workers=elastic.min_workers,
-                        spares=self._spares,
+                        **options,
                     )
                     if in_place
-                    else make_callback(listener, spare_processes=self._spares)
+                    else make_callback(listener, **options)
                 ],
             ),
         )
