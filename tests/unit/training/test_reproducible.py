@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.summation_tree import shard_range
 from elastic_kfac.errors import ConfigError, StateError
+from elastic_kfac.training import reproducible
 from elastic_kfac.training.feeds import Feeds
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.reproducible import ReproducibleExchange, check_conditions, conditions
-from support.reproducible_problems import reproducible_config
+from support import reproducible_problems
+from support.reproducible_problems import dropout_net, reproducible_config
 from support.training_problems import MemoryFeed, small_config
 
 
@@ -68,6 +71,37 @@ def test_checkpoint_of_other_conditions_is_refused_with_the_reason(
     assert said in caught.value.line() and str(value) in caught.value.line()
 
 
+def channels_last_net(*shape: Any, **arguments: Any) -> nn.Module:
+    """The usual network with another memory format."""
+    return dropout_net(*shape, **arguments).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("condition", ["threads", "logical_shards", "memory_format", "machine"])
+def test_restore_under_another_condition_is_refused_and_under_the_same_is_not(
+    condition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, threads = (3, 4, 4), torch.get_num_threads()
+    first = trainer(shape=shape)
+    first.step()
+    state = first.capture()
+    trainer(shape=shape).restore(state)
+    changes: dict[str, Any] = {}
+    if condition == "logical_shards":
+        changes["elastic.logical_shards"] = 16
+    elif condition == "memory_format":
+        monkeypatch.setattr(reproducible_problems, "dropout_net", channels_last_net)
+    elif condition == "machine":
+        monkeypatch.setattr(reproducible, "machine_type", lambda device: "another processor")
+    else:
+        torch.set_num_threads(threads + 1)
+    try:
+        other = trainer(changes, shape)
+        with pytest.raises(StateError, match=r"elastic\.reproducible: the .* is not the one of"):
+            other.restore(state)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_memory_format_is_part_of_the_conditions() -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     assert conditions(model, torch.device("cpu"), 8)["memory_format"] == "channels_last"
@@ -117,6 +151,12 @@ def test_inputs_of_every_shard_begin_on_a_cache_line() -> None:
     for _ in range(3):
         one.step()
     assert offsets == [0] * 22
+    # The control: without a copy of their own the shards of such a batch do not begin there.
+    batch = one.feeds.train.read(0, 0, 22).images.float()
+    views = [
+        batch[begin:].data_ptr() % 64 for begin, _ in (shard_range(22, 8, i) for i in range(8))
+    ]
+    assert sum(offset != 0 for offset in views) >= 6
     assert shapes == [3, 3, 3, 3, 3, 3, 2, 2] * 2 + [1] * 6
 
 
