@@ -138,6 +138,7 @@ def _build_parser() -> Parser:
 
     doctor = add("doctor", "doctor:doctor", "Check this machine and say what to do.")
     doctor.option("--storage", default="./runs", help="run storage to check (default: ./runs)")
+    doctor.option("--address", help="Ray cluster to check (default: RAY_ADDRESS if set)")
     return parser
 
 

@@ -10,17 +10,26 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from elastic_kfac.cli.provenance import announce
+from elastic_kfac.errors import ElasticKfacError
+
+if TYPE_CHECKING:
+    from elastic_kfac.cluster.examination import ClusterFacts
 
 GIB = 1 << 30
 MIN_PYTHON = (3, 11)
 MIN_SHARED_MEMORY = GIB // 2
 MIN_FREE_DISK = 2 * GIB
+RAY_SERIES = "2.60"
+MAX_SKEW_S = 2.0
+OLDEST_TIME = 1_735_689_600.0
+"""2025-01-01: no machine of today can be earlier."""
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 """Addresses that the local cluster gives to its first nodes."""
 
@@ -45,14 +54,14 @@ def doctor(arguments: argparse.Namespace) -> int:
     """Prints every finding; returns 1 when one of them stops a run."""
     announce()
     failed = 0
-    for finding in examine(arguments.storage):
+    for finding in examine(arguments.storage, arguments.address):
         print(finding.lines(), flush=True)
         failed += finding.level == "fail"
     print(f"{failed} problem(s) to solve before a run" if failed else "ready to run")
     return 1 if failed else 0
 
 
-def examine(storage: str) -> Iterator[Finding]:
+def examine(storage: str, address: str | None = None) -> Iterator[Finding]:
     """Looks at everything in turn, cheapest first."""
     yield python_finding(sys.version_info[:3])
     yield from packages_findings()
@@ -64,6 +73,8 @@ def examine(storage: str) -> Iterator[Finding]:
     yield shared_memory_finding(_free_bytes(Path("/dev/shm")))
     yield temporary_finding(Path(tempfile.gettempdir()))
     yield ports_finding(LOOPBACK)
+    yield clock_finding(storage)
+    yield from cluster_findings(address or os.environ.get("RAY_ADDRESS"))
 
 
 def python_finding(version: tuple[int, int, int]) -> Finding:
@@ -180,9 +191,98 @@ def ray_finding() -> Finding:
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
         return Finding("fail", "Ray", detail, "pip install -c constraints.txt -e .")
-    address = os.environ.get("RAY_ADDRESS")
-    where = f"; RAY_ADDRESS={address}" if address else ""
-    return Finding("ok", "Ray", f"{ray.__version__}{where}")
+    return judge_ray_version(ray.__version__)
+
+
+def judge_ray_version(version: str) -> Finding:
+    """Other releases may change what the elastic part relies on."""
+    if version.rpartition(".")[0] != RAY_SERIES:
+        action = f"install Ray {RAY_SERIES}: pip install -c constraints.txt -e ."
+        return Finding("fail", "Ray", f"{version} is not {RAY_SERIES}.x", action)
+    return Finding("ok", "Ray", version)
+
+
+def cluster_findings(address: str | None) -> Iterator[Finding]:
+    """Whether the cluster that runs would use is there and fits."""
+    if address is None:
+        detail = "none given; runs start a local one (--address or RAY_ADDRESS names another)"
+        yield Finding("ok", "cluster", detail)
+        return
+    try:
+        from elastic_kfac.cluster.examination import examine_cluster
+
+        facts = examine_cluster(address)
+    except Exception as error:
+        yield judge_connection_error(address, error)
+        return
+    yield judge_cluster(address, facts)
+    yield judge_clocks("clocks", facts.clock_skews_s)
+
+
+def judge_connection_error(address: str, error: Exception) -> Finding:
+    """Says why a cluster cannot be used."""
+    text = (
+        error.line() if isinstance(error, ElasticKfacError) else f"{type(error).__name__}: {error}"
+    )
+    lines = text.strip().splitlines() or ["no reason given"]
+    lowered = text.lower()
+    if "version mismatch" in lowered:
+        action = "use the versions of constraints.txt on this machine and on every node"
+    elif "token" in lowered or "auth" in lowered:
+        action = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the cluster's token file"
+    else:
+        action = "check the address, that the head runs (`ray status`), and firewalls between"
+    return Finding("fail", "cluster", f"{address}: {lines[0]}", action)
+
+
+def judge_cluster(address: str, facts: ClusterFacts) -> Finding:
+    """Whether a cluster has room for a worker and all of its nodes answer."""
+    text = f"{address}: {facts.nodes} nodes, {facts.cpus:g} CPUs, {facts.gpus:g} GPUs"
+    if facts.silent:
+        action = "look at these nodes' raylet.out, or remove them from the cluster"
+        return Finding("warn", "cluster", f"{text}; silent: {', '.join(facts.silent)}", action)
+    if facts.cpus < 1:
+        action = "add worker nodes; runs wait until there are elastic.min_workers"
+        return Finding("warn", "cluster", f"{text}: no room for a worker", action)
+    return Finding("ok", "cluster", text)
+
+
+def clock_finding(storage: str) -> Finding:
+    """This machine's clock against the one that stamps files of the run storage."""
+    if "://" in storage:
+        return judge_clocks("clock", {}, now=time.time())
+    folder = Path(storage).expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing, prefix=".elastic-kfac-") as probe:
+            probe.write(b"x")
+            probe.flush()
+            stamped = Path(probe.name).stat().st_mtime
+    except OSError:
+        return judge_clocks("clock", {}, now=time.time())
+    return judge_clocks("clock", {"the run storage": stamped - time.time()}, now=time.time())
+
+
+def judge_clocks(
+    subject: str, skews_s: Mapping[str, float], *, now: float | None = None
+) -> Finding:
+    """Says whose clock is wrong: deadlines of drains and times of events depend on it.
+
+    Args:
+        subject: Name of the finding.
+        skews_s: By place, how far its clock is ahead of this machine's.
+        now: This machine's time, to see whether it can be true.
+    """
+    action = "let all machines set their clocks by NTP (chrony, systemd-timesyncd)"
+    if now is not None and now < OLDEST_TIME:
+        detail = f"this machine thinks it is {time.strftime('%Y-%m-%d', time.gmtime(now))}"
+        return Finding("fail", subject, detail, action)
+    wrong = {place: skew for place, skew in skews_s.items() if abs(skew) > MAX_SKEW_S}
+    if wrong:
+        worst = "; ".join(f"{place} by {skew:+.1f} s" for place, skew in sorted(wrong.items()))
+        return Finding("warn", subject, f"differ from this machine's: {worst}", action)
+    compared = ", ".join(sorted(skews_s)) or "nothing to compare with"
+    return Finding("ok", subject, f"agree to {MAX_SKEW_S:g} s ({compared})")
 
 
 def zoo_finding() -> Finding:

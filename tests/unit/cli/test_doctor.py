@@ -9,6 +9,12 @@ import pytest
 from elastic_kfac.cli import doctor as room
 from elastic_kfac.cli.doctor import (
     Finding,
+    clock_finding,
+    cluster_findings,
+    judge_clocks,
+    judge_cluster,
+    judge_connection_error,
+    judge_ray_version,
     judge_torch_pair,
     ports_finding,
     python_finding,
@@ -16,6 +22,9 @@ from elastic_kfac.cli.doctor import (
     storage_finding,
     temporary_finding,
 )
+from elastic_kfac.cluster import examination
+from elastic_kfac.cluster.examination import ClusterFacts
+from elastic_kfac.errors import UsageError
 
 GIB = 1 << 30
 
@@ -89,6 +98,94 @@ def test_temporary_finding_of_missing_folder_fails(tmp_path: Path) -> None:
     assert temporary_finding(tmp_path / "gone").level == "fail"
 
 
+@pytest.mark.parametrize(
+    ("version", "level"),
+    [("2.60.0", "ok"), ("2.60.3", "ok"), ("2.59.1", "fail"), ("3.0.0", "fail")],
+)
+def test_ray_version_outside_the_checked_series_fails(version: str, level: str) -> None:
+    finding = judge_ray_version(version)
+    assert finding.level == level
+    assert (finding.action is None) == (level == "ok")
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "says"),
+    [
+        (ClusterFacts(3, 8.0, 0.0, {}, ()), "ok", "3 nodes, 8 CPUs, 0 GPUs"),
+        (ClusterFacts(1, 0.0, 0.0, {}, ()), "warn", "no room for a worker"),
+        (ClusterFacts(2, 4.0, 0.0, {}, ("10.0.0.7",)), "warn", "silent: 10.0.0.7"),
+    ],
+)
+def test_cluster_finding(facts: ClusterFacts, level: str, says: str) -> None:
+    finding = judge_cluster("head:6379", facts)
+    assert finding.level == level
+    assert says in finding.detail
+    assert (finding.action is None) == (level == "ok")
+
+
+@pytest.mark.parametrize(
+    ("error", "action"),
+    [
+        (ConnectionError("could not connect"), "ray status"),
+        (RuntimeError("Version mismatch: the cluster was started with Ray 2.59"), "constraints"),
+        (RuntimeError("InvalidAuthToken"), "RAY_AUTH_MODE=token"),
+        (UsageError("cannot connect to a Ray cluster: nobody", given="--address x"), "firewalls"),
+    ],
+)
+def test_cluster_that_cannot_be_used_says_what_to_do(error: Exception, action: str) -> None:
+    finding = judge_connection_error("head:6379", error)
+    assert finding.level == "fail"
+    assert "\n" not in finding.detail
+    assert action in (finding.action or "")
+
+
+def test_no_cluster_is_fine_and_asks_nobody() -> None:
+    (finding,) = cluster_findings(None)
+    assert finding.level == "ok"
+
+
+def test_cluster_findings_judge_room_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = ClusterFacts(2, 4.0, 1.0, {"10.0.0.7": 30.0}, ())
+    monkeypatch.setattr(examination, "examine_cluster", lambda address: facts)
+    cluster, clocks = cluster_findings("head:6379")
+    assert (cluster.level, clocks.level) == ("ok", "warn")
+    assert "10.0.0.7 by +30.0 s" in clocks.detail
+    assert "NTP" in (clocks.action or "")
+
+
+def test_clock_of_long_ago_fails() -> None:
+    finding = judge_clocks("clock", {}, now=0.0)
+    assert finding.level == "fail"
+    assert "1970-01-01" in finding.detail
+    assert finding.action
+
+
+def test_clock_finding_compares_with_the_storage(tmp_path: Path) -> None:
+    finding = clock_finding(str(tmp_path / "new" / "runs"))
+    assert finding.level == "ok"
+    assert "the run storage" in finding.detail
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examine_looks_at_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    subjects = [finding.subject for finding in room.examine(str(tmp_path))]
+    assert subjects == [
+        "Python",
+        "packages",
+        "torch",
+        "GPU",
+        "Ray",
+        "model zoo",
+        "storage",
+        "shared memory",
+        "temporary",
+        "ports",
+        "clock",
+        "cluster",
+    ]
+
+
 def test_ports_finding_of_foreign_address_fails() -> None:
     # 192.0.2.0/24 is reserved for documentation: no machine has it.
     assert ports_finding(("192.0.2.1",)).level == "fail"
@@ -106,8 +203,8 @@ def test_doctor_exit_code_tells_whether_something_must_be_solved(
         Finding(level, "thing", "detail", None if level == "ok" else "do this")  # type: ignore[arg-type]
         for level in levels
     ]
-    monkeypatch.setattr(room, "examine", lambda storage: iter(findings))
-    assert room.doctor(argparse.Namespace(storage="./runs")) == code
+    monkeypatch.setattr(room, "examine", lambda storage, address: iter(findings))
+    assert room.doctor(argparse.Namespace(storage="./runs", address=None)) == code
     out = capsys.readouterr().out
     assert "-> do this" in out
     assert re.search(r"^elastic-kfac \d", out)
