@@ -34,7 +34,7 @@ train: $(STAMP) ## The main job: K-FAC on digits, losing a node and getting it b
 	@$(BIN)/elastic-kfac train $(CONFIG) --resize-at 60:1 --resize-at 120:2
 
 test: lint ## Linters, types and the whole test suite
-	@$(BIN)/pytest -m "not soak"
+	@$(BIN)/pytest -m "not soak and not tools"
 
 lint: $(STAMP) ## Formatting, lint rules and types only
 	@$(BIN)/ruff check $(CODE)
@@ -47,7 +47,7 @@ soak: $(STAMP) ## The long-running tests that `make test` leaves out
 chaos: $(STAMP) ## A run with a fault every 120 s against the same run in peace: hash, samples, goodput
 	@$(BIN)/python benchmarks/elastic/chaos.py
 
-test-tools: $(STAMP) ## Checks that need kubectl and promtool (Debian: kubectl, prometheus)
+test-tools: $(STAMP) ## Checks that need promtool, kubectl and a browser (Debian: prometheus, kubectl, chromium)
 	@$(BIN)/pytest -m tools
 
 studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports in runs/)
