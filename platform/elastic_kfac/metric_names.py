@@ -143,6 +143,12 @@ _TRAINING: tuple[Metric, ...] = (
     Metric("accuracy", "", "Share of the step's global batch that was classified correctly."),
     Metric("eval_loss", "", "Mean loss over the evaluation split."),
     Metric("eval_accuracy", "", "Share of the evaluation split that was classified correctly."),
+    Metric("eval_adversarial_loss", "", "Mean loss over the attacked evaluation split."),
+    Metric("eval_adversarial_accuracy", "", "Share of the attacked split that was right."),
+    Metric("adversarial_fraction", "", "Share of each base batch that was attacked in training."),
+    Metric("merged_workers", "workers", "Ranks that stepped apart and took part in the merge."),
+    Metric("computation_s", "s", "Stepping time outside of collectives and waiting for data."),
+    Metric("communication_s", "s", "Stepping time inside collectives."),
     Metric("lr", "", "Learning rate of the step."),
     Metric("loss_scale", "", "Scale of the fp16 loss."),
     Metric("skipped_steps", "steps", "Steps skipped for a non-finite loss.", kind="counter"),
@@ -166,6 +172,18 @@ _TRAINING: tuple[Metric, ...] = (
 )
 
 _CURVATURE: tuple[Metric, ...] = (
+    Metric("hessian_eigenvalue", "", "Top eigenvalue that the batch follows.", area="curvature"),
+    Metric("kfac_eigenvalue", "", "Top eigenvalue of the Kronecker factors.", area="curvature"),
+    Metric(
+        "eigenvalue_correlation",
+        "",
+        "Spearman correlation of the two over the epochs so far.",
+        area="curvature",
+    ),
+    Metric("hessian_time_s", "s", "Time of the newest eigenvalue measurement.", area="curvature"),
+    Metric("hessian_s", "s", "Time of all eigenvalue measurements.", area="curvature"),
+    Metric("merge_newton_rank", "", "Dimensions of the merge's Newton part.", area="curvature"),
+    Metric("merge_sigma", "", "Estimate of the top curvature at a merge.", area="curvature"),
     Metric("damping", "", "Tikhonov damping of the step.", area="curvature"),
     Metric("kl_clip_scale", "", "Factor that the KL clip put on the step.", area="curvature"),
     Metric("factor_updates", "updates", "Factor updates so far.", "curvature", "counter"),
@@ -229,6 +247,7 @@ _COMMUNICATION: tuple[Metric, ...] = (
 
 _ELASTICITY: tuple[Metric, ...] = (
     Metric("world_size", "workers", "Workers in the process group.", area="elastic"),
+    Metric("wanted_workers", "workers", "Workers that the batch would keep busy.", area="elastic"),
     Metric("min_workers", "workers", "Fewest workers that the run goes on with.", area="elastic"),
     Metric("max_workers", "workers", "Most workers that the run can use.", area="elastic"),
     Metric(
