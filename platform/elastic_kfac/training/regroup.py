@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 # Optimizers import it, and default arguments of its functions would hold on to the group of that time
 # for ever: before the first group there is none.
-import torch.distributed.nn.functional
+import torch.distributed.nn.functional  # noqa: F401
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
