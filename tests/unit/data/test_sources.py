@@ -24,7 +24,9 @@ def pixels_of(root: Path, split: str = "train") -> list[bytes]:
     "text", ["numbers", "digits:x", "parquet:", "csv:/data/x.csv", "", "imagenet:/x"]
 )
 def test_source_unknown_raises_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(DataError, match=r"unknown data source.*digits, parquet:PATH"):
+    with pytest.raises(
+        DataError, match=r"unknown data source.*digits, clusters10\[:SEED\], parquet:PATH"
+    ):
         open_source(text)
 
 
