@@ -20,9 +20,27 @@ from support.ray_head import RayHead, free_ports, ray_head, until
 
 ONLY_AFTER_A_CHANGE = ("downtime_s", "moment_s", "notice_s", "hand_over_s")
 ONLY_IN_FP16 = ("loss_scale",)
+ONLY_WITH_A_GROWING_BATCH = ("wanted_workers",)
+ONLY_WITH_EIGENVALUES = (
+    "hessian_eigenvalue",
+    "kfac_eigenvalue",
+    "eigenvalue_correlation",
+    "hessian_time_s",
+    "hessian_s",
+)
+ONLY_WITH_ATTACKS = ("eval_adversarial_loss", "eval_adversarial_accuracy")
+ONLY_AFTER_A_MERGE = ("merged_workers", "merge_newton_rank", "merge_sigma")
 OF_RAY_AFTER_A_CHANGE = {"ray_train_worker_group_shutdown_total_time_s"}
 MAY_BE_EMPTY = OF_RAY_AFTER_A_CHANGE | {
-    metric(name).prometheus_name for name in (*ONLY_AFTER_A_CHANGE, *ONLY_IN_FP16)
+    metric(name).prometheus_name
+    for name in (
+        *ONLY_AFTER_A_CHANGE,
+        *ONLY_IN_FP16,
+        *ONLY_WITH_A_GROWING_BATCH,
+        *ONLY_WITH_EIGENVALUES,
+        *ONLY_WITH_ATTACKS,
+        *ONLY_AFTER_A_MERGE,
+    )
 }
 
 

@@ -96,6 +96,24 @@ def test_samples_of_a_continued_run_count_from_its_beginning_and_not_twice(
     assert board.value("step") == 65
 
 
+def test_what_rows_say_seldom_stays_and_a_step_without_attack_says_so(
+    board: Board, run: RunTelemetry
+) -> None:
+    run.logged({"step": 8, "loss": 1.0, "adversarial_fraction": 0.25, "computation_s": 3.0})
+    run.logged({"step": 8, "eval_loss": 0.5, "eval_accuracy": 0.9, "eval_adversarial_loss": 2.0})
+    run.logged({"step": 8, "hessian_eigenvalue": 11.0, "hessian_s": 0.5})
+    run.stepped({"step": 9, "samples": 32, "global_batch_size": 16, "wanted_workers": 3})
+    run.flush()
+    assert board.value("adversarial_fraction") == 0.25
+    run.logged({"step": 16, "loss": 0.5, "computation_s": 4.0, "merge_sigma": 7.0})
+    run.flush()
+    shown = {c: board.value(c) for c in ("adversarial_fraction", "computation_s", "merge_sigma")}
+    assert shown == {"adversarial_fraction": 0.0, "computation_s": 4.0, "merge_sigma": 7.0}
+    assert board.value("eval_adversarial_loss") == 2.0
+    assert (board.value("hessian_eigenvalue"), board.value("hessian_s")) == (11.0, 0.5)
+    assert board.value("wanted_workers") == 3
+
+
 def test_preemption_and_its_hand_over_are_told(board: Board, run: RunTelemetry) -> None:
     run.event(event_row("preemption", 7, reason="node is being drained", notice_s=90.0))
     run.event(

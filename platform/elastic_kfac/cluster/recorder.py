@@ -292,9 +292,9 @@ class RunRecorder:
                         continue  # a survivor repeats what the lost rank 0 may not have sent
                     self._last_row_step = int(row["step"])
                 metrics.append(row)
+                self._telemetry.logged(row)
                 if row.get("eval_accuracy") is not None:
                     self._evaluation = dict(row)
-                    self._telemetry.evaluated(row)
             elif kind == "event":
                 if row.get("plan") is not None:
                     self._plan = row["plan"]

@@ -53,7 +53,26 @@ _OF_PROGRESS = (
     "global_batch_size",
     "world_size",
     "data_wait_s",
+    "wanted_workers",
 )
+_OF_ROWS = (
+    "eval_loss",
+    "eval_accuracy",
+    "eval_adversarial_loss",
+    "eval_adversarial_accuracy",
+    "adversarial_fraction",
+    "merged_workers",
+    "merge_newton_rank",
+    "merge_sigma",
+    "computation_s",
+    "communication_s",
+    "hessian_eigenvalue",
+    "kfac_eigenvalue",
+    "eigenvalue_correlation",
+    "hessian_time_s",
+    "hessian_s",
+)
+"""What only rows of `metrics.jsonl` say, some of them seldom: the newest value stays."""
 _CHANGES = ("resize", "recovery")
 
 
@@ -213,11 +232,14 @@ class RunTelemetry:
             self._samples = int(row.get("samples", 0)) - int(row.get("global_batch_size", 0))
         self._row = row
 
-    def evaluated(self, row: Mapping[str, Any]) -> None:
-        """A metrics row of an evaluation."""
-        for column in ("eval_loss", "eval_accuracy"):
+    def logged(self, row: Mapping[str, Any]) -> None:
+        """A row of `metrics.jsonl`: of a step, an evaluation or the end of an epoch."""
+        for column in _OF_ROWS:
             if row.get(column) is not None:
                 self._series.set(column, row[column])
+        if "loss" in row:
+            # A step in which nothing was attacked does not say so.
+            self._series.set("adversarial_fraction", row.get("adversarial_fraction", 0.0))
 
     def measured(self, values: Values) -> None:
         """What rank 0 has measured since the last time."""
