@@ -225,7 +225,8 @@ class _Analysis:
                 self._notes.append(f"{name}: left out, the time budget is spent")
                 continue
             found[name] = part(None if left is None else left * part_of_rest)
-        gradient = found.pop("gradient")
+        nothing = {"loss": None, "gradient_norm": None, "samples_seen": 0}
+        gradient = found.pop("gradient", nothing)
         return {
             "format": FORMAT,
             "samples": self._samples.count,
