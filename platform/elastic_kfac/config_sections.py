@@ -329,6 +329,7 @@ def _merge_conflicts(config: Config) -> Iterator[str]:
         "kfac.enabled=true": config.kfac.enabled and config.optimizer.name != "sharded_kfac",
         "optimizer.name=sharded_kfac": config.optimizer.name == "sharded_kfac",
         "train.precision=fp16": config.train.precision == "fp16",
+        "train.sync_batch_norm=true": config.train.sync_batch_norm,
         f"communication.algorithm={config.communication.algorithm}": (
             config.communication.algorithm != "native"
         ),

@@ -102,6 +102,14 @@ ABSA: dict[str, Any] = {**ABS, "batch__policy": "absa"}
         ),
         ({"elastic__merge": "distnewton"}, "does not go with kfac.enabled=true"),
         ({"elastic__merge_every_steps": 4}, "merge_every_steps=4 does not go with"),
+        (
+            {
+                "elastic__merge_every_steps": 4,
+                "kfac__enabled": False,
+                "train__sync_batch_norm": True,
+            },
+            "train.sync_batch_norm=true",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_clear_line(
