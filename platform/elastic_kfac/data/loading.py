@@ -24,7 +24,14 @@ from elastic_kfac.data.augment import (
     resized_crop_boxes,
 )
 from elastic_kfac.data.cache import CorruptShard, OpenShard, ShardCache
-from elastic_kfac.data.decode import Box, UndecodableImage, decode_rgb, image_size, resize_box
+from elastic_kfac.data.decode import (
+    Box,
+    Scratch,
+    UndecodableImage,
+    decode_rgb,
+    image_size,
+    resize_box,
+)
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.sources import check_class_labels
 from elastic_kfac.data.storage import join_uri
@@ -55,6 +62,7 @@ class SampleLoader:
         self._cache = cache
         self._seed = seed
         self._skip = bad_records == "skip"
+        self._scratch = Scratch()
         self._quarantine = _Quarantine(shard_set, cache, max_bad_records)
         self.image_shape = _delivered_shape(shard_set, image_size)
         self._pool = (
@@ -165,7 +173,7 @@ class SampleLoader:
             boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, augment, key)
             for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
                 try:
-                    _decode_into(out[i], data, size, box, flip)
+                    _decode_into(out[i], data, size, box, flip, self._scratch)
                 except UndecodableImage as error:
                     problems.append((i, f"{opened[int(shards[i])].key(int(rows[i]))}: {error}"))
             return problems
@@ -217,14 +225,19 @@ class SampleLoader:
 
 
 def _decode_into(
-    out: NDArray[np.uint8], data: memoryview, size: tuple[int, int], box: Box, flip: bool
+    out: NDArray[np.uint8],
+    data: memoryview,
+    size: tuple[int, int],
+    box: Box,
+    flip: bool,
+    scratch: Scratch,
 ) -> None:
     height, width = size
     left, top, right, bottom = box
     # The decoder may shrink by the DCT as long as the box keeps the pixels that are wanted.
     share = max(out.shape[0] / (bottom - top), out.shape[1] / (right - left))
     at_least = (math.ceil(height * share), math.ceil(width * share)) if share < 1 else None
-    pixels = decode_rgb(data, at_least=at_least)
+    pixels = decode_rgb(data, at_least=at_least, into=scratch.of(3 * height * width))
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     scaled = (left * across, top * down, right * across, bottom * down)
     out[:] = resize_box(pixels, (out.shape[0], out.shape[1]), scaled, flip=flip)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elastic_kfac.data.decode import UndecodableImage, decode_rgb, image_size, resize_box
+from elastic_kfac.data.decode import (
+    Scratch,
+    UndecodableImage,
+    decode_rgb,
+    image_size,
+    resize_box,
+)
 
 Photo = Callable[..., bytes]
 
@@ -46,6 +52,16 @@ def test_decode_at_least_shrinks_but_never_below(photo: Photo) -> None:
     full = Image.fromarray(decode_rgb(data)).resize((150, 200), Image.Resampling.BOX)
     half = decode_rgb(data, at_least=(200, 150)).astype(int)
     assert np.abs(half - np.asarray(full)).mean() < 2
+
+
+def test_decode_into_the_same_memory_gives_the_pixels_of_a_fresh_one(photo: Photo) -> None:
+    scratch = Scratch()
+    for size in [(40, 50), (90, 70), (16, 16), (90, 70)]:
+        data = photo(*size)
+        memory = scratch.of(3 * size[0] * size[1])
+        assert memory is scratch.of(1)
+        assert np.array_equal(decode_rgb(data, into=memory), decode_rgb(data))
+    assert scratch.of(1 << 30) is None
 
 
 @pytest.mark.parametrize(
