@@ -173,7 +173,8 @@ class ElasticConfig(Section):
     merge_every_steps: Annotated[int, Field(ge=1)] = 1
     """Steps that ranks take apart, each on its own share; 1 with `average` sums gradients instead."""
     snapshot_interval_s: Annotated[float, Field(gt=0)] = 2.0
-    """At most this much stepping time is redone after an unplanned loss."""
+    """At most this much stepping time is redone after an unplanned loss; more where a snapshot takes
+    over 2 % of the CPU time of the steps between two of them."""
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Between durable checkpoints while snapshots go to vaults; parking and the end always save one."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3

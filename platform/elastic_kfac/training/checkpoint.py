@@ -30,6 +30,9 @@ _MANIFEST = "manifest.json"
 class StateStore(Protocol):
     """Where the loop keeps states: durable checkpoints, or a vault in the memory of other nodes."""
 
+    snapshot_cpu_s: float
+    """CPU time in s that the newest snapshot took beside the loop; 0 where nobody counts it."""
+
     def save(self, state: TrainingState) -> None:
         """Keeps `state` and does not return before it is safe."""
         ...
@@ -55,6 +58,8 @@ class CheckpointStore:
 
     `on_warning` is told, in one line, about every checkpoint that is skipped or could not be written.
     """
+
+    snapshot_cpu_s = 0.0
 
     def __init__(
         self,

@@ -74,8 +74,18 @@ def run_rank(
             opened.close()
 
 
+SNAPSHOT_SHARE = 0.02
+"""Most of the CPU time of stepping that snapshots may take."""
+
 _RECENT_ROWS = 256
 """More steps than rows can be on their way at once."""
+
+
+def affordable_interval_s(capture_cpu_s: float, store: StateStore) -> float:
+    """Time between snapshots that keeps them within their share, where the store counts its part."""
+    if not store.snapshot_cpu_s:
+        return 0.0
+    return (capture_cpu_s + store.snapshot_cpu_s) / SNAPSHOT_SHARE
 
 
 class RunLoop:
@@ -102,6 +112,7 @@ class RunLoop:
         self.recent_rows: deque[dict[str, Any]] = deque(maxlen=_RECENT_ROWS)
         """The newest metric rows of steps, on every rank."""
         self._saved_at_train_time_s = 0.0
+        self._capture_cpu_s = 0.0
         self._last_step_time_s = 0.0
         self._target_said = False
         self._saving: Future[bool] | None = None
@@ -193,6 +204,7 @@ class RunLoop:
 
     def _wants_snapshot(self) -> bool:
         interval = self._trainer.config.elastic.snapshot_interval_s
+        interval = max(interval, affordable_interval_s(self._capture_cpu_s, self._store))
         age = self._trainer.progress.train_time_s - self._saved_at_train_time_s
         # The age that it would have at the end of the coming step.
         return self._is_chief and age + self._last_step_time_s >= interval
@@ -217,9 +229,10 @@ class RunLoop:
             self._segments_being_saved = len(state.ledger.segments)
 
     def _captured(self) -> TrainingState:
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.thread_time()
         trainer = self._trainer
         state = trainer.capture()
+        self._capture_cpu_s = time.thread_time() - begin_cpu
         trainer.account(time.perf_counter() - begin)
         self._saved_at_train_time_s = trainer.progress.train_time_s
         if self._keep_newest:

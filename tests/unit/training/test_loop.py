@@ -23,6 +23,7 @@ from elastic_kfac.training.port import FolderPort, KeepGoing
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.results import compact_ledger, read_ledger, result_row
 from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.training.state import TrainingState
 from support.training_problems import (
     FeedOrder,
     MemoryFeed,
@@ -131,6 +132,23 @@ def test_snapshots_by_stepping_time_are_durable(tmp_path: Path) -> None:
     run(tmp_path, {"elastic.snapshot_interval_s": 1e-9}, store=store)
     steps = store.steps()
     assert len(steps) >= 2 and steps[-1] == 12
+
+
+@pytest.mark.parametrize(("snapshot_cpu_s", "expected"), [(1e-12, 10), (1e6, 1)])
+def test_snapshots_rest_until_their_cost_is_a_small_share(
+    tmp_path: Path, snapshot_cpu_s: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    class CountingStore(CheckpointStore):
+        def save_async(self, state: TrainingState) -> None:
+            kept.append(state.progress.step)
+            self.snapshot_cpu_s = snapshot_cpu_s
+
+    # What the loop itself measures depends on the machine.
+    monkeypatch.setattr("elastic_kfac.training.loop.time.thread_time", lambda: 0.0)
+    run(tmp_path, {"elastic.snapshot_interval_s": 1e-9}, store=CountingStore(tmp_path))
+    assert len(kept) == expected
 
 
 def test_every_sample_once_per_epoch_at_the_loss(tmp_path: Path) -> None:
