@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -55,8 +55,8 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *args: Any,
-    timeout_s: float = 60,
-    group_timeout_s: float = 20,
+    timeout_s: float = 180,
+    group_timeout_s: float = 60,
     expect_death: Collection[int] = (),
 ) -> list[Any]:
     """Call `function(*args)` on ranks 0 … world_size-1 inside a gloo group; results by rank.
@@ -115,6 +115,11 @@ def run_ranks(
         return _results(outcomes, stacks, set(expect_death), timeout_s)
 
 
+def wait_for(store: Any, keys: Iterable[str]) -> None:
+    """Until all of these keys are in the store; the test's own limit comes before this one."""
+    store.wait(list(keys), timedelta(minutes=20))
+
+
 def disband() -> Any:
     """The store of the ranks' group, after the group itself has ended.
 
@@ -123,7 +128,7 @@ def disband() -> Any:
     """
     store = dist.distributed_c10d._get_default_store()
     store.set(f"joined/{dist.get_rank()}", "")
-    store.wait([f"joined/{rank}" for rank in range(dist.get_world_size())])
+    wait_for(store, (f"joined/{rank}" for rank in range(dist.get_world_size())))
     dist.destroy_process_group()
     return store
 

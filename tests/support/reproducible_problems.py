@@ -17,7 +17,7 @@ from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
-from support.gloo import disband
+from support.gloo import disband, wait_for
 from support.training_problems import RecordingPort, StopAt, memory_feeds, small_config
 
 Segment = tuple[int, int | None]
@@ -38,21 +38,22 @@ def dropout_net(num_classes: int, image_shape: tuple[int, int, int], **_: Any) -
     )
 
 
+REPRODUCIBLE: dict[str, Any] = {
+    "model.name": "support.reproducible_problems:dropout_net",
+    "train.global_batch_size": 22,
+    "train.epochs": 4,
+    "kfac.enabled": True,
+    "kfac.damping": 0.01,
+    "kfac.factor_update_steps": 2,
+    "kfac.inverse_update_steps": 5,
+    "elastic.reproducible": True,
+}
+"""Batches of 22 in 8 shards: sizes 3 and 2; the last batch of an epoch has 6, two shards none."""
+
+
 def reproducible_config(changes: dict[str, Any] | None = None) -> Config:
-    """Batches of 22 in 8 shards: sizes 3 and 2; the last batch of an epoch has 6, two shards none."""
-    return small_config(
-        {
-            "model.name": "support.reproducible_problems:dropout_net",
-            "train.global_batch_size": 22,
-            "train.epochs": 4,
-            "kfac.enabled": True,
-            "kfac.damping": 0.01,
-            "kfac.factor_update_steps": 2,
-            "kfac.inverse_update_steps": 5,
-            "elastic.reproducible": True,
-            **(changes or {}),
-        }
-    )
+    """`REPRODUCIBLE` with changes."""
+    return small_config({**REPRODUCIBLE, **(changes or {})})
 
 
 def train_part(
@@ -63,7 +64,7 @@ def train_part(
     moments: Moments = ignore_moments,
 ) -> Outcome:
     """One world (generation, rank, size, store) from the newest checkpoint on."""
-    communicator = regroup(*world, timeout_s=20)
+    communicator = regroup(*world, timeout_s=60)
     try:
         return run_rank(
             config,
@@ -98,7 +99,7 @@ def play_schedules(folder: str, schedules: dict[str, tuple[dict[str, Any], list[
                 train_part(reproducible_config(changes), f"{folder}/{name}", world, steps)
             if slot == 0:
                 store.set(f"played/{generation}", "")
-            store.wait([f"played/{generation}"])
+            wait_for(store, [f"played/{generation}"])
 
 
 def play_kill(folder: str, moments: Moments, victim: int) -> str:

@@ -45,7 +45,7 @@ FaultKind = Literal[
     "slow_disk",
 ]
 
-_QUOTA_BYTES = 512
+_QUOTA_BYTES = 64
 _SLOW_WRITE_S = 0.2
 
 

@@ -17,6 +17,7 @@ from elastic_kfac.training.moments import Faults, Moment
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, run_ranks
+from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_schedules
 from support.training_problems import (
     FeedOrder,
     RecordingPort,
@@ -34,13 +35,19 @@ KFAC: dict[str, Any] = {
     "kfac.factor_update_steps": 2,
     "kfac.inverse_update_steps": 4,
 }
+# One kill in the middle of an update, and a departure followed by a newcomer.
+REPRODUCIBLE_SCRIPTS: dict[str, Script] = {
+    "kill": Script((0, 1, 2), REPRODUCIBLE, kills={1: (6, "decomposition")}),
+    "kill-rank-0": Script((0, 1, 2), REPRODUCIBLE, kills={0: (7, "gradients_exchanged")}),
+    "change": Script((0, 1), REPRODUCIBLE, leaves={1: 4}, joins={2: 8}),
+}
 EVERY_STEP = {"elastic.snapshot_interval_s": 1e-9}
 
 
 def member(folder: str, script: Script) -> Seen:
     slot = dist.get_rank()
     store = disband()
-    membership = StoreMembership(store, slot, settle_s=2, timeout_s=20)
+    membership = StoreMembership(store, slot, settle_s=2, timeout_s=60)
     if slot == min(script.founders):
         StoreMembership.found(store, script.founders)
     store.wait(["membership/generation"])
@@ -78,7 +85,9 @@ def member(folder: str, script: Script) -> Seen:
 
 
 def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], TrainingState]:
-    seen = run_ranks(world_size, member, str(folder), script, expect_death=tuple(script.kills))
+    seen = run_ranks(
+        world_size, member, str(folder), script, expect_death=tuple(script.kills), timeout_s=200
+    )
     state = CheckpointStore(folder).load_latest()
     assert state is not None
     report = audit_rows(state.ledger.tail, FeedOrder())
@@ -138,6 +147,23 @@ def test_departure_and_newcomer_end_as_one_process_without_a_step_redone(
     assert seen[1].outcome is not None and seen[1].outcome.status == "parked"
     outcomes = [seen[0].outcome, seen[2].outcome]
     assert {o.state_sha256 for o in outcomes if o is not None} == {state.sha256()}
+
+
+@pytest.mark.parametrize("name", REPRODUCIBLE_SCRIPTS)
+def test_reproducible_mode_in_place_ends_with_the_bits_of_one_process(
+    tmp_path: Path, name: str
+) -> None:
+    # In a process of its own, which has one thread, as the ranks have.
+    run_ranks(1, play_schedules, str(tmp_path), {"alone": ({}, [(1, None)])})
+    seen, state = play(tmp_path / "run", 3, REPRODUCIBLE_SCRIPTS[name])
+    assert state.sha256() == final_sha256(tmp_path / "alone")
+    worlds = {"kill": (3, 2), "kill-rank-0": (3, 2), "change": (2, 1, 2)}
+    assert state.ledger.world_sizes == worlds[name]
+    assert {
+        one.outcome.state_sha256
+        for one in seen
+        if one and one.outcome and one.outcome.status == "finished"
+    } == {state.sha256()}
 
 
 def test_newcomer_into_a_world_of_one_receives_the_state_of_a_peer_not_of_a_file(

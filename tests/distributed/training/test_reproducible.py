@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,6 +54,32 @@ def test_final_state_has_the_same_bits_for_every_world_size_and_schedule(tmp_pat
         assert len(set(hashes.values())) == 1, hashes
     # Something is compared: the cases differ from each other.
     assert len({final_sha256(tmp_path / case / "1") for case in CASES}) == len(CASES)
+
+
+def test_seven_ranks_and_a_schedule_with_them_have_the_bits_of_one_process(tmp_path: Path) -> None:
+    schedules: dict[str, tuple[dict[str, Any], list[Segment]]] = {
+        "1": ({}, [(1, None)]),
+        "7": ({}, [(7, None)]),
+        "7-6-4": ({}, [(7, 5), (6, 3), (4, None)]),
+    }
+    run_ranks(7, play_schedules, str(tmp_path), schedules, timeout_s=250)
+    assert len({final_sha256(tmp_path / name) for name in schedules}) == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", CASES)
+def test_every_world_size_up_to_the_shards_and_random_schedules_have_the_same_bits(
+    tmp_path: Path, case: str
+) -> None:
+    most = int(CASES[case].get("elastic.logical_shards", 8))
+    schedules: dict[str, tuple[dict[str, Any], list[Segment]]] = {}
+    for world_size in range(1, most + 1):
+        schedules[str(world_size)] = (CASES[case], [(world_size, None)])
+    for seed in range(8):
+        schedules[f"random-{seed}"] = (CASES[case], random_schedule(100 + seed, most))
+    run_ranks(most, play_schedules, str(tmp_path), schedules, timeout_s=1800)
+    hashes = {name: final_sha256(tmp_path / name) for name in schedules}
+    assert len(set(hashes.values())) == 1, hashes
 
 
 def kill_slot_one(folder: str) -> str:
