@@ -6,9 +6,12 @@ import logging
 import socket
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from elastic_kfac.cluster.signals import kept_signal_handlers
 from elastic_kfac.errors import UsageError
+
+_REFUSALS = ("unauthenticated", "authentication token", "auth token")
 
 
 def connect(address: str, *, instead: str = "start a local cluster") -> None:
@@ -19,7 +22,7 @@ def connect(address: str, *, instead: str = "start a local cluster") -> None:
         instead: What happens without an address, for the error message.
 
     Raises:
-        UsageError: If there is no cluster at `address`.
+        UsageError: If there is no cluster at `address`, or it wants another token.
     """
     host, _, port = address.rpartition(":")
     try:
@@ -33,10 +36,29 @@ def connect(address: str, *, instead: str = "start a local cluster") -> None:
                 logging_level=logging.WARNING,
                 namespace="elastic_kfac",
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
+        if wants_token(error):
+            raise no_token(f"--address {address}") from None
         raise UsageError(
             f"cannot connect to a Ray cluster: {str(error).splitlines()[0]}",
             given=f"--address {address}",
             allowed="auto (on a machine of the cluster) or the host:port of its head",
             change=f"leave --address away to {instead}",
         ) from None
+
+
+def wants_token(error: BaseException) -> bool:
+    """Whether Ray says that the token is missing or not the cluster's."""
+    text = str(error).lower()
+    return isinstance(error, AuthenticationError) or any(part in text for part in _REFUSALS)
+
+
+def no_token(given: str) -> UsageError:
+    """The error of a process that has not the token of its cluster."""
+    return UsageError(
+        "the Ray cluster asks for a token, and this process has none or another one",
+        given=given,
+        allowed="RAY_AUTH_MODE=token with the cluster's token in RAY_AUTH_TOKEN, or in the file "
+        "that RAY_AUTH_TOKEN_PATH names (else ~/.ray/auth_token)",
+        change="`ray get-auth-token` on the cluster's head says it",
+    )

@@ -30,6 +30,9 @@ from elastic_kfac.errors import RunError, UsageError
 SOCKET_PATH_LIMIT = 107
 """Longest path of a unix socket on Linux."""
 
+NODE_START_TIMEOUT_S = 150
+"""How long a node may take to start; a quiet machine needs two seconds, a very busy one a minute."""
+
 ALIVE_FILE = "alive"
 """File of a cluster's folder that its driver keeps locked."""
 
@@ -47,11 +50,10 @@ _DETECTION = {
 }
 
 _ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "RAY_raylet_start_wait_time_s": "60",
+    "RAY_raylet_start_wait_time_s": str(NODE_START_TIMEOUT_S),
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
 }
 
@@ -121,6 +123,7 @@ class LocalCluster:
         self._next_index = 0
         self._folder = Path()
         self._alive: IO[bytes] | None = None
+        authentication_mode()
         for attempt in range(1, start_attempts + 1):
             try:
                 self._start(num_nodes)
@@ -173,8 +176,11 @@ class LocalCluster:
         address = f"127.0.0.{3 + index % 250}"
         with _environment({**self._variables(), **_WORKER_ENVIRONMENT}), kept_signal_handlers():
             self._nodes[index] = cluster.add_node(
-                wait=wait, node_ip_address=address, **self._node_options
+                wait=False, node_ip_address=address, **self._node_options
             )
+            if wait:
+                # Ray itself would give up after 30 s.
+                cluster._wait_for_node(self._nodes[index], timeout=NODE_START_TIMEOUT_S)
         return index
 
     def remove_node(self, index: int) -> None:
@@ -230,7 +236,8 @@ class LocalCluster:
         self._next_index = 0
         with _environment(self._variables()), kept_signal_handlers():
             self._cluster = Cluster(initialize_head=False)
-            self._cluster.add_node(
+            head = self._cluster.add_node(
+                wait=False,
                 num_cpus=0,
                 temp_dir=str(self._folder / "ray"),
                 node_ip_address="127.0.0.2",
@@ -242,13 +249,18 @@ class LocalCluster:
                 object_store_memory=self._node_options["object_store_memory"],
                 _system_config=dict(_DETECTION),
             )
+            self._cluster._wait_for_node(head, timeout=NODE_START_TIMEOUT_S)
         # All at once: most of a node's start is waiting.
         for _ in range(num_nodes):
             self.add_node(wait=False)
-        self._cluster.wait_for_nodes(timeout=60)
+        self._cluster.wait_for_nodes(timeout=NODE_START_TIMEOUT_S)
 
     def _variables(self) -> dict[str, str]:
-        return {**_ENVIRONMENT, "RAY_TMPDIR": str(self._folder)}
+        return {
+            **_ENVIRONMENT,
+            "RAY_AUTH_MODE": authentication_mode(),
+            "RAY_TMPDIR": str(self._folder),
+        }
 
     def _require(self) -> Cluster:
         if self._cluster is None:
@@ -336,6 +348,26 @@ def _short_folder() -> Path:
         given=tempfile.gettempdir(),
         change="set TMPDIR to a short path",
     )
+
+
+def authentication_mode() -> str:
+    """How processes of an embedded cluster show that they belong to it.
+
+    It listens on loopback only, so that it asks for a token only where the user wants one everywhere.
+
+    Raises:
+        UsageError: If a token is wanted and there is none.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE") or "disabled"
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if mode == "token" and not named and not Path("~/.ray/auth_token").expanduser().exists():
+        raise UsageError(
+            "there is no token for the local Ray cluster",
+            given="RAY_AUTH_MODE=token",
+            allowed="RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token beside it",
+            change="make one with `ray get-auth-token --generate`, or set RAY_AUTH_MODE=disabled",
+        )
+    return mode
 
 
 @contextlib.contextmanager

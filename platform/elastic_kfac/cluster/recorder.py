@@ -157,6 +157,9 @@ class RunRecorder:
         self._step_reached = asyncio.Condition()
         self._vaults: tuple[VaultPlace, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._folder.uri.rpartition('/')[2]})"  # Ray shows it
+
     # ---- the controller's side -------------------------------------------------------------
 
     async def controller_started(self, controller: Any) -> None:
@@ -296,8 +299,7 @@ class RunRecorder:
                 if row.get("eval_accuracy") is not None:
                     self._evaluation = dict(row)
             elif kind == "event":
-                if row.get("plan") is not None:
-                    self._plan = row["plan"]
+                self._plan = row.get("plan") or self._plan
                 if row.get("kind") == "state_found" and self._change is not None:
                     self._change.restored_from = str(row["source"])
                 self._record_event({**row, "world_size": group.world_size})
@@ -495,4 +497,4 @@ class RunRecorder:
         reason: str,
     ) -> None:
         self._phase, self._reason, self._phase_since = phase, reason, time.time()
-        self._telemetry.state(phase)
+        self._telemetry.state(phase, reason)

@@ -1,4 +1,4 @@
-"""Exports what a run measures to Ray's metrics, from where Prometheus scrapes it.
+"""Tells Ray what a run does and measures: metrics for Prometheus, lines for the log.
 
 The recorder exports what is true of the whole run, because it outlives the workers; ranks export only
 what each of them knows for itself (`exporter="rank"` in the table). Counters are Ray gauges that hold
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ray.util.metrics import Gauge
 
+from elastic_kfac.cluster.run_log import LogContext, begin_log, log_of
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.metric_names import METRICS, OTHER, Metric, label
 
@@ -74,6 +76,9 @@ _OF_ROWS = (
 )
 """What only rows of `metrics.jsonl` say, some of them seldom: the newest value stays."""
 _CHANGES = ("resize", "recovery")
+_OF_RESIZES = (*_CHANGES, "failure", "preemption")
+_ALARMING = ("failure", "preemption", "warning")
+_SAID_ELSEWHERE = ("time", "kind", "step", "reason")
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,10 @@ class TelemetryOptions:
     run: str
     min_workers: int
     max_workers: int
+    exports: bool = True
+    """Whether metrics are exported; the log is written anyway."""
+    log: str = ""
+    """Levels of the log, as `ELASTIC_KFAC_LOG` has them."""
 
 
 class SettableGauge(Protocol):
@@ -201,8 +210,10 @@ class RunTelemetry:
         make_gauge: MakeGauge = Gauge,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Exports the state `starting`; without options it exports nothing, ever."""
-        self._exports = options is not None
+        """Says that the run is starting; without options it exports and logs nothing, ever."""
+        self._exports = options is not None and options.exports
+        if options is not None:
+            begin_log(LogContext(options.run, step=lambda: self._row.get("step")), options.log)
         options = options or TelemetryOptions("", 0, 0)
         self._series = Series(
             "recorder",
@@ -220,8 +231,9 @@ class RunTelemetry:
         if self._exports:
             threading.Thread(target=self._repeat, name="telemetry", daemon=True).start()
 
-    def state(self, now: str) -> None:
+    def state(self, now: str, reason: str = "") -> None:
         """What the run is doing: 1 for this state, 0 for every other one."""
+        log_of("run").info(f"{now}: {reason}" if reason else now, extra={"fields": {"state": now}})
         for state in STATES:
             self._series.set("run_state", float(state == now), (state,))
         self.flush()
@@ -234,6 +246,7 @@ class RunTelemetry:
 
     def logged(self, row: Mapping[str, Any]) -> None:
         """A row of `metrics.jsonl`: of a step, an evaluation or the end of an epoch."""
+        log_of("steps").info("metrics", extra={"fields": row})
         for column in _OF_ROWS:
             if row.get(column) is not None:
                 self._series.set(column, row[column])
@@ -248,6 +261,7 @@ class RunTelemetry:
     def event(self, row: Mapping[str, Any]) -> None:
         """A row of `events.jsonl`."""
         kind = row["kind"]
+        self._log_event(kind, row)
         series = self._series
         if kind == "failure":
             series.add("failures", 1)
@@ -265,6 +279,15 @@ class RunTelemetry:
                 series.set("moment_s", elapsed_s, (moment,))
         if kind in (*_CHANGES, "continue"):
             series.add("steps_redone", row.get("steps_redone") or 0)
+
+    def _log_event(self, kind: str, row: Mapping[str, Any]) -> None:
+        log = log_of("resizes" if kind in _OF_RESIZES else "run")
+        said = {name: value for name, value in row.items() if name not in _SAID_ELSEWHERE}
+        log.log(
+            logging.WARNING if kind in _ALARMING else logging.INFO,
+            f"{kind}: {row['reason']}" if row.get("reason") else kind,
+            extra={"fields": {"event": kind, "step": row.get("step"), **said}},
+        )
 
     def rank_failed(self, kind: str) -> None:
         """A rank ended with an error of this class."""
@@ -355,15 +378,22 @@ class RankTelemetry:
             self.export()
 
 
-class ProbedPort:
-    """A port that has a probe watch the trainer, and is otherwise the one behind it."""
+class Watcher(Protocol):
+    """Who wants to know the trainer of every new world."""
 
-    def __init__(self, port: RunPort, probe: RankProbe) -> None:
+    def watch(self, trainer: RankTrainer) -> None: ...
+
+
+class WatchedPort:
+    """A port that shows others the trainer, too, and is otherwise the one behind it."""
+
+    def __init__(self, port: RunPort, *watchers: Watcher) -> None:
         self._port = port
-        self._probe = probe
+        self._watchers = watchers
 
     def watch(self, trainer: RankTrainer) -> None:
-        self._probe.watch(trainer)
+        for watcher in self._watchers:
+            watcher.watch(trainer)
         self._port.watch(trainer)
 
     def metrics(self, row: Mapping[str, Any]) -> None:

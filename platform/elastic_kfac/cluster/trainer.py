@@ -35,6 +35,7 @@ from elastic_kfac.cluster.ray_adapter import (
 from elastic_kfac.cluster.recorder import RunRecorder, RunView
 from elastic_kfac.cluster.replicas import InPlaceCallback, ReplicaBackend
 from elastic_kfac.cluster.result import RunResult, build_result
+from elastic_kfac.cluster.run_log import VARIABLE, LogContext, begin_log, levels_of_this_process
 from elastic_kfac.cluster.signals import StopSignals
 from elastic_kfac.cluster.telemetry import TelemetryOptions
 from elastic_kfac.cluster.vault import VaultKeeper, head_node
@@ -53,7 +54,6 @@ _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A worker that hangs is found within 30 s, the time of two polls included.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     # Draining nodes are left out of the plan; Ray's own way would wait for the deadline.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Relative paths of a configuration are meant from where the command was given.
@@ -103,6 +103,8 @@ def train(
         UsageError: If the run could not work as configured (also when a worker found out).
         RunError: If the run failed; the cause is in its one line.
     """
+    if levels_of_this_process():
+        begin_log(LogContext(name), os.environ[VARIABLE])
     display = progress or ProgressLine()
     folder = RunFolder(f"{storage.rstrip('/')}/{name}")
     with contextlib.ExitStack() as stack:
@@ -148,10 +150,13 @@ class _Run:
         self._nodes_checked = time.monotonic()
         self._waiting_since = time.monotonic()
         run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
-        telemetry = None
-        if cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1":
-            bounds = config.elastic.min_workers, config.elastic.max_workers
-            telemetry = TelemetryOptions(run_uri.rpartition("/")[2], *bounds)
+        telemetry = TelemetryOptions(
+            run_uri.rpartition("/")[2],
+            config.elastic.min_workers,
+            config.elastic.max_workers,
+            exports=cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1",
+            log=levels_of_this_process(),
+        )
         in_place = config.elastic.in_place
         self._recorder: Any = (
             ray.remote(InPlaceRecorder if in_place else RunRecorder)

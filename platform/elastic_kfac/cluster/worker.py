@@ -20,7 +20,8 @@ from elastic_kfac.cluster.crash_loop import RankError
 from elastic_kfac.cluster.member import NeverAMember, membership_of
 from elastic_kfac.cluster.membership_host import listening_store
 from elastic_kfac.cluster.recorder import Message
-from elastic_kfac.cluster.telemetry import ProbedPort, RankTelemetry, TelemetryOptions
+from elastic_kfac.cluster.run_log import LogContext, begin_log, log_of
+from elastic_kfac.cluster.telemetry import RankTelemetry, TelemetryOptions, WatchedPort
 from elastic_kfac.errors import ElasticKfacError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class WorkerSettings:
     """`module:function` with the signature of `run_rank`."""
     collective_timeout_s: float = 120.0
     telemetry: TelemetryOptions | None = None
-    """What to export to Ray's metrics; None exports nothing."""
+    """What to tell Ray about the run; None tells nothing."""
     membership_host: Any = None
     """Handle of the actor where members meet; None restarts the group at every change."""
 
@@ -69,7 +70,9 @@ def run_worker(settings: WorkerSettings) -> str:
     except NeverAMember:
         outcome = {"status": "parked"}
     except BaseException as error:
-        ray.get(recorder.rank_failed.remote(attempt, describe(rank, error)))
+        description = describe(rank, error)
+        log_of("run").error(description.line, exc_info=True)
+        ray.get(recorder.rank_failed.remote(attempt, description))
         raise
     ray.get(recorder.rank_left.remote(attempt, rank, outcome))
     return str(outcome["status"])
@@ -203,6 +206,9 @@ def _run(
     from elastic_kfac.training.results import result_row
 
     config = settings.config
+    options, log_context = settings.telemetry, LogContext(settings.run_uri.rpartition("/")[2], rank)
+    if options is not None:
+        begin_log(log_context, options.log)
     torch.set_num_threads(config.train.torch_threads)
     device = _device(config)
     attempt = int(joined["attempt"])
@@ -215,22 +221,29 @@ def _run(
         port = RecorderPort(settings.recorder, attempt, int(joined["last_step"]))
 
     def warn(line: str) -> None:
+        log_of("checkpoints").warning(line)
         port.event(event_row("warning", int(joined["last_step"]), reason=line))
 
     def found(source: str, step: int) -> None:
+        log_of("checkpoints").info(f"state found: {source}", extra={"fields": {"step": step}})
         port.event(event_row("state_found", step, source=source))
+
+    def written(num_bytes: int, elapsed_s: float) -> None:
+        fields = {"checkpoint_bytes": num_bytes, "checkpoint_time_s": round(elapsed_s, 3)}
+        log_of("checkpoints").info("checkpoint written", extra={"fields": fields})
+        probe.checkpoint_written(num_bytes, elapsed_s)
 
     def rescued(rows: Sequence[Mapping[str, Any]]) -> None:
         ray.get(settings.recorder.record.remote(attempt, [("metrics", row) for row in rows]))
 
     probe, telemetry = RankProbe(), None
-    if settings.telemetry is not None:
+    if options is not None and options.exports:
         tell_run = port.measured if isinstance(port, RecorderPort) else None
-        telemetry = RankTelemetry(probe, settings.telemetry, rank, tell_run=tell_run)
+        telemetry = RankTelemetry(probe, options, rank, tell_run=tell_run)
     durable = CheckpointStore(
         settings.run_uri, keep=config.elastic.keep_checkpoints, on_warning=warn
     )
-    durable.after_save = probe.checkpoint_written
+    durable.after_save = written
     store = VaultStore(
         durable,
         lambda: ray.get(settings.recorder.vaults.remote()),
@@ -243,7 +256,7 @@ def _run(
     )
     control = RecorderControl(settings.recorder, attempt, joined["stop_reason"])
     try:
-        probed = port if telemetry is None else ProbedPort(port, probe)
+        watched = WatchedPort(port, log_context, *([probe] if telemetry is not None else []))
         if settings.membership_host is not None:
             backend = _backend(config, device)
             membership = membership_of(settings.membership_host, joined, control, backend=backend)
@@ -251,7 +264,7 @@ def _run(
                 config,
                 membership,
                 store=store,
-                port=probed,
+                port=watched,
                 control=control,
                 device=device,
                 repeat_rows=True,
@@ -259,7 +272,7 @@ def _run(
         else:
             with process_group(settings, rank, world_size, attempt, device) as communicator:
                 outcome = rank_function(
-                    config, communicator, store=store, port=probed, control=control, device=device
+                    config, communicator, store=store, port=watched, control=control, device=device
                 )
         store.close()
     finally:
