@@ -113,7 +113,8 @@ class Suggestions(Searcher):
         score_of: Callable[[Assignment], float | None],
     ) -> None:
         """`first` are trials to run before new points; `evaluated` are points with their scores."""
-        super().__init__(metric=SCORE, mode="min")
+        # No metric: a trial's results hold none, only whole points have a score.
+        super().__init__()
         self._optuna = _optuna(space)
         for point, score in evaluated:
             self._optuna.add_evaluated_point(dict(point), score)
@@ -176,6 +177,10 @@ class Suggestions(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """The journal is read instead."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray Tune keeps a copy of it beside its own files; nobody reads that one.
+        return (Searcher, ())
 
 
 def _optuna(space: SearchSpace) -> Any:

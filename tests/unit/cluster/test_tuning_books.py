@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle
+from ray.tune.search import Searcher
 
 from elastic_kfac.cluster.tuning_books import SearchBooks
 from elastic_kfac.cluster.tuning_journal import Journal, TrialRow
@@ -161,6 +163,8 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
         *({"trial": f"9-{s}", "stage": "search", "point": values, "seed": s} for s in (0, 1)),
     ]
     searcher = Suggestions(space, first, [(values, 0.25)], 4, on_point, score_of)
+    # Ray Tune writes a copy to its folder before it begins.
+    assert isinstance(cloudpickle.loads(cloudpickle.dumps(searcher)), Searcher)
     seen = []
     while isinstance(suggested := searcher.suggest(f"tune-{len(seen)}"), dict):
         seen.append(suggested["assignment"]["trial"])
