@@ -190,6 +190,8 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Makes sure that the next group is planned without the nodes that were lost."""
+        # Ray may have heard of a survivor's error first: the rank that died is the cause.
+        self._errors = {**(self._dead() if self._training else {}), **self._errors}
         self._training = False
         lost = await_lost_nodes({rank.node_id for rank in self._ranks})
         verdict = self._listener.group_failed(dict(self._errors), lost)
@@ -219,14 +221,20 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             prestart_workers(joining, self._spares)
             await_idle_workers(joining, timeout_s=self._head_start_s)
 
-    def _is_alive(self, timeout_s: float = 5.0) -> bool:
+    def _is_alive(self) -> bool:
+        return not self._dead()
+
+    def _dead(self, timeout_s: float = 5.0) -> dict[int, str]:
         # A busy process answers late and is alive; only a dead one makes the call fail.
         pings = [actor.get_metadata.remote() for actor in self._actors]
-        try:
-            ray.get(ray.wait(pings, num_returns=len(pings), timeout=timeout_s)[0])
-        except ray.exceptions.RayError:
-            return False
-        return True
+        ready = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)[0] if pings else []
+        found = {}
+        for ping in ready:
+            try:
+                ray.get(ping)
+            except ray.exceptions.RayError as error:
+                found[pings.index(ping)] = type(error).__name__
+        return found
 
 
 def refresh_capacity(timeout_s: float = 10.0) -> None:
