@@ -63,20 +63,16 @@ def train_part(
     steps: int | None,
     moments: Moments = ignore_moments,
 ) -> Outcome:
-    """One world (generation, rank, size, store) from the newest checkpoint on."""
-    communicator = regroup(*world, timeout_s=60)
-    try:
-        return run_rank(
-            config,
-            communicator,
-            store=CheckpointStore(folder),
-            port=RecordingPort(),
-            control=KeepGoing() if steps is None else StopAt(steps),
-            feeds=memory_feeds(),
-            moments=moments,
-        )
-    finally:
-        leave()
+    """One world (generation, rank, size, store) from the newest checkpoint on; does not leave it."""
+    return run_rank(
+        config,
+        regroup(*world, timeout_s=60),
+        store=CheckpointStore(folder),
+        port=RecordingPort(),
+        control=KeepGoing() if steps is None else StopAt(steps),
+        feeds=memory_feeds(),
+        moments=moments,
+    )
 
 
 def random_schedule(seed: int, most: int) -> list[Segment]:
@@ -97,6 +93,7 @@ def play_schedules(folder: str, schedules: dict[str, tuple[dict[str, Any], list[
             if slot < world_size:
                 world = (generation, slot, world_size, store)
                 train_part(reproducible_config(changes), f"{folder}/{name}", world, steps)
+                leave()
             if slot == 0:
                 store.set(f"played/{generation}", "")
             wait_for(store, [f"played/{generation}"])
@@ -112,8 +109,11 @@ def play_kill(folder: str, moments: Moments, victim: int) -> str:
         train_part(config, folder, (1, slot, 3, store), None, moments)
     except CommunicationError as error:
         said = error.line()
+    # Outside of the handler: its traceback holds on to the group, whose peers would wait for it.
+    leave()
     rank = slot - (slot > victim)
     train_part(config, folder, (2, rank, 2, store), None)
+    leave()
     return said
 
 
