@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from elastic_kfac.cli.entry import main
 from elastic_kfac.cluster.local_cluster import LocalCluster
@@ -18,6 +20,15 @@ from elastic_kfac.cluster.trainer import train
 from elastic_kfac.config import Config, parse_config
 
 NODES = 2
+
+PATIENCE_S = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": 240,
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": 120,
+}
+"""A slow machine is no fault: a start or an answer that takes long must not begin another attempt."""
+
+TIMEOUT_S = 600
+"""Of a test; the waits inside are shorter."""
 
 RAY_DEPRECATES_ITSELF = (
     r"ignore::DeprecationWarning:ray\..*",
@@ -31,6 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             for rule in RAY_DEPRECATES_ITSELF:
                 item.add_marker(pytest.mark.filterwarnings(rule))
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +54,8 @@ def session_cluster() -> Iterator[LocalCluster]:
         here = str(Path(__file__).parent)
         paths = [path for path in (os.environ.get("PYTHONPATH"), here) if path]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        for name, seconds in PATIENCE_S.items():
+            patch.setenv(name, str(seconds))
         with quiet_driver(), LocalCluster(NODES) as cluster:
             cluster.connect()
             yield cluster
@@ -59,6 +74,19 @@ def in_order(cluster: LocalCluster) -> LocalCluster:
     while len(cluster.nodes) < NODES:
         cluster.add_node()
     return cluster
+
+
+@pytest.fixture(scope="session")
+def await_free_nodes() -> Callable[[int], None]:
+    """Waits until so many nodes have nothing to do, the ones of the run before included."""
+
+    def wait(count: int) -> None:
+        deadline = time.monotonic() + 180
+        while ray.available_resources().get("CPU", 0) < count:
+            assert time.monotonic() < deadline, "the nodes of the run before are still in use"
+            time.sleep(0.1)
+
+    return wait
 
 
 @pytest.fixture(scope="session")
@@ -88,12 +116,15 @@ def config(digits: Path) -> Callable[[int], Config]:
 
 
 @pytest.fixture(scope="session")
-def run(session_cluster: LocalCluster) -> Callable[..., RunResult]:
+def run(
+    session_cluster: LocalCluster, await_free_nodes: Callable[[int], None]
+) -> Callable[..., RunResult]:
     """Trains on the session's cluster with two nodes at the start."""
 
     def start(config: Config, folder: Path, **options: Any) -> RunResult:
         options.setdefault("progress", SilentDisplay())
         cluster = in_order(session_cluster)
+        await_free_nodes(NODES)
         return train(
             config, name=folder.name, storage=str(folder.parent), cluster=cluster, **options
         )
