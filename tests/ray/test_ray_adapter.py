@@ -126,9 +126,9 @@ def test_ray_raylet_messages_have_the_fields_in_use(message: Any, fields: str) -
 def test_spare_process_is_ready_counted_once_and_taken(cluster: LocalCluster) -> None:
     nodes = set(ray_adapter.alive_worker_nodes())
     ray_adapter.prestart_workers(nodes, 1)
-    assert ray_adapter.await_idle_workers(nodes, timeout_s=60.0)
+    assert ray_adapter.await_idle_workers(nodes, timeout_s=180.0)
     # Processes that earlier tests left may still be going: what counts is that it comes to rest.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 180
     while ray_adapter.prestart_workers(nodes, 1) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert ray_adapter.prestart_workers(nodes, 1) == 0
@@ -145,6 +145,36 @@ def test_spare_process_is_ready_counted_once_and_taken(cluster: LocalCluster) ->
         assert ray.get(probes[-1].imported.remote())
         asked = ray_adapter.prestart_workers(nodes, 1)
     assert asked == 1
+
+
+def test_rank_that_died_is_told_as_the_cause_though_ray_heard_of_a_survivor_first(
+    cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rank:
+        def get_metadata(self) -> str:
+            return "alive"
+
+    class Listener:
+        def group_failed(self, errors: dict[int, str], lost: list[str]) -> None:
+            heard.append(errors)
+
+    heard: list[dict[int, str]] = []
+    actors: list[Any] = [
+        ray.remote(num_cpus=0, max_restarts=0)(Rank).remote() for _ in cluster.nodes
+    ]
+    ray.get([actor.get_metadata.remote() for actor in actors])
+    ray.kill(actors[1])
+    monkeypatch.setattr(ray_adapter, "refresh_capacity", lambda: None)
+    callback = ray_adapter.ElasticCallback(Listener())
+    callback._actors, callback._training = tuple(actors), True
+    callback._errors = {0: "CommunicationError: rank 0 lost a peer"}
+    deadline = time.monotonic() + 120
+    while callback._dead() != {1: "ActorDiedError"} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not callback._is_alive()
+    callback.before_controller_execute_failure_decision(None)
+    ray.kill(actors[0])
+    assert heard == [{0: "CommunicationError: rank 0 lost a peer", 1: "ActorDiedError"}]
 
 
 def test_ray_passes_train_variables_on_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,8 +214,13 @@ def test_search_whose_driver_was_killed_continues_its_trials(
 
 
 def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
-    cluster: LocalCluster, config: Make, tmp_path: Path
+    cluster: LocalCluster,
+    config: Make,
+    await_free_nodes: Callable[[int], None],
+    tmp_path: Path,
 ) -> None:
+    # Only trials that live at the same time can take over from each other.
+    await_free_nodes(2)
     space = space_of(
         config(4),
         {"elastic.max_workers": 1, "train.eval_every_epochs": 2},

@@ -52,11 +52,15 @@ class SearchBooks:
         """A trial evaluated, or ended."""
         with self.lock:
             row = self._journal.rows[trial_id]
-            for name in ("best_accuracy", "steps", "train_time_s", "cpu_seconds"):
+            for name in (
+                "best_accuracy",
+                "steps",
+                "train_time_s",
+                "cpu_seconds",
+                "peak_memory_bytes",
+            ):
                 if result.get(name) is not None:
                     row.numbers[name] = float(result[name])
-            if result.get("peak_memory_bytes") is not None:
-                row.numbers["peak_memory_bytes"] = int(result["peak_memory_bytes"])
             row.parent = str(result.get("parent") or "")
             self._follow_perturbation(row, result)
             self.note()
@@ -113,7 +117,7 @@ class SearchBooks:
                 row.numbers[name] = float(result[name])
         for name in ("cpu_seconds", "peak_memory_bytes"):
             if books.get(name) is not None:
-                row.numbers[name] = books[name]
+                row.numbers[name] = float(books[name])
         row.reached = result.get("train_time_to_accuracy_s") is not None
         merged = {**result, "cpu_seconds": row.numbers.get("cpu_seconds")}
         if self._emulator is not None:
