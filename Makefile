@@ -4,15 +4,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# An environment of its own, so that the tool is not among what it audits.
+AUDITOR := $(VENV)/audit-2.10.1
+AUDIT_OPTIONS ?=
 CONFIG ?= jobs/configs/digits.yaml
 # Decompositions of small matrices lose time to threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED = 1
 
-CODE := platform tests $(wildcard jobs benchmarks)
+CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint soak chaos studies bench test-tools clean
+.PHONY: help install train test lint soak chaos studies bench test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -49,6 +52,13 @@ chaos: $(STAMP) ## A run with a fault every 120 s against the same run in peace:
 
 test-tools: $(STAMP) ## Checks that need promtool, kubectl and a browser (Debian: prometheus, kubectl, chromium)
 	@$(BIN)/pytest -m tools
+
+audit: $(AUDITOR)/bin/pip-audit ## Known vulnerabilities of the pinned versions (AUDIT_OPTIONS="--service osv")
+	@$(AUDITOR)/bin/python .ci/audit_dependencies.py --tool $(AUDITOR)/bin/pip-audit $(AUDIT_OPTIONS)
+
+$(AUDITOR)/bin/pip-audit:
+	@$(PYTHON) -m venv $(AUDITOR)
+	@$(AUDITOR)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 
 studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports in runs/)
 	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
