@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,10 @@ from ray.exceptions import AuthenticationError
 from elastic_kfac.cluster.connection import connect
 from elastic_kfac.cluster.local_cluster import authentication_mode
 from elastic_kfac.errors import UsageError
+from support.ray_head import ROOT, SCRIPTS, ray_head
 
 TOKEN = "0123456789abcdef" * 4
+CONFIG = "jobs/configs/digits.yaml"
 
 
 @pytest.fixture
@@ -63,3 +69,55 @@ def test_refused_connection_is_one_line(
     with pytest.raises(UsageError, match=says) as caught:
         connect("auto")
     assert "\n" not in caught.value.line()
+
+
+@pytest.mark.soak
+def test_head_with_a_token_refuses_strangers_and_runs_jobs(tmp_path: Path) -> None:
+    with ray_head(variables={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}) as head:
+        doctor = [str(SCRIPTS / "elastic-kfac"), "doctor", "--address", head.address]
+        doctor += ["--storage", str(tmp_path)]
+        known = head.run(doctor)
+        assert known.returncode == 0, known.stdout + known.stderr
+
+        without = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "", "HOME": str(tmp_path)}
+        stranger = replace(head, environment={**head.environment, **without})
+        refused = stranger.run(doctor)
+        assert refused.returncode == 1
+        assert "asks for a token" in refused.stdout, refused.stdout + refused.stderr
+        job = stranger.submit("jobs/train.py", CONFIG)
+        assert job.returncode != 0
+        assert "token" in (job.stdout + job.stderr).lower()
+
+        job = head.submit(
+            "jobs/train.py",
+            *(CONFIG, "--storage", str(tmp_path), "--name", "with-token"),
+            *("--set", f"data.shards={tmp_path}/digits", "--set", "train.epochs=1"),
+        )
+        assert job.returncode == 0, job.stdout + job.stderr
+        assert status_of(tmp_path / "with-token") == "finished"
+
+
+@pytest.mark.soak
+def test_local_cluster_with_a_token_trains_and_keeps_spare_processes(tmp_path: Path) -> None:
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": str(tmp_path)}
+    run = subprocess.run(
+        [
+            *(str(SCRIPTS / "elastic-kfac"), "train", CONFIG),
+            *("--storage", str(tmp_path), "--name", "local"),
+            *("--set", f"data.shards={tmp_path}/digits", "--set", "train.epochs=1"),
+        ],
+        env={**os.environ, **variables},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    # A refusal would be a warning of the driver's log.
+    assert "no spare worker" not in run.stdout + run.stderr
+    assert status_of(tmp_path / "local") == "finished"
+
+
+def status_of(run: Path) -> str:
+    return str(json.loads((run / "result.json").read_text(encoding="utf-8"))["status"])

@@ -14,12 +14,17 @@ from typing import Any
 import pytest
 import ray
 
+from elastic_kfac.cluster.examination import examine_cluster
 from elastic_kfac.cluster.local_cluster import LocalCluster, remove_abandoned_folders
 from elastic_kfac.cluster.ray_adapter import alive_worker_nodes, await_lost_nodes, draining_nodes
 from elastic_kfac.errors import UsageError
 
+NODES = 2
+"""Beside the head."""
+
 ABANDONED = """
 import sys, time
+from elastic_kfac.cluster.examination import examine_cluster
 from elastic_kfac.cluster.local_cluster import LocalCluster, remove_abandoned_folders
 cluster = LocalCluster(1)
 cluster.connect()
@@ -82,6 +87,13 @@ def test_node_drained_is_alive_but_not_counted_on(cluster: LocalCluster) -> None
     cluster.remove_node(last)
     assert await_lost_nodes({drained}) == [drained]
     assert not draining_nodes()
+
+
+def test_examination_asks_every_node_for_its_clock(cluster: LocalCluster) -> None:
+    facts = examine_cluster(cluster.address)
+    assert (facts.nodes, facts.cpus, facts.silent) == (1 + NODES, NODES, ())
+    assert len(facts.clock_skews_s) == 1 + NODES
+    assert all(abs(skew) < 60 for skew in facts.clock_skews_s.values())
 
 
 def test_worker_kill_takes_the_process_and_leaves_the_node(cluster: LocalCluster) -> None:

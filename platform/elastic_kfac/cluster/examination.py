@@ -35,7 +35,7 @@ def examine_cluster(address: str) -> ClusterFacts:
     """
     with connected(address):
         nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        clock = ray.remote(num_cpus=0)(time.time)
+        clock = ray.remote(num_cpus=0)(lambda: time.time())
         skews: dict[str, float] = {}
         silent = []
         for node_id, node in nodes.items():

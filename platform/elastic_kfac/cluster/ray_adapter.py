@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import ray
 from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
@@ -446,11 +447,10 @@ def _cpu_seconds(pid: int) -> float:
 
 @contextlib.contextmanager
 def _raylet(node: Mapping[str, Any]) -> Iterator[_Raylet]:
-    import grpc  # type: ignore[import-untyped]
-
     cluster_id = ray._private.worker.global_worker.gcs_client.cluster_id.hex()
     address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
-    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    # With the token and the certificates that this process has for its cluster.
+    with init_grpc_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         yield _Raylet(channel, cluster_id)
 
 
