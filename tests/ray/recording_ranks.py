@@ -1,4 +1,4 @@
-"""Rank functions of trials: one that writes down what it restored, one that waits for a larger world."""
+"""Rank functions of trials that write down what they restored, or train on until something happens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from elastic_kfac.cluster.tuning_rounds import run_in_rounds
 from elastic_kfac.config import apply_overrides, parse_config
 from elastic_kfac.errors import DataError
 from elastic_kfac.training.rank import RankTrainer
@@ -17,8 +18,8 @@ FILE = "restored-{step:06d}.safetensors"
 
 
 def records_what_it_restores(config: Any, communicator: Any, *, store: Any, **seams: Any) -> Any:
-    """`run_rank_with_rescue`; the live tensors of every restore go to the run's folder."""
-    folder = Path(store._durable.storage.path())
+    """`run_in_rounds`; the live tensors of every restore go to the run's folder."""
+    folder = Path(store.storage.path())
     original = RankTrainer.restore
 
     def restore(trainer: RankTrainer, state: TrainingState) -> None:
@@ -31,7 +32,7 @@ def records_what_it_restores(config: Any, communicator: Any, *, store: Any, **se
 
     RankTrainer.restore = restore  # type: ignore[method-assign]
     try:
-        return run_rank_with_rescue(config, communicator, store=store, **seams)
+        return run_in_rounds(config, communicator, store=store, **seams)
     finally:
         RankTrainer.restore = original  # type: ignore[method-assign]
 
@@ -41,6 +42,19 @@ def ends_once_grown(config: Any, communicator: Any, **seams: Any) -> Any:
     if config.kfac.damping > 0.5:
         raise DataError("shard 3 is torn", change="make the shards again")
     if communicator.world_size > 1:
-        values = config.model_dump(mode="json")
-        config = parse_config(apply_overrides(values, [("train.target_accuracy", 0.01)]))
+        config = _ending_soon(config)
     return run_rank_with_rescue(config, communicator, **seams)
+
+
+def second_trial_ends_when_told(config: Any, communicator: Any, *, store: Any, **seams: Any) -> Any:
+    """Trains to the next evaluation; trial t001 only once `finish` lies in the search's folder."""
+    run = Path(store.storage.path())
+    if run.name != "t001" or (run.parents[1] / "finish").exists():
+        config = _ending_soon(config)
+    return run_rank_with_rescue(config, communicator, store=store, **seams)
+
+
+def _ending_soon(config: Any) -> Any:
+    values = config.model_dump(mode="json")
+    changes = [("train.target_accuracy", 0.01), ("train.stop_at_target", True)]
+    return parse_config(apply_overrides(values, changes))

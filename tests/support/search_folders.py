@@ -10,6 +10,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from elastic_kfac.reports.experiment_folder import NUMBERS
+
 PARAMETERS = ("kfac.damping", "kfac.inverse_update_steps", "kfac.kl_clip_rule")
 TARGET = 0.95
 BEGAN = 1_760_000_000.0
@@ -21,18 +23,8 @@ COLUMNS = (
     "reason",
     "seed",
     *PARAMETERS,
-    "objective",
     "reached",
-    "train_time_to_accuracy_s",
-    "time_to_accuracy_s",
-    "steps",
-    "train_time_s",
-    "worker_seconds",
-    "cpu_seconds",
-    "best_accuracy",
-    "peak_memory_bytes",
-    "started",
-    "ended",
+    *NUMBERS,
     "run_folder",
     "parent",
 )

@@ -38,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from elastic_kfac.cluster import tuning_rounds
 from elastic_kfac.cluster.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray_adapter import quiet_driver, room_for_workers
 from elastic_kfac.cluster.result import EXIT_INTERRUPTED
@@ -72,6 +74,9 @@ from elastic_kfac.training.search_space import SearchSpace
 
 CONFIRMATION_SEED = 1000
 """Distance of the confirmation's seeds from those of the search."""
+
+STOP_TIMEOUT_S = 120.0
+"""How long a stop signal waits for the trials to save their states."""
 
 _ENVIRONMENT = {
     # Relative paths of a configuration are meant from where the command was given.
@@ -108,7 +113,7 @@ def search(
     address: str | None = None,
     cluster: LocalCluster | None = None,
     say: Callable[[str], None] = print,
-    rank_function: str = RANK_FUNCTION,
+    rank_function: str | None = None,
 ) -> SearchResult:
     """Searches until all trials have ended; the same `name` continues where an earlier call ended.
 
@@ -120,7 +125,7 @@ def search(
             every concurrent trial.
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
         say: Is told what happens, a line each.
-        rank_function: `module:function` that runs one rank of a trial.
+        rank_function: `module:function` that runs one rank of a trial; None is the usual one.
 
     Raises:
         UsageError: If the search could not work; nothing was started then.
@@ -161,7 +166,7 @@ class _Search:
         space: SearchSpace,
         journal: Journal,
         say: Callable[[str], None],
-        rank_function: str,
+        rank_function: str | None,
     ) -> None:
         self._space = space
         self._journal = journal
@@ -188,7 +193,10 @@ class _Search:
             .remote(self._slots, per_worker)
         )
         self._books.desk = self._desk
-        self._settings = TrialSettings(space, str(journal.folder), self._desk, rank_function)
+        usual = tuning_rounds.RANK_FUNCTION if space.perturbed else RANK_FUNCTION
+        self._settings = TrialSettings(
+            space, str(journal.folder), self._desk, rank_function or usual
+        )
 
     def finish(self, signals: StopSignals) -> SearchResult:
         """Runs what is left, in two stages, and closes the books."""
@@ -198,7 +206,15 @@ class _Search:
             self._say(f"Search {journal.name} exists: continuing it after {ended} trials.")
         journal.status = "running"
         try:
-            self._run_stage(("reference", "search"), signals, make_scheduler(self._space))
+            if self._space.perturbed:
+                # Who changes its values in training is compared with its like only.
+                self._run_stage(("reference",), signals, None)
+                stages: tuple[str, ...] = ("search",)
+            else:
+                stages = ("reference", "search")
+            if signals.reason is None:
+                scheduler = make_scheduler(self._space, self._slots)
+                self._run_stage(stages, signals, scheduler)
             if signals.reason is None and self._space.confirm and journal.best() is not None:
                 self._plan_confirmation()
                 self._run_stage(("confirm",), signals, None)
@@ -290,6 +306,9 @@ class _Search:
         rows = self._journal.rows.values()
         return [row for row in rows if row.stage in stages and not row.is_final]
 
+    def _is_population(self, stages: Sequence[str]) -> bool:
+        return bool(self._space.perturbed) and "search" in stages
+
     # ---- running ---------------------------------------------------------------------------
 
     def _run_stage(
@@ -315,7 +334,8 @@ class _Search:
                 search_alg=searcher,
                 scheduler=scheduler,
                 num_samples=-1 if searcher is not None else 1,
-                max_concurrent_trials=self._slots,
+                # A population is created as a whole; its scheduler has the bound.
+                max_concurrent_trials=None if self._is_population(stages) else self._slots,
                 reuse_actors=True,
                 trial_name_creator=trial_name,
                 trial_dirname_creator=trial_name,
@@ -342,10 +362,19 @@ class _Search:
 
         thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
         thread.start()
+        give_up: float | None = None
         while thread.is_alive():
-            if signals.reason is not None and not self._books.interrupted.is_set():
+            if signals.reason is not None and give_up is None:
                 self._say(f"{signals.reason}: trials save their state and stop …")
-                ray.get(self._desk.stop.remote(f"interrupted by {signals.reason}"))
+                if searcher is not None:
+                    searcher.close()
+                self._books.why_interrupted = f"interrupted by {signals.reason}"
+                ray.get(self._desk.stop.remote(self._books.why_interrupted))
+                give_up = time.monotonic() + STOP_TIMEOUT_S
+            if give_up is not None and (
+                time.monotonic() > give_up or not ray.get(self._desk.live.remote())
+            ):
+                # From here on Ray Tune ends its actors, however far they are.
                 self._books.interrupted.set()
             self._books.report_news()
             thread.join(0.2)

@@ -24,6 +24,7 @@ class SearchBooks:
     ) -> None:
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
+        self.why_interrupted = "interrupted"
         self.desk: Any = None
         """Handle of the `SearchDesk`, once there is one."""
         self._journal = journal
@@ -83,7 +84,7 @@ class SearchBooks:
                 row.status = "finished"
                 row.reason = "" if how == "target" else "the budget is used up"
             elif self.interrupted.is_set() or how == "interrupted":
-                row.status, row.reason = "pending", cause or "interrupted"
+                row.status, row.reason = "pending", cause or self.why_interrupted
             else:
                 row.status = "stopped"
                 row.reason = f"{self._space.scheduler.name}: others were better at the same point"
@@ -95,10 +96,9 @@ class SearchBooks:
             self.note()
 
     def _follow_perturbation(self, row: TrialRow, result: Mapping[str, Any]) -> None:
-        for key in self._space.perturbed:
-            value = (result.get("values") or {}).get(key)
-            if value is not None:
-                row.parameters[key] = float(value)
+        for key, value in (result.get("values") or {}).items():
+            if key in row.parameters:
+                row.parameters[key] = value
 
     def _read_result(self, row: TrialRow) -> None:
         """What the run's own books say at its end."""
@@ -142,10 +142,14 @@ class SearchBooks:
 
     def tell_waiting(self) -> None:
         """Has the desk know how many trials will still want a share."""
-        waiting = sum(row.status == "pending" for row in self._journal.rows.values())
+        rows = self._journal.rows.values()
+        waiting = sum(row.status == "pending" for row in rows)
+        if self._space.perturbed:
+            # Members of a population take turns.
+            waiting = sum(row.stage != "confirm" and not row.is_final for row in rows) - 1
         if self._space.searcher.name == "optuna":
             waiting += max(0, self.points_left()) * self._space.repeats
-        self.desk.set_waiting.remote(waiting)
+        self.desk.set_waiting.remote(max(0, waiting))
 
     def note(self) -> None:
         """Writes the files; the report follows."""
@@ -164,7 +168,7 @@ class SearchBooks:
         with self.lock:
             for row in self._journal.rows.values():
                 if row.status == "running":
-                    row.status, row.reason = "pending", "interrupted"
+                    row.status, row.reason = "pending", self.why_interrupted
                 elif row.status == "stopped":
                     # It had not parked yet when it was stopped.
                     self._read_result(row)

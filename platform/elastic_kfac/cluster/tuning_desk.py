@@ -46,10 +46,15 @@ class SearchDesk:
         self._room = 0
         self._counted = -1.0
 
-    def enter(self, trial: str) -> None:
-        """A trial starts to train."""
-        if trial not in self._live:
+    def enter(self, trial: str) -> str | None:
+        """A trial starts to train, unless there is a reason to stop."""
+        if self._stop_reason is None and trial not in self._live:
             self._live.append(trial)
+        return self._stop_reason
+
+    def live(self) -> list[str]:
+        """Trials that train now."""
+        return list(self._live)
 
     def leave(self, trial: str) -> None:
         """A trial trains no more."""

@@ -23,25 +23,9 @@ import yaml
 import elastic_kfac
 from elastic_kfac.config import Config
 from elastic_kfac.errors import UsageError
+from elastic_kfac.reports.experiment_folder import ENDED, NUMBERS
 from elastic_kfac.training.objective import Outcome, censoring_rule, median_index, score
 from elastic_kfac.training.search_space import METRICS, SearchSpace
-
-FINAL = ("finished", "stopped", "failed", "refused")
-"""States that a continued search does not try again."""
-
-_NUMBERS = (
-    "objective",
-    "train_time_to_accuracy_s",
-    "time_to_accuracy_s",
-    "steps",
-    "train_time_s",
-    "worker_seconds",
-    "cpu_seconds",
-    "best_accuracy",
-    "peak_memory_bytes",
-    "started",
-    "ended",
-)
 
 
 @dataclass
@@ -64,7 +48,7 @@ class TrialRow:
 
     @property
     def is_final(self) -> bool:
-        return self.status in FINAL
+        return self.status in ENDED
 
     @property
     def outcome(self) -> Outcome:
@@ -83,7 +67,7 @@ class TrialRow:
             "seed": self.seed,
             **self.parameters,
             "reached": self.reached,
-            **{name: self.numbers.get(name) for name in _NUMBERS},
+            **{name: self.numbers.get(name) for name in NUMBERS},
             "run_folder": self.run_folder,
             "parent": self.parent,
         }
@@ -232,7 +216,7 @@ class Journal:
                 status=cells["status"],
                 reason=cells["reason"],
                 reached={"true": True, "false": False}.get(cells["reached"]),
-                numbers={name: float(cells[name]) for name in _NUMBERS if cells[name]},
+                numbers={name: float(cells[name]) for name in NUMBERS if cells[name]},
                 run_folder=cells["run_folder"],
                 parent=cells["parent"],
             )

@@ -48,13 +48,17 @@ def planned_points(space: SearchSpace) -> list[dict[str, Any]]:
     ]
 
 
-def make_scheduler(space: SearchSpace) -> TrialScheduler:
-    """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget."""
-    time_attr = "epoch" if space.budget.epochs is not None else "train_time_s"
+def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
+    """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget.
+
+    Args:
+        space: The search.
+        slots: How many trials may train at the same time.
+    """
     if space.scheduler.name == "asha":
         grace = space.scheduler.grace or space.limit / 8
         return ASHAScheduler(
-            time_attr=time_attr,
+            time_attr=space.progress_measure,
             metric="best_accuracy",
             mode="max",
             max_t=space.limit,
@@ -62,21 +66,20 @@ def make_scheduler(space: SearchSpace) -> TrialScheduler:
             reduction_factor=space.scheduler.reduction_factor,
         )
     if space.scheduler.name == "pb2":
-        from ray.tune.schedulers.pb2 import PB2
+        from elastic_kfac.cluster.tuning_population import Population
 
         bounds = {
             PERTURBED + key: [log_scaled(parameter, end) for end in parameter.interval or ()]
             for key, parameter in space.perturbed.items()
         }
-        return PB2(
-            time_attr=time_attr,
+        return Population(
+            slots=slots,
+            interval=space.round_length,
+            time_attr=space.progress_measure,
             metric="accuracy",
             mode="max",
-            perturbation_interval=space.scheduler.interval or space.limit / 4,
             hyperparam_bounds=bounds,
             quantile_fraction=space.scheduler.quantile,
-            # All are parked when states change hands: the donor's is the one that was judged.
-            synch=True,
         )
     return FIFOScheduler()
 
@@ -84,8 +87,9 @@ def make_scheduler(space: SearchSpace) -> TrialScheduler:
 def param_space(space: SearchSpace, assignments: Sequence[Assignment]) -> dict[str, Any]:
     """What Tune's basic variant generator expands to exactly these trials."""
     found: dict[str, Any] = {"assignment": tune.grid_search([dict(each) for each in assignments])}
-    for key, parameter in space.perturbed.items():
-        found[PERTURBED + key] = tune.sample_from(_start_of(key, parameter))
+    if all(each["stage"] == "search" for each in assignments):
+        for key, parameter in space.perturbed.items():
+            found[PERTURBED + key] = tune.sample_from(_start_of(key, parameter))
     return found
 
 
@@ -150,6 +154,12 @@ class Suggestions(Searcher):
             assignment = self._queue.pop(0)
             self._assigned[trial_id] = assignment
             return {"assignment": dict(assignment)}
+
+    def close(self) -> None:
+        """Suggests nothing more."""
+        with self._lock:
+            self._queue.clear()
+            self._left = 0
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Only whole points count."""

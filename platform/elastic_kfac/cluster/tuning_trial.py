@@ -30,6 +30,7 @@ from elastic_kfac.cluster.result import RunResult
 from elastic_kfac.cluster.signals import StopSignals
 from elastic_kfac.cluster.trainer import train
 from elastic_kfac.cluster.tuning_desk import AllottedCallback
+from elastic_kfac.cluster.tuning_rounds import announce_round, round_after
 from elastic_kfac.cluster.worker import RANK_FUNCTION
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.training.port import event_row
@@ -85,9 +86,11 @@ class TrialRun(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Trains up to the next evaluation, or the end."""
         if self._live is None:
-            self._live = _LiveRun(self._settings, self._trial, self._config)
+            self._live = _LiveRun(
+                self._settings, self._trial, self._config, in_rounds=bool(self._values)
+            )
         result = self._live.next_result(only_last=self._is_reference)
-        return {**result, "values": self._perturbed}
+        return {**result, "values": self._values}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Parks the run and copies what another trial needs to go on from here."""
@@ -128,11 +131,12 @@ class TrialRun(tune.Trainable):
         self._is_reference = assignment["stage"] != "search"
         space = self._settings.space
         point = dict(assignment["point"])
-        self._perturbed: dict[str, float] = {}
         for key, parameter in space.perturbed.items():
             if PERTURBED + key in config:
-                self._perturbed[key] = from_log_scale(parameter, float(config[PERTURBED + key]))
-        point.update(self._perturbed)
+                point[key] = from_log_scale(parameter, float(config[PERTURBED + key]))
+        is_member = bool(space.perturbed) and not self._is_reference
+        self._values = point if is_member else {}
+        """Values that may differ from those that the trial began with."""
         self._config = space.config(point, int(assignment["seed"]))
 
     def _end(self, reason: str) -> None:
@@ -144,22 +148,31 @@ class TrialRun(tune.Trainable):
 class _LiveRun:
     """A call of `train` under way, watched from the thread that Tune calls."""
 
-    def __init__(self, settings: TrialSettings, trial: str, config: Any) -> None:
+    def __init__(
+        self, settings: TrialSettings, trial: str, config: Any, *, in_rounds: bool = False
+    ) -> None:
         self._settings = settings
         self._trial = trial
         self._config = config
         self._folder = Path(settings.folder) / "trials" / trial
+        self._in_rounds = in_rounds
         self._wish = StopWish()
         self._rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._display = _Watch(settings, self._wish, self._rows, read_books(self._folder))
         self._result: RunResult | None = None
         self._error: BaseException | None = None
-        self._last: dict[str, Any] = {"accuracy": 0.0, "best_accuracy": 0.0, "epoch": 0.0}
+        self._last = _last_evaluation(RunFolder(self._folder))
+        self._round_end = 0.0
+        if in_rounds:
+            self._announce_round()
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
         self._thread.start()
 
     def next_result(self, *, only_last: bool) -> dict[str, Any]:
         """The next evaluation, or how the run ended."""
+        if self._in_rounds:
+            # Whoever asks for more wants the ranks to go on.
+            self._announce_round()
         while True:
             with contextlib.suppress(queue.Empty):
                 row = self._rows.get(timeout=0.1)
@@ -168,9 +181,17 @@ class _LiveRun:
                 if only_last or self._is_the_end(row):
                     # What comes next says how it ended.
                     continue
-                return {**self._last, **self._books(), "ended": "", "cause": ""}
+                found = {**self._last, **self._books(), "ended": "", "cause": ""}
+                return {**found, "round_end": self._round_end} if self._in_rounds else found
             if not self._thread.is_alive() and self._rows.empty():
                 return self._end_row()
+
+    def _announce_round(self) -> None:
+        space = self._settings.space
+        end = round_after(float(self._last[space.progress_measure]), space.round_length)
+        if end != self._round_end:
+            announce_round(RunFolder(self._folder), space.progress_measure, end)
+            self._round_end = end
 
     def _is_the_end(self, row: Mapping[str, Any]) -> bool:
         train = self._config.train
@@ -183,7 +204,10 @@ class _LiveRun:
 
     def _train(self) -> None:
         desk = self._settings.desk
-        ray.get(desk.enter.remote(self._trial))
+        reason = ray.get(desk.enter.remote(self._trial))
+        if reason is not None:
+            self._wish.ask(reason)
+            return
         try:
             self._result = train(
                 self._config,
@@ -207,8 +231,11 @@ class _LiveRun:
 
     def _end_row(self) -> dict[str, Any]:
         row = {**self._last, **self._books(), "done": True, "cause": ""}
+        error = self._error
+        if self._result is None and error is None:
+            # The search was ending when it was to begin.
+            return {**row, "ended": "interrupted", "cause": str(self._wish.reason)}
         if self._result is None:
-            error = self._error
             text = error.line() if isinstance(error, ElasticKfacError) else repr(error)
             write_books(self._folder, {**self._books(), "cause": text})
             return {**row, "ended": "failed", "cause": text}
@@ -260,14 +287,7 @@ class _Watch:
         row = view.evaluation
         if row and int(row["step"]) != self._evaluated:
             self._evaluated = int(row["step"])
-            self._rows.put(
-                {
-                    "accuracy": float(row["eval_accuracy"]),
-                    "epoch": float(row["epoch"]),
-                    "steps": int(row["step"]),
-                    "train_time_s": float(row["train_time_s"]),
-                }
-            )
+            self._rows.put(_evaluation(row))
         trained_s = float(view.progress.get("train_time_s") or 0.0)
         if self._limit_s is not None and trained_s >= self._limit_s:
             self._wish.ask(_BUDGET)
@@ -284,6 +304,23 @@ class _Watch:
             "peak_memory_bytes": self._processes.peak_memory_bytes,
             "parent": self._parent,
         }
+
+
+def _evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "accuracy": float(row["eval_accuracy"]),
+        "epoch": float(row["epoch"]),
+        "steps": int(row["step"]),
+        "train_time_s": float(row["train_time_s"]),
+    }
+
+
+def _last_evaluation(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier call, or the trial that a clone comes from, has come to."""
+    found = [_evaluation(row) for row in folder.metrics() if "eval_accuracy" in row]
+    if not found:
+        return {"accuracy": 0.0, "best_accuracy": 0.0, "epoch": 0.0, "train_time_s": 0.0}
+    return {**found[-1], "best_accuracy": max(row["accuracy"] for row in found)}
 
 
 class ProcessMeter:

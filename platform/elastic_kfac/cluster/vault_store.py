@@ -15,6 +15,7 @@ from elastic_kfac.cluster.vault import Note, VaultPlace
 from elastic_kfac.errors import StateError
 from elastic_kfac.training.checkpoint import CheckpointStore
 from elastic_kfac.training.state import TrainingState
+from elastic_kfac.training.storage import Storage
 
 
 class VaultStore:
@@ -66,6 +67,11 @@ class VaultStore:
         self._pending: Future[bool] | None = None
         self._sent: dict[str, Any] = {}
         """The newest answer that each vault owes, by node."""
+
+    @property
+    def storage(self) -> Storage:
+        """The run's folder."""
+        return self._durable.storage
 
     def save(self, state: TrainingState) -> None:
         """To disk, and meanwhile to the vaults.

@@ -22,11 +22,12 @@ from elastic_kfac.reports.experiment import number
 
 EXPERIMENT = "experiment.json"
 ENDED = ("finished", "stopped", "failed", "refused")
+"""States of trials that a search does not run again."""
 TRIED = ("finished", "stopped")
 """States of trials whose outcome says something about their configuration."""
 BEST = "best"
 
-_FIXED = (
+NUMBERS = (
     "objective",
     "train_time_to_accuracy_s",
     "time_to_accuracy_s",
@@ -39,6 +40,7 @@ _FIXED = (
     "started",
     "ended",
 )
+"""Columns of `trials.csv` that hold a number, or nothing where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ def _trial(
     def cell(name: str) -> str:
         return str(cells.get(name) or "")
 
-    numbers = {name: value for name in _FIXED if (value := _finite(cell(name))) is not None}
+    numbers = {name: value for name in NUMBERS if (value := _finite(cell(name))) is not None}
     run = _inside(folder, cell("run_folder"))
     return Trial(
         index=index,

@@ -222,6 +222,16 @@ class SearchSpace(Section):
         return float(self.budget.epochs or self.budget.train_seconds or 0)
 
     @property
+    def progress_measure(self) -> Literal["epoch", "train_time_s"]:
+        """What schedulers compare trials at: the unit of the budget, as results name it."""
+        return "epoch" if self.budget.epochs is not None else "train_time_s"
+
+    @property
+    def round_length(self) -> float:
+        """PB2: between two exploits, in units of the budget."""
+        return self.scheduler.interval or self.limit / 4
+
+    @property
     def num_points(self) -> int:
         """Points that the search tries."""
         return len(self.grid_points()) if self.searcher.name == "grid" else self.num_trials

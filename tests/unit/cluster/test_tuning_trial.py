@@ -162,7 +162,7 @@ def test_own_checkpoint_leaves_a_trial_as_it_is(space: SearchSpace, tmp_path: Pa
 
 def ended_run(space: SearchSpace, folder: Path, result: Any, error: Any, wish: str | None) -> Any:
     run = object.__new__(_LiveRun)
-    run._rows = queue.SimpleQueue()
+    run._rows, run._in_rounds = queue.SimpleQueue(), False
     run._last = {"accuracy": 0.4, "best_accuracy": 0.5, "epoch": 1.0}
     run._config = space.config({}, 0)
     run._folder = folder
