@@ -1,9 +1,14 @@
 """A run under faults at a steady rate, held against the same run left in peace.
 
-In the reproducible mode the final state of both must have the same bits, every sample must count exactly
-once, and the goodput is the part of the time in which the run was not down or computing steps again.
+First a fault every 120 s for 30 minutes, then one every 30 s for 10 minutes: a worker killed, a node
+lost, a node drained with time or cut short. A node that went is replaced half a period later. Then the
+run is stopped, started again under its name and finished. In the reproducible mode its final state must
+have the bits of a run of as many epochs without any fault, every sample must count exactly once, and the
+goodput is the part of the time in which the run was neither down nor computing steps again.
 
-    python benchmarks/elastic/chaos.py [--epochs 1500] [--every 120] [--out benchmarks/results/chaos.json]
+Steps take 0.1 s at least (see `paced_ranks.py`), so that the quiet run need not take as long.
+
+    python benchmarks/elastic/chaos.py [--phases 30:120,10:30] [--in-place] [--out FILE]
 """
 
 from __future__ import annotations
@@ -12,153 +17,252 @@ import argparse
 import json
 import logging
 import os
+import platform
 import random
+import signal
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
+import torch
 
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.local_cluster import LocalCluster
 from elastic_kfac.cluster.progress import SilentDisplay
 from elastic_kfac.cluster.ray_adapter import quiet_driver
 from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.result import RunResult
+from elastic_kfac.cluster.result import CHANGES, RunResult
 from elastic_kfac.cluster.trainer import train
 from elastic_kfac.config import Config, parse_config
 from elastic_kfac.training.audit import audit_run
 from elastic_kfac.training.run_folder import RunFolder
 
 NODES = 2
+STEPS_PER_EPOCH = 45
+HAND_OVER_S = 90.0
+"""How long a node that was drained with time stays at most."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many seconds with a fault every so many seconds."""
+
+    seconds: float
+    every_s: float
+
+    @classmethod
+    def parse(cls, text: str) -> list[Phase]:
+        """`minutes:seconds` of every phase, separated by commas."""
+        pairs = [part.split(":") for part in text.split(",")]
+        return [cls(60 * float(minutes), float(every)) for minutes, every in pairs]
 
 
 class Chaos(SilentDisplay):
-    """Every so many seconds a fault, whatever the run is doing; a node that went comes back next."""
+    """Strikes at its times, whatever the run is doing; presses Ctrl-C after the last phase."""
 
-    def __init__(self, cluster: LocalCluster, every_s: float, seed: int) -> None:
-        self._cluster, self._every_s = cluster, every_s
+    def __init__(self, cluster: LocalCluster, phases: Sequence[Phase], seed: int) -> None:
+        self._cluster = cluster
         self._random = random.Random(seed)
-        self._next: float | None = None
-        self.faults: list[str] = []
+        self._strikes: list[tuple[float, Phase]] = []
+        begin = 0.0
+        for phase in phases:
+            count = round(phase.seconds / phase.every_s)
+            self._strikes += [(begin + (n + 0.5) * phase.every_s, phase) for n in range(count)]
+            begin += phase.seconds
+        self._end = begin
+        self._return_at: float | None = None
+        self._leaving: tuple[int, float] | None = None
+        self.began: float | None = None
+        self.faults: list[tuple[float, str]] = []
+        """Seconds since the first step, and what happened."""
 
     def update(self, view: RunView) -> None:
-        now = time.monotonic()
-        if view.phase == "ended" or not view.progress:
-            return
-        if self._next is None:
-            self._next = now + self._every_s
-        if now < self._next:
-            return
-        self._next += self._every_s
-        self.faults.append(self._strike(view))
+        if self.began is None:
+            if int(view.progress.get("step", 0)) < 1:
+                return
+            self.began = time.time()
+        now = time.time() - self.began
+        self._let_go(view, now)
+        if self._return_at is not None and now >= self._return_at and self._leaving is None:
+            self._return_at = None
+            if len(self._cluster.nodes) < NODES:
+                self._cluster.add_node()
+        elif self._strikes and now >= self._strikes[0][0]:
+            _, phase = self._strikes.pop(0)
+            self.faults.append((round(now, 1), self._strike(view, now, phase)))
+            print(*self.faults[-1], flush=True)
+        elif now >= self._end:
+            self._end = float("inf")
+            # From another thread, so that the main thread meets it wherever it happens to be.
+            threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    def _strike(self, view: RunView) -> str:
-        if len(self._cluster.nodes) < NODES:
-            self._cluster.add_node()
-            return "node returns"
+    def _let_go(self, view: RunView, now: float) -> None:
+        """A node that was drained with time goes once the run steps without it."""
+        if self._leaving is None:
+            return
+        node, deadline = self._leaving
+        moved = view.phase == "running" and self._cluster.node_id(node) not in set(
+            view.rank_nodes.values()
+        )
+        if moved or now > deadline:
+            self._cluster.remove_node(node)
+            self._leaving = None
+
+    def _strike(self, view: RunView, now: float, phase: Phase) -> str:
+        if self._leaving is not None:
+            self._cluster.remove_node(self._leaving[0])
+            self._leaving = None
+            return "drain cut short"
         kind = self._random.choice(["kill", "node lost", "drain long", "drain short"])
-        if kind == "kill" and not view.pids:
-            kind = "node lost"
-        if kind == "kill":
+        if kind == "kill" and view.pids:
             rank = self._random.choice(sorted(view.pids))
             try:
                 self._cluster.kill_worker(view.pids[rank])
             except Exception as error:
                 return f"kill of rank {rank} came too late ({type(error).__name__})"
             return f"kill rank {rank}"
+        if not self._cluster.nodes:
+            return "no node is left to lose"
+        self._return_at = now + phase.every_s / 2
         node = self._random.choice(self._cluster.nodes)
-        if kind.startswith("drain"):
-            self._cluster.drain_node(node, deadline_s=1 if kind == "drain short" else 600)
-            if kind == "drain long":
-                # Long enough for the hand-over; the machine goes afterwards.
-                deadline = time.monotonic() + 15
-                while time.monotonic() < deadline:
-                    time.sleep(0.5)
+        if kind == "drain long":
+            self._cluster.drain_node(node, deadline_s=600)
+            self._leaving = (node, now + HAND_OVER_S)
+            return kind
+        if kind == "drain short":
+            self._cluster.drain_node(node, deadline_s=1)
         self._cluster.remove_node(node)
-        return kind
+        return "node lost" if kind == "kill" else kind
 
 
-def go(
-    folder: Path, config: Config, *, every_s: float | None, seed: int
-) -> tuple[RunResult, list[str], float]:
-    """One run; without `every_s` a quiet one."""
-    with quiet_driver(), LocalCluster(NODES) as cluster:
-        cluster.connect()
-        chaos = Chaos(cluster, every_s, seed) if every_s is not None else None
-        begin = time.monotonic()
-        result = train(
-            config,
-            name="run",
-            storage=str(folder),
-            cluster=cluster,
-            progress=chaos or SilentDisplay(),
+def go(folder: Path, config: Config, display: SilentDisplay, cluster: LocalCluster) -> RunResult:
+    """One call of `train`; a quiet one does not wait in its steps."""
+    paced = {"rank_function": "paced_ranks:run"} if isinstance(display, Chaos) else {}
+    return train(
+        config, name="run", storage=str(folder), cluster=cluster, progress=display, **paced
+    )
+
+
+def goodput(rows: Sequence[dict[str, Any]], steps: int, seconds: float) -> dict[str, Any]:
+    """What became of `seconds` in which `steps` were committed and `rows` happened."""
+    changes = [row for row in rows if row["kind"] in CHANGES]
+    down = sum(float(row["downtime_s"]) for row in changes)
+    redone = sum(int(row["steps_redone"]) for row in changes)
+    return {
+        "seconds": round(seconds, 1),
+        "steps": steps,
+        "steps_redone": redone,
+        "changes_of_the_world": len(changes),
+        "downtime_s": round(down, 1),
+        "longest_downtime_s": round(
+            max((float(row["downtime_s"]) for row in changes), default=0), 1
+        ),
+        "goodput": round((1 - down / seconds) * steps / max(1, steps + redone), 4),
+    }
+
+
+def by_phase(folder: RunFolder, chaos: Chaos, phases: Sequence[Phase]) -> list[dict[str, Any]]:
+    """The goodput of every phase; a change counts where it ended."""
+    assert chaos.began is not None
+    events, metrics = folder.events(), [row for row in folder.metrics() if "loss" in row]
+    # The metrics know the time since the run's start, the first of them when that was.
+    first = next(row["time"] for row in events if row["kind"] == "start")
+    found, begin = [], chaos.began
+    for number, phase in enumerate(phases, 1):
+        end = begin + phase.seconds
+        until = float("inf") if number == len(phases) else end
+        inside = [row for row in events if begin <= row["time"] < until]
+        steps = sum(begin <= first + row["wall_time_s"] < until for row in metrics)
+        struck = [kind for at, kind in chaos.faults if begin <= chaos.began + at < until]
+        found.append(
+            {
+                "fault_every_s": phase.every_s,
+                "faults": len(struck),
+                **goodput(inside, steps, phase.seconds),
+                "in_order": struck,
+            }
         )
-        return result, chaos.faults if chaos else [], time.monotonic() - begin
+        begin = end
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--epochs", type=int, default=1500, help="of 45 steps each")
-    parser.add_argument("--every", type=float, default=120.0, help="seconds between faults")
+    parser.add_argument("--phases", default="30:120,10:30", help="minutes:seconds between faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--in-place", action="store_true")
+    parser.add_argument("--in-place", action="store_true", help="survivors keep their processes")
     default = Path(__file__).parents[1] / "results" / "chaos.json"
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     logging.disable(logging.INFO)
-    with tempfile.TemporaryDirectory(prefix="ek-chaos-") as name:
+    phases = Phase.parse(arguments.phases)
+    here = str(Path(__file__).parent)
+    paths = os.pathsep.join(path for path in (os.environ.get("PYTHONPATH"), here) if path)
+    with (
+        tempfile.TemporaryDirectory(prefix="ek-chaos-") as name,
+        patch.dict(os.environ, {"PYTHONPATH": paths}),
+    ):
         folder = Path(name)
         elastic_kfac(["shards", "make", "--source", "digits", "--out", f"{name}/digits"])
-        config = parse_config(
-            {
-                "data": {"shards": f"{name}/digits"},
-                "train": {
-                    "epochs": arguments.epochs,
-                    "global_batch_size": 32,
-                    "eval_every_epochs": 50,
-                },
-                "optimizer": {"lr": 0.02},
-                "kfac": {"damping": 1e-2, "kl_clip": 1e-4, "inverse_update_steps": 20},
-                "elastic": {
-                    "max_workers": NODES,
-                    "snapshot_interval_s": 0.5,
-                    "reproducible": True,
-                    "in_place": arguments.in_place,
-                },
-            }
-        )
-        load = os.getloadavg()[0]
-        struck, faults, wall_s = go(
-            folder / "chaos", config, every_s=arguments.every, seed=arguments.seed
-        )
-        quiet, _, quiet_wall_s = go(folder / "quiet", config, every_s=None, seed=0)
-        audit = audit_run(RunFolder(folder / "chaos" / "run"))
-        values, reference = struck.values, quiet.values
-        step_s = values["train_time_s"] / max(1, values["steps"])
-        lost_s = values["downtime_s"] + values["steps_redone"] * step_s
+
+        def config(epochs: int) -> Config:
+            return parse_config(
+                {
+                    "data": {"shards": f"{name}/digits"},
+                    "train": {"epochs": epochs, "global_batch_size": 32, "eval_every_epochs": 50},
+                    "optimizer": {"lr": 0.02},
+                    "kfac": {"damping": 1e-2, "kl_clip": 1e-4, "inverse_update_steps": 20},
+                    "elastic": {
+                        "max_workers": NODES,
+                        "snapshot_interval_s": 0.5,
+                        "reproducible": True,
+                        "in_place": arguments.in_place,
+                        "in_place_wait_s": 600,
+                    },
+                }
+            )
+
+        load = [os.getloadavg()[0]]
+        struck = RunFolder(str(folder / "chaos" / "run"))
+        with quiet_driver(), LocalCluster(NODES) as cluster:
+            cluster.connect()
+            chaos = Chaos(cluster, phases, arguments.seed)
+            stopped = go(folder / "chaos", config(100_000), chaos, cluster)
+            load.append(os.getloadavg()[0])
+            measured = by_phase(struck, chaos, phases)
+            print(json.dumps(measured, indent=1), flush=True)
+            while len(cluster.nodes) < NODES:
+                cluster.add_node()
+            last = config(stopped.values["steps"] // STEPS_PER_EPOCH + 2)
+            values = go(folder / "chaos", last, SilentDisplay(), cluster).values
+            quiet = go(folder / "quiet", last, SilentDisplay(), cluster).values
+        audit = audit_run(struck)
+        equal = values["final_state_sha256"] == quiet["final_state_sha256"]
         report: dict[str, Any] = {
-            "machine": {"cpus": os.cpu_count(), "load_at_start": round(load, 1)},
-            "ray": ray.__version__,
+            "what": "a run under faults, stopped, continued and finished, against a quiet one",
             "in_place": arguments.in_place,
-            "seed": arguments.seed,
-            "fault_every_s": arguments.every,
-            "faults": faults,
+            "phases": measured,
             "steps": values["steps"],
-            "wall_s": round(wall_s, 1),
-            "quiet_wall_s": round(quiet_wall_s, 1),
-            "downtime_s": values["downtime_s"],
-            "steps_redone": values["steps_redone"],
-            "goodput": round(1 - lost_s / wall_s, 4),
-            "hash_equals_quiet_run": values["final_state_sha256"]
-            == reference["final_state_sha256"],
+            "hash_equals_quiet_run": equal,
+            "final_state_sha256": values["final_state_sha256"],
+            "samples_committed": values["samples_committed"],
             "ledger_problems": list(audit.problems),
             "world_sizes": values["world_sizes"],
+            "seed": arguments.seed,
+            "n": 1,
+            "hardware": f"{platform.machine()}, {os.cpu_count()} shared cores",
+            "load": [round(x, 1) for x in load],
+            "versions": {"torch": torch.__version__, "ray": ray.__version__},
         }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    return 0 if report["hash_equals_quiet_run"] and not report["ledger_problems"] else 1
+    return 0 if equal and not report["ledger_problems"] else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+"""Ranks whose steps take at least `STEP_S`, as on a device that computes while its processor waits.
+
+Only the time of a step is prolonged: a reference run without it reaches the same bits much sooner.
+Workers import this module by name before their loop asks its control for the first time, which it does
+once per step.
+"""
+
+from __future__ import annotations
+
+import time
+
+from elastic_kfac.cluster import worker
+from elastic_kfac.training.snapshots import run_rank_with_rescue
+
+STEP_S = 0.1
+
+run = run_rank_with_rescue
+
+_stop_reason = worker.RecorderControl.stop_reason
+
+
+def _paced(control: worker.RecorderControl) -> str | None:
+    time.sleep(STEP_S)
+    return _stop_reason(control)
+
+
+worker.RecorderControl.stop_reason = _paced  # type: ignore[method-assign]
