@@ -62,7 +62,10 @@ class SearchBooks:
             ):
                 if result.get(name) is not None:
                     row.numbers[name] = float(result[name])
-            row.parent = str(result.get("parent") or "")
+            parent = str(result.get("parent") or "")
+            if parent not in ("", row.parent):
+                self._say(f"{trial_id} continues the state of {parent}")
+            row.parent = parent
             self._follow_perturbation(row, result)
             self.note()
 

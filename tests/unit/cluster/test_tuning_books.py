@@ -114,6 +114,15 @@ def test_each_way_to_end_has_its_status_and_cause(story: Story) -> None:
     assert any("t0-2 finished: best accuracy 89.00% (target 0.9)" in line for line in story.said)
 
 
+def test_clone_is_told_once_and_its_values_are_the_new_ones(story: Story) -> None:
+    story.point(0, 0.1)
+    for _ in range(2):
+        story.books.heard("t0-0", {"parent": "t1-0", "values": {"kfac.damping": 0.25}})
+    row = story.journal.rows["t0-0"]
+    assert (row.parent, row.parameters["kfac.damping"]) == ("t1-0", 0.25)
+    assert story.said == ["t0-0 continues the state of t1-0"]
+
+
 def test_books_are_read_again_as_they_were_written(story: Story) -> None:
     story.point(0, 0.1)
     story.end("t0-0", 2.5, "target", accuracy=0.91)
