@@ -227,6 +227,18 @@ class ResourcesConfig(Section):
         default_factory=lambda: {"CPU": 1.0}
     )
 
+    @model_validator(mode="after")
+    def _gpus_are_wanted(self) -> ResourcesConfig:
+        if "GPU" in self.per_worker and not self.use_gpu:
+            raise ValueError(
+                "per_worker names GPU, but use_gpu is false; set resources.use_gpu=true"
+            )
+        return self
+
+    def of_a_worker(self) -> dict[str, float]:
+        """Every resource of one worker: `use_gpu` alone means one GPU."""
+        return {**({"GPU": 1.0} if self.use_gpu else {}), **self.per_worker}
+
 
 class Config(Section):
     """A run."""

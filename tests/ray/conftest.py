@@ -14,7 +14,7 @@ import ray
 from elastic_kfac.cli.entry import main
 from elastic_kfac.cluster.local_cluster import LocalCluster
 from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.ray_adapter import quiet_driver
+from elastic_kfac.cluster.ray_adapter import await_lost_nodes, quiet_driver
 from elastic_kfac.cluster.result import RunResult
 from elastic_kfac.cluster.trainer import train
 from elastic_kfac.config import Config, parse_config
@@ -69,8 +69,12 @@ def cluster(session_cluster: LocalCluster) -> LocalCluster:
 
 def in_order(cluster: LocalCluster) -> LocalCluster:
     """Gives a cluster its two worker nodes back."""
-    while len(cluster.nodes) > NODES:
-        cluster.remove_node(cluster.nodes[-1])
+    superfluous = cluster.nodes[NODES:]
+    removed = {cluster.node_id(index) for index in superfluous}
+    for index in superfluous:
+        cluster.remove_node(index)
+    # Until they are known to be dead Ray would place something on them.
+    await_lost_nodes(removed)
     while len(cluster.nodes) < NODES:
         cluster.add_node()
     return cluster

@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.worker_group.worker import (
 )
 from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster import ray_adapter
 from elastic_kfac.cluster.local_cluster import LocalCluster
@@ -124,24 +125,24 @@ def test_ray_raylet_messages_have_the_fields_in_use(message: Any, fields: str) -
 
 
 def test_spare_process_is_ready_counted_once_and_taken(cluster: LocalCluster) -> None:
-    nodes = set(ray_adapter.alive_worker_nodes())
+    # A node of its own: others may keep processes that earlier runs have left.
+    fresh = cluster.node_id(cluster.add_node())
+    nodes = {fresh}
     ray_adapter.prestart_workers(nodes, 1)
     assert ray_adapter.await_idle_workers(nodes, timeout_s=180.0)
-    # Processes that earlier tests left may still be going: what counts is that it comes to rest.
-    deadline = time.monotonic() + 180
-    while ray_adapter.prestart_workers(nodes, 1) and time.monotonic() < deadline:
-        time.sleep(0.5)
     assert ray_adapter.prestart_workers(nodes, 1) == 0
 
     class Probe:
         def imported(self) -> bool:
             return "torch" in sys.modules and "elastic_kfac.training.loop" in sys.modules
 
-    # A node may hold more than one spare by now; once all are taken, one is asked for again.
+    # A node may begin with more than one spare; once all are taken, one is asked for again.
+    here = NodeAffinitySchedulingStrategy(fresh, soft=False)
     probes: list[Any] = []
     asked = 0
     while not asked and len(probes) < 8:
-        probes.append(ray.remote(num_cpus=0.1)(Probe).remote())
+        probe: Any = ray.remote(num_cpus=0.1, scheduling_strategy=here)(Probe)
+        probes.append(probe.remote())
         assert ray.get(probes[-1].imported.remote())
         asked = ray_adapter.prestart_workers(nodes, 1)
     assert asked == 1

@@ -26,7 +26,7 @@ from elastic_kfac.cluster.comparison_cell import (
     cell_function,
     missing_measures,
 )
-from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray_adapter import quiet_driver
 from elastic_kfac.cluster.signals import StopSignals
 from elastic_kfac.cluster.trainer import connected
@@ -351,13 +351,5 @@ def _start_board() -> Any:
 
 def _local_cluster(loaded: LoadedStudy) -> LocalCluster:
     """One node with room for as many cells as may run at once."""
-    resources = dict(loaded.cells[0].config.resources.per_worker)
     at_once = min(loaded.study.parallelism, len(loaded.cells))
-    cpus = resources.pop("CPU", 1.0)
-    gpus = resources.pop("GPU", 1.0 if loaded.cells[0].config.resources.use_gpu else 0.0)
-    return LocalCluster(
-        1,
-        cpus_per_node=cpus * at_once,
-        gpus_per_node=gpus * at_once,
-        resources_per_node={key: value * at_once for key, value in resources.items()},
-    )
+    return cluster_for(loaded.cells[0].config, 1, workers_per_node=at_once)

@@ -18,6 +18,7 @@ import filelock
 import ray
 import torch
 
+from elastic_kfac.cluster.devices import device_of_task
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, NumericalError, RunError
@@ -84,7 +85,7 @@ def missing_measures(result: Row, task: CellTask) -> tuple[str, ...]:
 
 def _finished(task: CellTask, folder: RunFolder, board: Any) -> dict[str, Any]:
     result = folder.result()
-    device = _device(task.config)
+    device = device_of_task(task.config)
     if result is None:
         result = _trained(task, folder, board, device)
     wanted = missing_measures(result, task)
@@ -156,12 +157,6 @@ def _alone_in(folder: RunFolder) -> Iterator[None]:
         ) from None
 
 
-def _device(config: Config) -> torch.device:
-    # Ray shows a task only the devices that it was given.
-    use_gpu = config.resources.use_gpu and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
 def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
@@ -184,9 +179,8 @@ class StudyBoard:
 
 def cell_function(config: Config) -> Any:
     """The Ray task with the resources of a cell; a lost node makes Ray run it again elsewhere."""
-    resources = dict(config.resources.per_worker)
-    cpus = resources.pop("CPU", 1.0)
-    gpus = resources.pop("GPU", 1.0 if config.resources.use_gpu else 0.0)
+    resources = config.resources.of_a_worker()
+    cpus, gpus = resources.pop("CPU", 1.0), resources.pop("GPU", 0.0)
     return ray.remote(run_cell).options(
         num_cpus=cpus, num_gpus=gpus, resources=resources, max_retries=5
     )

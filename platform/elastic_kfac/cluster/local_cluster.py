@@ -10,22 +10,28 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import math
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import ray
 from ray.cluster_utils import Cluster
 
+from elastic_kfac.cluster.devices import local_gpu_ids
 from elastic_kfac.cluster.ray_adapter import drain_node
 from elastic_kfac.cluster.signals import kept_signal_handlers
 from elastic_kfac.errors import RunError, UsageError
+
+if TYPE_CHECKING:
+    from elastic_kfac.config import Config
 
 SOCKET_PATH_LIMIT = 107
 """Longest path of a unix socket on Linux."""
@@ -89,6 +95,7 @@ class LocalCluster:
         *,
         cpus_per_node: float = 1,
         gpus_per_node: float = 0,
+        gpu_ids: Sequence[str] = (),
         resources_per_node: Mapping[str, float] | None = None,
         object_store_mib: int = 100,
         dashboard: bool = False,
@@ -100,6 +107,8 @@ class LocalCluster:
             num_nodes: Nodes besides the head.
             cpus_per_node: Logical CPUs of a node; more than the machine has is allowed.
             gpus_per_node: Logical GPUs of a node.
+            gpu_ids: Devices of this machine, as CUDA names them, that nodes take turns with; without
+                them all nodes see the same ones.
             resources_per_node: Further logical resources of a node.
             object_store_mib: Shared memory of a node's object store, in MiB.
             dashboard: Whether to start Ray's dashboard (needed for the jobs API).
@@ -117,9 +126,11 @@ class LocalCluster:
             "resources": dict(resources_per_node or {}),
             "object_store_memory": object_store_mib << 20,
         }
+        self._gpu_ids = tuple(gpu_ids)
         self._dashboard = dashboard
         self._cluster: Cluster | None = None
         self._nodes: dict[int, Any] = {}
+        self._gpu_turns: dict[int, int] = {}
         self._next_index = 0
         self._folder = Path()
         self._alive: IO[bytes] | None = None
@@ -174,7 +185,8 @@ class LocalCluster:
         self._next_index += 1
         # Each node has its own loopback address; 127.0.0.1 would be rewritten to the host's.
         address = f"127.0.0.{3 + index % 250}"
-        with _environment({**self._variables(), **_WORKER_ENVIRONMENT}), kept_signal_handlers():
+        variables = {**self._variables(), **_WORKER_ENVIRONMENT, **self._devices(index)}
+        with _environment(variables), kept_signal_handlers():
             self._nodes[index] = cluster.add_node(
                 wait=False, node_ip_address=address, **self._node_options
             )
@@ -262,6 +274,15 @@ class LocalCluster:
             "RAY_TMPDIR": str(self._folder),
         }
 
+    def _devices(self, index: int) -> dict[str, str]:
+        if not self._gpu_ids:
+            return {}
+        used = {self._gpu_turns.get(node) for node in self._nodes}
+        turn = self._gpu_turns[index] = next(turn for turn in count() if turn not in used)
+        size = math.ceil(self._node_options["num_gpus"])
+        devices = [self._gpu_ids[(turn * size + i) % len(self._gpu_ids)] for i in range(size)]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+
     def _require(self) -> Cluster:
         if self._cluster is None:
             raise RunError("the local cluster has been shut down")
@@ -282,6 +303,25 @@ class LocalCluster:
                 if text:
                     return f"{name}: " + " | ".join(text.splitlines()[-lines:])
         return ""
+
+
+def cluster_for(config: Config, num_nodes: int, *, workers_per_node: int = 1) -> LocalCluster:
+    """Starts a cluster whose nodes have what so many workers of a run ask for.
+
+    Raises:
+        UsageError: Also if this machine has not the GPUs that the run wants.
+    """
+    gpu_ids = local_gpu_ids(config, num_nodes * workers_per_node)
+    resources = {
+        name: amount * workers_per_node for name, amount in config.resources.of_a_worker().items()
+    }
+    return LocalCluster(
+        num_nodes,
+        cpus_per_node=resources.pop("CPU", float(workers_per_node)),
+        gpus_per_node=resources.pop("GPU", 0.0),
+        gpu_ids=gpu_ids,
+        resources_per_node=resources,
+    )
 
 
 def _end(cluster: Cluster, patience_s: float = 10.0) -> None:

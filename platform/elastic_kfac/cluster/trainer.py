@@ -19,7 +19,7 @@ from elastic_kfac.cluster.connection import connect
 from elastic_kfac.cluster.faults import FaultPlan
 from elastic_kfac.cluster.in_place_recorder import InPlaceRecorder
 from elastic_kfac.cluster.listener import RecorderListener
-from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.membership_host import create_membership_host
 from elastic_kfac.cluster.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.ray_adapter import (
@@ -77,6 +77,7 @@ def train(
     rank_function: str = RANK_FUNCTION,
     stop_signals: StopSignals | None = None,
     make_callback: Callable[..., ElasticCallback] = ElasticCallback,
+    logical_gpus: bool = False,
 ) -> RunResult:
     """Trains until the configured end; the same `name` continues where an earlier call ended.
 
@@ -95,6 +96,8 @@ def train(
         stop_signals: Where the wish to stop comes from; None is Ctrl-C and SIGTERM.
         make_callback: Makes what Ray Train's controller asks and tells, from the arguments of
             `ElasticCallback`.
+        logical_gpus: Whether the GPUs of a given `cluster` are only Ray's numbers, so that ranks
+            compute on the CPU although `resources.use_gpu` is set.
 
     Returns:
         How the run ended, also when it was stopped by a signal.
@@ -113,7 +116,7 @@ def train(
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
             display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
-            cluster = stack.enter_context(_local_cluster(config))
+            cluster = stack.enter_context(cluster_for(config, config.elastic.max_workers))
             cluster.connect()
         elif address is not None:
             stack.enter_context(connected(address))
@@ -122,7 +125,17 @@ def train(
             display.say(f"Run {name} exists in {storage}: continuing it.")
         folder.write_config(config)
         signals.defer()
-        run = _Run(config, folder, cluster, faults, display, signals, rank_function, make_callback)
+        run = _Run(
+            config,
+            folder,
+            cluster,
+            faults,
+            display,
+            signals,
+            rank_function,
+            make_callback,
+            logical_gpus,
+        )
         return run.finish()
 
 
@@ -139,6 +152,7 @@ class _Run:
         signals: StopSignals,
         rank_function: str,
         make_callback: Callable[..., ElasticCallback],
+        logical_gpus: bool,
     ) -> None:
         self._config = config
         self._folder = folder
@@ -181,6 +195,7 @@ class _Run:
             rank_function,
             telemetry=telemetry,
             membership_host=create_membership_host(home) if in_place else None,
+            logical_gpus=logical_gpus,
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         elastic = config.elastic
@@ -311,7 +326,7 @@ class _Run:
         elif now - self._waiting_since >= interval_s:
             self._waiting_since = now
             need = self._config.elastic.min_workers
-            room = room_for_workers(self._config.resources.per_worker)
+            room = room_for_workers(self._config.resources.of_a_worker())
             self._display.say(
                 f"Waiting: the cluster has room for {workers(room)}, the run needs {need}."
                 if room < need
@@ -345,18 +360,6 @@ class _Run:
             f"the run failed{rank}: {view.error.line}",
             change="it failed the same way each time it was tried; the last state is kept",
         )
-
-
-def _local_cluster(config: Config) -> LocalCluster:
-    resources = dict(config.resources.per_worker)
-    cpus = resources.pop("CPU", 1.0)
-    gpus = resources.pop("GPU", 1.0 if config.resources.use_gpu else 0.0)
-    return LocalCluster(
-        config.elastic.max_workers,
-        cpus_per_node=cpus,
-        gpus_per_node=gpus,
-        resources_per_node=resources,
-    )
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import ray
 import ray.train
 
 from elastic_kfac.cluster.crash_loop import RankError
+from elastic_kfac.cluster.devices import backend_of, device_of_rank
 from elastic_kfac.cluster.member import NeverAMember, membership_of
 from elastic_kfac.cluster.membership_host import listening_store
 from elastic_kfac.cluster.recorder import Message
@@ -49,6 +50,8 @@ class WorkerSettings:
     """What to tell Ray about the run; None tells nothing."""
     membership_host: Any = None
     """Handle of the actor where members meet; None restarts the group at every change."""
+    logical_gpus: bool = False
+    """Whether the GPUs of `resources.use_gpu` are only Ray's numbers, and ranks use the CPU."""
 
 
 def run_worker(settings: WorkerSettings) -> str:
@@ -210,7 +213,7 @@ def _run(
     if options is not None:
         begin_log(log_context, options.log)
     torch.set_num_threads(config.train.torch_threads)
-    device = _device(config)
+    device = device_of_rank(config, logical_gpus=settings.logical_gpus)
     attempt = int(joined["attempt"])
     module_name, _, function_name = settings.rank_function.partition(":")
     rank_function = getattr(importlib.import_module(module_name), function_name)
@@ -258,7 +261,7 @@ def _run(
     try:
         watched = WatchedPort(port, log_context, *([probe] if telemetry is not None else []))
         if settings.membership_host is not None:
-            backend = _backend(config, device)
+            backend = backend_of(config, device)
             membership = membership_of(settings.membership_host, joined, control, backend=backend)
             outcome = run_member(
                 config,
@@ -305,7 +308,7 @@ def process_group(
         rank,
         world_size,
         store,
-        backend=_backend(settings.config, device),
+        backend=backend_of(settings.config, device),
         timeout_s=settings.collective_timeout_s,
     )
     leave()
@@ -321,21 +324,3 @@ def _rendezvous(recorder: Any, rank: int, world_size: int, attempt: int, timeout
         return store
     host, port = ray.get(recorder.store_address.remote(attempt))
     return TCPStore(host, port, world_size, is_master=False, timeout=timeout)
-
-
-def _backend(config: Config, device: torch.device) -> str:
-    if config.train.backend != "auto":
-        return config.train.backend
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
-def _device(config: Config) -> torch.device:
-    import torch
-
-    if config.resources.use_gpu and torch.cuda.is_available():
-        import ray.train.torch
-
-        device: torch.device = ray.train.torch.get_device()
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")

@@ -1,0 +1,95 @@
+"""Which device a rank computes on, and which of its own devices a machine gives to an embedded cluster.
+
+With `resources.use_gpu` a rank computes on the GPU that Ray gave it or not at all: a run never takes the
+CPU instead. Only who starts a run with `logical_gpus` says that Ray's GPUs are mere numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from elastic_kfac.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from elastic_kfac.config import Config
+
+
+def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.device:
+    """The device of this process, a worker of Ray Train; a GPU becomes the current one.
+
+    Raises:
+        UsageError: If a GPU is wanted and torch sees none on this node.
+    """
+    import torch
+
+    if not config.resources.use_gpu or logical_gpus:
+        return torch.device("cpu")
+    _require_cuda()
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_of_task(config: Config) -> torch.device:
+    """The device of a Ray task, which sees only the devices that it was given.
+
+    Raises:
+        UsageError: If a GPU is wanted and torch sees none on this node.
+    """
+    import torch
+
+    if config.resources.use_gpu:
+        _require_cuda()
+    return torch.device("cuda" if config.resources.use_gpu else "cpu")
+
+
+def backend_of(config: Config, device: torch.device) -> str:
+    """The backend of process groups: NCCL between GPUs, unless another one is configured."""
+    if config.train.backend != "auto":
+        return config.train.backend
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def local_gpu_ids(config: Config, workers: int) -> tuple[str, ...]:
+    """The GPUs of this machine, as CUDA names them, for an embedded cluster of so many workers.
+
+    Returns:
+        Nothing where the run wants none.
+
+    Raises:
+        UsageError: If there is none, or workers would have to share one that NCCL does not let them.
+    """
+    if not config.resources.use_gpu:
+        return ()
+    import torch
+
+    _require_cuda()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    ids = named.split(",") if named else [str(index) for index in range(count)]
+    if workers > count and config.train.backend != "gloo":
+        raise ConfigError(
+            "workers of the local cluster would have to share a GPU",
+            given=f"{workers} workers",
+            allowed=f"{count} with NCCL, one per GPU of this machine",
+            change="set elastic.max_workers lower or train.backend=gloo, or give --address",
+        )
+    return tuple(ids[:count])
+
+
+def _require_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"GPUs are asked for, and torch {torch.__version__} sees none on this machine "
+            f"({os.uname().nodename})",
+            given="resources.use_gpu=true",
+            change="`elastic-kfac doctor` there says what is missing; resources.use_gpu=false "
+            "takes the CPU",
+        )

@@ -1,0 +1,27 @@
+"""A rank function that writes down which accelerator Ray gave it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from elastic_kfac.training.snapshots import run_rank_with_rescue
+
+
+def notes_its_device(
+    config: Any, communicator: Any, *, store: Any, device: Any, **seams: Any
+) -> Any:
+    """`run_rank_with_rescue`; every rank leaves `device-<rank>.json` in the run's folder."""
+    seen = {
+        "node": ray.get_runtime_context().get_node_id(),
+        "gpus": ray.get_gpu_ids(),
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "device": str(device),
+    }
+    folder = Path(store._durable.storage.path())
+    (folder / f"device-{communicator.rank}.json").write_text(json.dumps(seen))
+    return run_rank_with_rescue(config, communicator, store=store, device=device, **seams)
