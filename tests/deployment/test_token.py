@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import ray
+from ray.core.generated import gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from elastic_kfac.cluster.connection import connect
@@ -69,6 +73,28 @@ def test_refused_connection_is_one_line(
     with pytest.raises(UsageError, match=says) as caught:
         connect("auto")
     assert "\n" not in caught.value.line()
+
+
+def test_head_that_refuses_this_process_is_not_tried_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+        def GetClusterId(self, request: object, context: Any) -> None:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+
+    def must_not(**options: object) -> None:
+        raise AssertionError("there is nothing to connect to")
+
+    monkeypatch.setattr(ray, "init", must_not)
+    server = grpc.server(ThreadPoolExecutor(1))
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Head(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(UsageError, match="asks for a token"):
+            connect(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None).wait()
 
 
 @pytest.mark.soak

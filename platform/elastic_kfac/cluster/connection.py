@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 
+import grpc  # type: ignore[import-untyped]
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
 from elastic_kfac.cluster.signals import kept_signal_handlers
@@ -29,6 +32,8 @@ def connect(address: str, *, instead: str = "start a local cluster") -> None:
         if host and port.isdecimal() and "://" not in host:
             # Where nobody listens, Ray would end this process instead of raising.
             socket.create_connection((host, int(port)), timeout=10).close()
+            if _is_refused(address):
+                raise no_token(f"--address {address}")
         with kept_signal_handlers():
             ray.init(
                 address=address,
@@ -51,6 +56,17 @@ def wants_token(error: BaseException) -> bool:
     """Whether Ray says that the token is missing or not the cluster's."""
     text = str(error).lower()
     return isinstance(error, AuthenticationError) or any(part in text for part in _REFUSALS)
+
+
+def _is_refused(address: str) -> bool:
+    # Ray would try for 20 s, and then say that it cannot connect but not why.
+    with init_grpc_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            head.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=10)
+        except grpc.RpcError as error:
+            return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def no_token(given: str) -> UsageError:
