@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -69,6 +72,19 @@ class RayHead:
         with urllib.request.urlopen(self.metrics, timeout=10) as reply:
             return str(reply.read().decode())
 
+    def log_of_actor(self, shown_as: str) -> list[dict[str, Any]]:
+        """The structured lines that Ray's dashboard shows with an actor."""
+        listed = json.loads(self._dashboard_reads("/api/v0/actors?detail=true"))
+        actors = listed["data"]["result"]["result"]
+        (actor,) = (entry for entry in actors if entry["repr_name"] == shown_as)
+        where = f"actor_id={actor['actor_id']}&suffix=err&lines=-1"
+        text = self._dashboard_reads(f"/api/v0/logs/file?{where}")
+        return [json.loads(line) for line in re.findall(r'\{"time".*\}', text)]
+
+    def _dashboard_reads(self, path: str) -> str:
+        with urllib.request.urlopen(f"{self.dashboard}{path}", timeout=60) as reply:
+            return str(reply.read().decode())
+
 
 @contextmanager
 def ray_head(
@@ -104,6 +120,41 @@ def ray_head(
                 _end(process)
             shutil.rmtree(folder, ignore_errors=True)
     raise RuntimeError(f"the head did not start: {said}")
+
+
+@contextmanager
+def joined_node(
+    head: RayHead, *, num_cpus: int = 1, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One more node, as in a pod: the process in front is `ray start --block`.
+
+    Raises:
+        RuntimeError: If it does not join; with the end of what it said.
+    """
+    command = [
+        *(str(SCRIPTS / "ray"), "start", "--block", f"--address={head.address}"),
+        "--node-ip-address=127.0.0.254",
+        f"--num-cpus={num_cpus}",
+        "--object-store-memory=150000000",
+    ]
+    log = head.temp_dir / f"node-{time.monotonic_ns()}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**head.environment, **(variables or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        until(lambda: process.poll() is not None or b"--block" in log.read_bytes(), 120)
+        if process.poll() is not None or b"--block" not in log.read_bytes():
+            raise RuntimeError(f"the node did not join: {log.read_text(errors='replace')[-2000:]}")
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def until(condition: Callable[[], bool], timeout_s: float) -> bool:

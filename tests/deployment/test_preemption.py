@@ -1,0 +1,122 @@
+"""Preemption on a real head: SIGTERM as Kubernetes sends it, and a drain that is over too soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_kfac.metric_names import metric
+from elastic_kfac.training.audit import audit_run
+from elastic_kfac.training.run_folder import RunFolder
+from support.ray_head import RayHead, joined_node, ray_head, until
+
+NOTICE_S = 600
+"""Plenty, so that a busy machine hands over in time as well."""
+
+PATIENCE_S = 300
+STEPS = 30
+
+
+def started_job(head: RayHead, storage: Path) -> RunFolder:
+    """A run that goes on until it is stopped, on as many nodes as there are."""
+    job = head.submit(
+        "jobs/train.py",
+        *("jobs/configs/digits.yaml", "--storage", str(storage), "--name", "run"),
+        *("--set", f"data.shards={storage}/digits", "--set", "train.epochs=100000"),
+        options=("--no-wait", "--submission-id", "run"),
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    return RunFolder(storage / "run")
+
+
+def steps_on(folder: RunFolder, *world_sizes: int) -> bool:
+    """Whether groups of these sizes followed each other, and the last one has stepped for a while."""
+    if not (Path(folder.storage.path()) / "metrics.jsonl").exists():
+        return False
+    rows = [row for row in folder.metrics() if "loss" in row]
+    sizes = [row["world_size"] for row in rows]
+    changes = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
+    return changes == list(world_sizes) and set(sizes[-STEPS:]) == {world_sizes[-1]}
+
+
+def value(head: RayHead, column: str) -> float | None:
+    """The newest value of a run's metric, as Prometheus would read it."""
+    name = re.escape(metric(column).prometheus_name)
+    found = re.search(rf'^{name}\{{[^}}]*run="run"[^}}]*\}} (\S+)$', head.scrape(), re.MULTILINE)
+    return float(found[1]) if found else None
+
+
+def events(folder: RunFolder, *kinds: str) -> list[dict[str, Any]]:
+    return [dict(row) for row in folder.events() if row["kind"] in kinds]
+
+
+def await_group(head: RayHead, folder: RunFolder, *world_sizes: int) -> None:
+    arrived: Callable[[], bool] = lambda: steps_on(folder, *world_sizes)  # noqa: E731
+    assert until(arrived, PATIENCE_S), head.ray("job", "logs", "run").stdout[-3000:]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1500)
+def test_preempted_nodes_hand_over_and_a_notice_too_short_loses_no_committed_step(
+    tmp_path: Path,
+) -> None:
+    with ray_head(num_cpus=1) as head:
+        notice = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(NOTICE_S)}
+        with joined_node(head, variables=notice) as node:
+            folder = started_job(head, tmp_path)
+            await_group(head, folder, 2)
+            node.send_signal(signal.SIGTERM)
+            # With nothing left to do the node goes by itself, long before its time is over.
+            node.wait(timeout=PATIENCE_S)
+        await_group(head, folder, 2, 1)
+
+        (noticed,) = events(folder, "preemption")
+        assert 0 < noticed["notice_s"] <= NOTICE_S
+        (change,) = events(folder, "resize", "recovery")
+        assert (change["kind"], change["steps_redone"]) == ("resize", 0)
+        assert "being drained" in change["reason"]
+        assert 0 <= change["hand_over_s"] < noticed["notice_s"]
+        assert until(lambda: value(head, "preemptions") == 1, 60)
+        assert value(head, "notice_s") == pytest.approx(noticed["notice_s"])
+        assert value(head, "hand_over_s") == pytest.approx(change["hand_over_s"])
+        assert value(head, "steps_redone") == 0
+
+        with joined_node(head) as node:
+            await_group(head, folder, 2, 1, 2)
+            listed = head.ray("list", "nodes", "--format", "json", "--filter", "state=ALIVE")
+            (node_id,) = (
+                entry["node_id"]
+                for entry in json.loads(listed.stdout[listed.stdout.index("[") :])
+                if not entry["is_head_node"]
+            )
+            reason = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot")
+            drained = head.ray(
+                *("drain-node", "--address", head.address, "--node-id", node_id, *reason),
+                *("--deadline-remaining-seconds", "1"),
+            )
+            assert drained.returncode == 0, drained.stdout + drained.stderr
+            os.killpg(node.pid, signal.SIGKILL)
+            await_group(head, folder, 2, 1, 2, 1)
+        said = [line["message"] for line in head.log_of_actor("RunRecorder(run)")]
+        head.ray("job", "stop", "run")
+
+    result = folder.result()
+    assert result is not None
+    assert (result["status"], result["world_sizes"]) == ("interrupted", [2, 1, 2, 1])
+    # The dashboard shows states and changes with the run's actor.
+    kinds = [line.partition(":")[0] for line in said]
+    assert kinds.count("preemption") >= 1
+    assert kinds.count("resize") + kinds.count("recovery") == 3
+    assert {"starting", "running", "parking"} <= set(kinds)
+    steps = [row["step"] for row in folder.metrics() if "loss" in row]
+    assert steps == list(range(1, result["steps"] + 1))
+    assert audit_run(folder).problems == ()
+    last = events(folder, "resize", "recovery")[-1]
+    print(f"handed over in {change['hand_over_s']} s of {noticed['notice_s']} s; too short: {last}")
