@@ -119,10 +119,10 @@ def resize_box(
     # unsqueeze, not numpy's None: only with its strides does torch see channels_last, where
     # resizing and storing take a third of the time.
     planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
-    if flip:
-        planes = planes.flip(3)
     if planes.shape[2:] != size:
         planes = interpolate(planes, size, mode="bilinear", antialias=True)
+    if flip:  # What is wanted has fewer pixels than what was cut, as a rule.
+        planes = planes.flip(3)
     return planes[0].permute(1, 2, 0).numpy()
 
 

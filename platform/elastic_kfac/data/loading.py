@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,7 @@ class SampleLoader:
         self._seed = seed
         self._skip = bad_records == "skip"
         self._scratch = Scratch()
+        self._memory = BatchMemory()
         self._quarantine = _Quarantine(shard_set, cache, max_bad_records)
         self.image_shape = _delivered_shape(shard_set, image_size)
         self._pool = (
@@ -152,7 +154,7 @@ class SampleLoader:
         weights: NDArray[np.float32],
     ) -> NDArray[np.uint8]:
         # Not zeroed: clearing a batch first costs a tenth of what decoding it does.
-        out = np.empty((len(ids), *self.image_shape[1:], 3), dtype=np.uint8)
+        out = self._memory.take((len(ids), *self.image_shape[1:], 3))
 
         def decode(members: NDArray[np.int64]) -> list[tuple[int, str]]:
             problems: list[tuple[int, str]] = []
@@ -241,6 +243,36 @@ def _decode_into(
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     scaled = (left * across, top * down, right * across, bottom * down)
     out[:] = resize_box(pixels, (out.shape[0], out.shape[1]), scaled, flip=flip)
+
+
+class BatchMemory:
+    """Memory of batches that comes back once nobody holds a batch any more.
+
+    Pages fresh from the kernel for every batch cost a tenth of decoding it.
+    """
+
+    _MOST = 4
+    _UNUSED = 3
+    """References to an array that only the list, the loop and the question itself hold."""
+
+    def __init__(self) -> None:
+        self._arrays: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """An array of this shape, with any content, that nothing else refers to.
+
+        Views and tensors made from it count as references as long as they live.
+        """
+        with self._lock:
+            for array in self._arrays:
+                if array.shape == shape and sys.getrefcount(array) == self._UNUSED:
+                    return array
+            # Batches may change their size: what was for another one is let go of.
+            kept = [array for array in self._arrays if array.shape == shape]
+            self._arrays = kept[-self._MOST + 1 :]
+            self._arrays.append(np.empty(shape, dtype=np.uint8))
+            return self._arrays[-1]
 
 
 class _Quarantine:

@@ -397,6 +397,21 @@ def test_missing_shard_raises_whatever_the_policy(digits: Path, tmp_path: Path) 
         stream.read(0, 0, 100)
 
 
+def test_read_takes_memory_again_only_when_nobody_holds_the_batch(photos: Path, cache: str) -> None:
+    with SampleStream(
+        ShardSet.open(photos / "train"), seed=0, image_size=16, cache_dir=cache, prefetch_batches=0
+    ) as stream:
+        first = stream.read(0, 0, 4).images
+        address, kept = first.data_ptr(), first[1:].clone()
+        part = first[1:]
+        del first
+        # A view of a part keeps the whole from being written to.
+        assert stream.read(0, 4, 4).images.data_ptr() != address
+        assert torch.equal(part, kept)
+        del part
+        assert stream.read(0, 8, 4).images.data_ptr() == address
+
+
 def test_stream_closed_leaves_no_threads_or_open_files(photos: Path, cache: str) -> None:
     def held() -> tuple[int, set[str]]:
         links = [str(p.readlink()) for p in Path("/proc/self/fd").iterdir() if p.is_symlink()]
