@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from elastic_kfac.cluster.trainer import STOP_TIMEOUT_S
 from support.ray_head import ROOT, RayHead, ray_head, until
 
 CONFIG = "jobs/configs/digits.yaml"
@@ -69,6 +70,11 @@ def test_job_trains_on_the_cluster_it_was_submitted_to(head: RayHead, folder: Pa
     result = result_of(folder / "job")
     assert (result["status"], result["world_sizes"]) == ("finished", [2])
     assert (folder / "job" / "report.html").exists()
+
+    said = head.log_of_actor("RunRecorder(job)")
+    states = [line.get("state") for line in said]
+    assert [state for state in states if state == "running"] == ["running"]
+    assert (said[0]["run"], said[0]["rank"], said[-1]["step"]) == ("job", None, result["steps"])
 
 
 @pytest.mark.soak
@@ -142,3 +148,5 @@ def test_runtime_environment_uploads_the_whole_package_and_no_data() -> None:
     assert {"/data", "/runs"} <= set(written["excludes"])
     assert not {pattern.rstrip("/") for pattern in patterns} & rooms - {"__pycache__"}
     assert written["env_vars"]["PYTHONPATH"] == "platform"
+    # A stopped job is not killed while its ranks may still be saving their state.
+    assert int(written["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > STOP_TIMEOUT_S
