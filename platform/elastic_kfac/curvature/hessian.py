@@ -25,6 +25,9 @@ Batch = tuple[Tensor, Tensor]
 SumLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, labels) to the SUM of the samples' losses."""
 
+_Rows = tuple[Tensor, Sequence[Tensor | None]]
+"""The loss of a chunk, and what is summed of it for each parameter (None is zero)."""
+
 SumOverRanks = Callable[[Tensor], object]
 """Sums a tensor over all ranks in place, and returns when that is done."""
 
@@ -165,6 +168,8 @@ class Hessian:
         self._time_budget_s = time_budget_s
         self._began: float | None = None
         self._expired = False
+        self._is_one_chunk = isinstance(batches, Sequence) and len(batches) == 1
+        self._kept: tuple[list[int], Tensor, Sequence[Tensor | None]] | None = None
         self._sizes = [p.numel() for p in self.parameters]
         self._dtype = self.parameters[0].dtype
         for parameter in self.parameters:
@@ -190,27 +195,33 @@ class Hessian:
         """Hv = ∇(∇L·v), weighted by samples (spec 6.1) [size]."""
         directions = self.split(vector)
 
-        def rows(loss: Tensor) -> Sequence[Tensor | None]:
-            gradients = torch.autograd.grad(
-                loss, self.parameters, create_graph=True, allow_unused=True
-            )
+        def rows(inputs: Tensor, labels: Tensor) -> _Rows:
+            loss, gradients = self._differentiable_gradients(inputs, labels)
             terms = [
                 (gradient * direction).sum()
                 for gradient, direction in zip(gradients, directions, strict=True)
                 if gradient is not None and gradient.requires_grad
             ]
             if not terms:
-                return [None] * len(self.parameters)
-            return torch.autograd.grad(torch.stack(terms).sum(), self.parameters, allow_unused=True)
+                return loss, [None] * len(self.parameters)
+            return loss, torch.autograd.grad(
+                torch.stack(terms).sum(),
+                self.parameters,
+                allow_unused=True,
+                retain_graph=self._is_one_chunk,
+            )
 
         self.products += 1
         return self._mean_over_samples(rows).gradient
 
     def gradient(self) -> LossAndGradient:
         """The mean loss and its gradient; collective like a product."""
-        return self._mean_over_samples(
-            lambda loss: torch.autograd.grad(loss, self.parameters, allow_unused=True)
-        )
+
+        def rows(inputs: Tensor, labels: Tensor) -> _Rows:
+            loss = self._loss_sum(self.model(inputs), labels)
+            return loss, torch.autograd.grad(loss, self.parameters, allow_unused=True)
+
+        return self._mean_over_samples(rows)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """A flat vector as views of the parameters' shapes and types."""
@@ -219,9 +230,25 @@ class Hessian:
             part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)
         ]
 
-    def _mean_over_samples(
-        self, rows: Callable[[Tensor], Sequence[Tensor | None]]
-    ) -> LossAndGradient:
+    def _differentiable_gradients(
+        self, inputs: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """The loss of a chunk and its gradients, with the graph that a product goes back through.
+
+        That of a lone chunk serves all products at the same point: two passes of five are saved.
+        """
+        point = [t._version for t in (*self.model.parameters(), *self.model.buffers())]
+        if self._kept is None or self._kept[0] != point:
+            loss = self._loss_sum(self.model(inputs), labels)
+            gradients = torch.autograd.grad(
+                loss, self.parameters, create_graph=True, allow_unused=True
+            )
+            if not self._is_one_chunk:
+                return loss, gradients
+            self._kept = point, loss, gradients
+        return self._kept[1:]
+
+    def _mean_over_samples(self, rows: Callable[[Tensor, Tensor], _Rows]) -> LossAndGradient:
         if self._began is None:
             self._began = time.monotonic()
         total = torch.zeros(self.size, dtype=self._dtype, device=self.device)
@@ -232,8 +259,8 @@ class Hessian:
             for inputs, labels in self._batches:
                 if not len(labels):
                     continue
-                loss = self._loss_sum(self.model(inputs), labels)
-                for part, row in zip(total.split(self._sizes), rows(loss), strict=True):
+                loss, found = rows(inputs, labels)
+                for part, row in zip(total.split(self._sizes), found, strict=True):
                     if row is not None:
                         part.add_(row.detach().reshape(-1))
                 totals[0] += loss.detach()

@@ -111,6 +111,24 @@ def test_product_is_the_dense_hessian_in_one_chunk_or_ragged_ones() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_product_follows_the_parameters_and_counts_the_model_once_per_point() -> None:
+    model, batch = network(), samples()
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    operator = Hessian(model, cross_entropy_sum, [batch])
+    vector = random_vector(operator, 0, 0)
+    for shift in (0.0, 0.3):
+        with torch.no_grad():
+            model[0].weight += shift
+        expected = dense_hessian(model, batch) @ vector
+        passes.clear()
+        for _ in range(3):
+            # A gradient in between takes nothing from the products.
+            operator.gradient()
+            torch.testing.assert_close(operator.product(vector), expected, rtol=1e-10, atol=1e-12)
+        assert len(passes) == 3 + 1
+
+
 def test_top_three_eigenvalues_are_the_dense_ones() -> None:
     model, batch = network(), samples()
     values, vectors = torch.linalg.eigh(dense_hessian(model, batch))
