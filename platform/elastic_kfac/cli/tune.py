@@ -11,7 +11,7 @@ from elastic_kfac.cli.train import fresh_name
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs the search that a file describes; the same name continues it."""
-    from elastic_kfac.training.search_space import read_space
+    from elastic_kfac.training.search_space import METRICS, read_space
 
     space = read_space(arguments.space, arguments.overrides)
     name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
@@ -30,7 +30,8 @@ def tune(arguments: argparse.Namespace) -> int:
     if result.best is not None:
         values = ", ".join(f"{key}={value}" for key, value in result.best.parameters.items())
         value = result.best.numbers.get("objective")
-        took = f"{space.objective.metric} {value:.4g}" if value is not None else "not reached"
+        unit = METRICS[space.objective.metric]
+        took = f"{value:.4g} {unit}" if value is not None else "target not reached"
         print(f"Best: {result.best.trial_id} ({took}): {values}")
         print(f"Train with it: elastic-kfac train {result.folder / 'best_config.yaml'}")
     if result.status == "interrupted":

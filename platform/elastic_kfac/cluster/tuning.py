@@ -140,7 +140,7 @@ def search(
         elastic = space.base.elastic
         if cluster is None and address is None:
             nodes = elastic.max_workers * space.max_concurrent
-            say(f"Starting a local Ray cluster with {nodes} nodes …")
+            say(f"Starting a local Ray cluster with {nodes} node{'s' * (nodes > 1)} …")
             cluster = stack.enter_context(local_cluster(space, nodes))
             cluster.connect()
         elif address is not None:
@@ -205,6 +205,9 @@ class _Search:
             ended = sum(row.is_final for row in journal.rows.values())
             self._say(f"Search {journal.name} exists: continuing it after {ended} trials.")
         journal.status = "running"
+        self._books.note()
+        most = f"{self._slots} at a time" if self._slots > 1 else "one after another"
+        self._say(f"Trials run {most}; to follow them: {journal.folder / 'report.html'}")
         try:
             if self._space.perturbed:
                 # Who changes its values in training is compared with its like only.
@@ -378,6 +381,7 @@ class _Search:
                 self._books.interrupted.set()
             self._books.report_news()
             thread.join(0.2)
+        self._books.settle()
         if failure and not self._books.interrupted.is_set():
             text = str(failure[0]).strip().splitlines() or [""]
             raise RunError(

@@ -14,6 +14,7 @@ from elastic_kfac.cluster.tuning_trial import read_books
 from elastic_kfac.training.emulation import Emulator
 from elastic_kfac.training.objective import objective_value
 from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.training.search_space import METRICS
 
 
 class SearchBooks:
@@ -122,6 +123,9 @@ class SearchBooks:
             if books.get(name) is not None:
                 row.numbers[name] = float(books[name])
         row.reached = result.get("train_time_to_accuracy_s") is not None
+        if row.reached and row.status == "stopped":
+            # It had arrived before the scheduler's word did.
+            row.status, row.reason = "finished", ""
         merged = {**result, "cpu_seconds": row.numbers.get("cpu_seconds")}
         if self._emulator is not None:
             merged["emulated_step_s"] = self._emulator.step_seconds(self._journal.config_of(row))
@@ -136,7 +140,10 @@ class SearchBooks:
         if row.status == "failed":
             parts.append(row.reason)
         elif row.numbers.get("objective") is not None:
-            parts.append(f"{objective.metric} {row.numbers['objective']:.4g}")
+            unit = METRICS[objective.metric]
+            parts.append(
+                f"{objective.target_accuracy:.4g} in {row.numbers['objective']:.4g} {unit}"
+            )
         elif accuracy is not None:
             parts.append(f"best accuracy {accuracy:.2%} (target {objective.target_accuracy:.4g})")
         if row.reason and row.status != "failed":
@@ -166,16 +173,21 @@ class SearchBooks:
             self._has_news = False
             self._write_report()
 
+    def settle(self) -> None:
+        """Reads again what became of stopped trials: they had not parked yet when they were stopped."""
+        with self.lock:
+            for row in self._journal.rows.values():
+                if row.status == "stopped":
+                    self._read_result(row)
+            self.note()
+
     def close(self) -> None:
         """The search has ended, or this call of it."""
         with self.lock:
             for row in self._journal.rows.values():
                 if row.status == "running":
                     row.status, row.reason = "pending", self.why_interrupted
-                elif row.status == "stopped":
-                    # It had not parked yet when it was stopped.
-                    self._read_result(row)
-            self._journal.write()
+            self.settle()
         self._write_report()
 
     def _write_report(self) -> None:

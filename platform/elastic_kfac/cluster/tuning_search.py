@@ -127,13 +127,14 @@ class Suggestions(Searcher):
         self._on_point = on_point
         self._score_of = score_of
         self._made = 0
-        self._assigned: dict[str, Assignment] = {}
+        self._untold: dict[tuple[tuple[str, str], ...], Assignment] = {}
         self._asked: dict[tuple[tuple[str, str], ...], str] = {}
         self._lock = threading.Lock()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial, or that there is none."""
         with self._lock:
+            self._tell_scores()
             refused = 0
             while not self._queue and self._left > 0 and refused < _MOST_REFUSED_IN_A_ROW:
                 self._left -= 1
@@ -152,7 +153,8 @@ class Suggestions(Searcher):
                 finished: str = Searcher.FINISHED
                 return finished
             assignment = self._queue.pop(0)
-            self._assigned[trial_id] = assignment
+            if assignment["stage"] == "search":
+                self._untold[_key(assignment["point"])] = assignment
             return {"assignment": dict(assignment)}
 
     def close(self) -> None:
@@ -167,19 +169,23 @@ class Suggestions(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells Optuna the score of a point once all its repeats have ended."""
-        assignment = self._assigned.get(trial_id)
-        if assignment is None or assignment["stage"] != "search":
-            return
-        score = self._score_of(assignment)
-        if score is None:
-            return
-        name = self._asked.get(_key(assignment["point"]))
-        if name is not None:
-            self._optuna.on_trial_complete(name, {SCORE: score})
-        else:
-            # Asked for by an earlier call of the search.
-            self._optuna.add_evaluated_point(dict(assignment["point"]), score)
+        """Tells Optuna the scores of points whose repeats have all ended."""
+        with self._lock:
+            self._tell_scores()
+
+    def _tell_scores(self) -> None:
+        # All of them: Ray Tune says that a trial was stopped or failed before that is in the books.
+        for key, assignment in list(self._untold.items()):
+            score = self._score_of(assignment)
+            if score is None:
+                continue
+            del self._untold[key]
+            name = self._asked.get(key)
+            if name is not None:
+                self._optuna.on_trial_complete(name, {SCORE: score})
+            else:
+                # Asked for by an earlier call of the search.
+                self._optuna.add_evaluated_point(dict(assignment["point"]), score)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to keep: the journal is the memory of a search."""

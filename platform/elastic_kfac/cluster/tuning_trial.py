@@ -24,6 +24,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.result import TIMESTEPS_TOTAL
 
 from elastic_kfac.cluster.recorder import RunView
 from elastic_kfac.cluster.result import RunResult
@@ -90,7 +91,8 @@ class TrialRun(tune.Trainable):
                 self._settings, self._trial, self._config, in_rounds=bool(self._values)
             )
         result = self._live.next_result(only_last=self._is_reference)
-        return {**result, "values": self._values}
+        # TensorBoard's horizontal axis.
+        return {**result, "values": self._values, TIMESTEPS_TOTAL: result.get("steps")}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Parks the run and copies what another trial needs to go on from here."""

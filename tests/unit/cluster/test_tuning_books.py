@@ -123,6 +123,25 @@ def test_clone_is_told_once_and_its_values_are_the_new_ones(story: Story) -> Non
     assert story.said == ["t0-0 continues the state of t1-0"]
 
 
+def test_stopped_trial_that_had_arrived_counts_like_one_that_ended(story: Story) -> None:
+    for number, damping in enumerate((0.1, 0.2)):
+        story.point(number, damping)
+        for repeat in range(3):
+            story.end(
+                f"t{number}-{repeat}", 3.0 if number == 0 else None, "target" if number == 0 else ""
+            )
+    for repeat in range(3):
+        # Parked only after the scheduler's word.
+        run = RunFolder(story.folder / "trials" / f"t1-{repeat}")
+        run.write_result({"train_time_to_accuracy_s": 2.0, "best_accuracy": 0.95, "steps": 10})
+    assert {row.status for row in story.journal.repeats("search", "1")} == {"stopped"}
+    story.books.settle()
+    assert {row.status for row in story.journal.repeats("search", "1")} == {"finished"}
+    best = story.journal.best()
+    assert best is not None
+    assert best.point == "1"
+
+
 def test_books_are_read_again_as_they_were_written(story: Story) -> None:
     story.point(0, 0.1)
     story.end("t0-0", 2.5, "target", accuracy=0.91)
@@ -162,7 +181,6 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
         ]
 
     def score_of(assignment: Any) -> float | None:
-        ended.append(assignment["trial"])
         number = assignment["trial"][0]
         return 0.5 if sum(trial[0] == number for trial in ended) == 2 else None
 
@@ -178,6 +196,8 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
     while isinstance(suggested := searcher.suggest(f"tune-{len(seen)}"), dict):
         seen.append(suggested["assignment"]["trial"])
         searcher.on_trial_complete(f"tune-{len(seen) - 1}", {})
+        # Of a stopped trial the books hear after the searcher.
+        ended.append(seen[-1])
     assert seen == ["sgd", "9-0", "9-1", "0-0", "0-1", "2-0", "2-1", "3-0", "3-1"]
     assert suggested == "FINISHED"
     trials = searcher._optuna._ot_study.trials
