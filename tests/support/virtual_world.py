@@ -1,19 +1,20 @@
 """The real membership protocol under a virtual clock: one process, one schedule at a time, any faults.
 
-Members are threads of which exactly one runs; every look at the clock or the store is a point where
-another one may go on, in an order that the seed decides. Time passes only when all of them wait.
+Exactly one member runs; every look at the clock or the store is a point where another one may go on, in
+an order that the seed decides. Time passes only when all of them wait.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+
+from greenlet import getcurrent, greenlet
 
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training import membership as protocol
@@ -28,28 +29,23 @@ class Died(BaseException):
 
 
 class Clock:
-    """Cooperative threads in virtual time."""
+    """Members in virtual time: each a greenlet, which goes on where it slept when its moment comes."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.now = 0.0
         self._waiting: list[tuple[float, float, int]] = []
-        self._turns: dict[int, threading.Lock] = {}
+        self._members: dict[int, greenlet] = {}
         self._deaths: dict[int, float] = {}
-        self._main = threading.Lock()
-        self._main.acquire()
-        self._local = threading.local()
+        self._running = -1
+        self._turns = getcurrent()
         self.errors: list[BaseException] = []
 
     def spawn(self, name: int, work: Callable[[], None], *, at: float, dies_at: float) -> None:
-        turn = threading.Lock()
-        turn.acquire()
-        self._turns[name], self._deaths[name] = turn, dies_at
+        self._deaths[name] = dies_at
         heapq.heappush(self._waiting, (at, self.random.random(), name))
 
         def body() -> None:
-            self._local.name = name
-            turn.acquire()
             try:
                 self._die_if_due()
                 work()
@@ -57,13 +53,14 @@ class Clock:
                 pass
             except BaseException as error:
                 self.errors.append(error)
-            self._pass_on()
 
-        threading.Thread(target=body, daemon=True).start()
+        self._members[name] = greenlet(body)
 
     def run(self) -> None:
-        self._pass_on()
-        self._main.acquire()
+        while self._waiting:
+            moment, _, self._running = heapq.heappop(self._waiting)
+            self.now = max(self.now, moment)
+            self._members[self._running].switch()
 
     def is_alive(self, name: int) -> bool:
         return self.now < self._deaths[name]
@@ -72,26 +69,16 @@ class Clock:
         return self.now
 
     def sleep(self, seconds: float) -> None:
-        name = self._local.name
         jitter = self.random.random()
-        heapq.heappush(self._waiting, (self.now + seconds * (0.5 + jitter), jitter, name))
-        self._pass_on()
-        self._turns[name].acquire()
+        heapq.heappush(self._waiting, (self.now + seconds * (0.5 + jitter), jitter, self._running))
+        self._turns.switch()
         self._die_if_due()
 
     def _die_if_due(self) -> None:
-        if not self.is_alive(self._local.name):
+        if not self.is_alive(self._running):
             raise Died
         if self.now > LIMIT_S:
             raise TimeoutError("the schedule hangs")
-
-    def _pass_on(self) -> None:
-        if not self._waiting:
-            self._main.release()
-            return
-        moment, _, name = heapq.heappop(self._waiting)
-        self.now = max(self.now, moment)
-        self._turns[name].release()
 
 
 class Store:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 
 from support.virtual_world import Played, Schedule, play
 
 FIRST_SEED = int(os.environ.get("ELASTIC_KFAC_FIRST_SEED", "0"))
+PORTION = 500
+"""Schedules that a process plays at a time."""
 
 
 def check(seed: int) -> Played:
@@ -42,7 +46,14 @@ def test_schedules_finish_with_every_step_once() -> None:
     assert max(generations) >= 4
 
 
+def check_some(first_seed: int) -> int:
+    for seed in range(first_seed, first_seed + PORTION):
+        check(seed)
+    return PORTION
+
+
 @pytest.mark.soak
 def test_hundred_thousand_schedules_finish_with_every_step_once() -> None:
-    for seed in range(FIRST_SEED, FIRST_SEED + 100_000):
-        check(seed)
+    first_seeds = range(FIRST_SEED, FIRST_SEED + 100_000, PORTION)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        assert sum(pool.map(check_some, first_seeds)) == 100_000
