@@ -284,3 +284,35 @@ class _Member:
 
     def _is_gone(self, slot: int, group: Group) -> bool:
         return slot in group.left or not self.clock.is_alive(slot)
+
+
+def check(seed: int) -> Played:
+    """Plays one schedule and checks it; a failure names the seed."""
+    schedule = Schedule.draw(seed)
+    hint = f"seed {seed}: {schedule}"
+    try:
+        played = play(seed, schedule)
+    except AssertionError as error:
+        raise AssertionError(f"{hint}: {error}") from error
+    everything = tuple(range(1, schedule.steps + 1))
+    assert played.finished, hint
+    # Whoever finished has every step exactly once, in order.
+    assert set(played.finished.values()) == {everything}, hint
+    # One world at a time commits: a step is only ever committed again in a later generation.
+    generations: dict[int, int] = {}
+    for generation, step, _ in played.commits:
+        assert all(generations.get(later, -1) <= generation for later in (step, step + 1)), hint
+        generations[step] = generation
+    # Every member of a world begins where the others begin.
+    begins: dict[int, set[int]] = {}
+    for generation, step in played.restored:
+        begins.setdefault(generation, set()).add(step)
+    assert all(len(steps) == 1 for steps in begins.values()), hint
+    return played
+
+
+def check_some(seeds: range) -> int:
+    """Checks a portion of schedules, for a process of its own; how many they were."""
+    for seed in seeds:
+        check(seed)
+    return len(seeds)
