@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from typing import Any
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 import ray
@@ -16,9 +17,11 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution import callback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.train.v2._internal.execution.worker_group.worker import (
     ActorMetadata,
     RayTrainWorker,
@@ -30,11 +33,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster import ray_adapter
 from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.replicas import OwnGroupBackend
 
 PARAMETERS = {
     "after_controller_start": ["self", "train_run_context"],
     "before_controller_execute_failure_decision": ["self", "failure_decision"],
     "before_controller_execute_resize_decision": ["self", "resize_decision"],
+    "on_controller_start_worker_group": ["self", "scaling_config", "num_workers"],
     "before_worker_group_start": ["self", "worker_group_context"],
     "after_worker_group_start": ["self", "worker_group"],
     "after_worker_group_training_start": ["self", "worker_group"],
@@ -184,6 +189,32 @@ def test_ray_passes_train_variables_on_to_workers(monkeypatch: pytest.MonkeyPatc
     assert '"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"' in ray_adapter.train_environment()
 
 
+def test_every_group_reads_the_settings_of_the_run_and_workers_do_not_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Listener:
+        def group_starts(self, world_size: int) -> None:
+            assert constants.get_env_vars_to_propagate() == {}
+
+    for name in constants.ENV_VARS_TO_PROPAGATE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, "20")
+    context = WorkerGroupContext("run", cast(Any, None), 2, {"CPU": 1.0})
+    callback = ray_adapter.ElasticCallback(cast(Any, Listener()))
+    for _ in range(2):
+        callback.on_controller_start_worker_group(scaling_config=None, num_workers=2)
+        group = WorkerGroup(MagicMock(), context, [callback])
+        assert group._worker_health_check_timeout_s == 20
+        callback.before_worker_group_start(context)
+
+
+def test_ray_makes_a_group_between_the_two_hooks() -> None:
+    made = inspect.getsource(TrainController._start_worker_group)
+    assert made.index("on_controller_start_worker_group") < made.index("worker_group_cls.create")
+    started = inspect.getsource(WorkerGroup._start_impl)
+    assert started.index("before_worker_group_start") < started.index("_create_workers")
+
+
 def test_ray_driver_prints_through_one_function(capsys: pytest.CaptureFixture[str]) -> None:
     original = ray_worker.print_to_stdstream
     assert list(inspect.signature(original).parameters) == ["data", "ignore_prefix"]
@@ -194,6 +225,6 @@ def test_ray_driver_prints_through_one_function(capsys: pytest.CaptureFixture[st
 
 
 def test_ray_backend_without_groups_sets_nothing_up() -> None:
-    backend = ray_adapter.OwnGroupBackend().backend_cls
+    backend = OwnGroupBackend().backend_cls
     assert backend.on_start is Backend.on_start
     assert not backend.has_replica_groups

@@ -36,8 +36,6 @@ from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_gr
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     get_or_create_autoscaling_coordinator,
 )
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
     ENV_VARS_TO_PROPAGATE,
@@ -54,6 +52,7 @@ logger = logging.getLogger(__name__)
 RELIED_ON: Mapping[str, Sequence[str]] = {
     "ControllerCallback": (
         "after_controller_start",
+        "on_controller_start_worker_group",
         "before_controller_execute_failure_decision",
         "before_controller_execute_resize_decision",
     ),
@@ -143,13 +142,10 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         self._errors: dict[int, str] = {}
         self._actors: tuple[Any, ...] = ()
         self._training = False
+        self._variables: dict[str, str] = {}
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Registers the controller, and keeps its settings from making workers slow to start."""
-        # Ray Train passes these on to the workers, whose runtime environment is then not the
-        # default one, so that idle processes are not taken. The controller has read them already.
-        for name in ENV_VARS_TO_PROPAGATE:
-            os.environ.pop(name, None)
+        """Registers the controller, and has it plan with the nodes that stay."""
         plan_with_staying_nodes()
         if self._wanted is not None:
             ask_for_wanted_workers(self._wanted)
@@ -157,8 +153,16 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         refresh_capacity()
         self._listener.controller_started(ray.get_runtime_context().current_actor)
 
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
+        """Gives a group that is being made the time-outs, which it reads from the environment."""
+        os.environ.update(self._variables)
+
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Tells that a group is being placed."""
+        """Tells that a group is being placed, and keeps its settings from slowing workers down."""
+        # Ray Train passes these on to the workers, whose runtime environment is then not the
+        # default one, so that idle processes are not taken. The group has read them already.
+        found = [name for name in ENV_VARS_TO_PROPAGATE if name in os.environ]
+        self._variables.update({name: os.environ.pop(name) for name in found})
         self._listener.group_starts(worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -485,16 +489,3 @@ class _Raylet:
         if environment not in ("", "{}"):
             request.runtime_env_info.serialized_runtime_env = environment
         self._stub.PrestartWorkers(request, **self._options)
-
-
-class _NoGroup(Backend):
-    """Leaves the process group to the training function."""
-
-
-@dataclass
-class OwnGroupBackend(TorchConfig):
-    """For `TorchTrainer`: the training function makes and ends the process group itself."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _NoGroup

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
 from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import default as failure_policy
 
@@ -25,7 +27,6 @@ from elastic_kfac.cluster.ray_adapter import (
     POLICY_CACHE_S,
     ElasticCallback,
     GroupListener,
-    OwnGroupBackend,
     RunIsOver,
     await_lost_nodes,
     prestart_workers,
@@ -47,6 +48,19 @@ class MemberListener(GroupListener, Protocol):
     def fall_back(self, reason: str) -> bool:
         """Parks the survivors; True means that the run is over."""
         ...
+
+
+class _NoGroup(Backend):
+    """Leaves the process group to the training function."""
+
+
+@dataclass
+class OwnGroupBackend(TorchConfig):
+    """For `TorchTrainer`: the training function makes and ends the process group itself."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _NoGroup
 
 
 class _Replicas(Backend):

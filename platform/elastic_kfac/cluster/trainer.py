@@ -24,7 +24,6 @@ from elastic_kfac.cluster.membership_host import create_membership_host
 from elastic_kfac.cluster.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.ray_adapter import (
     ElasticCallback,
-    OwnGroupBackend,
     alive_worker_nodes,
     prestart_workers,
     quiet_driver,
@@ -33,7 +32,7 @@ from elastic_kfac.cluster.ray_adapter import (
     train_environment,
 )
 from elastic_kfac.cluster.recorder import RunRecorder, RunView
-from elastic_kfac.cluster.replicas import InPlaceCallback, ReplicaBackend
+from elastic_kfac.cluster.replicas import InPlaceCallback, OwnGroupBackend, ReplicaBackend
 from elastic_kfac.cluster.result import RunResult, build_result
 from elastic_kfac.cluster.run_log import VARIABLE, LogContext, begin_log, levels_of_this_process
 from elastic_kfac.cluster.signals import StopSignals
