@@ -49,7 +49,7 @@ def asked() -> dict[str, str]:
     found = {}
     for board, panel in panels():
         for target in panel["targets"]:
-            text = target["expr"].replace("$run", ".*").replace("$__rate_interval", "10s")
+            text = target["expr"].replace("$run", ".*").replace("$__rate_interval", "30s")
             found[f"{board}: {panel['title']} ({target['refId']})"] = text
     return found
 
@@ -60,12 +60,12 @@ def must_have_data(expression: str) -> bool:
 
 @contextmanager
 def prometheus(head: RayHead, folder: Path) -> Iterator[str]:
-    """A Prometheus that scrapes a head every second; gives its address."""
+    """A Prometheus that scrapes a head every few seconds; gives its address."""
     tool = shutil.which("prometheus")
     assert tool, "this test needs prometheus 2.42 or newer (Debian: prometheus)"
     target = head.metrics.removeprefix("http://").removesuffix("/metrics")
     settings = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": [target]}]}],
     }
     (folder / "prometheus.yml").write_text(json.dumps(settings), encoding="utf-8")
@@ -105,7 +105,9 @@ def has_data(address: str, expression: str) -> bool:
 def test_every_panel_of_a_run_shows_data(tmp_path: Path) -> None:
     wanted = {place: text for place, text in asked().items() if must_have_data(text)}
     empty = set(wanted)
-    with ray_head() as head, prometheus(head, tmp_path) as address:
+    # What Ray says once is there for longer than from one scrape to the next.
+    slower = {"RAY_metrics_report_interval_ms": "4000"}
+    with ray_head(variables=slower) as head, prometheus(head, tmp_path) as address:
         job = head.submit(
             "jobs/train.py",
             *("jobs/configs/digits.yaml", "--storage", str(tmp_path), "--name", "scraped"),
@@ -119,8 +121,10 @@ def test_every_panel_of_a_run_shows_data(tmp_path: Path) -> None:
             empty.difference_update({p for p in empty if has_data(address, wanted[p])})
             return not empty
 
-        until(all_shown, 300)
-        assert has_data(address, 'count(ray_kfac_train_run_state{run="scraped"}) == 5')
+        until(all_shown, 420)
+        # A scrape that a busy machine was too slow for leaves a gap until the next one.
+        states = 'count(ray_kfac_train_run_state{run="scraped"}) == 5'
+        assert empty or until(lambda: has_data(address, states), 60)
         head.ray("job", "stop", "scraped")
     assert empty == set()
 
