@@ -4,7 +4,7 @@ First a fault every 120 s for 30 minutes, then one every 30 s for 10 minutes: a 
 lost, a node drained with time or cut short. A node that went is replaced half a period later. Then the
 run is stopped, started again under its name and finished. In the reproducible mode its final state must
 have the bits of a run of as many epochs without any fault, every sample must count exactly once, and the
-goodput is the part of the time in which the run was neither down nor computing steps again.
+goodput is the share of the time that the steps took which count (see `goodput`).
 
 Steps take 0.1 s at least (see `paced_ranks.py`), so that the quiet run need not take as long.
 
@@ -14,12 +14,14 @@ Steps take 0.1 s at least (see `paced_ranks.py`), so that the quiet run need not
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import platform
 import random
 import signal
+import statistics
 import tempfile
 import threading
 import time
@@ -44,6 +46,8 @@ from elastic_kfac.training.audit import audit_run
 from elastic_kfac.training.run_folder import RunFolder
 
 NODES = 2
+TURMOIL = ("failure", "parked", "preemption", "state_found", "restored")
+"""Kinds of events on the way from one world to the next, beside `CHANGES` at its end."""
 STEPS_PER_EPOCH = 45
 HAND_OVER_S = 90.0
 """How long a node that was drained with time stays at most."""
@@ -149,42 +153,48 @@ def go(folder: Path, config: Config, display: SilentDisplay, cluster: LocalClust
     )
 
 
-def goodput(rows: Sequence[dict[str, Any]], steps: int, seconds: float) -> dict[str, Any]:
-    """What became of `seconds` in which `steps` were committed and `rows` happened."""
-    changes = [row for row in rows if row["kind"] in CHANGES]
-    down = sum(float(row["downtime_s"]) for row in changes)
-    redone = sum(int(row["steps_redone"]) for row in changes)
-    return {
-        "seconds": round(seconds, 1),
-        "steps": steps,
-        "steps_redone": redone,
-        "changes_of_the_world": len(changes),
-        "downtime_s": round(down, 1),
-        "longest_downtime_s": round(
-            max((float(row["downtime_s"]) for row in changes), default=0), 1
-        ),
-        "goodput": round((1 - down / seconds) * steps / max(1, steps + redone), 4),
-    }
+def goodput(begin: float, end: float, commits: Sequence[float], events: Sequence[float]) -> float:
+    """The share of the time that was not lost to a change of the world.
+
+    Lost is every stretch between two commits in which something happened to the run, but for what a step
+    takes (the median): standing still, starting, restoring and computing again, ended or not.
+    """
+    moments = [begin, *sorted(t for t in commits if begin <= t < end), end]
+    gaps = list(itertools.pairwise(moments))
+    step_s = statistics.median(after - before for before, after in gaps)
+    lost = sum(
+        max(0.0, after - before - step_s)
+        for before, after in gaps
+        if any(before <= moment < after for moment in events)
+    )
+    return round(1 - lost / (end - begin), 4)
 
 
 def by_phase(folder: RunFolder, chaos: Chaos, phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """The goodput of every phase; a change counts where it ended."""
+    """What became of every phase; a change counts where it ended."""
     assert chaos.began is not None
     events, metrics = folder.events(), [row for row in folder.metrics() if "loss" in row]
     # The metrics know the time since the run's start, the first of them when that was.
     first = next(row["time"] for row in events if row["kind"] == "start")
+    committed = [first + row["wall_time_s"] for row in metrics]
+    happened = [row["time"] for row in events if row["kind"] in {*CHANGES, *TURMOIL}]
     found, begin = [], chaos.began
-    for number, phase in enumerate(phases, 1):
+    for phase in phases:
         end = begin + phase.seconds
-        until = float("inf") if number == len(phases) else end
-        inside = [row for row in events if begin <= row["time"] < until]
-        steps = sum(begin <= first + row["wall_time_s"] < until for row in metrics)
-        struck = [kind for at, kind in chaos.faults if begin <= chaos.began + at < until]
+        changes = [row for row in events if row["kind"] in CHANGES and begin <= row["time"] < end]
+        downtimes = [float(row["downtime_s"]) for row in changes]
+        moments = [moment for moment in committed if begin <= moment < end]
+        struck = [kind for at, kind in chaos.faults if begin <= chaos.began + at < end]
         found.append(
             {
                 "fault_every_s": phase.every_s,
                 "faults": len(struck),
-                **goodput(inside, steps, phase.seconds),
+                "seconds": phase.seconds,
+                "steps": len(moments),
+                "steps_redone": sum(int(row["steps_redone"]) for row in changes),
+                "goodput": goodput(begin, end, moments, happened),
+                "changes_of_the_world": len(changes),
+                "downtime_s": [round(value, 1) for value in downtimes],
                 "in_order": struck,
             }
         )
