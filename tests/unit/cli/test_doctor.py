@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from elastic_kfac.cli.doctor import (
     storage_finding,
     temporary_finding,
 )
+from elastic_kfac.cli.entry import main
 from elastic_kfac.cluster import examination
 from elastic_kfac.cluster.examination import ClusterFacts
 from elastic_kfac.errors import UsageError
@@ -208,3 +211,25 @@ def test_doctor_exit_code_tells_whether_something_must_be_solved(
     out = capsys.readouterr().out
     assert "-> do this" in out
     assert re.search(r"^elastic-kfac \d", out)
+
+
+def test_doctor_as_a_command_of_its_own_leaves_when_it_has_spoken(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Left(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        said.append((code, capfd.readouterr().out))
+        raise Left
+
+    said: list[tuple[int, str]] = []
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(room, "examine", lambda *given: [Finding("ok", "Python", "new")])
+    monkeypatch.setattr(sys, "argv", ["elastic-kfac", "doctor"])
+    with pytest.raises(Left):
+        main()
+    ((code, text),) = said
+    assert code == 0
+    assert text.endswith("ready to run\n")
+    assert main(["doctor"]) == 0
