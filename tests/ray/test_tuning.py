@@ -275,6 +275,7 @@ def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
         budget={"epochs": 4},
         scheduler={"name": "pb2", "interval": 2, "quantile": 0.5},
         num_trials=2,
+        max_concurrent=2,
     )
     result = search(
         space,
