@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
-import elastic_kfac
+from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.cli.train import fresh_name
 
 
@@ -15,7 +16,8 @@ def tune(arguments: argparse.Namespace) -> int:
 
     space = read_space(arguments.space, arguments.overrides)
     name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
-    print(f"elastic-kfac {elastic_kfac.__version__} from {Path(elastic_kfac.__file__).parent}")
+    if not is_ray_job(os.environ):
+        announce()
 
     from elastic_kfac.cli.shards import make_missing_shards
 

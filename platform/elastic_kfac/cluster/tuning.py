@@ -36,6 +36,7 @@ replaced as a whole (a reader never sees half a file):
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -131,6 +132,8 @@ def search(
         UsageError: If the search could not work; nothing was started then.
         RunError: If Ray Tune itself failed; the same name continues.
     """
+    # It warns that files of Ray Tune's own loggers are missing; they are off.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     folder = _local_folder(storage) / name
     journal = Journal(folder, name, space)
     with contextlib.ExitStack() as stack:
