@@ -179,6 +179,8 @@ def test_run_data_error_of_a_rank_is_not_tried_again(
     assert len([row for row in events if row["kind"] == "failure"]) == 1
 
 
+# Twenty seconds of starting for one line.
+@pytest.mark.soak
 def test_run_fault_after_the_end_is_reported_as_unfired(
     run: Run, config: Make, tmp_path: Path
 ) -> None:

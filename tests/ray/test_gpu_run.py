@@ -139,6 +139,8 @@ def options(cluster: LocalCluster, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+# Half a minute; what it asks Ray for is tested above.
+@pytest.mark.soak
 def test_run_on_logical_gpus_gives_every_rank_the_one_of_its_node(
     config: Callable[[int], Config],
     gpu_nodes: list[str],
