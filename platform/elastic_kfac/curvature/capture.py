@@ -8,11 +8,12 @@ contributes exactly once.
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.curvature.norm_block import NormBlock
 from elastic_kfac.errors import ConfigError
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 _WRAPPER_PREFIX = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
 
@@ -35,6 +39,19 @@ class _Layer:
 
     module: nn.Module
     blocks: tuple[Block, ...]
+
+
+def hidden_from_compiler(function: Callable[P, T]) -> Callable[P, T]:
+    """`torch.compiler.disable`, which would import the compiler (seconds) where nothing is compiled."""
+    hidden = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_dynamo_compiling():
+            return hidden(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapper
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -230,7 +247,7 @@ class Capture:
         recorder = _AttentionRecorder(self, module, blocks)
         seeing = forward_with_linear(module, recorder.linear)
 
-        @torch.compiler.disable
+        @hidden_from_compiler
         def forward(*args: Any, **kwargs: Any) -> Any:
             if not self.recording(module):
                 return original(*args, **kwargs)
@@ -253,7 +270,7 @@ class _ForwardHook:
     def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
         return _inert_hook, ()
 
-    @torch.compiler.disable
+    @hidden_from_compiler
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:

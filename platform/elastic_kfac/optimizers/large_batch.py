@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.schedules import Schedule
+from elastic_kfac.optimizers.uncompiled import Uncompiled
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -41,7 +42,7 @@ def linear_scaling(
     return factor
 
 
-class _Rule(torch.optim.Optimizer):
+class _Rule(Uncompiled):
     """A rule that updates each parameter on its own."""
 
     @torch.no_grad()

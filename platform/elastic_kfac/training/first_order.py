@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from elastic_kfac.config import Config, OptimizerConfig
 from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
 from elastic_kfac.optimizers.schedules import Schedule, make_schedule
+from elastic_kfac.optimizers.uncompiled import SGD, Adam, AdamW
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -47,11 +48,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     if config.name == "velocity_sgd":
         return VelocitySGD(groups, lr=lr, momentum=momentum)
     if config.name in ("adam", "adamw"):
-        kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+        kind = Adam if config.name == "adam" else AdamW
         return kind(groups, lr=lr, betas=(momentum, 0.999), foreach=foreach)
-    return torch.optim.SGD(
-        groups, lr=lr, momentum=momentum, nesterov=config.nesterov, foreach=foreach
-    )
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=config.nesterov, foreach=foreach)
 
 
 def schedule_of(config: Config) -> Schedule:
