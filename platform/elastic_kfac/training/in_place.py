@@ -9,6 +9,7 @@ never skipped; only when nobody holds one does the durable checkpoint serve.
 from __future__ import annotations
 
 import contextlib
+import gc
 
 import torch
 
@@ -51,6 +52,9 @@ def run_member(
     """
     opened = feeds or open_feeds(config)
     watch = CommitWatch(moments)
+    # What is there by now stays: the collection at every change of the world passes over it.
+    gc.collect()
+    gc.freeze()
     try:
         # Alone first: members and newcomers then take part in the same collectives of `regroup`.
         trainer = RankTrainer(config, Communicator.solo(), opened, device=device, moments=watch)
@@ -86,6 +90,7 @@ def run_member(
         return outcome
     finally:
         leave()
+        gc.unfreeze()
         if feeds is None:
             opened.close()
 

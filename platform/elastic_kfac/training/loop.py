@@ -25,7 +25,7 @@ from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
 from elastic_kfac.training.rank import EpochEnd, RankTrainer, StepResult
 from elastic_kfac.training.state import Progress, TrainingState
-from elastic_kfac.training.state_transfer import share_state
+from elastic_kfac.training.state_transfer import share_state, state_held_by_all
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Outcome:
     progress: Progress
     fractional_epoch: float
     state_sha256: str
-    """Of the saved state; `final_state_sha256` of the run once it is finished."""
+    """Of the saved state, `final_state_sha256` of the run once it is finished; "" where the others go
+    on in place and nothing was saved."""
     world_sizes: tuple[int, ...]
     """World sizes that committed steps so far, over all attempts, without repetitions in a row."""
 
@@ -135,11 +136,17 @@ class RunLoop:
         trainer = self._trainer
         communicator = trainer.communicator
         trainer.moments("recovery", trainer.progress.step)
-        held = -1 if self._newest is None else self._newest.progress.step
-        steps = communicator.all_gather_object(held, tag="state")
+        held = self._newest
+        steps = communicator.all_gather_object(
+            -1 if held is None else held.progress.step, tag="state"
+        )
         source = steps.index(max(steps))
-        load = (lambda: self._newest) if max(steps) >= 0 else self._store.load_latest
-        state = share_state(communicator, load, device=trainer.device, src=source)
+        state = None
+        if held is not None and min(steps) == max(steps):
+            state = state_held_by_all(communicator, held)
+        if state is None:
+            load = (lambda: held) if max(steps) >= 0 else self._store.load_latest
+            state = share_state(communicator, load, device=trainer.device, src=source)
         if state is not None:
             trainer.restore(state)
             self._newest = state if self._keep_newest else None
@@ -257,7 +264,7 @@ class RunLoop:
             reasons=reasons,
             progress=trainer.progress,
             fractional_epoch=trainer.fractional_epoch,
-            state_sha256=state.sha256(),
+            state_sha256=state.sha256() if save else "",
             world_sizes=tuple(trainer.ledger.world_sizes()),
         )
 

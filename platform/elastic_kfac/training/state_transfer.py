@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -51,6 +52,20 @@ def share_state(
         wrong = [rank for rank, value in enumerate(hashes) if value != hashes[src]]
         raise CommunicationError(f"ranks {wrong} received a damaged training state")
     return state if communicator.rank == src else TrainingState.from_bytes(content)
+
+
+def state_held_by_all(communicator: Communicator, held: TrainingState) -> TrainingState | None:
+    """The state that every rank holds already; None where tensors are not equal to the bit. Collective.
+
+    Clocks and counters, which no tensor depends on, become those of rank 0.
+    """
+    if communicator.world_size == 1:
+        return held
+    digests = communicator.all_gather_object(held.sha256(), tag="state")
+    if len(set(digests)) > 1:
+        return None
+    rest = communicator.broadcast_object(replace(held, tensors={}), 0, tag="state")
+    return replace(rest, tensors=held.tensors)
 
 
 def _broadcast_bytes(
