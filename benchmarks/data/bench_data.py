@@ -8,7 +8,8 @@ machine hits them alike; medians of the rounds count. Batches are uint8 tensors,
 
 raw    20,000 images of 3x32x32: ours, torch's DataLoader over PNG files, MosaicML Streaming
 jpeg   photos cut and resized to 224: ours, PIL, and what decoding alone takes (simplejpeg, whole
-       images, nothing else); photos of 256 pixels on the short side, and of ImageNet's usual 375x500
+       images, nothing else), and what the libraries alone take for decoding and resizing (cuts known
+       beforehand, no batch); photos of 256 pixels on the short side, and of ImageNet's usual 375x500
 long   our JPEG path with threads, prefetching and a cache that is too small: memory and handles
 
 `--peer` is a folder with mosaicml-streaming installed (`pip install --target FOLDER mosaicml-streaming`);
@@ -48,7 +49,8 @@ from elastic_kfac import __version__
 from elastic_kfac.data import SampleStream, ShardSet, make_shards
 from elastic_kfac.data.augment import augmentation_key, center_boxes, resized_crop_boxes
 from elastic_kfac.data.cache import ShardCache
-from elastic_kfac.data.decode import image_size
+from elastic_kfac.data.decode import Scratch, image_size
+from elastic_kfac.data.loading import decode_into
 
 BATCH = 128
 RAW_IMAGES = 20_000
@@ -350,6 +352,24 @@ class ByPil:
             self._at += BATCH
 
 
+def libraries_alone(photos: list[memoryview], augment: str) -> Reader:
+    """Decodes and resizes as the stream does, and nothing else."""
+    sizes = np.array([image_size(photo) for photo in photos])
+    ids = np.arange(len(photos))
+    boxes, flips = center_boxes(sizes), np.zeros(len(photos), dtype=bool)
+    if augment == "random_resized_crop":
+        boxes, flips = resized_crop_boxes(sizes, augmentation_key(0, 0), ids)
+    cuts = [tuple(box) for box in boxes.tolist()]
+    endless = itertools.cycle(zip(photos, sizes.tolist(), cuts, flips.tolist(), strict=True))
+    out, scratch = np.empty((SIDE, SIDE, 3), dtype=np.uint8), Scratch()
+
+    def read(count: int) -> None:
+        for photo, size, box, flip in itertools.islice(endless, count):
+            decode_into(out, photo, size, box, flip, scratch)
+
+    return read
+
+
 def measure_jpeg(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     shard_set = ShardSet.open(folder / "shards" / "train")
     cache = ShardCache(folder / "cache", 1 << 40)
@@ -369,6 +389,7 @@ def measure_jpeg(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
         streams.append(stream)
         readers[f"ours, {augment}"] = (from_stream(stream, (3, SIDE, SIDE)), 4 * BATCH)
         readers[f"PIL, {augment}"] = (ByPil(photos, augment), 4 * BATCH)
+        readers[f"libraries alone, {augment}"] = (libraries_alone(photos, augment), 4 * BATCH)
     rates = take_turns(readers, rounds)
     for stream in streams:
         stream.close()
@@ -378,9 +399,16 @@ def measure_jpeg(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
 def jpeg_ratios(name: str, rates: dict[str, dict[str, float]]) -> dict[str, float]:
     ratios = {}
     for augment in ("none", "random_resized_crop"):
+        alone = f"libraries alone, {augment}"
         for label, other in (("PIL", f"PIL, {augment}"), ("pure decode", "pure decode")):
             value = ratio(rates, f"ours, {augment}", other)
             ratios[f"jpeg {name}, {augment}: ours / {label}"] = value
+        ratios[f"jpeg {name}, {augment}: ours / libraries alone"] = ratio(
+            rates, f"ours, {augment}", alone
+        )
+        ratios[f"jpeg {name}, {augment}: libraries alone / pure decode"] = ratio(
+            rates, alone, "pure decode"
+        )
     return ratios
 
 

@@ -175,7 +175,7 @@ class SampleLoader:
             boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, augment, key)
             for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
                 try:
-                    _decode_into(out[i], data, size, box, flip, self._scratch)
+                    decode_into(out[i], data, size, box, flip, self._scratch)
                 except UndecodableImage as error:
                     problems.append((i, f"{opened[int(shards[i])].key(int(rows[i]))}: {error}"))
             return problems
@@ -226,7 +226,7 @@ class SampleLoader:
         self._quarantine.add(ids, error)
 
 
-def _decode_into(
+def decode_into(
     out: NDArray[np.uint8],
     data: memoryview,
     size: tuple[int, int],
@@ -234,6 +234,11 @@ def _decode_into(
     flip: bool,
     scratch: Scratch,
 ) -> None:
+    """Decodes a photo of `size` = (height, width), cuts `box` and resizes it into `out`.
+
+    Raises:
+        UndecodableImage: As `decode_rgb`.
+    """
     height, width = size
     left, top, right, bottom = box
     # The decoder may shrink by the DCT as long as the box keeps the pixels that are wanted.
