@@ -277,6 +277,7 @@ class KFAC:
                 if statistics is None:
                     own = self.take_statistics(num_samples, loss_scale_per_sample)
                     statistics = self._exchange.reduce_statistics(own)
+                self._exchange.announce("factor_update")
                 self._update_factors(statistics)
         with timed(self.seconds, "decompositions"):
             self._decompose()
@@ -349,10 +350,7 @@ class KFAC:
         if not blocks:
             return
         gradients = [block.gradient(self.weight_decay) for block in blocks]
-        damping = self.damping
-        results = self._exchange.precondition(
-            blocks, gradients, lambda block, gradient: block.precondition(gradient, damping)
-        )
+        results = self._exchange.precondition(blocks, gradients, self.damping)
         for index, block in enumerate(blocks):
             if block.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[index]).all()

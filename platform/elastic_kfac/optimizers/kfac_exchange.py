@@ -19,12 +19,13 @@ from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.curvature.block import Block
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
+from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.optimizers.kfac_statistics import Statistics
 from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import auto_fraction, make_plan
 
-Moment = Literal["factor_exchange", "decomposition"]
+Moment = Literal["factor_exchange", "factor_update", "decomposition"]
 
 
 def _nobody_listens(moment: Moment) -> None:
@@ -64,7 +65,7 @@ class Exchange:
         self._symmetry_aware = symmetry_aware
         self._bucket_bytes = int(bucket_mib * 2**20)
         self.announce: Callable[[Moment], None] = _nobody_listens
-        """Is told right before statistics or decompositions are exchanged."""
+        """Is told right before statistics are exchanged, factors change, decompositions are exchanged."""
         self._join(communicator, previous=None)
 
     def _join(
@@ -100,6 +101,7 @@ class Exchange:
         if communicator.world_size > 1:
             self._agree()
         self._arriving: dict[str, Work] = {}  # decompositions under way, waited for at first use
+        self._lost: set[str] = set()  # blocks whose decompositions a lost peer kept from arriving
         self._workers: dict[str, Communicator | None] = {}
         self._receivers: dict[str, Communicator | None] = {}
         for block in self.blocks:
@@ -169,9 +171,20 @@ class Exchange:
         return tuple(name for name in block.factor_names if owners[name] == rank)
 
     def share_second_order(self, due: Sequence[Block]) -> None:
-        """Inverse workers send new decompositions to the other gradient workers of their column."""
+        """Inverse workers send new decompositions to the other gradient workers of their column.
+
+        A peer that is lost from here on costs no step: what does not arrive is found by
+        `precondition`, and every gradient worker holds the factors to decompose it itself.
+        """
         if due:
             self.announce("decomposition")
+        try:
+            self._send_second_order(due)
+        except CommunicationError:
+            self._lost |= {block.name for block in due if self._workers[block.name] is not None}
+            self._arriving = {}
+
+    def _send_second_order(self, due: Sequence[Block]) -> None:
         bucketers: dict[tuple[int, ...], Bucketer] = {}
         names: dict[tuple[int, ...], list[str]] = {}
         for block in due:
@@ -201,7 +214,13 @@ class Exchange:
             self._arriving.update(dict.fromkeys(names[ranks], work))
 
     def settle(self) -> None:
-        """Waits for everything under way."""
+        """Waits for everything under way.
+
+        Raises:
+            CommunicationError: If something will not arrive any more.
+        """
+        if self._lost:
+            raise CommunicationError(f"no decomposition of {min(self._lost)}: its peer was lost")
         for work in self._arriving.values():
             work.wait()
         self._arriving = {}
@@ -212,7 +231,7 @@ class Exchange:
         self,
         blocks: Sequence[Block],
         gradients: Sequence[Tensor],
-        compute: Callable[[Block, Tensor], Tensor],
+        damping: float,
     ) -> list[Tensor]:
         """P of every block on every rank: computed by its gradient workers, received by the others."""
         rank = self.communicator.rank
@@ -221,10 +240,8 @@ class Exchange:
         for index in reversed(range(len(blocks))):
             block = blocks[index]
             if self.is_gradient_worker(block):
-                arriving = self._arriving.pop(block.name, None)
-                if arriving is not None:
-                    arriving.wait()
-                value = compute(block, gradients[index])
+                self._await_second_order(block, damping)
+                value = block.precondition(gradients[index], damping)
             else:
                 value = torch.empty_like(gradients[index], memory_format=torch.contiguous_format)
             group = self._receivers[block.name]
@@ -240,6 +257,24 @@ class Exchange:
         for work in works:
             work.wait()
         return [value for value in results if value is not None]
+
+    def _await_second_order(self, block: Block, damping: float) -> None:
+        work = self._arriving.pop(block.name, None)
+        if work is not None:
+            try:
+                work.wait()
+            except CommunicationError:
+                # One buffer carries the decompositions of several blocks.
+                shared = {name for name, other in self._arriving.items() if other is work}
+                self._lost |= {block.name, *shared}
+                for name in shared:
+                    del self._arriving[name]
+        if block.name in self._lost:
+            try:
+                block.second_order.update(block.decompose(block.factor_names, damping))
+            except NumericalError as error:
+                raise CommunicationError(f"a peer was lost, and alone: {error}") from error
+            self._lost.discard(block.name)
 
     # -- state and resizing --------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ Moment = Literal[
     "backward_done",
     "factor_exchange",
     "gradients_exchanged",
+    "factor_update",
     "decomposition",
     "preconditioned",
     "committed",

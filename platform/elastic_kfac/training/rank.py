@@ -488,6 +488,7 @@ class RankTrainer:
             self.path.discard_statistics()
         self.exchange.finish_step(totals.count)
         self.scaler.update(overflow=not finite)
+        self.rates.took(rates)
         return rates.lr
 
     def _points(self, every_epochs: float) -> int:

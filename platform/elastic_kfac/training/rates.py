@@ -45,13 +45,16 @@ class RateControl:
         return Rates(lr, momentum)
 
     def apply(self, optimizer: torch.optim.Optimizer, rates: Rates) -> None:
-        """Hands the rates of a step to the optimizer."""
-        self._previous_lr = rates.lr
+        """Hands the rates of a step to the optimizer; the step may still fail."""
         tied = self._config.momentum_rule != "constant"
         for group in optimizer.param_groups:
             group["lr"] = rates.lr
             if tied:
                 group["momentum"] = rates.momentum
+
+    def took(self, rates: Rates) -> None:
+        """The step with these rates is done."""
+        self._previous_lr = rates.lr
 
     def state_dict(self) -> dict[str, float]:
         """World-size-free."""

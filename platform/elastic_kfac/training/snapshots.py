@@ -47,8 +47,8 @@ class CommitWatch:
     def __call__(self, moment: Moment, step: int) -> None:
         if moment == "committed":
             self.is_whole = True
-        elif moment in ("gradients_exchanged", "recovery"):
-            # From here on parameters, factors and decompositions change one after another.
+        elif moment in ("factor_update", "preconditioned", "recovery"):
+            # From here on factors, decompositions and parameters change one after another.
             self.is_whole = False
         self._then(moment, step)
 

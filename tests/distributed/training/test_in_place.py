@@ -72,7 +72,7 @@ def member(folder: str, script: Script) -> Seen:
         while not store.check(["reached"]) or int(store.get("reached")) < script.joins[slot]:
             time.sleep(0.005)
     seen.outcome = run_member(
-        small_config({**script.changes, **EVERY_STEP}),
+        small_config({**EVERY_STEP, **script.changes}),
         membership,
         store=CheckpointStore(folder),
         port=port,
@@ -112,6 +112,23 @@ def test_kill_of_one_of_three_survivors_go_on_and_end_as_one_process(
     for survivor in (seen[0], seen[2]):
         assert sorted(set(survivor.steps)) == list(range(1, 13))
         assert len(survivor.steps) <= 13
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("moment", ["factor_exchange", "factor_update", "decomposition"])
+def test_kill_within_a_kfac_update_redoes_no_committed_step(
+    tmp_path: Path, moment: Moment, slot: int
+) -> None:
+    # Without a snapshot: what is not saved from the update itself would be computed from the start.
+    changes = {**KFAC, "elastic.snapshot_interval_s": 1e9}
+    alone = in_one_process(tmp_path / "alone", changes)
+    # Factors and decompositions are both due in step 5; each rank decomposes some of them.
+    script = Script((0, 1, 2), changes, kills={slot: (5, moment)})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+    for survivor in seen:
+        assert survivor is None or survivor.steps == list(range(1, 13))
 
 
 def test_kill_of_rank_zero_another_rank_takes_over_and_saves(tmp_path: Path) -> None:
