@@ -51,7 +51,7 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster import tuning_rounds
-from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray_adapter import quiet_driver, room_for_workers
 from elastic_kfac.cluster.result import EXIT_INTERRUPTED
 from elastic_kfac.cluster.signals import StopSignals
@@ -144,21 +144,13 @@ def search(
         if cluster is None and address is None:
             nodes = elastic.max_workers * space.max_concurrent
             say(f"Starting a local Ray cluster with {nodes} node{'s' * (nodes > 1)} …")
-            cluster = stack.enter_context(local_cluster(space, nodes))
+            cluster = stack.enter_context(cluster_for(space.base, nodes))
             cluster.connect()
         elif address is not None:
             stack.enter_context(connected(address))
         signals.defer()
         running = _Search(space, journal, say, rank_function)
         return running.finish(signals)
-
-
-def local_cluster(space: SearchSpace, nodes: int) -> LocalCluster:
-    """A cluster with a node per worker."""
-    resources = dict(space.base.resources.per_worker)
-    cpus = resources.pop("CPU", 1.0)
-    gpus = resources.pop("GPU", 1.0 if space.base.resources.use_gpu else 0.0)
-    return LocalCluster(nodes, cpus_per_node=cpus, gpus_per_node=gpus, resources_per_node=resources)
 
 
 class _Search:
@@ -174,9 +166,7 @@ class _Search:
         self._space = space
         self._journal = journal
         self._say = say
-        per_worker = dict(space.base.resources.per_worker)
-        if space.base.resources.use_gpu:
-            per_worker.setdefault("GPU", 1.0)
+        per_worker = space.base.resources.of_a_worker()
         # An autoscaler may bring the first nodes only when trials ask for them.
         self._room = room_for_workers(per_worker) or space.base.elastic.max_workers
         self._slots = min(

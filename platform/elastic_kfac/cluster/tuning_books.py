@@ -44,7 +44,7 @@ class SearchBooks:
         """A trial's process runs, for the first time or again."""
         with self.lock:
             row = self._journal.rows[trial_id]
-            row.status = "running"
+            row.status, row.reason = "running", ""
             row.numbers["started"] = row.numbers.get("started") or time.time()
             row.run_folder = f"trials/{trial_id}"
             self.tell_waiting()

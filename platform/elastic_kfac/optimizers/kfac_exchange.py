@@ -219,11 +219,27 @@ class Exchange:
         Raises:
             CommunicationError: If something will not arrive any more.
         """
+        self._receive_all()
         if self._lost:
             raise CommunicationError(f"no decomposition of {min(self._lost)}: its peer was lost")
-        for work in self._arriving.values():
-            work.wait()
-        self._arriving = {}
+
+    def _receive_all(self) -> None:
+        for name in list(self._arriving):
+            self._receive(name)
+
+    def _receive(self, name: str) -> bool:
+        """Whether a block has its decomposition, once what was under way has arrived."""
+        work = self._arriving.pop(name, None)
+        if work is not None:
+            try:
+                work.wait()
+            except CommunicationError:
+                # One buffer carries the decompositions of several blocks.
+                shared = {other for other, its in self._arriving.items() if its is work}
+                self._lost |= {name, *shared}
+                for other in shared:
+                    del self._arriving[other]
+        return name not in self._lost
 
     # -- gradients -----------------------------------------------------------------------------
 
@@ -240,7 +256,8 @@ class Exchange:
         for index in reversed(range(len(blocks))):
             block = blocks[index]
             if self.is_gradient_worker(block):
-                self._await_second_order(block, damping)
+                if not self._receive(block.name):
+                    self._decompose_alone(block, damping)
                 value = block.precondition(gradients[index], damping)
             else:
                 value = torch.empty_like(gradients[index], memory_format=torch.contiguous_format)
@@ -258,23 +275,12 @@ class Exchange:
             work.wait()
         return [value for value in results if value is not None]
 
-    def _await_second_order(self, block: Block, damping: float) -> None:
-        work = self._arriving.pop(block.name, None)
-        if work is not None:
-            try:
-                work.wait()
-            except CommunicationError:
-                # One buffer carries the decompositions of several blocks.
-                shared = {name for name, other in self._arriving.items() if other is work}
-                self._lost |= {block.name, *shared}
-                for name in shared:
-                    del self._arriving[name]
-        if block.name in self._lost:
-            try:
-                block.second_order.update(block.decompose(block.factor_names, damping))
-            except NumericalError as error:
-                raise CommunicationError(f"a peer was lost, and alone: {error}") from error
-            self._lost.discard(block.name)
+    def _decompose_alone(self, block: Block, damping: float) -> None:
+        try:
+            block.second_order.update(block.decompose(block.factor_names, damping))
+        except NumericalError as error:
+            raise CommunicationError(f"a peer was lost, and alone: {error}") from error
+        self._lost.discard(block.name)
 
     # -- state and resizing --------------------------------------------------------------------
 
@@ -306,7 +312,7 @@ class Exchange:
 
     def resize(self, communicator: Communicator, counters: Mapping[str, int]) -> dict[str, Any]:
         """Moves to another set of ranks; returns the counters of the ranks that went furthest."""
-        self.settle()
+        self._receive_all()
         report = {
             "counters": dict(counters),
             "plan": self.plan.to_dict(),
@@ -315,6 +321,7 @@ class Exchange:
             "held": [
                 block.inverse_step
                 if len(block.second_order) == len(block.second_order_shapes)
+                and block.name not in self._lost
                 else -1
                 for block in self.blocks
             ],

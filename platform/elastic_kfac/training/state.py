@@ -155,19 +155,20 @@ class TrainingState:
         return len(head).to_bytes(8, "little") + head + self.payload()
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> TrainingState:
+    def from_bytes(cls, content: bytes | bytearray) -> TrainingState:
         """Reads what `to_bytes` wrote.
 
         Raises:
             StateError: If the bytes are damaged.
         """
-        length = int.from_bytes(content[:8], "little")
+        view = memoryview(content)
+        length = int.from_bytes(view[:8], "little")
         try:
-            meta = json.loads(content[8 : 8 + length])
+            meta = json.loads(bytes(view[8 : 8 + length]))
             unwritten = tuple((Segment(**s), bytes.fromhex(text)) for s, text in meta["unwritten"])
         except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"a training state cannot be read: {error!r}") from None
-        state = cls.from_parts(meta, content[8 + length :])
+        state = cls.from_parts(meta, bytes(view[8 + length :]))
         return replace(state, ledger=replace(state.ledger, unwritten=unwritten))
 
 

@@ -46,12 +46,12 @@ def share_state(
         raise failure
     if not exists or communicator.world_size == 1:
         return state
-    content = _broadcast_bytes(communicator, content, size, src, device)
-    hashes = communicator.all_gather_object(hashlib.sha256(content).hexdigest(), tag="state")
+    received = _broadcast_bytes(communicator, content, size, src, device)
+    hashes = communicator.all_gather_object(hashlib.sha256(received).hexdigest(), tag="state")
     if len(set(hashes)) > 1:
         wrong = [rank for rank, value in enumerate(hashes) if value != hashes[src]]
         raise CommunicationError(f"ranks {wrong} received a damaged training state")
-    return state if communicator.rank == src else TrainingState.from_bytes(content)
+    return state if communicator.rank == src else TrainingState.from_bytes(received)
 
 
 def state_held_by_all(communicator: Communicator, held: TrainingState) -> TrainingState | None:
@@ -70,7 +70,7 @@ def state_held_by_all(communicator: Communicator, held: TrainingState) -> Traini
 
 def _broadcast_bytes(
     communicator: Communicator, content: bytes, size: int, src: int, device: torch.device
-) -> bytes:
+) -> bytearray:
     whole = bytearray(content) if communicator.rank == src else bytearray(size)
     for begin in range(0, size, _CHUNK_BYTES):
         view = torch.frombuffer(
@@ -80,4 +80,4 @@ def _broadcast_bytes(
         communicator.broadcast(chunk, src, tag="state").wait()
         if communicator.rank != src:
             view.copy_(chunk)
-    return bytes(whole)
+    return whole
