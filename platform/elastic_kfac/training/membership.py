@@ -100,8 +100,7 @@ class StoreMembership:
         generation = int(self._store.get("generation"))
         if generation == 0 and self._slot in self._plan(0)[0]:
             return self._world(0)
-        number = self._store.add("joins", 1)
-        self._store.set(f"join/{number}", str(self._slot))
+        number = self._ask(generation)
         deadline = time.monotonic() + self._timeout_s
         while time.monotonic() < deadline:
             newest = int(self._store.get("generation"))
@@ -119,7 +118,7 @@ class StoreMembership:
         self._leaves = True
 
     def change_is_wanted(self) -> bool:
-        return self._leaves or int(self._store.add("joins", 0)) > self._joins_seen
+        return self._leaves or self._store.check([f"join/{self._joins_seen + 1}"])
 
     def next_world(self, world: World) -> World | None:
         """Agrees with the other survivors on the next generation.
@@ -150,6 +149,13 @@ class StoreMembership:
             timeout_s=self._timeout_s,
         )
 
+    def _ask(self, generation: int) -> int:
+        """Takes the next free number of a newcomer, in one move: who dies has asked, or has not."""
+        number = self._plan(generation)[1] + 1
+        while int(self._store.compare_set(f"join/{number}", "", str(self._slot))) != self._slot:
+            number += 1
+        return number
+
     def _wait_for_arrivals(self, generation: int, old: Sequence[int]) -> list[int]:
         arrived: list[int] = []
         last_news = time.monotonic()
@@ -173,9 +179,10 @@ class StoreMembership:
         return False
 
     def _propose(self, generation: int, staying: Sequence[int]) -> None:
-        joins = int(self._store.add("joins", 0))
-        seen = self._joins_seen
-        newcomers = [int(self._store.get(f"join/{n}")) for n in range(seen + 1, joins + 1)]
+        joins, newcomers = self._joins_seen, []
+        while self._store.check([f"join/{joins + 1}"]):
+            joins += 1
+            newcomers.append(int(self._store.get(f"join/{joins}")))
         members = list(dict.fromkeys([*staying, *newcomers]))
         plan = json.dumps({"members": members, "joins_seen": joins})
         self._store.compare_set(f"plan/{generation}", "", plan)

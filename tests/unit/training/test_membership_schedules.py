@@ -8,7 +8,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from support.virtual_world import check, check_some
+from support.virtual_world import Schedule, check, check_some, play
 
 FIRST_SEED = int(os.environ.get("ELASTIC_KFAC_FIRST_SEED", "0"))
 
@@ -17,6 +17,16 @@ def test_schedules_finish_with_every_step_once() -> None:
     generations = [max(g for g, _, _ in check(FIRST_SEED + seed).commits) for seed in range(60)]
     # They are no quiet runs.
     assert max(generations) >= 4
+
+
+def test_newcomer_that_dies_while_it_asks_does_not_keep_others_out() -> None:
+    # Between any two of its calls to the store, which take a millisecond each.
+    for part in range(24):
+        deaths = {2: 0.4 + part * 0.0005}
+        schedule = Schedule((0, 1), joins={2: 0.4, 3: 0.8}, deaths=deaths, leaves={}, steps=40)
+        played = play(part, schedule)
+        everything = tuple(range(1, 41))
+        assert played.finished == {0: everything, 1: everything, 3: everything}, part
 
 
 @pytest.mark.soak
