@@ -166,12 +166,10 @@ def take_turns(readers: dict[str, tuple[Reader, int]], rounds: int) -> dict[str,
 
 def wait_for_rest(timeout_s: float = 5.0) -> None:
     """Returns when this process's threads do next to nothing."""
-    deadline = time.perf_counter() + timeout_s
-    while time.perf_counter() < deadline:
+    deadline, before = time.perf_counter() + timeout_s, -1.0
+    while time.process_time() - before > 0.005 and time.perf_counter() < deadline:
         before = time.process_time()
         time.sleep(0.05)
-        if time.process_time() - before < 0.005:
-            return
 
 
 def ratio(rates: dict[str, dict[str, float]], ours: str, other: str) -> float:

@@ -199,7 +199,18 @@ def play(seed: int, schedule: Schedule) -> Played:
                 ready["found"] = True
             while not ready["found"]:
                 clock.sleep(0.01)
-            mine = StoreMembership(store, slot, settle_s=0.3, timeout_s=120.0)  # type: ignore[arg-type]
+
+            def give_up_when_over() -> None:
+                if played.finished:
+                    raise CommunicationError("the run is over")
+
+            mine = StoreMembership(
+                store,  # type: ignore[arg-type]
+                slot,
+                settle_s=0.3,
+                timeout_s=120.0,
+                while_joining=give_up_when_over,
+            )
             _Member(slot, mine, clock, groups, schedule, played).run()
 
         for slot in (*schedule.founders, *schedule.joins):
