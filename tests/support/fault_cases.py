@@ -29,7 +29,7 @@ from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
 from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, wait_for
-from support.held_resources import Held, held
+from support.held_resources import Held, held_at_rest
 from support.reproducible_problems import reproducible_config
 from support.training_problems import RecordingPort, StopAt, memory_feeds
 
@@ -192,7 +192,7 @@ def play_world(
     lift_quota()
     store.close()
     leave()
-    lived.held = held()
+    lived.held = held_at_rest()
     return lived
 
 

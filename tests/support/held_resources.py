@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def held() -> Held:
         children=len(children(os.getpid())),
         shared_memory=len(in_memory),
     )
+
+
+def held_at_rest(timeout_s: float = 2.0) -> Held:
+    """What this process holds once that has stopped changing: threads end a moment after their work."""
+    deadline, before, now = time.monotonic() + timeout_s, None, held()
+    while now != before and time.monotonic() < deadline:
+        time.sleep(0.05)
+        before, now = now, held()
+    return now
 
 
 def children(pid: int) -> list[int]:
