@@ -14,7 +14,7 @@ import ray
 from elastic_kfac.cli.entry import main
 from elastic_kfac.cluster.local_cluster import LocalCluster
 from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.ray_adapter import await_lost_nodes, draining_nodes, quiet_driver
+from elastic_kfac.cluster.ray_adapter import await_lost_nodes, quiet_driver, staying_nodes
 from elastic_kfac.cluster.result import RunResult
 from elastic_kfac.cluster.trainer import train
 from elastic_kfac.config import Config, parse_config
@@ -68,9 +68,9 @@ def cluster(session_cluster: LocalCluster) -> LocalCluster:
 
 
 def in_order(cluster: LocalCluster) -> LocalCluster:
-    """Gives a cluster its two worker nodes back; a drained one never takes work again."""
-    leaving = draining_nodes()
-    staying = [index for index in cluster.nodes if cluster.node_id(index) not in leaving][:NODES]
+    """Gives a cluster its two worker nodes back; a drained one takes no work, and goes."""
+    there = staying_nodes()
+    staying = [index for index in cluster.nodes if cluster.node_id(index) in there][:NODES]
     superfluous = [index for index in cluster.nodes if index not in staying]
     removed = {cluster.node_id(index) for index in superfluous}
     for index in superfluous:
