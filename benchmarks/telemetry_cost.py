@@ -23,10 +23,10 @@ import torch
 
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.telemetry import (
-    ProbedPort,
     RankTelemetry,
     RunTelemetry,
     TelemetryOptions,
+    WatchedPort,
 )
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import apply_overrides, parse_config
@@ -90,7 +90,7 @@ def measure(epochs: float, folder: Path) -> dict[str, Any]:
         config,
         Communicator.solo(),
         store=CheckpointStore(folder / "run"),
-        port=ProbedPort(port, probe),
+        port=WatchedPort(port, probe),
         control=KeepGoing(),
     )
     elapsed_s = time.perf_counter() - begin
