@@ -182,6 +182,7 @@ class Exchange:
             self._send_second_order(due)
         except CommunicationError:
             self._lost |= {block.name for block in due if self._workers[block.name] is not None}
+            self._lost |= self._arriving.keys()
             self._arriving = {}
 
     def _send_second_order(self, due: Sequence[Block]) -> None:

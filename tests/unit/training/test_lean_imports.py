@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic_kfac.data import make_shards
 from elastic_kfac.optimizers import uncompiled
 
 TRAINS = """
@@ -27,6 +28,7 @@ for name, curvature in (("sgd", "kfac"), ("sgd", "none"), ("adam", "none"), ("la
         "optimizer": {"name": name, "lr": 1e-3},
         "kfac": {"enabled": curvature == "kfac"},
         "train": {"epochs": 2},
+        "data": {"shards": f"{sys.argv[1]}/digits"},
     })
     outcome = run_rank(
         config,
@@ -42,6 +44,7 @@ print(*(name for name in ("torch._dynamo", "torch._inductor", "sympy", "triton",
 
 
 def test_a_run_imports_no_compiler(tmp_path: Path) -> None:
+    make_shards("digits", tmp_path / "digits")
     command = [sys.executable, "-c", TRAINS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
