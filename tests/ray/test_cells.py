@@ -205,6 +205,8 @@ def test_cell_run_goes_on_and_every_sample_counts_once(
     if fault == "controller_lost":
         with pytest.raises(RunError):
             go(play)
+        # Nobody but the driver frees the places of the group.
+        await_free_nodes(NODES)
         go(Play([Stage(3, interrupt)]))
     else:
         go(play)

@@ -15,11 +15,13 @@ from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_gr
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution import callback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupContext
 from ray.train.v2._internal.execution.worker_group.worker import (
@@ -76,7 +78,19 @@ def test_ray_coordinator_recomputes_on_request() -> None:
     actor = default_autoscaling_coordinator._AutoscalingCoordinatorActor
     method = actor.get_reserved_resources
     assert list(inspect.signature(method).parameters)[:3] == ["self", "requester_id", "recompute"]
+    assert list(inspect.signature(actor.cancel_request).parameters) == ["self", "requester_id"]
     assert callable(default_autoscaling_coordinator.get_or_create_autoscaling_coordinator)
+
+
+def test_ray_controller_asks_for_nodes_under_the_name_that_the_driver_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    client = autoscaling_coordinator_client.TrainAutoscalingCoordinatorClient
+    monkeypatch.setattr(client, "send_resource_request", lambda *_: None)
+    trainer = TorchTrainer(lambda: None, scaling_config=ScalingConfig(num_workers=(1, 2)))
+    policy = ElasticScalingPolicy(trainer.scaling_config)
+    policy.after_controller_start(trainer.train_run_context)
+    assert policy._requester_id == ray_adapter.request_of(trainer)
 
 
 def test_ray_policy_caches_no_longer_than_the_adapter_waits() -> None:

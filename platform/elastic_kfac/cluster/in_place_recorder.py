@@ -23,9 +23,11 @@ class InPlaceRecorder(RunRecorder):
         self._joined: set[int] = set()
         self._founders = self._next_slot = len(pids)
 
-    async def join(self, rank: int, pid: int = 0, node_id: str = "") -> dict[str, Any]:
+    async def join(
+        self, rank: int, pid: int = 0, node_id: str = "", places: Any = None
+    ) -> dict[str, Any]:
         """What a process has to know when its training function begins."""
-        joined = await super().join(rank, pid, node_id)
+        joined = await super().join(rank, pid, node_id, places)
         assert self._group is not None
         slot = rank
         if rank in self._joined:

@@ -242,11 +242,19 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         return found
 
 
-def refresh_capacity(timeout_s: float = 10.0) -> None:
-    """Makes Ray Train see the nodes as they are now."""
+def request_of(trainer: Any) -> str:
+    """The name under which a trainer's controller asks for nodes."""
+    return f"train-{trainer.train_run_context.run_id}"
+
+
+def refresh_capacity(timeout_s: float = 10.0, *, withdraw: Sequence[str] = ()) -> None:
+    """Makes Ray Train see the nodes as they are now, without requests of controllers that died."""
     try:
         coordinator = get_or_create_autoscaling_coordinator()
-        ray.get(coordinator.get_reserved_resources.remote("elastic_kfac", True), timeout=timeout_s)
+        # Ray would honour them for 180 s.
+        calls = [coordinator.cancel_request.remote(request) for request in withdraw]
+        calls.append(coordinator.get_reserved_resources.remote("elastic_kfac", True))
+        ray.get(calls, timeout=timeout_s)
     except Exception:
         # The next tick of the coordinator does the same, only later.
         logger.warning("could not refresh the capacity that Ray Train sees", exc_info=True)

@@ -18,6 +18,7 @@ from elastic_kfac.cluster.vault import VaultPlace
 from elastic_kfac.training.port import event_row
 from elastic_kfac.training.run_folder import RunFolder
 
+Phase = Literal["starting", "running", "parking", "waiting", "ended"]
 Message = tuple[Literal["metrics", "event", "progress", "rewound", "measured"], Mapping[str, Any]]
 """What rank 0 sends: a kind and a row."""
 
@@ -80,7 +81,7 @@ class Change:
 class RunView:
     """What the driver sees of a run."""
 
-    phase: Literal["starting", "running", "parking", "waiting", "ended"]
+    phase: Phase
     reason: str
     attempt: int
     world_size: int
@@ -103,6 +104,8 @@ class RunView:
     phase_since: float
     rank_nodes: Mapping[int, str] = field(default_factory=dict)
     """Ray's identifier of every rank's node."""
+    placement_group: Any = None
+    """Ray's handle of the newest group's places."""
 
 
 class RunRecorder:
@@ -146,14 +149,13 @@ class RunRecorder:
         self._error: RankError | None = None
         self._plan: Any = None
         self._world_sizes: list[int] = []
-        self._resizes = 0
-        self._steps_redone = 0
+        self._resizes = self._steps_redone = 0
         self._worker_seconds = 0.0
-        self._last_step_time = time.time()
-        self._phase: Literal["starting", "running", "parking", "waiting", "ended"] = "starting"
-        self._phase_since = time.time()
+        self._phase: Phase = "starting"
+        self._phase_since = self._last_step_time = time.time()
         self._reason = ""
         self._abort: Any = None
+        self._placement_group: Any = None
         self._step_reached = asyncio.Condition()
         self._vaults: tuple[VaultPlace, ...] = ()
 
@@ -240,9 +242,12 @@ class RunRecorder:
 
     # ---- the ranks' side -------------------------------------------------------------------
 
-    async def join(self, rank: int, pid: int = 0, node_id: str = "") -> dict[str, Any]:
+    async def join(
+        self, rank: int, pid: int = 0, node_id: str = "", places: Any = None
+    ) -> dict[str, Any]:
         """What a rank has to know when its training function begins."""
         self._mark("joined")
+        self._placement_group = places
         if self._group is None:
             raise RuntimeError(f"rank {rank} joined a group that nobody announced")
         return {
@@ -358,6 +363,7 @@ class RunRecorder:
             + (running * group.world_size if group is not None else 0.0),
             phase_since=self._phase_since,
             rank_nodes=dict(group.nodes) if group is not None else {},
+            placement_group=self._placement_group,
         )
 
     async def reached(self, step: int) -> int:
@@ -425,14 +431,12 @@ class RunRecorder:
             self._change.steps_redone += lost_steps
 
     def _stepped(self, group: Group, row: Mapping[str, Any]) -> None:
-        step = int(row["step"])
-        now = time.time()
+        step, now = int(row["step"]), time.time()
         if not group.stepped:
             group.stepped = True
             self._first_step(group, now)
         self._progress = {**row, "world_size": group.world_size}
-        self._last_step = step
-        self._last_step_time = now
+        self._last_step, self._last_step_time = step, now
         self._breaker.stepped(step)
         self._wanted_workers = row.get("wanted_workers")
         self._telemetry.stepped(self._progress)
@@ -491,10 +495,6 @@ class RunRecorder:
             if group.store_address is not None and not group.store_address.done():
                 group.store_address.cancel()
 
-    def _set_phase(
-        self,
-        phase: Literal["starting", "running", "parking", "waiting", "ended"],
-        reason: str,
-    ) -> None:
+    def _set_phase(self, phase: Phase, reason: str) -> None:
         self._phase, self._reason, self._phase_since = phase, reason, time.time()
         self._telemetry.state(phase, reason)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster.connection import connect
@@ -28,6 +29,7 @@ from elastic_kfac.cluster.ray_adapter import (
     prestart_workers,
     quiet_driver,
     refresh_capacity,
+    request_of,
     room_for_workers,
     train_environment,
 )
@@ -47,6 +49,7 @@ STOP_TIMEOUT_S = 60.0
 """How long a stop signal waits for the ranks to save their state."""
 
 RAY_FOLDER = ".ray"
+REQUEST_FILE = f"{RAY_FOLDER}/request"
 """Folder of a run where Ray Train keeps its own files while the run goes on."""
 
 _TRAIN_ENVIRONMENT = {
@@ -238,6 +241,12 @@ class _Run:
 
     def finish(self) -> RunResult:
         """Fits, watches, and turns the end into a result or an error."""
+        request = request_of(self._trainer)
+        storage = self._folder.storage
+        if storage.exists(REQUEST_FILE):
+            # The driver before this one was killed, and its controller with it.
+            refresh_capacity(withdraw=[storage.read(REQUEST_FILE).decode()])
+        storage.write(REQUEST_FILE, request.encode())
         with _default_environment(self._environment):
             if self._spares:
                 # The controller and its helpers on this node, the first group on the others.
@@ -252,8 +261,13 @@ class _Run:
             finally:
                 self._vaults.close()
         view: RunView = ray.get(self._recorder.close.remote())
-        self._folder.storage.delete(RAY_FOLDER)
+        storage.delete(RAY_FOLDER)
         self._display.update(self._unseen(view))
+        if self._fit_error is not None:
+            # A controller that was killed has freed nothing.
+            refresh_capacity(withdraw=[request])
+            if view.placement_group is not None:
+                remove_placement_group(view.placement_group)
         if (view.outcome or {}).get("status") == "finished":
             self._fit_error = None
         result = build_result(

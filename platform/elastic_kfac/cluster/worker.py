@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+from ray.util import get_current_placement_group
 
 from elastic_kfac.cluster.crash_loop import RankError
 from elastic_kfac.cluster.devices import backend_of, device_of_rank
@@ -64,7 +65,8 @@ def run_worker(settings: WorkerSettings) -> str:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     recorder = settings.recorder
     node_id = ray.get_runtime_context().get_node_id()
-    joined = ray.get(recorder.join.remote(rank, os.getpid(), node_id))
+    places = get_current_placement_group()
+    joined = ray.get(recorder.join.remote(rank, os.getpid(), node_id, places))
     attempt = int(joined["attempt"])
     if joined.get("over"):
         return "finished"
