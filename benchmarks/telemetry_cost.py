@@ -140,7 +140,8 @@ def main() -> None:
         "share_max": shares[-1],
         "within_limit": shares[-1] <= LIMIT,
         "runs": results,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} shared cores, loaded",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} shared cores",
+        "load": round(os.getloadavg()[0], 1),
         "versions": {"torch": torch.__version__, "ray": ray.__version__},
     }
     RESULT.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

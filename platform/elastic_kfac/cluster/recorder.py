@@ -104,6 +104,8 @@ class RunView:
     phase_since: float
     rank_nodes: Mapping[int, str] = field(default_factory=dict)
     """Ray's identifier of every rank's node."""
+    controller: Any = None
+    """Ray's handle of the controller."""
     placement_group: Any = None
     """Ray's handle of the newest group's places."""
 
@@ -154,7 +156,7 @@ class RunRecorder:
         self._phase: Phase = "starting"
         self._phase_since = self._last_step_time = time.time()
         self._reason = ""
-        self._abort: Any = None
+        self._controller: Any = None
         self._placement_group: Any = None
         self._step_reached = asyncio.Condition()
         self._vaults: tuple[VaultPlace, ...] = ()
@@ -165,8 +167,8 @@ class RunRecorder:
     # ---- the controller's side -------------------------------------------------------------
 
     async def controller_started(self, controller: Any) -> None:
-        """Keeps the controller's handle, for `abort`."""
-        self._abort = controller
+        """Keeps the controller's handle for the driver."""
+        self._controller = controller
 
     async def group_starts(self, world_size: int) -> None:
         """Ray has begun to place a group of this size."""
@@ -343,7 +345,7 @@ class RunRecorder:
     async def view(self, seen_events: int) -> RunView:
         """A snapshot for the display; `seen_events` events are not sent again."""
         group = self._group
-        running = time.time() - group.began if group is not None else 0.0
+        running = (time.time() - group.began) * group.world_size if group is not None else 0.0
         return RunView(
             phase=self._phase,
             reason=self._reason,
@@ -359,10 +361,10 @@ class RunRecorder:
             world_sizes=list(self._world_sizes),
             resizes=self._resizes,
             steps_redone=self._steps_redone,
-            worker_seconds=self._worker_seconds
-            + (running * group.world_size if group is not None else 0.0),
+            worker_seconds=self._worker_seconds + running,
             phase_since=self._phase_since,
             rank_nodes=dict(group.nodes) if group is not None else {},
+            controller=self._controller,
             placement_group=self._placement_group,
         )
 
@@ -377,11 +379,6 @@ class RunRecorder:
         self._stop_reason = reason
         if self._group is not None:
             self._group.changed.set()
-
-    async def abort(self) -> None:
-        """Ends the controller and its workers without asking the ranks."""
-        if self._abort is not None:
-            self._abort.abort.remote()
 
     async def set_vaults(self, places: Sequence[VaultPlace]) -> None:
         """Tells where copies of the state are kept."""

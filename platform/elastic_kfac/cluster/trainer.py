@@ -47,6 +47,8 @@ from elastic_kfac.training.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 60.0
 """How long a stop signal waits for the ranks to save their state."""
+DEAF_AFTER_S = 5.0
+"""How long it then waits for Ray Train's controller to end itself."""
 
 RAY_FOLDER = ".ray"
 REQUEST_FILE = f"{RAY_FOLDER}/request"
@@ -307,8 +309,12 @@ class _Run:
                     ray.get(self._recorder.stop.remote(self._signals.reason))
                 # Without a group there is nobody to park, and the last state is safe already.
                 patience = STOP_TIMEOUT_S if view.world_size else 3.0
-                if now - stop_asked_at > patience:
-                    ray.get(self._recorder.abort.remote())
+                overdue_s = now - stop_asked_at - patience
+                if overdue_s > DEAF_AFTER_S and view.controller is not None:
+                    # It hears nothing while it waits for places on busy nodes.
+                    ray.kill(view.controller)
+                elif overdue_s > 0 and view.controller is not None:
+                    view.controller.abort.remote()
             next_step = self._faults.next_step
             if next_step is not None and next_step > step:
                 # The recorder answers at the step itself; polling would come some steps late.

@@ -84,11 +84,20 @@ class RunFolder:
         Returns:
             How many rows were dropped.
         """
-        rows = self.metrics()
-        kept = [row for row in rows if row.get("step", 0) <= step]
-        if len(kept) < len(rows):
-            self.storage.write("metrics.jsonl", _lines(kept))
-        return len(rows) - len(kept)
+        if not self.storage.exists("metrics.jsonl"):
+            return 0
+        # Rows lie in the order of their steps: only the end of a long run's file is looked at.
+        content = self.storage.read("metrics.jsonl")
+        end, dropped = len(content), 0
+        while end > 0:
+            begin = content.rfind(b"\n", 0, end - 1) + 1
+            row = _row(content[begin:end])
+            if row is not None and row.get("step", 0) <= step:
+                break
+            end, dropped = begin, dropped + (row is not None)
+        if dropped:
+            self.storage.truncate("metrics.jsonl", end)
+        return dropped
 
     def write_result(self, result: Row) -> None:
         """Writes `result.json`."""
@@ -109,14 +118,16 @@ class RunFolder:
     def _rows(self, name: str) -> list[dict[str, Any]]:
         if not self.storage.exists(name):
             return []
-        rows = []
-        for line in self.storage.read(name).decode().splitlines():
-            # A writer that was killed leaves at most one torn line each time; the restart repeats it.
-            try:
-                rows.append(dict(json.loads(line)))
-            except ValueError:
-                continue
-        return rows
+        rows = map(_row, self.storage.read(name).splitlines())
+        return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    # A writer that was killed leaves at most one torn line each time; the restart repeats it.
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
 
 
 def _lines(rows: Iterable[Row]) -> bytes:

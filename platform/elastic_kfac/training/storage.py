@@ -73,6 +73,13 @@ class Storage:
         old = self.read(name) if self.exists(name) else b""
         self.write(name, old + content)
 
+    def truncate(self, name: str, size: int) -> None:
+        """Drops what a file has beyond so many bytes (an object store rewrites it)."""
+        if self.is_local:
+            os.truncate(self.path(name), size)
+        else:
+            self.write(name, self.read(name)[:size])
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of that name."""
         return self._location.size(_inside(name)) is not None

@@ -78,6 +78,16 @@ def test_rewind_drops_later_metric_rows_only(tmp_path: Path) -> None:
     assert folder.rewind_metrics(3) == 2
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3]
     assert len(folder.events()) == 1
+    assert folder.rewind_metrics(3) == 0
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    folder.append_metrics([{"step": 4}])
+    assert folder.rewind_metrics(3) == 1
+    folder.append_metrics([{"step": 4, "loss": 2.0}])
+    assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4]
+    assert folder.rewind_metrics(0) == 4
+    assert folder.metrics() == []
+    assert RunFolder(tmp_path / "new").rewind_metrics(0) == 0
 
 
 def test_metrics_after_a_torn_line_are_still_read(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_storage_refuses_names_that_lead_out_of_it(name: str, tmp_path: Path) ->
         lambda: storage.read(name),
         lambda: storage.write(name, b"owned"),
         lambda: storage.append_lines(name, b"owned\n"),
+        lambda: storage.truncate(name, 0),
         lambda: storage.exists(name),
         lambda: storage.folders(name),
         lambda: storage.files(name),

@@ -65,6 +65,8 @@ def test_files_are_written_appended_listed_and_deleted(bucket: str) -> None:
     storage.append_lines("x.jsonl", b"1\n")
     storage.append_lines("x.jsonl", b"2\n")
     assert storage.read("x.jsonl") == b"1\n2\n"
+    storage.truncate("x.jsonl", 2)
+    assert storage.read("x.jsonl") == b"1\n"
     storage.delete("x.jsonl")
     storage.delete("x.jsonl")
     assert not storage.exists("x.jsonl")
