@@ -51,8 +51,9 @@ DEAF_AFTER_S = 5.0
 """How long it then waits for Ray Train's controller to end itself."""
 
 RAY_FOLDER = ".ray"
-REQUEST_FILE = f"{RAY_FOLDER}/request"
 """Folder of a run where Ray Train keeps its own files while the run goes on."""
+REQUEST_FILE = f"{RAY_FOLDER}/request"
+"""Under which name the run asks Ray for nodes."""
 
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
