@@ -6,44 +6,17 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from elastic_kfac.metric_names import metric
 from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from support.head_run import PATIENCE_S, await_group, events, started_job
 from support.ray_head import RayHead, joined_node, ray_head, until
 
 NOTICE_S = 600
 """Plenty, so that a busy machine hands over in time as well."""
-
-PATIENCE_S = 300
-STEPS = 30
-
-
-def started_job(head: RayHead, storage: Path) -> RunFolder:
-    """A run that goes on until it is stopped, on as many nodes as there are."""
-    job = head.submit(
-        "jobs/train.py",
-        *("jobs/configs/digits.yaml", "--storage", str(storage), "--name", "run"),
-        *("--set", f"data.shards={storage}/digits", "--set", "train.epochs=100000"),
-        options=("--no-wait", "--submission-id", "run"),
-    )
-    assert job.returncode == 0, job.stdout + job.stderr
-    return RunFolder(storage / "run")
-
-
-def steps_on(folder: RunFolder, *world_sizes: int) -> bool:
-    """Whether groups of these sizes followed each other, and the last one has stepped for a while."""
-    if not (Path(folder.storage.path()) / "metrics.jsonl").exists():
-        return False
-    rows = [row for row in folder.metrics() if "loss" in row]
-    sizes = [row["world_size"] for row in rows]
-    changes = [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] != size]
-    return changes == list(world_sizes) and set(sizes[-STEPS:]) == {world_sizes[-1]}
 
 
 def value(head: RayHead, column: str) -> float | None:
@@ -51,15 +24,6 @@ def value(head: RayHead, column: str) -> float | None:
     name = re.escape(metric(column).prometheus_name)
     found = re.search(rf'^{name}\{{[^}}]*run="run"[^}}]*\}} (\S+)$', head.scrape(), re.MULTILINE)
     return float(found[1]) if found else None
-
-
-def events(folder: RunFolder, *kinds: str) -> list[dict[str, Any]]:
-    return [dict(row) for row in folder.events() if row["kind"] in kinds]
-
-
-def await_group(head: RayHead, folder: RunFolder, *world_sizes: int) -> None:
-    arrived: Callable[[], bool] = lambda: steps_on(folder, *world_sizes)  # noqa: E731
-    assert until(arrived, PATIENCE_S), head.ray("job", "logs", "run").stdout[-3000:]
 
 
 @pytest.mark.soak

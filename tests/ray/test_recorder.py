@@ -70,6 +70,42 @@ def test_recorder_park_wakes_every_rank_and_waits_for_all(tmp_path: Path) -> Non
     asyncio.run(scenario())
 
 
+def test_recorder_park_asked_before_the_first_step_is_a_change_of_its_own(tmp_path: Path) -> None:
+    async def parked_after(recorder: RunRecorder, attempt: int, *steps: int) -> None:
+        parking = asyncio.create_task(recorder.park("a node goes", timeout_s=30.0, notice_s=9.0))
+        await asyncio.sleep(0)
+        await recorder.record(attempt, _steps(*steps))
+        await recorder.rank_left(attempt, 0, {"status": "parked"})
+        assert await parking is False
+
+    async def scenario() -> None:
+        recorder = RunRecorder(str(tmp_path))
+        await recorder.group_started({0: 10}, NODES)
+        await parked_after(recorder, 1, 1, 2)
+        await recorder.group_started(PIDS, NODES)
+        await recorder.record(2, _steps(3))
+        await recorder.group_failed({0: "ActorDied", 1: "ActorDied"}, ["node"])
+        await recorder.group_started({0: 12}, NODES)
+        await parked_after(recorder, 3, 4)
+        await recorder.group_started({0: 13}, NODES)
+        # This group is over before it has stepped: the next one's change is the same.
+        await parked_after(recorder, 4)
+        await recorder.group_started(PIDS, NODES)
+        await recorder.record(5, _steps(5))
+
+    asyncio.run(scenario())
+    changes = [row for row in RunFolder(tmp_path).events() if "to_world_size" in row]
+    assert [(row["kind"], row["from_world_size"], row["to_world_size"]) for row in changes] == [
+        ("start", 0, 1),
+        ("resize", 1, 2),
+        ("failure", 2, None),
+        ("recovery", 2, 1),
+        ("resize", 1, 2),
+    ]
+    handed_over = [row.get("hand_over_s") is not None for row in changes]
+    assert handed_over == [False, True, False, False, True]
+
+
 def test_recorder_park_of_a_finished_run_says_that_it_is_over(tmp_path: Path) -> None:
     async def scenario() -> bool:
         recorder = RunRecorder(str(tmp_path))

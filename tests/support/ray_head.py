@@ -88,9 +88,16 @@ class RayHead:
 
 @contextmanager
 def ray_head(
-    *, num_cpus: int = 2, variables: Mapping[str, str] | None = None, attempts: int = 3
+    *,
+    num_cpus: int = 2,
+    variables: Mapping[str, str] | None = None,
+    autoscaled_nodes: int = 0,
+    attempts: int = 3,
 ) -> Iterator[RayHead]:
     """Starts a head with its own temporary folder and free ports; ends all of its processes.
+
+    With `autoscaled_nodes` Ray's autoscaler (v2) runs, too, and makes up to so many nodes of one CPU on
+    this machine when they are asked for.
 
     Raises:
         RuntimeError: If it does not answer; with the end of what it said.
@@ -101,7 +108,7 @@ def ray_head(
         folder = Path(tempfile.mkdtemp(prefix="ek-head-", dir="/tmp"))
         process: subprocess.Popen[bytes] | None = None
         try:
-            head, command = _head(folder, num_cpus, variables or {})
+            head, command = _head(folder, num_cpus, variables or {}, autoscaled_nodes)
             log = folder / "start.log"
             with log.open("wb") as output:
                 process = subprocess.Popen(
@@ -176,7 +183,9 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def _head(folder: Path, num_cpus: int, variables: Mapping[str, str]) -> tuple[RayHead, list[str]]:
+def _head(
+    folder: Path, num_cpus: int, variables: Mapping[str, str], autoscaled_nodes: int
+) -> tuple[RayHead, list[str]]:
     gcs, dashboard, metrics, agent, agent_grpc = free_ports(5)
     environment = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
@@ -194,9 +203,17 @@ def _head(folder: Path, num_cpus: int, variables: Mapping[str, str]) -> tuple[Ra
         **variables,
     }
     environment.pop("PYTHONPATH", None)
+    host, autoscaling = "127.0.0.1", []
+    if autoscaled_nodes:
+        # Ray would have 127.0.0.1 mean this machine's other address.
+        host = "127.0.0.2"
+        environment |= _AUTOSCALER_ENVIRONMENT
+        path = folder / "autoscaling.json"
+        path.write_text(json.dumps(_autoscaling(f"{host}:{gcs}", autoscaled_nodes)))
+        autoscaling = [f"--autoscaling-config={path}"]
     command = [
         *(str(SCRIPTS / "ray"), "start", "--head", "--block"),
-        "--node-ip-address=127.0.0.1",
+        f"--node-ip-address={host}",
         f"--port={gcs}",
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}",
@@ -207,15 +224,61 @@ def _head(folder: Path, num_cpus: int, variables: Mapping[str, str]) -> tuple[Ra
         "--object-store-memory=150000000",
         f"--temp-dir={folder}",
         "--disable-usage-stats",
+        *autoscaling,
     ]
     head = RayHead(
-        address=f"127.0.0.1:{gcs}",
+        address=f"{host}:{gcs}",
         dashboard=f"http://127.0.0.1:{dashboard}",
-        metrics=f"http://127.0.0.1:{metrics}/metrics",
+        metrics=f"http://{host}:{metrics}/metrics",
         temp_dir=folder,
         environment={**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"},
     )
     return head, command
+
+
+_HEAD_INSTANCE = "f" * 51 + "00000"
+_AUTOSCALER_ENVIRONMENT = {
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_FAKE_CLUSTER": "1",
+    "RAY_enable_autoscaler_v2": "1",
+    "RAY_CLOUD_INSTANCE_ID": _HEAD_INSTANCE,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_INSTANCE,
+}
+
+_COMMANDS = (
+    *("cluster_synced_files", "initialization_commands", "setup_commands"),
+    *("head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+)
+"""Of a configuration that has no defaults: nothing to copy, nothing to run."""
+
+
+def _autoscaling(gcs_address: str, nodes: int) -> dict[str, Any]:
+    """A cluster whose nodes are processes of the autoscaler's own, and so of the head's session."""
+    resources = {"CPU": 1, "object_store_memory": 150_000_000}
+    return {
+        "cluster_name": "local",
+        "max_workers": nodes,
+        "provider": {
+            # As `fake_multinode`, whose file of defaults Ray's wheel lacks.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": gcs_address,
+            "head_node_id": _HEAD_INSTANCE,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0},
+            "worker": {"resources": resources, "node_config": {}, "max_workers": nodes},
+        },
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 1.0,
+        **{name: {} for name in ("auth", "file_mounts")},
+        **{name: [] for name in _COMMANDS},
+    }
 
 
 def _is_up(process: subprocess.Popen[bytes], head: RayHead) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastic_kfac.cluster.crash_loop import RankError
-from elastic_kfac.cluster.recorder import Change, Group, Message, RunRecorder
+from elastic_kfac.cluster.recorder import Message, RunRecorder
+from elastic_kfac.cluster.world_change import Change, Group
 from elastic_kfac.training.port import event_row
 
 LOST = "a member of the world was lost"

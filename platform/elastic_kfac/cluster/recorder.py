@@ -15,66 +15,13 @@ from typing import Any, Literal
 from elastic_kfac.cluster.crash_loop import CrashLoopBreaker, RankError
 from elastic_kfac.cluster.telemetry import RunTelemetry, TelemetryOptions
 from elastic_kfac.cluster.vault import VaultPlace
+from elastic_kfac.cluster.world_change import Change, Group
 from elastic_kfac.training.port import event_row
 from elastic_kfac.training.run_folder import RunFolder
 
 Phase = Literal["starting", "running", "parking", "waiting", "ended"]
 Message = tuple[Literal["metrics", "event", "progress", "rewound", "measured"], Mapping[str, Any]]
 """What rank 0 sends: a kind and a row."""
-
-
-@dataclass
-class Group:
-    """One worker group, from its start to its end."""
-
-    attempt: int
-    world_size: int
-    pids: dict[int, int]
-    nodes: dict[int, str]
-    began: float
-    ended: dict[int, str] = field(default_factory=dict)
-    """How each rank left the training function: a status, or `failed`."""
-    park_reason: str | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set when ranks have to look at the stop reason, or when the group is over."""
-    store_address: asyncio.Future[tuple[str, int]] | None = None
-    stepped: bool = False
-    away: set[int] = field(default_factory=set)
-    """Ranks that are gone while the others step on."""
-
-    @property
-    def everybody_left(self) -> bool:
-        """Whether the training function of every rank that is there has returned."""
-        return set(self.ended) >= set(self.pids) - self.away
-
-
-@dataclass
-class Change:
-    """A change of the group that is under way; it ends with the first new step."""
-
-    kind: Literal["resize", "failure"]
-    reason: str
-    from_world_size: int
-    steps_redone: int = 0
-    is_preemption: bool = False
-    """Whether it began with the notice that a node will go."""
-    restored_from: str | None = None
-    """Where the state came from: a vault, the disk or a member."""
-    in_place: bool = False
-    """Whether the survivors kept their processes."""
-    marks: dict[str, float] = field(default_factory=dict)
-    """When its phases were reached (Unix time)."""
-
-    @property
-    def hand_over_s(self) -> float | None:
-        """From the notice of a preemption until the state of all ranks was safe."""
-        if not self.is_preemption or "parked" not in self.marks:
-            return None
-        return round(self.marks["parked"] - self.marks["noticed"], 3)
-
-    def mark(self, name: str) -> None:
-        """A phase was reached; the last time counts when a restart has to be tried again."""
-        self.marks[name] = time.time()
 
 
 @dataclass(frozen=True)
@@ -193,8 +140,9 @@ class RunRecorder:
             return self._outcome is not None
         self._begin_change("resize", reason)
         if notice_s is not None:
-            assert self._change is not None
-            self._change.is_preemption = True
+            change = group.next_change or self._change
+            assert change is not None
+            change.is_preemption = True
             self._record_event(
                 event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
             )
@@ -208,6 +156,7 @@ class RunRecorder:
             await asyncio.sleep(0.005)
         ends = set(group.ended.values()) if group.everybody_left else set()
         if ends == {"parked"}:
+            self._change = self._change or group.next_change
             self._mark("parked")
         return ends == {"finished"}
 
@@ -400,9 +349,12 @@ class RunRecorder:
         return self._stop_reason or group.park_reason
 
     def _begin_change(self, kind: Literal["resize", "failure"], reason: str) -> None:
-        change = self._change
+        change, group = self._change, self._group
+        before = group.world_size if group is not None else 0
+        if kind == "resize" and group is not None and not group.stepped:
+            group.next_change = Change(kind, reason, before, marks={"noticed": time.time()})
+            return
         if change is None:
-            before = self._group.world_size if self._group is not None else 0
             self._change = Change(kind, reason, before)
         elif kind == "failure":
             # A failure before the first new step is part of the same downtime.
@@ -439,7 +391,8 @@ class RunRecorder:
         self._telemetry.stepped(self._progress)
 
     def _first_step(self, group: Group, now: float) -> None:
-        change, self._change = self._change, None
+        change, self._change = self._change, group.next_change
+        group.next_change = None
         self._set_phase("running", "")
         if not self._world_sizes or self._world_sizes[-1] != group.world_size:
             self._world_sizes.append(group.world_size)
@@ -487,6 +440,7 @@ class RunRecorder:
     def _close_group(self) -> None:
         group, self._group = self._group, None
         if group is not None:
+            self._change = self._change or group.next_change
             self._worker_seconds += (time.time() - group.began) * group.world_size
             group.changed.set()
             if group.store_address is not None and not group.store_address.done():
