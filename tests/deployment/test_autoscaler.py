@@ -49,18 +49,17 @@ def test_autoscaler_makes_the_nodes_of_a_run_and_replaces_a_lost_one(tmp_path: P
             code = driver.wait(PATIENCE_S)
     assert code == 130, log.read_text()
     changes = events(folder, *CHANGES)[len(before) :]
-    assert [(row["kind"], row["to_world_size"]) for row in changes] == [
-        ("recovery", 1),
-        ("resize", 2),
-    ]
+    # The other node may be there before the run goes on, or after.
+    sizes = [(row["kind"], row["to_world_size"]) for row in changes]
+    assert sizes in ([("recovery", 2)], [("recovery", 1), ("resize", 2)])
     assert {row["steps_redone"] for row in changes} == {0}
     assert audit_run(folder).problems == ()
 
 
 def grown_again(folder: RunFolder, *, since: int) -> bool:
     """Whether, after so many changes, a group was lost and one of two workers steps."""
-    sizes = [row["to_world_size"] for row in events(folder, *CHANGES)]
-    return len(sizes) > since + 1 and sizes[-1] == 2
+    rows = events(folder, *CHANGES)[since:]
+    return bool(rows) and rows[-1]["to_world_size"] == 2
 
 
 def raylets_of(head: RayHead) -> list[int]:
