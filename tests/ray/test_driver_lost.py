@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import ray
 import yaml
-from ray.util import placement_group, remove_placement_group
 
 from elastic_kfac.cluster import trainer
 from elastic_kfac.cluster.local_cluster import LocalCluster
@@ -68,41 +65,6 @@ def test_run_whose_driver_was_killed_continues_under_its_name(
     steps = [row["step"] for row in folder.metrics() if "loss" in row]
     assert steps == list(range(1, epochs * STEPS_PER_EPOCH + 1))
     assert audit_run(folder).problems == ()
-
-
-class CtrlC(SilentDisplay):
-    """Presses it a second after Ray has begun to place a group."""
-
-    begun_at: float | None = None
-
-    def update(self, view: RunView) -> None:
-        if self.begun_at is None and view.reason.endswith("workers"):
-            self.begun_at = time.monotonic()
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-
-# A group waits for its places for 240 s in this folder.
-@pytest.mark.timeout(200)
-def test_ctrl_c_ends_a_run_that_waits_for_places_on_busy_nodes(
-    config: Callable[[int], Config],
-    cluster: LocalCluster,
-    await_free_nodes: Callable[[int], None],
-    tmp_path: Path,
-) -> None:
-    await_free_nodes(2)
-    others = placement_group([{"CPU": 1}] * 2, strategy="STRICT_SPREAD")
-    try:
-        ray.get(others.ready(), timeout=60)
-        display = CtrlC()
-        result = trainer.train(
-            config(5000), name="run", storage=str(tmp_path), cluster=cluster, progress=display
-        )
-    finally:
-        remove_placement_group(others)
-    assert display.begun_at is not None
-    assert (result.status, result.exit_code) == ("interrupted", 130)
-    assert result.values["steps"] == 0
-    print(f"it took {time.monotonic() - display.begun_at - 1.0:.1f} s from Ctrl-C to the end")
 
 
 @pytest.mark.parametrize(

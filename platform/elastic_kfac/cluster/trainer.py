@@ -47,8 +47,6 @@ from elastic_kfac.training.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 60.0
 """How long a stop signal waits for the ranks to save their state."""
-DEAF_AFTER_S = 5.0
-"""How long it then waits for Ray Train's controller to end itself."""
 
 RAY_FOLDER = ".ray"
 """Folder of a run where Ray Train keeps its own files while the run goes on."""
@@ -310,11 +308,8 @@ class _Run:
                     ray.get(self._recorder.stop.remote(self._signals.reason))
                 # Without a group there is nobody to park, and the last state is safe already.
                 patience = STOP_TIMEOUT_S if view.world_size else 3.0
-                overdue_s = now - stop_asked_at - patience
-                if overdue_s > DEAF_AFTER_S and view.controller is not None:
-                    # It hears nothing while it waits for places on busy nodes.
-                    ray.kill(view.controller)
-                elif overdue_s > 0 and view.controller is not None:
+                if now - stop_asked_at > patience and view.controller is not None:
+                    # Killing it would leave a group that still waits for its places.
                     view.controller.abort.remote()
             next_step = self._faults.next_step
             if next_step is not None and next_step > step:
