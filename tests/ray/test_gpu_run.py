@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,8 @@ def test_scaling_config_asks_for_gpus_between_the_bounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Trainer:
+        train_run_context = SimpleNamespace(run_id="none")
+
         def __init__(self, function: Any, **options: Any) -> None:
             asked.append(options["scaling_config"])
 
