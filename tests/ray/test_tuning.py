@@ -61,7 +61,8 @@ def placement_groups_in_use() -> list[str]:
 def story(
     session_cluster: LocalCluster, config: Make, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[SearchResult, list[str]]:
-    """Two of four points are refused, one fails, and the other gets the room that becomes free."""
+    """Two of four points are refused, one fails, and the other gets the room that becomes free, and
+    then its second seed."""
     space = space_of(
         config(5000),
         {"train.eval_every_epochs": 1},
@@ -73,6 +74,7 @@ def story(
         budget={"epochs": 5000},
         scheduler={"name": "asha", "grace": 5000},
         searcher={"name": "grid"},
+        repeats=2,
         max_concurrent=2,
     )
     said: list[str] = []
@@ -91,33 +93,51 @@ def test_search_ends_each_trial_as_it_should(story: tuple[SearchResult, list[str
     result, said = story
     assert (result.status, result.exit_code) == ("finished", 0)
     rows = rows_of(result.folder)
-    assert [row["status"] for row in rows.values()] == ["refused", "finished", "refused", "failed"]
-    for refused in (rows["t000"], rows["t002"]):
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "t000-s0": "refused",
+        "t001-s0": "finished",
+        "t002-s0": "refused",
+        "t003-s0": "failed",
+        # Only what has finished is worth another seed.
+        "t001-s1": "finished",
+    }
+    for refused in (rows["t000-s0"], rows["t002-s0"]):
         assert "plan.memory_budget_gib=1e-06" in refused["reason"]
         assert not (result.folder / "trials" / refused["trial_id"]).exists()
-    assert "shard 3 is torn" in rows["t003"]["reason"]
-    assert any("t003 failed: shard 3 is torn" in line for line in said)
+    assert "shard 3 is torn" in rows["t003-s0"]["reason"]
+    assert any("t003-s0 failed: shard 3 is torn" in line for line in said)
 
 
 def test_search_running_trial_grew_when_the_other_had_ended(
     story: tuple[SearchResult, list[str]],
 ) -> None:
     result, _ = story
-    run = RunFolder(result.folder / "trials" / "t001").result() or {}
+    run = RunFolder(result.folder / "trials" / "t001-s0").result() or {}
     assert run["world_sizes"] == [1, 2]
     assert run["steps_redone"] == 0
 
 
+def test_search_second_seed_starts_when_the_first_has_ended(
+    story: tuple[SearchResult, list[str]],
+) -> None:
+    result, _ = story
+    rows = rows_of(result.folder)
+    assert float(rows["t001-s1"]["started"]) >= float(rows["t001-s0"]["ended"])
+    assert int(rows["t001-s1"]["seed"]) == int(rows["t001-s0"]["seed"]) + 1
+
+
 def test_search_counts_what_the_best_trial_took(story: tuple[SearchResult, list[str]]) -> None:
     result, _ = story
-    row = rows_of(result.folder)["t001"]
+    rows = rows_of(result.folder)
+    slower = max("t001-s0", "t001-s1", key=lambda name: float(rows[name]["objective"]))
+    row = rows[slower]
     run = RunFolder(result.folder / row["run_folder"]).result() or {}
     assert row["reached"] == "true"
     assert float(row["objective"]) == run["train_time_to_accuracy_s"]
     assert float(row["cpu_seconds"]) > 0
     assert float(row["peak_memory_bytes"]) > 50e6
     experiment = json.loads((result.folder / "experiment.json").read_text())
-    assert (experiment["best"], experiment["status"]) == ("t001", "finished")
+    assert (experiment["best"], experiment["status"]) == (slower, "finished")
 
 
 def test_search_best_config_is_one_that_train_takes(
@@ -139,7 +159,7 @@ def test_search_leaves_a_report_and_tensorboard_events(
 ) -> None:
     result, _ = story
     assert (result.folder / "report.html").stat().st_size > 1000
-    assert list(result.folder.glob("tune/t001/events.out.tfevents.*"))
+    assert list(result.folder.glob("tune/t001-s0/events.out.tfevents.*"))
 
 
 def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]]) -> None:

@@ -240,7 +240,7 @@ class _Search:
                 self._admit(journal.add(row))
         if space.searcher.name != "optuna":
             for number, point in enumerate(planned_points(space)):
-                self._add_point(number, point)
+                self._add_trial(number, point)
             searched = [row for row in journal.rows.values() if row.stage == "search"]
             if all(row.status == "refused" for row in searched):
                 raise ConfigError(
@@ -268,15 +268,22 @@ class _Search:
                     row = TrialRow(trial, "confirm", f"confirm-{name}", seed, dict(point))
                     self._admit(journal.add(row))
 
-    def _add_point(self, number: int, point: Mapping[str, Any]) -> list[TrialRow]:
-        rows = []
-        for repeat in range(self._space.repeats):
-            trial = f"t{number:03d}" + (f"-s{repeat}" if self._space.repeats > 1 else "")
-            seed = self._space.base.train.seed + repeat
-            row = self._journal.add(TrialRow(trial, "search", str(number), seed, dict(point)))
-            self._admit(row)
-            rows.append(row)
-        return rows
+    def _add_trial(self, point: int, values: Mapping[str, Any], repeat: int = 0) -> TrialRow:
+        trial = f"t{point:03d}" + (f"-s{repeat}" if self._space.repeats > 1 else "")
+        seed = self._space.base.train.seed + repeat
+        row = self._journal.add(TrialRow(trial, "search", str(point), seed, dict(values)))
+        self._admit(row)
+        return row
+
+    def _add_repeats(self) -> list[TrialRow]:
+        """The other seeds of points whose first has finished."""
+        added = []
+        for first in self._journal.first_seeds():
+            known = len(self._journal.repeats("search", first.point))
+            if first.status == "finished":
+                for repeat in range(known, self._space.repeats):
+                    added.append(self._add_trial(int(first.point), first.parameters, repeat))
+        return added
 
     def _admit(self, row: TrialRow) -> None:
         """Refuses a trial that cannot work, before it costs anything."""
@@ -296,26 +303,27 @@ class _Search:
             "stage": row.stage,
             "point": self._journal.point_of(row),
             "seed": row.seed,
+            "screened": row.stage == "search" and row.seed == self._space.base.train.seed,
         }
 
     def _open(self, stages: Sequence[str]) -> list[TrialRow]:
         rows = self._journal.rows.values()
         return [row for row in rows if row.stage in stages and not row.is_final]
 
-    def _is_population(self, stages: Sequence[str]) -> bool:
-        return bool(self._space.perturbed) and "search" in stages
-
     # ---- running ---------------------------------------------------------------------------
 
     def _run_stage(
         self, stages: Sequence[str], signals: StopSignals, scheduler: Any | None
     ) -> None:
+        is_population = "search" in stages and bool(self._space.perturbed)
+        is_search = "search" in stages and not is_population
+        if is_search:
+            self._add_repeats()
         rows = self._open(stages)
-        searcher = None
-        if "search" in stages and self._space.searcher.name == "optuna":
-            searcher = self._suggestions(rows)
-        if not rows and (searcher is None or not self._books.points_left()):
+        points = self._books.points_left() if is_search else 0
+        if not rows and not points:
             return
+        searcher = self._suggestions(rows, points) if is_search else None
         self._books.tell_waiting()
         tuner = tune.Tuner(
             tune.with_resources(
@@ -331,7 +339,7 @@ class _Search:
                 scheduler=scheduler,
                 num_samples=-1 if searcher is not None else 1,
                 # A population is created as a whole; its scheduler has the bound.
-                max_concurrent_trials=None if self._is_population(stages) else self._slots,
+                max_concurrent_trials=None if is_population else self._slots,
                 reuse_actors=True,
                 trial_name_creator=trial_name,
                 trial_dirname_creator=trial_name,
@@ -382,34 +390,39 @@ class _Search:
                 change="the same --name continues it",
             ) from failure[0]
 
-    def _suggestions(self, rows: Sequence[TrialRow]) -> Suggestions:
+    def _suggestions(self, rows: Sequence[TrialRow], points: int) -> Suggestions:
         journal = self._journal
-        points = dict.fromkeys(r.point for r in journal.rows.values() if r.stage == "search")
         evaluated = []
-        for point in points:
-            repeats = journal.repeats("search", point)
-            if all(row.is_final and row.status != "refused" for row in repeats):
-                evaluated.append((repeats[0].parameters, journal.score_of(repeats)))
+        for row in journal.first_seeds():
+            repeats = journal.repeats("search", row.point)
+            if row.status != "refused" and journal.is_decided(repeats):
+                evaluated.append((row.parameters, journal.score_of(repeats)))
 
         def on_point(values: Mapping[str, Any]) -> list[Assignment]:
             with self._books.lock:
                 number = self._space.num_trials - self._books.points_left()
-                added = self._add_point(number, values)
+                row = self._add_trial(number, values)
                 self._books.note()
-                return [self._assignment(row) for row in added if not row.is_final]
+                return [] if row.is_final else [self._assignment(row)]
+
+        def repeats_due() -> list[Assignment] | None:
+            with self._books.lock:
+                added = self._add_repeats()
+                if added:
+                    self._books.note()
+                some_may_come = self._space.repeats > 1 and not all(
+                    row.is_final for row in journal.first_seeds()
+                )
+                return [self._assignment(row) for row in added] if added or some_may_come else None
 
         def score_of(assignment: Assignment) -> float | None:
             with self._books.lock:
                 row = journal.rows[str(assignment["trial"])]
                 repeats = journal.repeats("search", row.point)
-                if not all(each.is_final for each in repeats):
-                    return None
-                return journal.score_of(repeats)
+                return journal.score_of(repeats) if journal.is_decided(repeats) else None
 
         first = [self._assignment(row) for row in rows]
-        return Suggestions(
-            self._space, first, evaluated, self._books.points_left(), on_point, score_of
-        )
+        return Suggestions(self._space, first, evaluated, points, on_point, score_of, repeats_due)
 
 
 def _local_folder(storage: str) -> Path:

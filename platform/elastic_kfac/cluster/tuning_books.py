@@ -36,9 +36,10 @@ class SearchBooks:
         self._has_news = False
 
     def points_left(self) -> int:
-        """Points that a searcher may still ask for."""
-        rows = self._journal.rows.values()
-        return self._space.num_trials - len({r.point for r in rows if r.stage == "search"})
+        """Points that Optuna may still think of; others are planned before the search begins."""
+        if self._space.searcher.name != "optuna":
+            return 0
+        return self._space.num_trials - len(self._journal.first_seeds())
 
     def started(self, trial_id: str) -> None:
         """A trial's process runs, for the first time or again."""
@@ -157,8 +158,8 @@ class SearchBooks:
         if self._space.perturbed:
             # Members of a population take turns.
             waiting = sum(row.stage != "confirm" and not row.is_final for row in rows) - 1
-        if self._space.searcher.name == "optuna":
-            waiting += max(0, self.points_left()) * self._space.repeats
+        # Further seeds of a point take the place that their first one leaves.
+        waiting += self.points_left()
         self.desk.set_waiting.remote(max(0, waiting))
 
     def note(self) -> None:

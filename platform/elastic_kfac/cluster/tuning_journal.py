@@ -119,6 +119,16 @@ class Journal:
         """All trials of a point."""
         return [row for row in self.rows.values() if (row.stage, row.point) == (stage, point)]
 
+    def first_seeds(self) -> list[TrialRow]:
+        """The trial of every searched point that decides whether its other seeds run."""
+        rows, first = self.rows.values(), self.space.base.train.seed
+        return [row for row in rows if row.stage == "search" and row.seed == first]
+
+    def is_decided(self, rows: Sequence[TrialRow]) -> bool:
+        """Whether all seeds of a point have ended; without a first that finished there are no more."""
+        is_whole = len(rows) == self.space.repeats or rows[0].status != "finished"
+        return is_whole and all(row.is_final for row in rows)
+
     def representative(self, rows: Sequence[TrialRow]) -> TrialRow:
         """The median repeat."""
         outcomes = [row.outcome for row in rows]
@@ -129,13 +139,13 @@ class Journal:
         return score(self.representative(rows).outcome, self.space.objective)
 
     def best(self) -> TrialRow | None:
-        """The median repeat of the best searched point whose repeats all ended, one at least fully."""
+        """The median repeat of the best searched point that is decided, if it ended fully."""
         points = dict.fromkeys(row.point for row in self.rows.values() if row.stage == "search")
         groups = [self.repeats("search", point) for point in points]
         candidates = [
             rows
             for rows in groups
-            if all(row.is_final for row in rows) and self.representative(rows).status == "finished"
+            if self.is_decided(rows) and self.representative(rows).status == "finished"
         ]
         if not candidates:
             return None

@@ -22,7 +22,8 @@ SCORE = "score"
 _MOST_REFUSED_IN_A_ROW = 100
 
 Assignment = Mapping[str, Any]
-"""A trial for Ray Tune: `trial` (its id), `stage`, `point` (values by key), `seed`."""
+"""A trial for Ray Tune: `trial` (its id), `stage`, `point` (values by key), `seed`, `screened` (whether
+it is the first seed of a searched point, which alone a scheduler may stop)."""
 
 
 def domain(parameter: Parameter) -> Any:
@@ -48,6 +49,31 @@ def planned_points(space: SearchSpace) -> list[dict[str, Any]]:
     ]
 
 
+class Screening(ASHAScheduler):
+    """ASHA among the first seeds of searched points; whatever else runs beside them trains on.
+
+    The other seeds of a point, and the references, end later than the rungs where they would be
+    counted, and a point must not lose the one seed that happens to be slow.
+    """
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Any) -> str:
+        """Stops a first seed that is not among the best at its rung."""
+        if not _is_screened(trial):
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
+        """Counts what a first seed came to."""
+        if _is_screened(trial):
+            super().on_trial_complete(tune_controller, trial, result)
+        else:
+            self.on_trial_remove(tune_controller, trial)
+
+
+def _is_screened(trial: Any) -> bool:
+    return bool(trial.config["assignment"]["screened"])
+
+
 def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
     """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget.
 
@@ -57,7 +83,7 @@ def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
     """
     if space.scheduler.name == "asha":
         grace = space.scheduler.grace or space.limit / 8
-        return ASHAScheduler(
+        return Screening(
             time_attr=space.progress_measure,
             metric="best_accuracy",
             mode="max",
@@ -101,10 +127,8 @@ def _start_of(key: str, parameter: Parameter) -> Callable[[Any], float]:
 
 
 class Suggestions(Searcher):
-    """Optuna for points; seeds, refusals and the median of repeats around it.
-
-    `on_points` is asked for the trials of a new point (none if it is refused), `score_of` for the
-    score of a point that is complete.
+    """Trials in the order in which they become known: those that are planned, the points that Optuna
+    thinks of, and the other seeds of points whose first seed has got through.
     """
 
     def __init__(
@@ -115,26 +139,43 @@ class Suggestions(Searcher):
         num_points: int,
         on_point: Callable[[Mapping[str, Any]], Sequence[Assignment]],
         score_of: Callable[[Assignment], float | None],
+        repeats_due: Callable[[], Sequence[Assignment] | None],
     ) -> None:
-        """`first` are trials to run before new points; `evaluated` are points with their scores."""
+        """`first` are trials that are planned, `evaluated` points with their scores, and `num_points`
+        (0 without Optuna) is how many more there will be.
+
+        `on_point` gives the trials of a new point (none if it is refused), `score_of` the score of a
+        point that is decided, and `repeats_due` the further seeds that may start now (None: none,
+        and none to wait for).
+        """
         # No metric: a trial's results hold none, only whole points have a score.
         super().__init__()
-        self._optuna = _optuna(space)
-        for point, score in evaluated:
-            self._optuna.add_evaluated_point(dict(point), score)
+        self._optuna: Any = None
+        if space.searcher.name == "optuna":
+            self._optuna = _optuna(space)
+            for point, score in evaluated:
+                self._optuna.add_evaluated_point(dict(point), score)
         self._queue = list(first)
         self._left = num_points
+        self._is_closed = False
         self._on_point = on_point
         self._score_of = score_of
+        self._repeats_due = repeats_due
         self._made = 0
         self._untold: dict[tuple[tuple[str, str], ...], Assignment] = {}
         self._asked: dict[tuple[tuple[str, str], ...], str] = {}
         self._lock = threading.Lock()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial, or that there is none."""
+        """The next trial; None while one may become due; or that there will be none."""
+        finished: str = Searcher.FINISHED
         with self._lock:
+            if self._is_closed:
+                return finished
             self._tell_scores()
+            due = self._repeats_due()
+            # First what makes a decision: a searcher learns from it, and so does who watches.
+            self._queue[:0] = due or ()
             refused = 0
             while not self._queue and self._left > 0 and refused < _MOST_REFUSED_IN_A_ROW:
                 self._left -= 1
@@ -150,18 +191,16 @@ class Suggestions(Searcher):
                     refused += 1
                     self._optuna.on_trial_complete(name, error=True)
             if not self._queue:
-                finished: str = Searcher.FINISHED
-                return finished
+                return finished if due is None else None
             assignment = self._queue.pop(0)
-            if assignment["stage"] == "search":
+            if assignment["stage"] == "search" and self._optuna is not None:
                 self._untold[_key(assignment["point"])] = assignment
             return {"assignment": dict(assignment)}
 
     def close(self) -> None:
         """Suggests nothing more."""
         with self._lock:
-            self._queue.clear()
-            self._left = 0
+            self._is_closed = True
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Only whole points count."""

@@ -90,7 +90,7 @@ class TrialRun(tune.Trainable):
             self._live = _LiveRun(
                 self._settings, self._trial, self._config, in_rounds=bool(self._values)
             )
-        result = self._live.next_result(only_last=self._is_reference)
+        result = self._live.next_result()
         # TensorBoard's horizontal axis.
         return {**result, "values": self._values, TIMESTEPS_TOTAL: result.get("steps")}
 
@@ -130,13 +130,12 @@ class TrialRun(tune.Trainable):
     def _begin(self, config: Mapping[str, Any]) -> None:
         assignment = config["assignment"]
         self._trial = str(assignment["trial"])
-        self._is_reference = assignment["stage"] != "search"
         space = self._settings.space
         point = dict(assignment["point"])
         for key, parameter in space.perturbed.items():
             if PERTURBED + key in config:
                 point[key] = from_log_scale(parameter, float(config[PERTURBED + key]))
-        is_member = bool(space.perturbed) and not self._is_reference
+        is_member = bool(space.perturbed) and assignment["stage"] == "search"
         self._values = point if is_member else {}
         """Values that may differ from those that the trial began with."""
         self._config = space.config(point, int(assignment["seed"]))
@@ -170,7 +169,7 @@ class _LiveRun:
         self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
         self._thread.start()
 
-    def next_result(self, *, only_last: bool) -> dict[str, Any]:
+    def next_result(self) -> dict[str, Any]:
         """The next evaluation, or how the run ended."""
         if self._in_rounds:
             # Whoever asks for more wants the ranks to go on.
@@ -180,7 +179,7 @@ class _LiveRun:
                 row = self._rows.get(timeout=0.1)
                 best = max(self._last["best_accuracy"], row["accuracy"])
                 self._last = {**row, "best_accuracy": best}
-                if only_last or self._is_the_end(row):
+                if self._is_the_end(row):
                     # What comes next says how it ended.
                     continue
                 found = {**self._last, **self._books(), "ended": "", "cause": ""}

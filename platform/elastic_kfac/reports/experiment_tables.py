@@ -102,7 +102,9 @@ def _point_line(
 
 
 def _how_sure(experiment: Experiment) -> str:
-    seeds = f"{experiment.repeats} seed" + ("s" if experiment.repeats > 1 else "") + " per point"
+    seeds = "1 seed per point"
+    if experiment.repeats > 1:
+        seeds = f"{experiment.repeats} seeds per point whose first one finished"
     if experiment.confirmed:
         return (
             f"The search used {seeds}. The rows of unseen seeds repeat the winner and the "

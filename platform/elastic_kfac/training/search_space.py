@@ -182,7 +182,8 @@ class SearchSpace(Section):
     num_trials: Annotated[int, Field(ge=1)] = 8
     """Points to try (PB2: size of the population); a grid has as many as it has."""
     repeats: Annotated[int, Field(ge=1)] = 1
-    """Seeds per point; the median counts, of an even number the worse of the two in the middle."""
+    """Seeds per point; the median counts, of an even number the worse of the two in the middle. The
+    first seed runs alone; the others follow when it has finished, and no scheduler stops those."""
     references: dict[str, dict[str, Any]] = Field(default_factory=_only_default)
     """Points outside the search to compare with; `default: {}` is the base itself."""
     confirm: Annotated[int, Field(ge=0)] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from ray.tune.search import Searcher
 
 from elastic_kfac.cluster.tuning_books import SearchBooks
 from elastic_kfac.cluster.tuning_journal import Journal, TrialRow
-from elastic_kfac.cluster.tuning_search import Suggestions
+from elastic_kfac.cluster.tuning_search import Suggestions, make_scheduler
 from elastic_kfac.cluster.tuning_trial import write_books
 from elastic_kfac.errors import UsageError
 from elastic_kfac.training.config_file import read_config
@@ -165,44 +166,153 @@ def test_folder_of_a_run_is_not_taken_for_a_search(tmp_path: Path) -> None:
         Journal(tmp_path / "run", "run", make_space())
 
 
+def test_point_is_decided_when_its_seeds_have_ended_or_its_first_was_stopped(
+    tmp_path: Path,
+) -> None:
+    story = Story(tmp_path / "story", make_space())
+    values = {"kfac.damping": 0.1, "kfac.kl_clip": None, "kfac.grad_worker_frac": "auto"}
+    story.journal.add(TrialRow("t0-0", "search", "0", 0, dict(values)))
+    story.end("t0-0", 1.0, "target")
+    # Its other seeds are still to come: as fast as it is, it is not the best yet.
+    assert not story.journal.is_decided(story.journal.repeats("search", "0"))
+    assert story.journal.best() is None
+    story.journal.add(TrialRow("t1-0", "search", "1", 0, dict(values)))
+    story.end("t1-0", None, "", accuracy=0.8)
+    stopped = story.journal.repeats("search", "1")
+    assert [row.status for row in stopped] == ["stopped"]
+    assert story.journal.is_decided(stopped)
+    assert story.journal.score_of(stopped) == pytest.approx(1 + 0.1 / 0.9)
+    for seed, seconds in ((1, 5.0), (2, 4.0)):
+        story.journal.add(TrialRow(f"t0-{seed}", "search", "0", seed, dict(values)))
+        story.end(f"t0-{seed}", seconds, "target")
+    best = story.journal.best()
+    assert best is not None
+    assert best.trial_id == "t0-2"
+
+
+class Plan:
+    """Suggestions over points with two seeds each; trials end when they are told to."""
+
+    def __init__(self, stopped: tuple[str, ...] = (), refused: tuple[str, ...] = ()) -> None:
+        self.stopped, self.refused = stopped, refused
+        self.running: list[str] = []
+        self.ended: list[str] = []
+        self.asked = 0
+        self.points: dict[str, Any] = {}
+
+    def trial(self, number: str, seed: int) -> dict[str, Any]:
+        point = self.points[number]
+        return {"trial": f"{number}-{seed}", "stage": "search", "point": point, "seed": seed}
+
+    def on_point(self, point: Any) -> list[dict[str, Any]]:
+        number, self.asked = str(self.asked), self.asked + 1
+        self.points[number] = dict(point)
+        return [] if number in self.refused else [self.trial(number, 0)]
+
+    def score_of(self, assignment: Any) -> float | None:
+        number = assignment["trial"][0]
+        if number in self.stopped:
+            return 1.5 if f"{number}-0" in self.ended else None
+        return 0.5 if {f"{number}-0", f"{number}-1"} <= set(self.ended) else None
+
+    def repeats_due(self) -> list[dict[str, Any]] | None:
+        seen = [*self.running, *self.ended]
+        due = [
+            self.trial(number, 1)
+            for number in self.points
+            if number not in self.stopped
+            and f"{number}-0" in self.ended
+            and f"{number}-1" not in seen
+        ]
+        return due if due or any(trial.endswith("-0") for trial in self.running) else None
+
+    def suggest(self, searcher: Suggestions) -> Any:
+        suggested = searcher.suggest("tune")
+        if isinstance(suggested, dict):
+            trial = suggested["assignment"]["trial"]
+            self.running.append(trial)
+            return trial
+        return suggested
+
+    def end(self, searcher: Suggestions, trial: str) -> None:
+        # Of a stopped trial the books hear after the searcher.
+        searcher.on_trial_complete("tune", {})
+        self.running.remove(trial)
+        self.ended.append(trial)
+
+
 def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
     space = make_space(searcher={"name": "optuna"}, num_trials=4)
-    made: list[dict[str, Any]] = []
-    ended: list[str] = []
-
-    def on_point(point: Any) -> list[dict[str, Any]]:
-        made.append(dict(point))
-        if len(made) == 2:
-            return []  # refused
-        number = len(made) - 1
-        return [
-            {"trial": f"{number}-{seed}", "stage": "search", "point": point, "seed": seed}
-            for seed in (0, 1)
-        ]
-
-    def score_of(assignment: Any) -> float | None:
-        number = assignment["trial"][0]
-        return 0.5 if sum(trial[0] == number for trial in ended) == 2 else None
-
+    plan = Plan(stopped=("2",), refused=("1",))
     values = {"kfac.damping": 0.1, "kfac.kl_clip": None, "kfac.grad_worker_frac": 0.5}
+    plan.points["9"] = values
     first = [
         {"trial": "sgd", "stage": "reference", "point": {}, "seed": 0},
-        *({"trial": f"9-{s}", "stage": "search", "point": values, "seed": s} for s in (0, 1)),
+        plan.trial("9", 0),
     ]
-    searcher = Suggestions(space, first, [(values, 0.25)], 4, on_point, score_of)
+    searcher = Suggestions(
+        space, first, [(values, 0.25)], 4, plan.on_point, plan.score_of, plan.repeats_due
+    )
     # Ray Tune writes a copy to its folder before it begins.
     assert isinstance(cloudpickle.loads(cloudpickle.dumps(searcher)), Searcher)
     seen = []
-    while isinstance(suggested := searcher.suggest(f"tune-{len(seen)}"), dict):
-        seen.append(suggested["assignment"]["trial"])
-        searcher.on_trial_complete(f"tune-{len(seen) - 1}", {})
-        # Of a stopped trial the books hear after the searcher.
-        ended.append(seen[-1])
-    assert seen == ["sgd", "9-0", "9-1", "0-0", "0-1", "2-0", "2-1", "3-0", "3-1"]
+    while (suggested := plan.suggest(searcher)) not in (None, "FINISHED"):
+        seen.append(suggested)
+        plan.end(searcher, suggested)
+    assert seen == ["sgd", "9-0", "9-1", "0-0", "0-1", "2-0", "3-0", "3-1"]
     assert suggested == "FINISHED"
+    assert searcher._optuna is not None
     trials = searcher._optuna._ot_study.trials
     # A point of an earlier call, one that an earlier call had not finished, and the new ones.
     known = [(trial.state.name, trial.value) for trial in trials]
     done = ("COMPLETE", 0.5)
-    assert known == [("COMPLETE", 0.25), done, done, ("FAIL", None), done, done]
+    assert known == [
+        ("COMPLETE", 0.25),
+        done,
+        done,
+        ("FAIL", None),
+        ("COMPLETE", 1.5),
+        done,
+    ]
     assert trials[0].params == values
+
+
+def test_suggestions_wait_for_a_first_seed_and_end_at_once_when_closed() -> None:
+    plan = Plan()
+    plan.points = {"0": {"kfac.damping": 0.1}, "1": {"kfac.damping": 0.2}}
+    first = [plan.trial("0", 0), plan.trial("1", 0)]
+    arguments = (first, [], 0, plan.on_point, plan.score_of, plan.repeats_due)
+    searcher = Suggestions(make_space(), *arguments)
+    assert [plan.suggest(searcher) for _ in range(3)] == ["0-0", "1-0", None]
+    plan.end(searcher, "0-0")
+    # Point 1 may still bring a seed.
+    assert [plan.suggest(searcher) for _ in range(2)] == ["0-1", None]
+    plan.end(searcher, "1-0")
+    assert [plan.suggest(searcher) for _ in range(2)] == ["1-1", "FINISHED"]
+    closed = Suggestions(make_space(), *arguments)
+    closed.close()
+    assert closed.suggest("tune") == "FINISHED"
+
+
+def test_screening_stops_first_seeds_only_and_counts_nothing_else() -> None:
+    space = make_space(scheduler={"name": "asha", "grace": 1}, budget={"epochs": 9})
+    scheduler: Any = make_scheduler(space, 2)
+
+    def trial(name: str, *, screened: bool) -> Any:
+        made = SimpleNamespace(trial_id=name, config={"assignment": {"screened": screened}})
+        scheduler.on_trial_add(None, made)
+        return made
+
+    def result(epoch: float, accuracy: float) -> dict[str, float]:
+        return {"epoch": epoch, "best_accuracy": accuracy}
+
+    reference, repeat = trial("reference", screened=False), trial("repeat", screened=False)
+    first, second = trial("first", screened=True), trial("second", screened=True)
+    for unscreened in (reference, repeat):
+        assert scheduler.on_trial_result(None, unscreened, result(1, 0.99)) == "CONTINUE"
+        scheduler.on_trial_complete(None, unscreened, result(2, 0.99))
+    # With 0.99 in its rung this one would have to go.
+    assert scheduler.on_trial_result(None, first, result(1, 0.7)) == "CONTINUE"
+    assert scheduler.on_trial_result(None, second, result(1, 0.6)) == "STOP"
+    late = trial("late", screened=False)
+    assert scheduler.on_trial_result(None, late, result(1, 0.1)) == "CONTINUE"

@@ -189,14 +189,14 @@ def test_end_of_a_run_says_how_it_ended(
     space: SearchSpace, tmp_path: Path, status: str, values: Any, wish: str | None, ended: str
 ) -> None:
     result = SimpleNamespace(status=status, values=values)
-    row = ended_run(space, tmp_path, result, None, wish).next_result(only_last=False)
+    row = ended_run(space, tmp_path, result, None, wish).next_result()
     assert (row["ended"], row["done"]) == (ended, True)
     assert row["best_accuracy"] == values.get("best_accuracy", 0.5)
 
 
 def test_failed_run_is_a_result_with_its_cause(space: SearchSpace, tmp_path: Path) -> None:
     run = ended_run(space, tmp_path, None, ValueError("torn"), None)
-    row = run.next_result(only_last=True)
+    row = run.next_result()
     assert (row["ended"], row["cause"]) == ("failed", "ValueError('torn')")
     assert read_books(tmp_path)["cause"] == "ValueError('torn')"
 
@@ -208,8 +208,8 @@ def test_evaluation_at_the_target_is_not_passed_on_before_the_end(
     run = ended_run(space, tmp_path, result, None, None)
     run._rows.put({"accuracy": 0.6, "epoch": 0.5})
     run._rows.put({"accuracy": 1.0, "epoch": 0.75})
-    assert run.next_result(only_last=False)["ended"] == ""
-    last = run.next_result(only_last=False)
+    assert run.next_result()["ended"] == ""
+    last = run.next_result()
     assert (last["ended"], last["best_accuracy"]) == ("target", 1.0)
 
 
