@@ -208,9 +208,11 @@ class _Search:
                 stages: tuple[str, ...] = ("search",)
             else:
                 stages = ("reference", "search")
-            if signals.reason is None:
-                scheduler = make_scheduler(self._space, self._slots)
-                self._run_stage(stages, signals, scheduler)
+            wanted = True
+            while wanted and signals.reason is None:
+                self._run_stage(stages, signals, make_scheduler(self._space, self._slots))
+                # That a first seed had arrived before it was stopped is known only now.
+                wanted = bool(self._add_repeats())
             if signals.reason is None and self._space.confirm and journal.best() is not None:
                 self._plan_confirmation()
                 self._run_stage(("confirm",), signals, None)

@@ -140,8 +140,7 @@ class Journal:
 
     def best(self) -> TrialRow | None:
         """The median repeat of the best searched point that is decided, if it ended fully."""
-        points = dict.fromkeys(row.point for row in self.rows.values() if row.stage == "search")
-        groups = [self.repeats("search", point) for point in points]
+        groups = [self.repeats("search", first.point) for first in self.first_seeds()]
         candidates = [
             rows
             for rows in groups

@@ -283,9 +283,11 @@ def _curves(
     label: str,
     dashes: Any,
 ) -> int:
-    middle = point.representative
+    shown = [trial for trial in point.trials if trial.evaluations]
+    # Where the median repeat has not begun yet, another one bears the name.
+    middle = point.representative if point.representative.evaluations or not shown else shown[0]
     drawn = 0
-    for trial in [t for t in point.trials if t is not middle]:
+    for trial in [t for t in shown if t is not middle]:
         drawn += _curve(axes, experiment, trial, axis, titles, colour, 0.9, dashes, alpha=0.45)
     return drawn + _curve(axes, experiment, middle, axis, titles, colour, 2.2, dashes, label=label)
 

@@ -15,7 +15,7 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.cli.runs import locate_run
 from elastic_kfac.errors import UsageError
-from elastic_kfac.reports.experiment_figures import pareto_front
+from elastic_kfac.reports.experiment_figures import curves_figure, pareto_front
 from elastic_kfac.reports.experiment_folder import Point, read_experiment
 from elastic_kfac.reports.experiment_importance import (
     eta_squared,
@@ -271,6 +271,18 @@ def test_running_search_says_how_far_it_is(tmp_path: Path) -> None:
     assert 'aria-valuenow="3"' in text and 'id="live"' in text
     assert headline(experiment).startswith("Still searching. ")
     assert "best_config.yaml has not been written yet" in text
+
+
+def test_curve_of_a_reference_has_its_name_before_its_median_has_begun(tmp_path: Path) -> None:
+    waiting = {"status": "pending", "started": "", "ended": "", "objective": "", "reached": ""}
+    unknown = {"run_folder": "", "best_accuracy": "", "steps": "", "train_time_s": ""}
+    running, *others = rows(seeds=3, points=0)[:3]
+    running |= {"status": "running", "objective": "", "reached": "", "ended": ""}
+    found = [running, *(row | waiting | unknown for row in others)]
+    folder = write_search(tmp_path / "search", found, status="running", best_config=None)
+    experiment = read_experiment(folder)
+    assert not experiment.references["default"].representative.evaluations
+    assert curves_figure(experiment, "seconds").count(">default<") == 1
 
 
 def test_search_without_a_single_trial_is_a_page(tmp_path: Path) -> None:
