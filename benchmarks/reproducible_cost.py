@@ -18,43 +18,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from in_place_gaps import RandomFeed
 
 from elastic_kfac import __version__
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
-from elastic_kfac.training.feeds import Feeds, SomeSamples
+from elastic_kfac.training.feeds import Feeds
 from elastic_kfac.training.identity import machine_type
 from elastic_kfac.training.rank import RankTrainer
 
 BATCH = 128
 SHARDS = 8
 DEFAULT_OUT = Path(__file__).with_name("results") / "reproducible_cost.json"
-
-
-class RandomFeed:
-    """Random images, the same on all ranks."""
-
-    num_samples = 100 * BATCH
-    num_classes = 10
-    image_shape = (3, 32, 32)
-    sha256 = "random"
-    normalization = None
-
-    def read(self, epoch: int, first_position: int, count: int) -> SomeSamples:
-        generator = torch.Generator().manual_seed(first_position)
-        images = torch.randn(count, *self.image_shape, generator=generator)
-        ids = np.arange(first_position, first_position + count, dtype=np.uint64)
-        return SomeSamples(images, torch.arange(count) % 10, ids, torch.ones(count))
-
-    def prefetch(self, epoch: int, first_position: int, count: int) -> None:
-        """Nothing to prepare."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 def main() -> None:

@@ -22,6 +22,13 @@ from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.state import TrainingState
 
+KFAC: dict[str, Any] = {
+    "kfac.enabled": True,
+    "kfac.damping": 0.01,
+    "kfac.factor_update_steps": 2,
+    "kfac.inverse_update_steps": 4,
+}
+
 
 @dataclass(frozen=True)
 class MemorySamples:

@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -26,6 +26,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from elastic_kfac.cluster.devices import local_gpu_ids
+from elastic_kfac.cluster.environment import environment
 from elastic_kfac.cluster.ray_adapter import drain_node
 from elastic_kfac.cluster.signals import kept_signal_handlers
 from elastic_kfac.errors import RunError, UsageError
@@ -170,7 +171,7 @@ class LocalCluster:
 
     def connect(self) -> None:
         """Connects this process as a driver; Ray's own messages stay in its log files."""
-        with _environment(self._variables()), kept_signal_handlers():
+        with environment(self._variables()), kept_signal_handlers():
             ray.init(
                 address=self.address,
                 log_to_driver=False,
@@ -186,7 +187,7 @@ class LocalCluster:
         # Each node has its own loopback address; 127.0.0.1 would be rewritten to the host's.
         address = f"127.0.0.{3 + index % 250}"
         variables = {**self._variables(), **_WORKER_ENVIRONMENT, **self._devices(index)}
-        with _environment(variables), kept_signal_handlers():
+        with environment(variables), kept_signal_handlers():
             self._nodes[index] = cluster.add_node(
                 wait=False, node_ip_address=address, **self._node_options
             )
@@ -224,7 +225,7 @@ class LocalCluster:
         folder, self._folder = self._folder, Path()
         alive, self._alive = self._alive, None
         self._nodes.clear()
-        with _environment({"RAY_TMPDIR": str(folder)}):
+        with environment({"RAY_TMPDIR": str(folder)}):
             if ray.is_initialized():
                 with contextlib.suppress(Exception):
                     ray.shutdown()
@@ -246,7 +247,7 @@ class LocalCluster:
         self._alive = _hold(self._folder / ALIVE_FILE)
         (self._folder / "ray").mkdir()
         self._next_index = 0
-        with _environment(self._variables()), kept_signal_handlers():
+        with environment(self._variables()), kept_signal_handlers():
             self._cluster = Cluster(initialize_head=False)
             head = self._cluster.add_node(
                 wait=False,
@@ -408,17 +409,3 @@ def authentication_mode() -> str:
             change="make one with `ray get-auth-token --generate`, or set RAY_AUTH_MODE=disabled",
         )
     return mode
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    old = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -17,6 +17,7 @@ from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster.connection import connect
+from elastic_kfac.cluster.environment import environment
 from elastic_kfac.cluster.faults import FaultPlan
 from elastic_kfac.cluster.in_place_recorder import InPlaceRecorder
 from elastic_kfac.cluster.listener import RecorderListener
@@ -248,13 +249,13 @@ class _Run:
             # The driver before this one was killed, and its controller with it.
             refresh_capacity(withdraw=[storage.read(REQUEST_FILE).decode()])
         storage.write(REQUEST_FILE, request.encode())
-        with _default_environment(self._environment):
+        with environment(self._environment, user_wins=True):
             if self._spares:
                 # The controller and its helpers on this node, the first group on the others.
-                environment = train_environment()
-                prestart_workers(self._nodes, 1, environment=environment)
+                inherited = train_environment()
+                prestart_workers(self._nodes, 1, environment=inherited)
                 here = ray.get_runtime_context().get_node_id()
-                prestart_workers({here}, 3, environment=environment)
+                prestart_workers({here}, 3, environment=inherited)
             fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
             fit.start()
             try:
@@ -387,15 +388,3 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@contextlib.contextmanager
-def _default_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    # What the user has set wins.
-    added = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

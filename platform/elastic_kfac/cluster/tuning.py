@@ -37,10 +37,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,7 @@ from ray.tune.logger import TBXLoggerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster import tuning_rounds
+from elastic_kfac.cluster.environment import environment
 from elastic_kfac.cluster.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray_adapter import quiet_driver, room_for_workers
 from elastic_kfac.cluster.result import EXIT_INTERRUPTED
@@ -139,7 +139,7 @@ def search(
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(StopSignals())
         stack.enter_context(quiet_driver())
-        stack.enter_context(_environment(_ENVIRONMENT))
+        stack.enter_context(environment(_ENVIRONMENT, user_wins=True))
         elastic = space.base.elastic
         if cluster is None and address is None:
             nodes = elastic.max_workers * space.max_concurrent
@@ -435,14 +435,3 @@ def _local_folder(storage: str) -> Path:
             allowed="a path that every node of the cluster reaches",
         )
     return Path(storage.removeprefix("file://")).expanduser().absolute()
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    added = [name for name in variables if name not in os.environ]
-    os.environ.update({name: variables[name] for name in added})
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)

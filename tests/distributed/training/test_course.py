@@ -15,6 +15,7 @@ from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.state import TrainingState
 from support.gloo import run_ranks
 from support.training_problems import (
+    KFAC,
     FeedOrder,
     RecordingPort,
     StopAt,
@@ -24,12 +25,6 @@ from support.training_problems import (
     states_differ_in,
 )
 
-KFAC: dict[str, Any] = {
-    "kfac.enabled": True,
-    "kfac.damping": 0.01,
-    "kfac.factor_update_steps": 2,
-    "kfac.inverse_update_steps": 4,
-}
 STEP: dict[str, Any] = {
     "optimizer.lr_schedule": "step",
     "optimizer.decay_epochs": (1, 2),

@@ -19,6 +19,7 @@ from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, run_ranks
 from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_schedules
 from support.training_problems import (
+    KFAC,
     FeedOrder,
     RecordingPort,
     Script,
@@ -29,12 +30,6 @@ from support.training_problems import (
     states_differ_in,
 )
 
-KFAC: dict[str, Any] = {
-    "kfac.enabled": True,
-    "kfac.damping": 0.01,
-    "kfac.factor_update_steps": 2,
-    "kfac.inverse_update_steps": 4,
-}
 # One kill in the middle of an update, and a departure followed by a newcomer.
 REPRODUCIBLE_SCRIPTS: dict[str, Script] = {
     "kill": Script((0, 1, 2), REPRODUCIBLE, kills={1: (6, "decomposition")}),

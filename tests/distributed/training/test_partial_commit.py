@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -19,6 +18,7 @@ from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.port import KeepGoing
 from support.gloo import disband, run_ranks
 from support.training_problems import (
+    KFAC,
     FeedOrder,
     RecordingPort,
     in_one_process,
@@ -28,12 +28,6 @@ from support.training_problems import (
 )
 
 STEP = 6
-KFAC: dict[str, Any] = {
-    "kfac.enabled": True,
-    "kfac.damping": 0.01,
-    "kfac.factor_update_steps": 2,
-    "kfac.inverse_update_steps": 4,
-}
 NO_SNAPSHOTS = {"elastic.snapshot_interval_s": 3600.0}
 
 

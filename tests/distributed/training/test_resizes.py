@@ -17,6 +17,7 @@ from elastic_kfac.training.regroup import leave, regroup
 from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, run_ranks, wait_for
 from support.training_problems import (
+    KFAC,
     FeedOrder,
     RecordingPort,
     StopAt,
@@ -29,12 +30,6 @@ from support.training_problems import (
 GRACEFUL: tuple[tuple[int, int | None], ...] = ((4, 3), (2, 3), (3, 3), (4, None))
 """Ranks, and after how many steps they park."""
 
-KFAC: dict[str, Any] = {
-    "kfac.enabled": True,
-    "kfac.damping": 0.01,
-    "kfac.factor_update_steps": 2,
-    "kfac.inverse_update_steps": 4,
-}
 OSAWA: dict[str, Any] = {
     "optimizer.name": "sharded_kfac",
     "kfac.damping": 0.01,

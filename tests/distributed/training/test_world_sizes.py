@@ -18,6 +18,7 @@ from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.state import TrainingState
 from support.gloo import run_ranks
 from support.training_problems import (
+    KFAC,
     FeedOrder,
     MemoryFeed,
     RecordingPort,
@@ -27,13 +28,6 @@ from support.training_problems import (
     small_config,
     states_differ_in,
 )
-
-KFAC: dict[str, Any] = {
-    "kfac.enabled": True,
-    "kfac.damping": 0.01,
-    "kfac.factor_update_steps": 2,
-    "kfac.inverse_update_steps": 4,
-}
 
 
 def train(
