@@ -80,8 +80,8 @@ def spent(experiment: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the search itself took, the default and the confirmation left out."""
     rows = [RunFolder(run).result() or {} for run in sorted((folder / "trials").glob("t[0-9]*"))]
     return {
-        "trials": len(rows),
-        "of": experiment["space"]["num_trials"],
+        "points": experiment["space"]["num_trials"],
+        "runs": len(rows),
         "steps": sum(int(row.get("steps") or 0) for row in rows),
         "worker_seconds": round(sum(float(row.get("worker_seconds") or 0) for row in rows), 1),
     }
