@@ -190,7 +190,8 @@ class VaultStore:
                 **self._sent,
                 **{place.node_id: place.vault.put.remote(note, shared) for place in places},
             }
-            # Vaults receive and hash the same bytes: together at most what this thread has done.
+            # Vaults receive and hash the same bytes. Counted as much as this thread has done, which is
+            # too little for states of some MB (benchmarks/vault_cost.py): messages cost extra there.
             self.snapshot_cpu_s = 2 * (time.thread_time() - begin)
             waiting = [self._sent[place.node_id] for place in places]
             deadline = time.monotonic() + self._timeout_s
