@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -26,24 +27,49 @@ def _note(content: bytes, *, attempt: int = 1, step: int = 1) -> Note:
     return Note(attempt, step, hashlib.sha256(content).hexdigest(), len(content))
 
 
+def _put(vault: Vault, content: bytes, *, attempt: int = 1, step: int = 1) -> bool:
+    """In two parts, as a state comes in many."""
+    parts = [np.frombuffer(part, np.uint8) for part in (content[:2], content[2:])]
+    return vault.put(_note(content, attempt=attempt, step=step), parts) is not None
+
+
+def _held(vault: Vault, content: bytes) -> bool:
+    found = vault.get(_note(content).sha256)
+    return found is not None and found.tobytes() == content
+
+
 def test_vault_keeps_the_newest_two() -> None:
     vault = Vault()
-    contents = [b"one", b"two", b"three"]
+    contents = [b"one", b"second", b"3", b"the fourth is longer", b"5"]
     for step, content in enumerate(contents, 1):
-        assert vault.put(_note(content, step=step), content)
-    assert [note.step for note in vault.notes(1)] == [2, 3]
-    assert vault.get(_note(b"one").sha256) is None
-    assert vault.get(_note(b"three").sha256) == b"three"
+        assert _put(vault, content, step=step)
+        assert [_held(vault, c) for c in contents] == [step - 2 < n <= step for n in range(1, 6)]
+        assert [note.step for note in vault.notes(1)] == [n for n in (step - 1, step) if n > 0]
 
 
-def test_vault_refuses_damaged_content_and_replaced_groups() -> None:
+def test_vault_copies_into_memory_it_has() -> None:
     vault = Vault()
-    assert not vault.put(_note(b"right"), b"wrong")
-    assert vault.put(_note(b"first", attempt=1), b"first")
+    contents = [bytes([n]) * size for n, size in enumerate((1000, 1010, 1080, 1020, 400, 3000))]
+    places = []
+    for step, content in enumerate(contents):
+        assert _put(vault, content, step=step)
+        found = vault.get(_note(content).sha256)
+        assert found is not None
+        places.append(found.__array_interface__["data"][0])
+        assert found.tobytes() == content
+    # Neither too small nor more than twice as large as needed.
+    assert places[2:4] == places[:2]
+    assert places[4] != places[2] and places[5] != places[3]
+
+
+def test_vault_refuses_replaced_groups() -> None:
+    vault = Vault()
+    assert _put(vault, b"first", attempt=1)
     # The next group has asked: whatever the old one still sends is too late.
     assert len(vault.notes(2)) == 1
-    assert not vault.put(_note(b"late", attempt=1, step=9), b"late")
-    assert vault.put(_note(b"second", attempt=2), b"second")
+    assert not _put(vault, b"late", attempt=1, step=9)
+    assert _held(vault, b"first")
+    assert _put(vault, b"second", attempt=2)
 
 
 def test_keeper_follows_rank_0_and_keeps_the_old_copy_until_there_is_another() -> None:
@@ -181,7 +207,7 @@ class _Liar:
 
     def __init__(self, note: Note) -> None:
         self.notes = _Answer([note])
-        self.get = _Answer(b"something else")
+        self.get = _Answer(np.frombuffer(b"something else", np.uint8))
 
 
 class _Answer:

@@ -17,6 +17,11 @@ from elastic_kfac.training.checkpoint import CheckpointStore
 from elastic_kfac.training.state import TrainingState
 from elastic_kfac.training.storage import Storage
 
+_RAY_CPU_S = 0.02
+_RAY_CPU_S_PER_BYTE = 2.5e-9
+"""CPU time of a snapshot that no clock of ours sees: Ray's object store, transfer between nodes and
+messages (benchmarks/vault_cost.py, on a machine that is slow at them)."""
+
 
 class VaultStore:
     """A `StateStore` of vaults in front of durable checkpoints.
@@ -61,7 +66,7 @@ class VaultStore:
         self._on_kept = on_kept
         self._timeout_s = timeout_s
         self.snapshot_cpu_s = 0.0
-        """CPU time in s of the newest copy, here and in the vaults."""
+        """CPU time in s of the newest copy: here, in the vaults and in Ray."""
         self._checkpointed = time.monotonic()
         self._sender: ThreadPoolExecutor | None = None
         self._pending: Future[bool] | None = None
@@ -177,29 +182,31 @@ class VaultStore:
             if not places:
                 return False
             begin = time.thread_time()
-            content = state.to_bytes()
-            note = Note(
-                self._attempt,
-                state.progress.step,
-                hashlib.sha256(content).hexdigest(),
-                len(content),
-                rescued,
-            )
-            shared = ray.put(content)
+            buffers = state.to_buffers()
+            digest = hashlib.sha256()
+            for buffer in buffers:
+                digest.update(buffer.data)
+            num_bytes = sum(map(len, buffers))
+            step = state.progress.step
+            note = Note(self._attempt, step, digest.hexdigest(), num_bytes, rescued)
+            # Arrays go into the object store and out of it without a copy of their own.
+            shared = ray.put(buffers)
             self._sent = {
                 **self._sent,
                 **{place.node_id: place.vault.put.remote(note, shared) for place in places},
             }
-            # Vaults receive and hash the same bytes. Counted as much as this thread has done, which is
-            # too little for states of some MB (benchmarks/vault_cost.py): messages cost extra there.
-            self.snapshot_cpu_s = 2 * (time.thread_time() - begin)
             waiting = [self._sent[place.node_id] for place in places]
             deadline = time.monotonic() + self._timeout_s
             while waiting and time.monotonic() < deadline:
                 ready, waiting = ray.wait(waiting, timeout=self._timeout_s)
                 # The driver replaces a vault that is gone.
                 with contextlib.suppress(ray.exceptions.RayError):
-                    if any(ray.get(ready)):
+                    taken = [cpu_s for cpu_s in ray.get(ready) if cpu_s is not None]
+                    if taken:
+                        # The others take as long as the first one.
+                        in_vaults = len(places) * taken[0]
+                        in_ray = _RAY_CPU_S + num_bytes * _RAY_CPU_S_PER_BYTE
+                        self.snapshot_cpu_s = time.thread_time() - begin + in_vaults + in_ray
                         self._on_kept()
                         return True
         except Exception as error:
@@ -245,8 +252,8 @@ class VaultStore:
 
     def _fetch(self, place: VaultPlace, note: Note) -> TrainingState:
         content = ray.get(place.vault.get.remote(note.sha256), timeout=self._timeout_s)
-        if content is None or hashlib.sha256(content).hexdigest() != note.sha256:
+        if content is None or hashlib.sha256(content.data).hexdigest() != note.sha256:
             raise StateError("a copy in a vault is gone or damaged (its hash differs)")
-        state = TrainingState.from_bytes(content)
+        state = TrainingState.from_bytes(content.data)
         state.ledger.rows(self._durable.storage)
         return state

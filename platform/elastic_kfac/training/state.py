@@ -15,16 +15,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from elastic_kfac.errors import StateError
-from elastic_kfac.training.ledger import ROW, LedgerValue, Segment
+from elastic_kfac.training.ledger import ROW, LedgerValue, Rows, Segment
 from elastic_kfac.training.tree import join_tree, split_tree
 
 _TAIL = "ledger/tail"
+
+Buffer = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -134,42 +137,77 @@ class TrainingState:
         try:
             tensors = load(payload)
             tail = np.frombuffer(tensors.pop(_TAIL).numpy().tobytes(), ROW)
-            segments = tuple(Segment(**segment) for segment in meta["segments"])
-            return cls(
-                progress=Progress(**meta["progress"]),
-                tensors=tensors,
-                skeleton=meta["skeleton"],
-                ledger=LedgerValue(segments, tail, tuple(meta["world_sizes"])),
-                seed=meta["seed"],
-                data_sha256=meta["data_sha256"],
-                config_sha256=meta["config_sha256"],
-            )
+            return cls._from_meta(meta, tensors, tail)
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise StateError(f"a training state cannot be read: {error!r}") from None
 
-    def to_bytes(self) -> bytes:
-        """The whole state, unwritten ledger segments included, for a peer or a vault."""
+    def to_buffers(self) -> list[Buffer]:
+        """The whole state, unwritten ledger segments included, for a peer or a vault.
+
+        One-dimensional uint8 arrays: a head (its length in 8 bytes, then JSON), the memory of every
+        tensor, which is not copied, and the ledger's tail. One after the other they are `to_bytes`.
+        """
         meta = self.meta()
         meta["unwritten"] = [[asdict(s), content.hex()] for s, content in self.ledger.unwritten]
+        meta["tensors"] = [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in self.tensors.items()
+        ]
         head = json.dumps(meta).encode()
-        return len(head).to_bytes(8, "little") + head + self.payload()
+        return [
+            np.frombuffer(len(head).to_bytes(8, "little") + head, np.uint8),
+            *(_memory(tensor) for tensor in self.tensors.values()),
+            np.frombuffer(self.ledger.tail.tobytes(), np.uint8),
+        ]
+
+    def to_bytes(self) -> bytearray:
+        """`to_buffers` as one."""
+        return bytearray().join(buffer.data for buffer in self.to_buffers())
 
     @classmethod
-    def from_bytes(cls, content: bytes | bytearray) -> TrainingState:
-        """Reads what `to_bytes` wrote.
+    def from_bytes(cls, content: bytes | bytearray | memoryview) -> TrainingState:
+        """Reads what `to_bytes` wrote; copies it.
 
         Raises:
             StateError: If the bytes are damaged.
         """
         view = memoryview(content)
         length = int.from_bytes(view[:8], "little")
+        begin = 8 + length
+        tensors = {}
         try:
-            meta = json.loads(bytes(view[8 : 8 + length]))
+            meta = json.loads(bytes(view[8:begin]))
             unwritten = tuple((Segment(**s), bytes.fromhex(text)) for s, text in meta["unwritten"])
-        except (KeyError, TypeError, ValueError) as error:
+            for name, dtype_name, shape in meta["tensors"]:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))
+                _memory(tensor)[:] = np.frombuffer(view, np.uint8, tensor.nbytes, begin)
+                tensors[name] = tensor
+                begin += tensor.nbytes
+            tail = np.frombuffer(bytes(view[begin:]), ROW)
+            state = cls._from_meta(meta, tensors, tail)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise StateError(f"a training state cannot be read: {error!r}") from None
-        state = cls.from_parts(meta, bytes(view[8 + length :]))
         return replace(state, ledger=replace(state.ledger, unwritten=unwritten))
+
+    @classmethod
+    def _from_meta(
+        cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], tail: Rows
+    ) -> TrainingState:
+        segments = tuple(Segment(**segment) for segment in meta["segments"])
+        return cls(
+            progress=Progress(**meta["progress"]),
+            tensors=tensors,
+            skeleton=meta["skeleton"],
+            ledger=LedgerValue(segments, tail, tuple(meta["world_sizes"])),
+            seed=meta["seed"],
+            data_sha256=meta["data_sha256"],
+            config_sha256=meta["config_sha256"],
+        )
+
+
+def _memory(tensor: Tensor) -> Buffer:
+    """The memory of a tensor, or of a copy where that has gaps."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def capture(

@@ -30,7 +30,7 @@ def share_state(
     """
     state: TrainingState | None = None
     failure: ElasticKfacError | None = None
-    content = b""
+    content = bytearray()
     if communicator.rank == src:
         try:
             state = load()
@@ -69,9 +69,9 @@ def state_held_by_all(communicator: Communicator, held: TrainingState) -> Traini
 
 
 def _broadcast_bytes(
-    communicator: Communicator, content: bytes, size: int, src: int, device: torch.device
+    communicator: Communicator, content: bytearray, size: int, src: int, device: torch.device
 ) -> bytearray:
-    whole = bytearray(content) if communicator.rank == src else bytearray(size)
+    whole = content if communicator.rank == src else bytearray(size)
     for begin in range(0, size, _CHUNK_BYTES):
         view = torch.frombuffer(
             whole, dtype=torch.uint8, offset=begin, count=min(_CHUNK_BYTES, size - begin)

@@ -88,6 +88,56 @@ def test_bytes_for_a_peer_carry_unwritten_segments(tmp_path: Path) -> None:
     assert rows["step"].tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(3),
+        torch.empty(0, 4, dtype=torch.float64),
+        torch.tensor([True, False, True]),
+        torch.tensor([[1.5], [-2.0], [float("nan")]], dtype=torch.bfloat16),
+        torch.tensor([1 + 2j, -3j]),
+        torch.arange(12.0).reshape(3, 4).t(),
+        torch.arange(12, dtype=torch.uint8)[1::3],
+    ],
+    ids=lambda tensor: f"{str(tensor.dtype).removeprefix('torch.')}-{tuple(tensor.shape)}",
+)
+def test_bytes_for_a_peer_bring_back_every_kind_of_tensor(tensor: torch.Tensor) -> None:
+    # The odd byte puts whatever follows at an address that its type would not choose.
+    state = replace(
+        make_state(1), tensors={"a": torch.zeros(1, dtype=torch.bool), "b": tensor, "c": tensor}
+    )
+    content = bytes(state.to_bytes())
+    back = TrainingState.from_bytes(content)
+    assert list(back.tensors) == ["a", "b", "c"]
+    assert (back.tensors["b"].dtype, back.tensors["b"].shape) == (tensor.dtype, tensor.shape)
+    assert back.sha256() == state.sha256()
+    assert back.to_bytes() == content
+    for name in ("b", "c"):
+        back.tensors[name].zero_()
+    assert bytes(state.to_bytes()) == content
+
+
+def test_damaged_bytes_for_a_peer_are_refused() -> None:
+    ledger = Ledger()
+    append_row(ledger, 1)
+    content = bytes(make_state(1, ledger=ledger).to_bytes())
+    head = int.from_bytes(content[:8], "little")
+    damaged = [
+        content[:4],
+        content[: 8 + head // 2],
+        content[: 8 + head + 5],
+        content[:-1],
+        content + b"x",
+        content.replace(b"float64", b"float65"),
+        content.replace(b"float64", b"compile"),
+        content.replace(b'"tensors"', b'"sensors"'),
+    ]
+    for bytes_ in damaged:
+        assert bytes_ != content
+        with pytest.raises(StateError, match="a training state cannot be read"):
+            TrainingState.from_bytes(bytes_)
+
+
 def test_state_hash_of_one_flipped_bit_differs() -> None:
     tensors = {"model/w": torch.ones(4)}
     flipped = {"model/w": torch.ones(4)}
