@@ -58,12 +58,8 @@ def placement_groups_in_use() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def story(
-    session_cluster: LocalCluster, config: Make, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[SearchResult, list[str]]:
-    """Two of four points are refused, one fails, and the other gets the room that becomes free, and
-    then its second seed."""
-    space = space_of(
+def story_space(config: Make) -> SearchSpace:
+    return space_of(
         config(5000),
         {"train.eval_every_epochs": 1},
         parameters={
@@ -77,9 +73,19 @@ def story(
         repeats=2,
         max_concurrent=2,
     )
+
+
+@pytest.fixture(scope="module")
+def story(
+    session_cluster: LocalCluster,
+    story_space: SearchSpace,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[SearchResult, list[str]]:
+    """Two of four points are refused, one fails, and the other gets the room that becomes free, and
+    then its second seed."""
     said: list[str] = []
     result = search(
-        space,
+        story_space,
         name="story",
         storage=str(tmp_path_factory.mktemp("search")),
         cluster=session_cluster,
@@ -160,6 +166,29 @@ def test_search_leaves_a_report_and_tensorboard_events(
     result, _ = story
     assert (result.folder / "report.html").stat().st_size > 1000
     assert list(result.folder.glob("tune/t001-s0/events.out.tfevents.*"))
+
+
+def test_search_called_again_after_its_end_starts_nothing(
+    story: tuple[SearchResult, list[str]], story_space: SearchSpace, session_cluster: LocalCluster
+) -> None:
+    result, said = story
+    assert sum("Trials run 2 at a time" in line for line in said) == 1
+    times = [
+        (row["status"], row["started"], row["ended"]) for row in rows_of(result.folder).values()
+    ]
+    again: list[str] = []
+    ended = search(
+        story_space,
+        name="story",
+        storage=str(result.folder.parent),
+        cluster=session_cluster,
+        say=again.append,
+    )
+    assert (ended.status, ended.best) == ("finished", result.best)
+    rows = rows_of(result.folder).values()
+    assert [(row["status"], row["started"], row["ended"]) for row in rows] == times
+    assert "Search story exists: continuing it after 5 trials." in again
+    assert not any("at a time" in line for line in again)
 
 
 def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]]) -> None:

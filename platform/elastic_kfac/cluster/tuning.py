@@ -175,6 +175,7 @@ class _Search:
         emulated = space.objective.metric == "emulated_time_to_accuracy_s"
         self._books = SearchBooks(journal, say, Emulator(space.links) if emulated else None)
         journal.hardware = hardware_of(ray.nodes())
+        self._told = False
         self._plan()
         here = ray.get_runtime_context().get_node_id()
         self._desk: Any = (
@@ -199,8 +200,6 @@ class _Search:
             self._say(f"Search {journal.name} exists: continuing it after {ended} trials.")
         journal.status = "running"
         self._books.note()
-        most = f"{self._slots} at a time" if self._slots > 1 else "one after another"
-        self._say(f"Trials run {most}; to follow them: {journal.folder / 'report.html'}")
         try:
             if self._space.perturbed:
                 # Who changes its values in training is compared with its like only.
@@ -325,6 +324,11 @@ class _Search:
         points = self._books.points_left() if is_search else 0
         if not rows and not points:
             return
+        if not self._told:
+            self._told = True
+            most = f"{self._slots} at a time" if self._slots > 1 else "one after another"
+            report = self._journal.folder / "report.html"
+            self._say(f"Trials run {most}; to follow them: {report}")
         searcher = self._suggestions(rows, points) if is_search else None
         self._books.tell_waiting()
         tuner = tune.Tuner(
