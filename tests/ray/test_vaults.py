@@ -62,8 +62,10 @@ def test_vault_copies_into_memory_it_has() -> None:
     assert places[4] != places[2] and places[5] != places[3]
 
 
-def test_vault_refuses_replaced_groups() -> None:
+def test_vault_refuses_damaged_content_and_replaced_groups() -> None:
     vault = Vault()
+    assert vault.put(_note(b"right"), [np.frombuffer(b"wrong", np.uint8)]) is None
+    assert vault.notes(1) == []
     assert _put(vault, b"first", attempt=1)
     # The next group has asked: whatever the old one still sends is too late.
     assert len(vault.notes(2)) == 1
