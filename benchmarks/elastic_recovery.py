@@ -35,14 +35,14 @@ from ray.train.torch import TorchTrainer, prepare_model
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster import local_cluster
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.ray_adapter import quiet_driver
-from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.trainer import train
+from elastic_kfac.cluster.ray import local_cluster
+from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.state.run_folder import RunFolder
 
 STEPS = 40
 """Steps that a world takes before the next change."""

@@ -31,13 +31,13 @@ import torch.multiprocessing as processes
 
 from elastic_kfac import __version__
 from elastic_kfac.config import parse_config
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.feeds import Feeds, SomeSamples
+from elastic_kfac.data.feeds import Feeds, SomeSamples
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
 from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.port import FolderPort
-from elastic_kfac.training.run_folder import RunFolder
 
 MEMBERS = 4
 BATCH = 32

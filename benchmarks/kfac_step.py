@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_kfac import KFAC, __version__
-from elastic_kfac.training.models import create_model
+from elastic_kfac.tasks.models import create_model
 
 INTERVALS = ((1, 10), (10, 100))
 BATCH = 64

@@ -26,8 +26,8 @@ from in_place_gaps import RandomFeed
 from elastic_kfac import __version__
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
-from elastic_kfac.training.feeds import Feeds
-from elastic_kfac.training.identity import machine_type
+from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.rank import RankTrainer
 
 BATCH = 128

@@ -22,7 +22,7 @@ import ray
 import torch
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.telemetry import (
+from elastic_kfac.cluster.run.telemetry import (
     RankTelemetry,
     RunTelemetry,
     TelemetryOptions,
@@ -30,13 +30,13 @@ from elastic_kfac.cluster.telemetry import (
 )
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import apply_overrides, parse_config
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe
 from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.port import FolderPort, KeepGoing
-from elastic_kfac.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "telemetry_cost.json"

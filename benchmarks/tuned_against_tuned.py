@@ -23,10 +23,10 @@ from typing import Any
 import matplotlib
 import pyarrow.parquet as pq
 
-from elastic_kfac.cluster.tuning import search
 from elastic_kfac.data.shards import make_shards
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.search_space import read_space
+from elastic_kfac.experiments.search_space import read_space
+from elastic_kfac.experiments.tuning import search
+from elastic_kfac.state.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 SHARDS = Path("data/fashion_mnist_6k")

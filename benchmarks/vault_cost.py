@@ -27,14 +27,14 @@ from typing import Any
 import ray
 import torch
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.ray_adapter import quiet_driver
-from elastic_kfac.cluster.vault import Vault, VaultKeeper, head_node
-from elastic_kfac.cluster.vault_store import VaultStore
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.ledger import LedgerValue
+from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.vault import Vault, VaultKeeper, head_node
+from elastic_kfac.cluster.run.vault_store import VaultStore
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import LedgerValue
+from elastic_kfac.state.state import Progress, capture
 from elastic_kfac.training.loop import SNAPSHOT_SHARE, affordable_interval_s
-from elastic_kfac.training.state import Progress, capture
 
 SIZES = (100_000, 1_000_000, 5_000_000, 25_000_000)
 INTERVAL_S = 2.0

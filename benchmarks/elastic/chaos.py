@@ -35,15 +35,15 @@ import ray
 import torch
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.ray_adapter import quiet_driver
-from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.result import CHANGES, RunResult
-from elastic_kfac.cluster.trainer import train
+from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.result import CHANGES, RunResult
+from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
-from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.state.run_folder import RunFolder
 
 NODES = 2
 TURMOIL = ("failure", "parked", "preemption", "state_found", "restored")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 
-from elastic_kfac.cluster import worker
+from elastic_kfac.cluster.run import worker
 from elastic_kfac.training.snapshots import run_rank_with_rescue
 
 STEP_S = 0.1

@@ -27,7 +27,7 @@ from elastic_kfac import __version__
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing, SilentPort
 

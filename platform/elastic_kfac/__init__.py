@@ -8,13 +8,13 @@ __version__ = "0.1.0"
 __all__ = ["KFAC", "__version__"]
 
 if TYPE_CHECKING:
-    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.kfac.kfac import KFAC
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `elastic-kfac --help` and a mistyped option do not pay for importing torch.
     if name == "KFAC":
-        from elastic_kfac.optimizers.kfac import KFAC
+        from elastic_kfac.kfac.kfac import KFAC
 
         return KFAC
     raise AttributeError(f"module 'elastic_kfac' has no attribute {name!r}")

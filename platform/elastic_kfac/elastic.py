@@ -20,22 +20,22 @@ import torch
 from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.feeds import share
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder, id_hash
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.errors import UsageError
-from elastic_kfac.optimizers.kfac import KFAC
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.exchange import Exchange, Totals
-from elastic_kfac.training.feeds import share
-from elastic_kfac.training.ledger import Ledger
-from elastic_kfac.training.state import (
+from elastic_kfac.kfac.kfac import KFAC
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import Ledger
+from elastic_kfac.state.state import (
     Progress,
     capture,
     restore_model,
     restore_optimizer,
 )
-from elastic_kfac.training.state_transfer import share_state
+from elastic_kfac.state.state_transfer import share_state
+from elastic_kfac.training.sync.exchange import Exchange, Totals
 
 __all__ = [
     "KFAC",

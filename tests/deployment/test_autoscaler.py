@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.state.run_folder import RunFolder
 from support.head_run import PATIENCE_S, events, steps_on
 from support.ray_head import ROOT, SCRIPTS, RayHead, ray_head, until
 

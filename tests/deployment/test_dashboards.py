@@ -13,7 +13,7 @@ import pytest
 
 from deployment.manifests import ROOT, documents
 from deployment.promql import Expression, Selector, parse
-from elastic_kfac.metric_names import METRICS, Metric, label
+from elastic_kfac.observability.metric_names import METRICS, Metric, label
 
 FOLDER = ROOT / "dashboards"
 DASHBOARDS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.trainer import STOP_TIMEOUT_S
+from elastic_kfac.cluster.run.trainer import STOP_TIMEOUT_S
 from support.ray_head import ROOT, RayHead, ray_head, until
 
 CONFIG = "jobs/configs/digits.yaml"

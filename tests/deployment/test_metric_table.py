@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from elastic_kfac.metric_names import LABELS, METRICS, OTHER, Label, Metric, label, metric
+from elastic_kfac.observability.metric_names import (
+    LABELS,
+    METRICS,
+    OTHER,
+    Label,
+    Metric,
+    label,
+    metric,
+)
 
 MOST_SERIES = 2_000
 """Series of one metric and one run; Prometheus feels it from about a million over all."""

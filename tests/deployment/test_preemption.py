@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_kfac.metric_names import metric
-from elastic_kfac.training.audit import audit_run
+from elastic_kfac.observability.metric_names import metric
+from elastic_kfac.runs.audit import audit_run
 from support.head_run import PATIENCE_S, await_group, events, started_job
 from support.ray_head import RayHead, joined_node, ray_head, until
 

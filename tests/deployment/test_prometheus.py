@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from deployment.test_dashboards import panels
-from elastic_kfac.metric_names import METRICS, metric
+from elastic_kfac.observability.metric_names import METRICS, metric
 from support.ray_head import RayHead, free_ports, ray_head, until
 
 ONLY_AFTER_A_CHANGE = ("downtime_s", "moment_s", "notice_s", "hand_over_s")

@@ -16,8 +16,8 @@ import ray
 from ray.core.generated import gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
-from elastic_kfac.cluster.connection import connect
-from elastic_kfac.cluster.local_cluster import authentication_mode
+from elastic_kfac.cluster.ray.connection import connect
+from elastic_kfac.cluster.ray.local_cluster import authentication_mode
 from elastic_kfac.errors import UsageError
 from support.ray_head import ROOT, SCRIPTS, ray_head
 

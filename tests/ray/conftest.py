@@ -12,11 +12,11 @@ import pytest
 import ray
 
 from elastic_kfac.cli.entry import main
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.ray_adapter import await_lost_nodes, quiet_driver, staying_nodes
-from elastic_kfac.cluster.result import RunResult
-from elastic_kfac.cluster.trainer import train
+from elastic_kfac.cluster.ray.adapter import await_lost_nodes, quiet_driver, staying_nodes
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.result import RunResult
+from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
 
 NODES = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.cluster.async_table import AsyncMerge, MergeServer
-from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.errors import UsageError
 from elastic_kfac.optimizers.dist_newton import DistNewton
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.trainer import train
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import RunError
-from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.state.run_folder import RunFolder
 
 NODES = 3
 TARGETS = {"rank0": 0, "owner": 1, "last": 2}

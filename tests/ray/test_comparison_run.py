@@ -15,13 +15,13 @@ import filelock
 import pytest
 import yaml
 
-from elastic_kfac.cluster.comparison import StudyLine, compare
-from elastic_kfac.cluster.comparison_cell import LOCK_FILE
-from elastic_kfac.cluster.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.errors import UsageError
-from elastic_kfac.reports.comparison import DIVERGED, FAILED, FINISHED
-from elastic_kfac.reports.comparison_study import load_study
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.experiments.study import load_study
+from elastic_kfac.experiments.study_cell import LOCK_FILE
+from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED
+from elastic_kfac.experiments.study_runner import StudyLine, compare
+from elastic_kfac.state.run_folder import RunFolder
 
 DRIVER = """
 import sys

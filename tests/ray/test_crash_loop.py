@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_kfac.cluster.crash_loop import CrashLoopBreaker, RankError
+from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
 
 
 def _defect(rank: int = 0, line: str = "ValueError: no") -> RankError:

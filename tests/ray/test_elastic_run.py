@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import ray
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.result import RunResult
-from elastic_kfac.cluster.trainer import train
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.result import RunResult
+from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import DataError, RunError, UsageError
-from elastic_kfac.training.audit import AuditReport, audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.runs.audit import AuditReport, audit_run
+from elastic_kfac.state.run_folder import RunFolder
 
 Run = Callable[..., RunResult]
 Make = Callable[[int], Config]

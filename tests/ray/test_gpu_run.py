@@ -12,10 +12,10 @@ import pytest
 import ray.train.torch
 import torch
 
-from elastic_kfac.cluster import trainer
-from elastic_kfac.cluster.devices import backend_of, device_of_rank, local_gpu_ids
-from elastic_kfac.cluster.local_cluster import LocalCluster, cluster_for
-from elastic_kfac.cluster.progress import SilentDisplay
+from elastic_kfac.cluster.ray.devices import backend_of, device_of_rank, local_gpu_ids
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
+from elastic_kfac.cluster.run import trainer
+from elastic_kfac.cluster.run.progress import SilentDisplay
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import ConfigError, UsageError
 

@@ -8,7 +8,7 @@ import pytest
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-from elastic_kfac.cluster.growth import ask_for_wanted_workers
+from elastic_kfac.cluster.ray.growth import ask_for_wanted_workers
 
 
 def test_policy_asks_for_what_is_wanted_and_at_once_when_that_changes(

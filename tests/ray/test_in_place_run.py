@@ -15,14 +15,14 @@ from ray.train.v2._internal.execution.worker_group.execution_group import Replic
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
-from elastic_kfac.cluster import replicas
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.progress import SilentDisplay
-from elastic_kfac.cluster.recorder import RunView
-from elastic_kfac.cluster.result import RunResult
+from elastic_kfac.cluster.ray import replicas
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides, parse_config
-from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.state.run_folder import RunFolder
 
 
 def test_ray_replaces_replica_groups_as_the_callback_expects() -> None:

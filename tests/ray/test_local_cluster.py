@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import ray
 
-from elastic_kfac.cluster.examination import examine_cluster
-from elastic_kfac.cluster.local_cluster import LocalCluster, remove_abandoned_folders
-from elastic_kfac.cluster.ray_adapter import alive_worker_nodes, await_lost_nodes, draining_nodes
+from elastic_kfac.cluster.ray.adapter import alive_worker_nodes, await_lost_nodes, draining_nodes
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, remove_abandoned_folders
+from elastic_kfac.cluster.run.examination import examine_cluster
 from elastic_kfac.errors import UsageError
 
 NODES = 2
@@ -24,8 +24,8 @@ NODES = 2
 
 ABANDONED = """
 import sys, time
-from elastic_kfac.cluster.examination import examine_cluster
-from elastic_kfac.cluster.local_cluster import LocalCluster, remove_abandoned_folders
+from elastic_kfac.cluster.run.examination import examine_cluster
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, remove_abandoned_folders
 cluster = LocalCluster(1)
 cluster.connect()
 print(cluster.log_folder, flush=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.faults import FaultPlan
-from elastic_kfac.cluster.progress import ProgressLine, event_line, status_line
-from elastic_kfac.cluster.recorder import RunView
+from elastic_kfac.cluster.run.faults import FaultPlan
+from elastic_kfac.cluster.run.progress import ProgressLine, event_line, status_line
+from elastic_kfac.cluster.run.recorder import RunView
 from elastic_kfac.errors import UsageError
 
 RUNNING = RunView(

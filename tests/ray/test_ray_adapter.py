@@ -33,9 +33,9 @@ from ray.train.v2.api.callback import UserCallback
 from ray.train.v2.api.exceptions import ControllerError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic_kfac.cluster import ray_adapter
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.replicas import OwnGroupBackend
+from elastic_kfac.cluster.ray import adapter as ray_adapter
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.replicas import OwnGroupBackend
 
 PARAMETERS = {
     "after_controller_start": ["self", "train_run_context"],

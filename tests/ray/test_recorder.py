@@ -6,9 +6,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from elastic_kfac.cluster.crash_loop import RankError
-from elastic_kfac.cluster.recorder import RunRecorder
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.cluster.run.crash_loop import RankError
+from elastic_kfac.cluster.run.recorder import RunRecorder
+from elastic_kfac.state.run_folder import RunFolder
 
 PIDS = {0: 10, 1: 11}
 NODES = {0: "127.0.0.3", 1: "127.0.0.4"}

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.telemetry import (
+from elastic_kfac.cluster.run.telemetry import (
     RankTelemetry,
     RunTelemetry,
     Series,
     TelemetryOptions,
 )
-from elastic_kfac.metric_names import METRICS, OTHER, label, metric
+from elastic_kfac.observability.metric_names import METRICS, OTHER, label, metric
 from elastic_kfac.training.measurement import RankProbe, Values
 from elastic_kfac.training.port import event_row
 

@@ -21,17 +21,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.result import RunResult
-from elastic_kfac.cluster.tuning import SearchResult, search
-from elastic_kfac.cluster.tuning_desk import shares
-from elastic_kfac.cluster.tuning_search import planned_points
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides
 from elastic_kfac.errors import UsageError
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.experiments.search_space import SearchSpace, parse_space
+from elastic_kfac.experiments.tuning import SearchResult, search
+from elastic_kfac.experiments.tuning_desk import shares
+from elastic_kfac.experiments.tuning_search import planned_points
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.config_file import read_config
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.search_space import SearchSpace, parse_space
 
 Make = Callable[[int], Config]
 
@@ -202,8 +202,8 @@ def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]])
 
 _DRIVER = """
 import json, sys
-from elastic_kfac.cluster.tuning import search
-from elastic_kfac.training.search_space import parse_space
+from elastic_kfac.experiments.tuning import search
+from elastic_kfac.experiments.search_space import parse_space
 if __name__ == "__main__":
     space = parse_space(json.loads(open(sys.argv[1]).read()))
     search(space, name="killed", storage=sys.argv[2], address=sys.argv[3], rank_function=sys.argv[4])

@@ -12,11 +12,11 @@ import pytest
 import ray
 import torch
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.vault import Note, Vault, VaultKeeper, VaultPlace, head_node
-from elastic_kfac.cluster.vault_store import VaultStore
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.state import Progress, TrainingState
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.run.vault import Note, Vault, VaultKeeper, VaultPlace, head_node
+from elastic_kfac.cluster.run.vault_store import VaultStore
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import Progress, TrainingState
 
 
 def _state(step: int) -> TrainingState:

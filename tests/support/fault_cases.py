@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.errors import ElasticKfacError
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.moments import (
     FaultKind,
@@ -27,7 +28,6 @@ from elastic_kfac.training.moments import (
 )
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
-from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, wait_for
 from support.held_resources import Held, held_at_rest
 from support.reproducible_problems import reproducible_config

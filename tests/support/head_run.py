@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.state.run_folder import RunFolder
 from support.ray_head import RayHead, until
 
 PATIENCE_S = 300

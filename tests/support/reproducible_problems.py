@@ -12,7 +12,7 @@ from torch import nn
 
 from elastic_kfac.config import Config
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import KeepGoing

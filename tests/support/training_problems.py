@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, parse_config
+from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.data.order import SampleOrder
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.feeds import Feeds
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.state import TrainingState
 
 KFAC: dict[str, Any] = {
     "kfac.enabled": True,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from elastic_kfac.config import AnalysisConfig
-    from elastic_kfac.training.run_folder import RunFolder
+    from elastic_kfac.state.run_folder import RunFolder
 
 _ONE_SAMPLES = 50
 _TRACE_DRAWS = 30
@@ -37,7 +37,7 @@ def analyze(arguments: argparse.Namespace) -> int:
     uri = locate_run(arguments.run, arguments.storage)
     folder = open_run(uri)
 
-    from elastic_kfac.training.checkpoint_analysis import analyse_run
+    from elastic_kfac.runs.checkpoint_analysis import analyse_run
 
     found = analyse_run(
         folder,
@@ -58,7 +58,7 @@ def lowrank(arguments: argparse.Namespace) -> int:
     uri = locate_run(arguments.run, arguments.storage)
     folder = open_run(uri)
 
-    from elastic_kfac.training.checkpoint_analysis import low_rank_of_run
+    from elastic_kfac.runs.checkpoint_analysis import low_rank_of_run
 
     found = low_rank_of_run(
         folder,
@@ -78,7 +78,7 @@ def bias_variance(arguments: argparse.Namespace) -> int:
     uri = locate_run(arguments.run, arguments.storage)
     folder = open_run(uri)
 
-    from elastic_kfac.training.checkpoint_analysis import bias_variance_of_run
+    from elastic_kfac.runs.checkpoint_analysis import bias_variance_of_run
 
     found = bias_variance_of_run(
         folder,

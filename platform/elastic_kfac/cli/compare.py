@@ -11,12 +11,12 @@ from elastic_kfac.cli.runs import is_remote
 from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
-    from elastic_kfac.reports.comparison_study import LoadedStudy
+    from elastic_kfac.experiments.study import LoadedStudy
 
 
 def compare(arguments: argparse.Namespace) -> int:
     """Runs the study that a file describes; the same call continues an interrupted one."""
-    from elastic_kfac.reports.comparison_study import load_study
+    from elastic_kfac.experiments.study import load_study
 
     loaded = load_study(
         arguments.study,
@@ -28,8 +28,8 @@ def compare(arguments: argparse.Namespace) -> int:
     print(f"elastic-kfac {elastic_kfac.__version__}: {_size(loaded)}")
     _make_missing_shards(loaded)
 
-    from elastic_kfac.cluster.comparison import compare as compare_on_ray
-    from elastic_kfac.reports.comparison import outcome_text
+    from elastic_kfac.experiments.study_outcome import outcome_text
+    from elastic_kfac.experiments.study_runner import compare as compare_on_ray
 
     result = compare_on_ray(
         loaded,
@@ -42,7 +42,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if is_remote(result.uri):
         print(f"\nReport: {result.uri}/report.html")
     else:
-        from elastic_kfac.training.storage import Storage
+        from elastic_kfac.state.storage import Storage
 
         print(f"\nReport: {Storage(result.uri).path('report.html')}")
     return result.exit_code

@@ -20,7 +20,7 @@ from elastic_kfac.cli.provenance import announce
 from elastic_kfac.errors import ElasticKfacError
 
 if TYPE_CHECKING:
-    from elastic_kfac.cluster.examination import ClusterFacts
+    from elastic_kfac.cluster.run.examination import ClusterFacts
 
 GIB = 1 << 30
 MIN_PYTHON = (3, 11)
@@ -209,7 +209,7 @@ def cluster_findings(address: str | None) -> Iterator[Finding]:
         yield Finding("ok", "cluster", detail)
         return
     try:
-        from elastic_kfac.cluster.examination import examine_cluster
+        from elastic_kfac.cluster.run.examination import examine_cluster
 
         facts = examine_cluster(address)
     except Exception as error:
@@ -288,7 +288,7 @@ def judge_clocks(
 def zoo_finding() -> Finding:
     """Whether the model zoo imports, and what is in it."""
     try:
-        from elastic_kfac.training.models import zoo
+        from elastic_kfac.tasks.models import zoo
 
         names = sorted(zoo())
     except Exception as error:

@@ -11,8 +11,8 @@ from urllib.parse import urlparse
 from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
-    from elastic_kfac.reports.experiment import Run
-    from elastic_kfac.training.run_folder import RunFolder
+    from elastic_kfac.reports.run_rows import Run
+    from elastic_kfac.state.run_folder import RunFolder
 
 
 def is_remote(uri: str) -> bool:
@@ -65,10 +65,10 @@ def report(arguments: argparse.Namespace) -> int:
     if is_remote(uri) or not (Path(uri) / "experiment.json").is_file():
         write_report_and_summary(uri)
         return 0
-    from elastic_kfac.reports.experiment_folder import read_experiment
-    from elastic_kfac.reports.experiment_report import render_experiment
-    from elastic_kfac.reports.experiment_words import headline
-    from elastic_kfac.reports.html import write_page
+    from elastic_kfac.experiments.search_folder import read_experiment
+    from elastic_kfac.reports.run_page import write_page
+    from elastic_kfac.reports.search_report import render_experiment
+    from elastic_kfac.reports.search_words import headline
 
     experiment = read_experiment(Path(uri))
     path = write_page(Path(uri) / "report.html", render_experiment(experiment))
@@ -94,8 +94,8 @@ def write_report(uri: str) -> Run:
     Raises:
         UsageError: If there is no run.
     """
-    from elastic_kfac.reports.experiment import ANALYSES, FILES, parse_run
-    from elastic_kfac.reports.html import render_report
+    from elastic_kfac.reports.run_page import render_report
+    from elastic_kfac.reports.run_rows import ANALYSES, FILES, parse_run
 
     folder = open_run(uri)
     storage = folder.storage
@@ -110,7 +110,7 @@ def write_report(uri: str) -> Run:
 
 def audit(arguments: argparse.Namespace) -> int:
     """Proves from the ledger that every sample was used exactly once; 1 if it was not."""
-    from elastic_kfac.training.audit import audit_run
+    from elastic_kfac.runs.audit import audit_run
 
     found = audit_run(open_run(locate_run(arguments.run, arguments.storage)))
     print(found.line())
@@ -123,7 +123,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Loss and accuracy of the newest checkpoint."""
     import torch
 
-    from elastic_kfac.training.evaluate import evaluate_run
+    from elastic_kfac.runs.evaluate import evaluate_run
 
     folder = open_run(locate_run(arguments.run, arguments.storage))
     use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
@@ -156,7 +156,7 @@ def _attack(arguments: argparse.Namespace) -> dict[str, object]:
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes the newest checkpoint's weights as safetensors."""
-    from elastic_kfac.training.evaluate import export_run
+    from elastic_kfac.runs.evaluate import export_run
 
     uri = locate_run(arguments.run, arguments.storage)
     if arguments.out is None and is_remote(uri):
@@ -178,7 +178,7 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    from elastic_kfac.training.feasibility import plans
+    from elastic_kfac.runs.feasibility import plans
 
     print("\n\n".join(str(each) for each in plans(config, arguments.world_size)))
     return 0
@@ -186,6 +186,6 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def open_run(uri: str) -> RunFolder:
     """Opens an existing run's folder."""
-    from elastic_kfac.training.run_folder import RunFolder
+    from elastic_kfac.state.run_folder import RunFolder
 
     return RunFolder.existing(uri)

@@ -31,16 +31,16 @@ def train(arguments: argparse.Namespace) -> int:
 
     make_missing_shards(config)
     if config.analysis.every_epochs is not None:
-        from elastic_kfac.training.analysis import check_before_start
+        from elastic_kfac.analysis.hessian_report import check_before_start
 
         here = config.elastic.max_workers if arguments.address is None else None
         check_before_start(config, workers_here=here)
 
-    from elastic_kfac.training.attacks import check_attacks
+    from elastic_kfac.tasks.attacks import check_attacks
 
     check_attacks(config)
 
-    from elastic_kfac.cluster.trainer import train as train_on_ray
+    from elastic_kfac.cluster.run.trainer import train as train_on_ray
 
     uri = f"{arguments.storage.rstrip('/')}/{name}"
     try:

@@ -12,7 +12,7 @@ from elastic_kfac.cli.train import fresh_name
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs the search that a file describes; the same name continues it."""
-    from elastic_kfac.training.search_space import METRICS, read_space
+    from elastic_kfac.experiments.search_space import METRICS, read_space
 
     space = read_space(arguments.space, arguments.overrides)
     name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
@@ -23,7 +23,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     make_missing_shards(space.base)
 
-    from elastic_kfac.cluster.tuning import search
+    from elastic_kfac.experiments.tuning import search
 
     result = search(space, name=name, storage=arguments.storage, address=arguments.address)
     reached = sum(row.stage == "search" and bool(row.reached) for row in result.rows)

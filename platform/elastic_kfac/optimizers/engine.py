@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from elastic_kfac.optimizers.kfac import KFAC
+from elastic_kfac.kfac.kfac import KFAC
 
 
 class Engine(Protocol):

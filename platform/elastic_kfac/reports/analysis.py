@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from elastic_kfac.reports.experiment import Run, first_number, number
 from elastic_kfac.reports.figures import (
     ACCENT,
     EVALUATION,
@@ -26,7 +25,8 @@ from elastic_kfac.reports.figures import (
     plain_log_scale,
     svg_text,
 )
-from elastic_kfac.reports.html import escaped, section
+from elastic_kfac.reports.run_page import escaped, section
+from elastic_kfac.reports.run_rows import Run, first_number, number
 
 Found = Mapping[str, Any]
 GREEN = "#5b8c5a"

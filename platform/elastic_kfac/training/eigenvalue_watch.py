@@ -16,16 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from elastic_kfac.analysis.hessian import Hessian, SumOverRanks, last_layer_parameters
+from elastic_kfac.analysis.spectrum import top_eigenvalues
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.curvature.hessian import Hessian, SumOverRanks, last_layer_parameters
-from elastic_kfac.curvature.spectrum import top_eigenvalues
-from elastic_kfac.training.feeds import Feed, share
-from elastic_kfac.training.inputs import InputMaker
-from elastic_kfac.training.tasks import Task
+from elastic_kfac.data.feeds import Feed, share
+from elastic_kfac.tasks.inputs import InputMaker
+from elastic_kfac.tasks.tasks import Task
 
 if TYPE_CHECKING:
-    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.kfac.kfac import KFAC
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class EigenvalueWatch:
         # Without eigenvectors the factors would have to be decomposed for it.
         is_free = self._config.kfac.method == "eigen"
         if kfac is not None and (is_free or batch.eigenvalue == "kfac" or batch.report_both):
-            from elastic_kfac.curvature.spectral_estimates import kfac_eigenvalue
+            from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
 
             free = kfac_eigenvalue(
                 kfac.blocks,
@@ -121,7 +121,7 @@ class EigenvalueWatch:
         """This rank's share of the samples in chunks: the first ones of the first epoch's order."""
         feed = self._feed
         if self._config.data.augment != "none":
-            from elastic_kfac.training.fixed_samples import open_plain
+            from elastic_kfac.analysis.fixed_samples import open_plain
 
             feed = open_plain(self._config, self._config.data.train_split)
         count = min(self._config.batch.hessian_samples, feed.num_samples)

@@ -9,11 +9,11 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
-from elastic_kfac.training.adversarial import Attack, perturbed
-from elastic_kfac.training.feeds import Feed, share
-from elastic_kfac.training.inputs import InputMaker
+from elastic_kfac.data.feeds import Feed, share
+from elastic_kfac.tasks.adversarial import Attack, perturbed
+from elastic_kfac.tasks.inputs import InputMaker
+from elastic_kfac.tasks.tasks import Task
 from elastic_kfac.training.precision import autocast
-from elastic_kfac.training.tasks import Task
 
 
 @dataclass(frozen=True)

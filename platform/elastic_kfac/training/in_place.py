@@ -15,9 +15,9 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.checkpoint import StateStore
-from elastic_kfac.training.feeds import Feeds, open_feeds
+from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.loop import Outcome, RunLoop
 from elastic_kfac.training.membership import Membership, World
 from elastic_kfac.training.moments import Moments, ignore_moments

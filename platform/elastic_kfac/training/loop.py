@@ -18,14 +18,14 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.training.checkpoint import StateStore
+from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.state.checkpoint import StateStore
+from elastic_kfac.state.state import Progress, TrainingState
+from elastic_kfac.state.state_transfer import share_state, state_held_by_all
 from elastic_kfac.training.evaluation import EvalResult
-from elastic_kfac.training.feeds import Feeds, open_feeds
 from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
 from elastic_kfac.training.rank import EpochEnd, RankTrainer, StepResult
-from elastic_kfac.training.state import Progress, TrainingState
-from elastic_kfac.training.state_transfer import share_state, state_held_by_all
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
-from elastic_kfac.training.feeds import StreamFeed
+from elastic_kfac.data.feeds import StreamFeed
 from elastic_kfac.training.moments import Moment, Moments, ignore_moments
 
 if TYPE_CHECKING:

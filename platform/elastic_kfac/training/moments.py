@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from elastic_kfac.training.feeds import Feed, Samples, SomeSamples
+from elastic_kfac.data.feeds import Feed, Samples, SomeSamples
 
 Moment = Literal[
     "step_begin",

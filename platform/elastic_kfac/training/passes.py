@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.data.feeds import Feed, Samples, samples_in
 from elastic_kfac.data.order import id_hash
-from elastic_kfac.training.adversarial import Attack, adversarial_mask, mix_adversarial
-from elastic_kfac.training.attacks import training_attack
-from elastic_kfac.training.exchange import Exchange, Totals
-from elastic_kfac.training.feeds import Feed, Samples, samples_in
-from elastic_kfac.training.identity import counter_seed
-from elastic_kfac.training.inputs import InputMaker, Inputs
-from elastic_kfac.training.mixing import Mixup, RandomErasing
+from elastic_kfac.state.identity import counter_seed
+from elastic_kfac.tasks.adversarial import Attack, adversarial_mask, mix_adversarial
+from elastic_kfac.tasks.attacks import training_attack
+from elastic_kfac.tasks.inputs import InputMaker, Inputs
+from elastic_kfac.tasks.mixing import Mixup, RandomErasing
+from elastic_kfac.tasks.tasks import Task
 from elastic_kfac.training.precision import autocast
-from elastic_kfac.training.reproducible import ReproducibleExchange
-from elastic_kfac.training.tasks import Task
+from elastic_kfac.training.sync.exchange import Exchange, Totals
+from elastic_kfac.training.sync.reproducible import ReproducibleExchange
 
 if TYPE_CHECKING:
-    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.kfac.kfac import KFAC
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.state.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from elastic_kfac.training.rank import RankTrainer

@@ -14,48 +14,48 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from elastic_kfac.analysis.hessian_report import analysis_row
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.config_sections import steps_apart
+from elastic_kfac.data.feeds import Feeds, Samples, share
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.optimizers.batch_size import Growth
-from elastic_kfac.training.activation_checkpointing import checkpoint_activations
-from elastic_kfac.training.analysis import analysis_row
-from elastic_kfac.training.attacks import evaluation_attack
-from elastic_kfac.training.batch_control import BatchControl
-from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
-from elastic_kfac.training.evaluation import EvalResult, evaluate_split
-from elastic_kfac.training.exchange import Totals
-from elastic_kfac.training.feeds import Feeds, Samples, share
-from elastic_kfac.training.first_order import make_optimizer
-from elastic_kfac.training.identity import config_sha256
-from elastic_kfac.training.ledger import Ledger
-from elastic_kfac.training.models import build_model
-from elastic_kfac.training.moments import Moments, ignore_moments
-from elastic_kfac.training.passes import Passes, Place
-from elastic_kfac.training.precision import LossScaler
-from elastic_kfac.training.rates import RateControl
-from elastic_kfac.training.reproducible import (
-    ReproducibleExchange,
-    agree_on_conditions,
-    check_conditions,
-    conditions,
-    make_exchange,
-)
-from elastic_kfac.training.second_order import PARTS, GradientPath
-from elastic_kfac.training.state import (
+from elastic_kfac.state.identity import config_sha256
+from elastic_kfac.state.ledger import Ledger
+from elastic_kfac.state.state import (
     Progress,
     TrainingState,
     capture,
     restore_model,
     restore_optimizer,
 )
-from elastic_kfac.training.steps_apart import StepsApart
-from elastic_kfac.training.sync_batch_norm import synchronise_batch_norm
-from elastic_kfac.training.tasks import make_task
+from elastic_kfac.tasks.attacks import evaluation_attack
+from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.tasks import make_task
+from elastic_kfac.training.activation_checkpointing import checkpoint_activations
+from elastic_kfac.training.batch_control import BatchControl
+from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
+from elastic_kfac.training.evaluation import EvalResult, evaluate_split
+from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.moments import Moments, ignore_moments
+from elastic_kfac.training.passes import Passes, Place
+from elastic_kfac.training.precision import LossScaler
+from elastic_kfac.training.rates import RateControl
+from elastic_kfac.training.second_order import PARTS, GradientPath
+from elastic_kfac.training.sync.exchange import Totals
+from elastic_kfac.training.sync.local_steps import StepsApart
+from elastic_kfac.training.sync.reproducible import (
+    ReproducibleExchange,
+    agree_on_conditions,
+    check_conditions,
+    conditions,
+    make_exchange,
+)
+from elastic_kfac.training.sync.sync_batch_norm import synchronise_batch_norm
 
 if TYPE_CHECKING:
-    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.kfac.kfac import KFAC
 
 
 @dataclass(frozen=True)

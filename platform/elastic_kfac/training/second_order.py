@@ -12,15 +12,15 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
-from elastic_kfac.training.exchange import Exchange, Totals
-from elastic_kfac.training.gradient_reduction import make_reduction
 from elastic_kfac.training.moments import Moment
-from elastic_kfac.training.reproducible import ReproducibleExchange
+from elastic_kfac.training.sync.exchange import Exchange, Totals
+from elastic_kfac.training.sync.gradient_reduction import make_reduction
+from elastic_kfac.training.sync.reproducible import ReproducibleExchange
 
 if TYPE_CHECKING:
-    from elastic_kfac.optimizers.kfac import KFAC
-    from elastic_kfac.optimizers.kfac_statistics import Statistics
-    from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+    from elastic_kfac.kfac.kfac import KFAC
+    from elastic_kfac.kfac.kfac_statistics import Statistics
+    from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
 
 
 class GradientPath:
@@ -167,8 +167,8 @@ def _make_kfac(
     config: Config,
     communicator: Communicator,
 ) -> KFAC:
-    from elastic_kfac.optimizers.calibration import shared_costs
-    from elastic_kfac.optimizers.kfac import KFAC
+    from elastic_kfac.kfac.calibration import shared_costs
+    from elastic_kfac.kfac.kfac import KFAC
 
     options = config.kfac.model_dump(exclude={"enabled"})
     budget = config.plan.memory_budget_gib
@@ -187,7 +187,7 @@ def _make_kfac(
 
 
 def _make_sharded(model: nn.Module, config: Config, communicator: Communicator) -> ShardedKFAC:
-    from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+    from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
 
     kfac, sharded = config.kfac, config.sharded
     weights = sharded.gather == "weights"

@@ -15,14 +15,14 @@ import torch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.config_sections import steps_apart
+from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.checkpoint import StateStore
-from elastic_kfac.training.feeds import Feeds, open_feeds
+from elastic_kfac.state.checkpoint import StateStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import Outcome, RunLoop
 from elastic_kfac.training.moments import Moment, Moments, ignore_moments
 from elastic_kfac.training.port import Control, RunPort
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.state import TrainingState
 
 RESCUERS = 3
 """Only the lowest ranks rescue: all of them would send the same bytes."""

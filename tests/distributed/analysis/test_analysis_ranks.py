@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from elastic_kfac.analysis.fixed_samples import FixedSamples
+from elastic_kfac.analysis.hessian_report import analyse
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.training.analysis import analyse
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.fixed_samples import FixedSamples
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.models import build_model
 from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.tasks import make_task
 from support.gloo import run_ranks
 from support.training_problems import MemoryFeed, RecordingPort, memory_feeds, small_config
 

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.curvature.hessian import Batch, Hessian
-from elastic_kfac.curvature.landscape import bias_variance, loss_along
-from elastic_kfac.curvature.spectral_estimates import (
+from elastic_kfac.analysis.hessian import Batch, Hessian
+from elastic_kfac.analysis.landscape import bias_variance, loss_along
+from elastic_kfac.analysis.spectral_estimates import (
     density,
     kfac_eigenvalue,
     one_sample_eigenvalues,
     trace,
 )
-from elastic_kfac.curvature.spectrum import extremes, top_eigenvalues
+from elastic_kfac.analysis.spectrum import extremes, top_eigenvalues
+from elastic_kfac.communication.collectives import Communicator
 from support.gloo import run_ranks
 
 COUNT = 23

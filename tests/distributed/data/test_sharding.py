@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from elastic_kfac.cluster.local_cluster import LocalCluster
-from elastic_kfac.cluster.ray_adapter import quiet_driver
+from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.sharding import run_shard_tasks, shard_tasks_on
 from elastic_kfac.data import ShardSet, make_shards, verify_shards
 from elastic_kfac.errors import DataError, UsageError

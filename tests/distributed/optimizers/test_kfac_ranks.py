@@ -16,7 +16,7 @@ from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import triangle_size
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.optimizers.kfac_exchange import layer_shape
+from elastic_kfac.kfac.kfac_exchange import layer_shape
 from elastic_kfac.placement.traffic import TrafficModel, traffic_per_step
 from support.gloo import run_ranks
 

@@ -14,7 +14,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.counters import all_reduce_received
 from elastic_kfac.communication.packing import triangle_size
 from elastic_kfac.errors import StateError
-from elastic_kfac.optimizers.sharded_kfac import ShardedKFAC
+from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from support.gloo import run_ranks
 

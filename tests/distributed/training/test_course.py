@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.state import TrainingState
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,

@@ -8,14 +8,14 @@ from typing import Any
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
-from elastic_kfac.training.audit import audit_run
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.evaluate import evaluate_run
-from elastic_kfac.training.ledger import to_parquet
+from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.runs.evaluate import evaluate_run
+from elastic_kfac.runs.results import compact_ledger, read_ledger
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import to_parquet
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.port import FolderPort, KeepGoing
-from elastic_kfac.training.results import compact_ledger, read_ledger
-from elastic_kfac.training.run_folder import RunFolder
 from support.gloo import run_ranks
 from support.training_problems import StopAt
 

@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 import pytest
 
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.moments import FaultKind, Fired, Moment
 from support.fault_cases import DAMAGE, PHASES, PLACES, Case, Lived, play_cases
 from support.gloo import run_ranks

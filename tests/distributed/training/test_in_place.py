@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
 from elastic_kfac.training.moments import Faults, Moment
 from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, run_ranks
 from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_schedules
 from support.training_problems import (

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
 from elastic_kfac.training.moments import Moment

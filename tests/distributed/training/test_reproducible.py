@@ -12,10 +12,10 @@ from torch import Tensor
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.summation_tree import Node
-from elastic_kfac.training import reproducible
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.moments import Faults
+from elastic_kfac.training.sync import reproducible
 from support.gloo import run_ranks
 from support.reproducible_problems import (
     Segment,

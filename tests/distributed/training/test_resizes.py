@@ -8,13 +8,13 @@ from typing import Any
 import torch.distributed as dist
 
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.moments import Faults, Moment
 from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
-from elastic_kfac.training.state import TrainingState
 from support.gloo import disband, run_ranks, wait_for
 from support.training_problems import (
     KFAC,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.training.exchange import Exchange, Totals
-from elastic_kfac.training.sync_batch_norm import (
+from elastic_kfac.training.sync.exchange import Exchange, Totals
+from elastic_kfac.training.sync.sync_batch_norm import (
     SyncBatchNorm,
     statistics_group,
     synchronise_batch_norm,

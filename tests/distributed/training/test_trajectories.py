@@ -22,11 +22,11 @@ if __name__ == "__main__":
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import tensors_sha256
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.reproducible import machine_type
-from elastic_kfac.training.state import tensors_sha256
+from elastic_kfac.training.sync.reproducible import machine_type
 from support.gloo import run_ranks
 from support.training_problems import KFAC, RecordingPort, memory_feeds, small_config
 

@@ -11,7 +11,7 @@ import yaml
 
 from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.entry import main
-from elastic_kfac.reports.comparison_study import load_study
+from elastic_kfac.experiments.study import load_study
 
 ROOT = Path(__file__).parents[3]
 

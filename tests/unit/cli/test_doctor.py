@@ -25,8 +25,8 @@ from elastic_kfac.cli.doctor import (
     temporary_finding,
 )
 from elastic_kfac.cli.entry import main
-from elastic_kfac.cluster import examination
-from elastic_kfac.cluster.examination import ClusterFacts
+from elastic_kfac.cluster.run import examination
+from elastic_kfac.cluster.run.examination import ClusterFacts
 from elastic_kfac.errors import UsageError
 
 GIB = 1 << 30

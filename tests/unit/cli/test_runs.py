@@ -162,9 +162,9 @@ def test_train_failed_run_still_writes_the_report_with_provenance(
         raise RunError("rank 1 gave up")
 
     monkeypatch.chdir(tmp_path)
-    fake = types.ModuleType("elastic_kfac.cluster.trainer")
+    fake = types.ModuleType("elastic_kfac.cluster.run.trainer")
     fake.train = fail  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "elastic_kfac.cluster.trainer", fake)
+    monkeypatch.setitem(sys.modules, "elastic_kfac.cluster.run.trainer", fake)
     assert main(["train", str(DIGITS)]) == 1
     captured = capsys.readouterr()
     assert captured.err == "elastic-kfac: error: rank 1 gave up\n"
@@ -182,8 +182,8 @@ def test_train_with_faults_that_never_fired_returns_1(
         return types.SimpleNamespace(unfired=("--resize-at 9000:1",), exit_code=1)
 
     monkeypatch.chdir(tmp_path)
-    fake = types.ModuleType("elastic_kfac.cluster.trainer")
+    fake = types.ModuleType("elastic_kfac.cluster.run.trainer")
     fake.train = finish  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "elastic_kfac.cluster.trainer", fake)
+    monkeypatch.setitem(sys.modules, "elastic_kfac.cluster.run.trainer", fake)
     assert main(["train", str(DIGITS), "--resize-at", "9000:1"]) == 1
     assert "--resize-at 9000:1" in capsys.readouterr().err

@@ -12,7 +12,10 @@ from typing import Any, cast
 
 import pytest
 
-from elastic_kfac.cluster.run_log import (
+from elastic_kfac.cluster.run.telemetry import RunTelemetry, TelemetryOptions, WatchedPort
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.errors import UsageError
+from elastic_kfac.observability.run_log import (
     CONCERNS,
     ROOT,
     LogContext,
@@ -20,10 +23,7 @@ from elastic_kfac.cluster.run_log import (
     log_of,
     read_levels,
 )
-from elastic_kfac.cluster.telemetry import RunTelemetry, TelemetryOptions, WatchedPort
-from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.errors import UsageError
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing, event_row
 from support.training_problems import RecordingPort, memory_feeds, small_config

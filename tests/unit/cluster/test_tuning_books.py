@@ -11,14 +11,14 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
-from elastic_kfac.cluster.tuning_books import SearchBooks
-from elastic_kfac.cluster.tuning_journal import Journal, TrialRow
-from elastic_kfac.cluster.tuning_search import Suggestions, make_scheduler
-from elastic_kfac.cluster.tuning_trial import write_books
 from elastic_kfac.errors import UsageError
+from elastic_kfac.experiments.search_space import SearchSpace, parse_space
+from elastic_kfac.experiments.tuning_books import SearchBooks
+from elastic_kfac.experiments.tuning_journal import Journal, TrialRow
+from elastic_kfac.experiments.tuning_search import Suggestions, make_scheduler
+from elastic_kfac.experiments.tuning_trial import write_books
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.config_file import read_config
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.search_space import SearchSpace, parse_space
 
 
 class _Method:

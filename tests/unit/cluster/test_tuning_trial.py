@@ -13,7 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from elastic_kfac.cluster.tuning_trial import (
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.data.shards import make_shards
+from elastic_kfac.experiments.search_space import SearchSpace, parse_space
+from elastic_kfac.experiments.tuning_trial import (
     PERTURBED,
     ProcessMeter,
     StopWish,
@@ -24,16 +28,12 @@ from elastic_kfac.cluster.tuning_trial import (
     read_books,
     write_books,
 )
-from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
-from elastic_kfac.data.shards import make_shards
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing, SilentPort
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.search_space import SearchSpace, parse_space
-from elastic_kfac.training.state import TrainingState
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +220,7 @@ def test_process_meter_counts_from_first_look_and_goes_blind_elsewhere(
         {"NodeID": "here", "NodeManagerHostname": socket.gethostname()},
         {"NodeID": "there", "NodeManagerHostname": "elsewhere"},
     ]
-    monkeypatch.setattr("elastic_kfac.cluster.tuning_trial.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("elastic_kfac.experiments.tuning_trial.ray.nodes", lambda: nodes)
 
     def view(node: str, phase: str = "running") -> Any:
         return SimpleNamespace(phase=phase, pids={0: os.getpid()}, rank_nodes={0: node})

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.curvature.hessian import (
+from elastic_kfac.analysis.hessian import (
     Batch,
     Hessian,
     check_request,
     last_layer_parameters,
 )
-from elastic_kfac.curvature.landscape import bias_variance, loss_along
-from elastic_kfac.curvature.spectral_estimates import (
+from elastic_kfac.analysis.landscape import bias_variance, loss_along
+from elastic_kfac.analysis.spectral_estimates import (
     density,
     kfac_eigenvalue,
     one_sample_eigenvalues,
     trace,
 )
-from elastic_kfac.curvature.spectrum import (
+from elastic_kfac.analysis.spectrum import (
     Affine,
     extremes,
     extremes_by_shift,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.optimizers.calibration import measure_costs, shared_costs
+from elastic_kfac.kfac.calibration import measure_costs, shared_costs
 
 
 @pytest.mark.parametrize("method", ["eigen", "inverse"])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD, linear_scaling
 from elastic_kfac.optimizers.schedules import with_warmup
-from elastic_kfac.training.state import optimizer_by_name, restore_optimizer
-from elastic_kfac.training.tree import join_tree, split_tree
+from elastic_kfac.state.state import optimizer_by_name, restore_optimizer
+from elastic_kfac.state.tree import join_tree, split_tree
 
 
 def parameters() -> list[nn.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elastic_kfac.optimizers.refresh import RefreshClock, Snapshots, next_interval
+from elastic_kfac.kfac.refresh import RefreshClock, Snapshots, next_interval
 
 
 def intervals_of(statistics: list[torch.Tensor]) -> list[int]:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from elastic_kfac.reports.comparison import (
+from elastic_kfac.experiments.study import COLUMNS, Place, Study, load_study
+from elastic_kfac.experiments.study_outcome import (
     DIVERGED,
     FINISHED,
     CellResult,
@@ -26,9 +27,8 @@ from elastic_kfac.reports.comparison import (
     tables,
     to_json,
 )
-from elastic_kfac.reports.comparison_page import render_comparison
-from elastic_kfac.reports.comparison_statistics import Summary, paired_interval
-from elastic_kfac.reports.comparison_study import COLUMNS, Place, Study, load_study
+from elastic_kfac.experiments.study_statistics import Summary, paired_interval
+from elastic_kfac.reports.study_page import render_comparison
 
 STUDY: dict[str, Any] = {
     "title": "Two & three",

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from elastic_kfac.reports.comparison_statistics import (
+from elastic_kfac.experiments.study_statistics import (
     Bounds,
     Interval,
     Verdict,

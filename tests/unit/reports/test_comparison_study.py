@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.reports.comparison_study import Place, expand, load_study, operator_of
+from elastic_kfac.experiments.study import Place, expand, load_study, operator_of
 
 ROOT = Path(__file__).parents[3]
 

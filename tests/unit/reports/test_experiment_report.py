@@ -15,16 +15,16 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.cli.runs import locate_run
 from elastic_kfac.errors import UsageError
-from elastic_kfac.reports.experiment_figures import curves_figure, pareto_front
-from elastic_kfac.reports.experiment_folder import Point, read_experiment
-from elastic_kfac.reports.experiment_importance import (
+from elastic_kfac.experiments.importance import (
     eta_squared,
     groups_of,
     importances,
     midranks,
 )
-from elastic_kfac.reports.experiment_report import SECTIONS, write_experiment_report
-from elastic_kfac.reports.experiment_words import headline, progress_line
+from elastic_kfac.experiments.search_folder import Point, read_experiment
+from elastic_kfac.reports.search_figures import curves_figure, pareto_front
+from elastic_kfac.reports.search_report import SECTIONS, write_experiment_report
+from elastic_kfac.reports.search_words import headline, progress_line
 from elastic_kfac.reports.summary import duration
 from support.search_folders import BEGAN, HOSTILE, PARAMETERS, TARGET, row, rows, write_search
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from elastic_kfac.reports.experiment_report import SECTIONS, write_experiment_report
-from elastic_kfac.reports.html import page, write_page, write_report
+from elastic_kfac.reports.run_page import page, write_page, write_report
+from elastic_kfac.reports.search_report import SECTIONS, write_experiment_report
 from support.browser import Visit, browser, visit
 from support.search_folders import HOSTILE, rows, write_search
 

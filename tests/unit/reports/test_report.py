@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from elastic_kfac.errors import UsageError
-from elastic_kfac.metric_names import METRICS, metric
-from elastic_kfac.reports.experiment import read_run
-from elastic_kfac.reports.html import write_report
+from elastic_kfac.observability.metric_names import METRICS, metric
+from elastic_kfac.reports.run_page import write_report
+from elastic_kfac.reports.run_rows import read_run
 from elastic_kfac.reports.summary import duration, headline, summary_text
 
 MakeRun = Callable[..., Path]

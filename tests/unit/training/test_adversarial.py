@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.training.adversarial import (
+from elastic_kfac.tasks.adversarial import (
     Attack,
     adversarial_mask,
     mix_adversarial,
@@ -21,7 +21,7 @@ from elastic_kfac.training.adversarial import (
     robustness,
     worst_column_perturbation,
 )
-from elastic_kfac.training.tasks import CrossEntropy
+from elastic_kfac.tasks.tasks import CrossEntropy
 
 WIDE = {"low": -100.0, "high": 100.0}
 

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from elastic_kfac.analysis.fixed_samples import FixedSamples
+from elastic_kfac.analysis.hessian_report import analyse, analysis_row, check_before_start
+from elastic_kfac.analysis.low_rank_probe import epsilon_rank, gaussian_kernel_block, matrices
 from elastic_kfac.cli import main
 from elastic_kfac.cli.analyze import low_rank_table, table
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.reports.analysis import analysis_sections, course_figure, figures
-from elastic_kfac.reports.experiment import read_run
-from elastic_kfac.training.analysis import analyse, analysis_row, check_before_start
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.checkpoint_analysis import (
+from elastic_kfac.reports.run_rows import read_run
+from elastic_kfac.runs.checkpoint_analysis import (
     analyse_run,
     bias_variance_of_run,
     choose_state,
     low_rank_of_run,
 )
-from elastic_kfac.training.fixed_samples import FixedSamples
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.low_rank_probe import epsilon_rank, gaussian_kernel_block, matrices
-from elastic_kfac.training.models import build_model
 from elastic_kfac.training.port import FolderPort, KeepGoing
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.tasks import make_task
 from support.training_problems import MemoryFeed, memory_feeds, small_config
 
 BATCH_NORM = {"model.name": "support.training_problems:batch_norm_cnn"}
@@ -154,7 +154,7 @@ def test_request_that_cannot_fit_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, samples, loss = problem()
-    monkeypatch.setattr("elastic_kfac.training.analysis.free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr("elastic_kfac.analysis.hessian_report.free_bytes", lambda device: 1000.0)
     with pytest.raises(ConfigError, match="does not fit in memory"):
         analyse(model, loss, samples, FULL, Communicator.solo())
     with pytest.raises(UsageError, match="too many eigenvalues"):

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from elastic_kfac.data.order import SampleOrder, id_hash
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.ledger import ROW, Ledger, Rows, from_parquet, to_parquet
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.state.ledger import ROW, Ledger, Rows, from_parquet, to_parquet
 
 
 class FixedOrder:

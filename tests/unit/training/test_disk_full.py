@@ -9,9 +9,9 @@ import torch
 
 from elastic_kfac.data import ShardSet, make_shards
 from elastic_kfac.errors import ElasticKfacError
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.ledger import Ledger
-from elastic_kfac.training.state import Progress, TrainingState
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import Ledger
+from elastic_kfac.state.state import Progress, TrainingState
 from support.small_disk import small_disk
 
 

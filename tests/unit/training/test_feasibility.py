@@ -8,12 +8,12 @@ import pytest
 
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.data.shards import make_shards
-from elastic_kfac.optimizers.kfac_exchange import layer_shape
+from elastic_kfac.experiments.emulation import Emulator
+from elastic_kfac.experiments.search_space import Links
+from elastic_kfac.kfac.kfac_exchange import layer_shape
 from elastic_kfac.placement.costs import factor_elements
 from elastic_kfac.placement.planner import max_second_order_elements
-from elastic_kfac.training.emulation import Emulator
-from elastic_kfac.training.feasibility import imagined_paths, why_infeasible
-from elastic_kfac.training.search_space import Links
+from elastic_kfac.runs.feasibility import imagined_paths, why_infeasible
 
 
 @pytest.fixture(scope="module")

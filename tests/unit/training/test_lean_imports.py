@@ -17,10 +17,10 @@ TRAINS = """
 import sys
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import FolderPort, KeepGoing
-from elastic_kfac.training.run_folder import RunFolder
+from elastic_kfac.state.run_folder import RunFolder
 
 for name, curvature in (("sgd", "kfac"), ("sgd", "none"), ("adam", "none"), ("lamb", "none")):
     folder = f"{sys.argv[1]}/{name}-{curvature}"

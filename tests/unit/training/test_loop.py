@@ -9,21 +9,21 @@ import torch
 
 import support.training_problems
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import ConfigError, NumericalError, StateError
+from elastic_kfac.runs.audit import audit_rows
+from elastic_kfac.runs.evaluate import evaluate_run, export_run
+from elastic_kfac.runs.results import compact_ledger, read_ledger, result_row
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import Ledger
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.state import TrainingState
+from elastic_kfac.tasks.models import build_model, create_model, zoo
 from elastic_kfac.training.activation_checkpointing import blocks_of
-from elastic_kfac.training.audit import audit_rows
-from elastic_kfac.training.checkpoint import CheckpointStore
-from elastic_kfac.training.evaluate import evaluate_run, export_run
-from elastic_kfac.training.feeds import Feeds
-from elastic_kfac.training.ledger import Ledger
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.models import build_model, create_model, zoo
 from elastic_kfac.training.port import FolderPort, KeepGoing
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.results import compact_ledger, read_ledger, result_row
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.state import TrainingState
 from support.training_problems import (
     FeedOrder,
     MemoryFeed,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe, Values
 from elastic_kfac.training.port import KeepGoing

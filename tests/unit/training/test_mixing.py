@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.training.mixing import Mixup, RandomErasing, mixing_weights
+from elastic_kfac.tasks.mixing import Mixup, RandomErasing, mixing_weights
 
 IDS = np.arange(60_000)
 

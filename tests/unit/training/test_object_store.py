@@ -11,12 +11,12 @@ from pyarrow import fs
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import ElasticKfacError, UsageError
-from elastic_kfac.training.checkpoint import CheckpointStore
+from elastic_kfac.runs.results import compact_ledger, read_ledger
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.storage import Storage
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.port import Control, FolderPort, KeepGoing
-from elastic_kfac.training.results import compact_ledger, read_ledger
-from elastic_kfac.training.run_folder import RunFolder
-from elastic_kfac.training.storage import Storage
 from support.object_server import Store, s3_server
 from support.training_problems import RecordingPort, StopAt, memory_feeds, small_config
 

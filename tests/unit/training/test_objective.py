@@ -7,14 +7,14 @@ import math
 
 import pytest
 
-from elastic_kfac.training.objective import (
+from elastic_kfac.experiments.objective import (
     Outcome,
     censoring_rule,
     median_index,
     objective_value,
     score,
 )
-from elastic_kfac.training.search_space import METRICS, Objective
+from elastic_kfac.experiments.search_space import METRICS, Objective
 
 TARGET = Objective(target_accuracy=0.9)
 

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.summation_tree import shard_range
+from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.errors import ConfigError, StateError
-from elastic_kfac.training import reproducible
-from elastic_kfac.training.feeds import Feeds
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.reproducible import ReproducibleExchange, check_conditions, conditions
+from elastic_kfac.training.sync import reproducible
+from elastic_kfac.training.sync.reproducible import (
+    ReproducibleExchange,
+    check_conditions,
+    conditions,
+)
 from support import reproducible_problems
 from support.reproducible_problems import dropout_net, reproducible_config
 from support.training_problems import MemoryFeed, small_config

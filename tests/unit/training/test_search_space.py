@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.training.search_space import (
+from elastic_kfac.experiments.search_space import (
     Parameter,
     SearchSpace,
     from_log_scale,

@@ -1,0 +1,1 @@
+"""What the Hessian says: products, eigenvalues, trace, density, landscape, probes."""

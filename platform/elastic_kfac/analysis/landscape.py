@@ -1,0 +1,108 @@
+"""The loss around a point: along a direction, and how sure a mean over samples is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.analysis.hessian import Batch, SumLoss, SumOverRanks, alone, evaluating
+from elastic_kfac.errors import UsageError
+
+
+@torch.no_grad()
+def loss_along(
+    model: nn.Module,
+    loss_sum: SumLoss,
+    batches: Iterable[Batch],
+    direction: Tensor,
+    distances: Sequence[float],
+    *,
+    parameters: Sequence[nn.Parameter] | None = None,
+    sum_over_ranks: SumOverRanks = alone,
+) -> list[float]:
+    """Mean loss L(θ + δv) over all samples of all ranks for each distance δ. Collective.
+
+    The parameters are restored from a copy, so that not a bit of them changes.
+
+    Args:
+        direction: v [size], over `parameters` (None: all trainable ones) in order.
+        distances: δ, for example symmetric around 0.
+    """
+    chosen = list(model.parameters()) if parameters is None else list(parameters)
+    chosen = [p for p in chosen if p.requires_grad]
+    sizes = [p.numel() for p in chosen]
+    if sum(sizes) != direction.numel():
+        raise UsageError(
+            "the direction does not fit the parameters",
+            given=f"{direction.numel()} elements",
+            allowed=sum(sizes),
+        )
+    parts = [v.view(p.shape) for v, p in zip(direction.split(sizes), chosen, strict=True)]
+    originals = [p.detach().clone() for p in chosen]
+    totals = torch.zeros(len(distances) + 1, dtype=torch.float64, device=direction.device)
+    try:
+        with evaluating(model):
+            for index, distance in enumerate(distances):
+                for parameter, original, part in zip(chosen, originals, parts, strict=True):
+                    parameter.copy_(original + distance * part.to(original.dtype))
+                for inputs, labels in batches:
+                    if len(labels):
+                        totals[index] += loss_sum(model(inputs), labels)
+                        totals[-1] += len(labels) if index == 0 else 0
+    finally:
+        for parameter, original in zip(chosen, originals, strict=True):
+            parameter.copy_(original)
+    sum_over_ranks(totals)
+    if not float(totals[-1]):
+        raise UsageError("the loss along a direction has no samples on any rank")
+    return (totals[:-1] / totals[-1]).tolist()
+
+
+@dataclass(frozen=True)
+class BiasVariance:
+    """Training loss and the spread of the samples' losses (spec 9)."""
+
+    mean: float
+    variance: float
+    """Over samples, divided by n − 1."""
+    count: int
+
+    def bound(self, factor: float = 1.0) -> float:
+        """Training loss + C·√(Var f / n): a diagnostic of what is expected on new samples."""
+        return self.mean + factor * math.sqrt(self.variance / self.count)
+
+
+@torch.no_grad()
+def bias_variance(
+    model: nn.Module,
+    loss_sum: SumLoss,
+    batches: Iterable[Batch],
+    *,
+    sum_over_ranks: SumOverRanks = alone,
+) -> BiasVariance:
+    """Mean and variance of single samples' losses over all ranks. Collective."""
+    losses: list[Tensor] = []
+    with evaluating(model):
+        for inputs, labels in batches:
+            if len(labels):
+                outputs = model(inputs)
+                losses += [
+                    loss_sum(outputs[i : i + 1], labels[i : i + 1]).double().reshape(())
+                    for i in range(len(labels))
+                ]
+    device = next(model.parameters()).device
+    values = torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64, device=device)
+    totals = torch.stack((values.sum(), values.new_tensor(float(len(losses)))))
+    sum_over_ranks(totals)
+    total, count = totals.tolist()
+    if count < 2:
+        raise UsageError("a variance needs at least two samples", given=int(count))
+    mean = total / count
+    # A second sum around the mean: the difference of two large moments would lose digits.
+    spread = (values - mean).square().sum().reshape(1)
+    sum_over_ranks(spread)
+    return BiasVariance(mean, float(spread) / (count - 1), int(count))

@@ -1,0 +1,187 @@
+"""Trace, density, single samples, and the eigenvalue that K-FAC has for free (spec 5.2, 6.1)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.analysis.hessian import Batch, Hessian, Operator, SumLoss, SumOverRanks, alone
+from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczos
+from elastic_kfac.curvature.block import Block
+from elastic_kfac.curvature.kronecker_block import KroneckerBlock
+from elastic_kfac.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Hutchinson's estimate of the trace, with its standard error (NaN for one draw)."""
+
+    mean: float
+    standard_error: float
+    draws: int
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """Stochastic Lanczos quadrature: point masses that approximate the density of eigenvalues."""
+
+    nodes: tuple[tuple[float, ...], ...]
+    """Ritz values of each draw."""
+    weights: tuple[tuple[float, ...], ...]
+    """Their masses, which add up to 1 in each draw."""
+    size: int
+
+    def moment(self, order: int) -> float:
+        """Estimate of trace(H^order) / size."""
+        sums = [
+            sum(w * x**order for x, w in zip(nodes, weights, strict=True))
+            for nodes, weights in zip(self.nodes, self.weights, strict=True)
+        ]
+        return sum(sums) / len(sums)
+
+    @property
+    def trace(self) -> float:
+        """Estimate of the trace."""
+        return self.size * self.moment(1)
+
+    def curve(self, points: int = 200, width: float | None = None) -> tuple[Tensor, Tensor]:
+        """Grid and density [points], the masses widened to Gaussians of standard deviation `width`
+        (None: a hundredth of the range); its integral is 1."""
+        nodes = torch.tensor([x for part in self.nodes for x in part], dtype=torch.float64)
+        masses = torch.tensor([w for part in self.weights for w in part], dtype=torch.float64)
+        masses /= len(self.nodes)
+        low, high = float(nodes.min()), float(nodes.max())
+        if width is None:
+            width = max(high - low, abs(high), 1e-12) / 100
+        grid = torch.linspace(low - 5 * width, high + 5 * width, points, dtype=torch.float64)
+        bells = torch.exp(-0.5 * ((grid[:, None] - nodes[None, :]) / width).square())
+        return grid, (bells @ masses) / (width * math.sqrt(2 * math.pi))
+
+
+def trace(
+    operator: Operator,
+    *,
+    seed: int = 0,
+    min_draws: int = 10,
+    max_draws: int = 100,
+    tolerance: float = 1e-3,
+) -> TraceEstimate:
+    """Hutchinson's estimate with Rademacher vectors; stops when the mean changes relatively by less
+    than `tolerance`."""
+    samples: list[float] = []
+    mean = math.nan
+    while len(samples) < max_draws:
+        vector = random_vector(operator, seed, len(samples), rademacher=True)
+        samples.append(float(torch.dot(vector, operator.product(vector))))
+        old, mean = mean, math.fsum(samples) / len(samples)
+        settled = abs(mean - old) < tolerance * (abs(old) + 1e-6)
+        if operator.expired or (settled and len(samples) >= min_draws):
+            break
+    error = math.nan
+    if len(samples) > 1:
+        variance = math.fsum((x - mean) ** 2 for x in samples) / (len(samples) - 1)
+        error = math.sqrt(variance / len(samples))
+    return TraceEstimate(mean, error, len(samples))
+
+
+def density(
+    operator: Operator, *, seed: int = 0, draws: int = 5, steps: int = 30
+) -> SpectralDensity:
+    """Stochastic Lanczos quadrature: one Rademacher vector and one Lanczos run per draw."""
+    nodes: list[tuple[float, ...]] = []
+    weights: list[tuple[float, ...]] = []
+    for index in range(draws):
+        start = random_vector(operator, seed, index, rademacher=True)
+        values, mixes = lanczos(operator, steps, start).eigen()
+        nodes.append(tuple(values.tolist()))
+        weights.append(tuple(mixes[0].square().tolist()))
+        if operator.expired:
+            break
+    return SpectralDensity(tuple(nodes), tuple(weights), operator.size)
+
+
+def one_sample_eigenvalues(
+    model: nn.Module,
+    loss_sum: SumLoss,
+    sample: Callable[[int], Batch],
+    samples: int,
+    *,
+    top: int = 20,
+    parameters: Sequence[nn.Parameter] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: SumOverRanks = alone,
+    max_steps: int = 100,
+    tolerance: float = 1e-3,
+    time_budget_s: float | None = None,
+) -> Tensor:
+    """Top eigenvalues of the Hessian of each of `samples` single samples [samples, top].
+
+    By Lanczos, because such a Hessian has pairs of nearly ±λ that stop power iteration early. Ranks
+    share the samples; every rank gets the whole table. `sample(i)` is a batch of one, or empty for a
+    sample that does not count. Samples that a rank's time budget has no room for are left out.
+    """
+    if samples < 1:
+        raise UsageError("one-sample spectra need at least one sample")
+    began = time.monotonic()
+    chosen = None if parameters is None else list(parameters)
+    device = next(model.parameters()).device
+    # The last column says which rows count.
+    table = torch.zeros(samples, top + 1, dtype=torch.float64, device=device)
+    for index in range(rank, samples, world_size):
+        if time_budget_s is not None and time.monotonic() - began > time_budget_s:
+            break
+        batch = sample(index)
+        if not len(batch[1]):
+            continue
+        hessian = Hessian(model, loss_sum, [batch], parameters=chosen)
+        found = top_by_lanczos(hessian, top, seed=index, max_steps=max_steps, tolerance=tolerance)
+        # A Hessian of low rank has fewer eigenvalues that are not 0 than were asked for.
+        values = torch.tensor(found.values, dtype=torch.float64)
+        table[index, : len(values)] = values
+        table[index, -1] = 1
+    sum_over_ranks(table)
+    return table[table[:, -1] > 0, :-1].cpu()
+
+
+@torch.no_grad()
+def kfac_eigenvalue(
+    blocks: Sequence[Block],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: SumOverRanks = alone,
+) -> float:
+    """λ̂ = max_i max(d_A)·max(d_G): the top eigenvalue that K-FAC has anyway (spec 5.2). Collective.
+
+    `blocks` are those of a `KFAC`; `inverse` keeps no eigenvalues, so its factors are decomposed here,
+    shared out over the ranks. NaN before the first factor update.
+    """
+    layers = [block for block in blocks if isinstance(block, KroneckerBlock)]
+    table = torch.zeros(world_size, max(len(layers), 1), dtype=torch.float64)
+    for index, block in enumerate(layers):
+        if block.options.method == "eigen":
+            spectra = [block.second_order.get(f"{name}_values") for name in ("A", "G")]
+        elif block.factor_updates and index % world_size == rank:
+            spectra = [_spectrum(block, name) for name in ("A", "G")]
+        else:
+            continue
+        if spectra[0] is not None and spectra[1] is not None:
+            tops = spectra[0].amax(-1).double() * spectra[1].amax(-1).double()
+            table[rank, index] = tops.amax().cpu()
+    if layers:
+        table = table.to(layers[0].device)
+    sum_over_ranks(table)
+    top = float(table.amax())
+    known = any(block.factor_updates for block in layers)
+    return top if known else math.nan
+
+
+def _spectrum(block: KroneckerBlock, name: str) -> Tensor:
+    factor = block.factors[name]
+    return factor if block.is_diagonal(name) else torch.linalg.eigvalsh(factor)

@@ -1,0 +1,1 @@
+"""Everything that touches Ray's own interfaces: the embedded cluster, connections, private imports."""

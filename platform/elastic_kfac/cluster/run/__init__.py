@@ -1,0 +1,1 @@
+"""One elastic run under Ray Train: driver, run coordinator, workers, in-memory checkpoint replicas."""

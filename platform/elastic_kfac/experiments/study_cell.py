@@ -1,0 +1,186 @@
+"""One cell of a study as a Ray task: train alone, in a run folder of its own, and measure the end.
+
+A cell that is interrupted goes on from its last snapshot; one that has a result is only measured, and
+only what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import ray
+import torch
+
+from elastic_kfac.cluster.ray.devices import device_of_task
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.errors import ElasticKfacError, NumericalError, RunError
+from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED
+from elastic_kfac.runs.final_state import FinalMeasures, measure_final_state
+from elastic_kfac.runs.results import compact_ledger, result_row
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.loop import run_rank
+from elastic_kfac.training.port import FolderPort, KeepGoing
+
+Row = Mapping[str, Any]
+
+LOCK_FILE = ".lock"
+"""Of a cell's folder on this machine: a worker of a driver that was killed may live a moment longer."""
+
+LOCK_TIMEOUT_S = 60.0
+TELL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """What a worker needs to train a cell; running it twice is harmless."""
+
+    name: str
+    uri: str
+    config: Config
+    columns: tuple[str, ...]
+    """What has to be measured on the final state."""
+    measures: FinalMeasures
+
+
+def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
+    """Trains and measures; the Ray task.
+
+    Args:
+        task: The cell.
+        board: Handle of the actor that is told how far the cell is; None for nobody.
+
+    Returns:
+        `status` and what was measured; of a cell that went wrong `error` and `traceback` instead.
+    """
+    folder = RunFolder(task.uri)
+    try:
+        with _alone_in(folder):
+            return _finished(task, folder, board)
+    except NumericalError as error:
+        # That a method diverges is a result: it would do so again.
+        result: dict[str, Any] = {"status": DIVERGED, "error": error.line()}
+        result["steps"] = max((int(row.get("step", 0)) for row in folder.metrics()), default=0)
+        folder.write_result(result)
+        return result
+    except Exception as error:
+        line = error.line() if isinstance(error, ElasticKfacError) else _first_line(error)
+        return {"status": FAILED, "error": line, "traceback": traceback.format_exc()}
+
+
+def missing_measures(result: Row, task: CellTask) -> tuple[str, ...]:
+    """Columns that a finished cell lacks, because they were not asked for before or differently."""
+    if result.get("measured") != asdict(task.measures):
+        return task.columns
+    return tuple(name for name in task.columns if name not in result)
+
+
+def _finished(task: CellTask, folder: RunFolder, board: Any) -> dict[str, Any]:
+    result = folder.result()
+    device = device_of_task(task.config)
+    if result is None:
+        result = _trained(task, folder, board, device)
+    wanted = missing_measures(result, task)
+    if wanted:
+        result.update(measure_final_state(folder, wanted, task.measures, device=device))
+    result["measured"] = asdict(task.measures)
+    # Only now: what has a result is not trained again.
+    folder.write_result(result)
+    return result
+
+
+def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device) -> dict[str, Any]:
+    config = task.config
+    torch.set_num_threads(config.train.torch_threads)
+    folder.write_config(config)
+    store = CheckpointStore(folder.uri, keep=config.elastic.keep_checkpoints)
+    try:
+        outcome = run_rank(
+            config,
+            Communicator.solo(),
+            store=store,
+            port=_TellingPort(folder, task.name, config.train.epochs, board),
+            control=KeepGoing(),
+            device=device,
+        )
+    finally:
+        store.close()
+    compact_ledger(folder)
+    evaluations = [row for row in folder.metrics() if "eval_accuracy" in row]
+    if not evaluations:
+        raise RunError("the run was never evaluated", change="lower train.eval_every_epochs")
+    last = evaluations[-1]
+    return {
+        **result_row(config, outcome),
+        "status": FINISHED,
+        "accuracy": last["eval_accuracy"],
+        "eval_loss": last["eval_loss"],
+    }
+
+
+class _TellingPort(FolderPort):
+    """Writes the run's folder and tells the board how far the cell is."""
+
+    def __init__(self, folder: RunFolder, name: str, epochs: float, board: Any) -> None:
+        super().__init__(folder)
+        self._name, self._epochs, self._board = name, epochs, board
+        self._told_at = 0.0
+
+    def progress(self, row: Row) -> None:
+        now = time.monotonic()
+        if self._board is not None and now - self._told_at >= TELL_INTERVAL_S:
+            self._told_at = now
+            self._board.note.remote(self._name, float(row["epoch"]) / self._epochs)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: RunFolder) -> Iterator[None]:
+    if not folder.storage.is_local:
+        yield
+        return
+    path = Path(folder.storage.path(LOCK_FILE))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(path, timeout=LOCK_TIMEOUT_S):
+            yield
+    except filelock.Timeout:
+        raise RunError(
+            "another process trains this cell", given=folder.uri, change="run one study at a time"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+class StudyBoard:
+    """The actor that running cells tell how far they are."""
+
+    def __init__(self) -> None:
+        self._done: dict[str, float] = {}
+
+    def note(self, name: str, fraction: float) -> None:
+        """A cell has done this part of its training."""
+        self._done[name] = fraction
+
+    def view(self) -> dict[str, float]:
+        """Fractions by cell."""
+        return dict(self._done)
+
+
+def cell_function(config: Config) -> Any:
+    """The Ray task with the resources of a cell; a lost node makes Ray run it again elsewhere."""
+    resources = config.resources.of_a_worker()
+    cpus, gpus = resources.pop("CPU", 1.0), resources.pop("GPU", 0.0)
+    return ray.remote(run_cell).options(
+        num_cpus=cpus, num_gpus=gpus, resources=resources, max_retries=5
+    )

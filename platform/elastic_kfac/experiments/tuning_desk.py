@@ -1,0 +1,127 @@
+"""Who may use how many workers: one small actor per search, asked by the trials of that search.
+
+Ray Tune does not know what a nested trainer takes, and two elastic runs can be promised the same
+nodes. So trials do not look at the cluster: each may have its share of the room for workers, shares
+never add up to more than the room, and what is free goes to the running trials once no trial is left
+to take a free place. A trial that gets a larger share grows by an ordinary planned resize.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+
+from elastic_kfac.cluster.ray.adapter import ElasticCallback, GroupListener, room_for_workers
+
+
+def shares(room: int, slots: int, live: Sequence[str], waiting: int) -> dict[str, int]:
+    """Workers for every live trial; they never add up to more than `room`.
+
+    Args:
+        room: How many workers the cluster can carry.
+        slots: How many trials may run at the same time.
+        live: Trials that run, in the order of their start.
+        waiting: Trials that will still start.
+    """
+    # While others wait, a free place stays free for them: a resize costs more than it would win.
+    parties = max(len(live), min(slots, len(live) + waiting), 1)
+    each, rest = divmod(max(room, 0), parties)
+    return {trial: each + (index < rest) for index, trial in enumerate(live)}
+
+
+class SearchDesk:
+    """The actor: shares, and the wish to stop."""
+
+    def __init__(self, slots: int, per_worker: Mapping[str, float]) -> None:
+        self._slots = slots
+        self._per_worker = dict(per_worker)
+        self._live: list[str] = []
+        self._waiting = 0
+        self._stop_reason: str | None = None
+        self._room = 0
+        self._counted = -1.0
+
+    def enter(self, trial: str) -> str | None:
+        """A trial starts to train, unless there is a reason to stop."""
+        if self._stop_reason is None and trial not in self._live:
+            self._live.append(trial)
+        return self._stop_reason
+
+    def live(self) -> list[str]:
+        """Trials that train now."""
+        return list(self._live)
+
+    def leave(self, trial: str) -> None:
+        """A trial trains no more."""
+        if trial in self._live:
+            self._live.remove(trial)
+
+    def set_waiting(self, waiting: int) -> None:
+        """How many trials will still start."""
+        self._waiting = waiting
+
+    def share(self, trial: str) -> int:
+        """How many workers the trial may have now."""
+        return shares(self._present_room(), self._slots, self._live, self._waiting).get(trial, 0)
+
+    def stop(self, reason: str) -> None:
+        """Every trial is asked to save its state and leave."""
+        self._stop_reason = reason
+
+    def stop_reason(self) -> str | None:
+        """Why trials should leave, or None."""
+        return self._stop_reason
+
+    def _present_room(self) -> int:
+        if time.monotonic() - self._counted > 0.5:
+            self._room = room_for_workers(self._per_worker)
+            self._counted = time.monotonic()
+        return self._room
+
+
+class AllottedCallback(ElasticCallback):
+    """Keeps the group of a trial within its share."""
+
+    def __init__(
+        self,
+        listener: GroupListener,
+        *,
+        desk: Any,
+        trial: str,
+        **options: Any,
+    ) -> None:
+        super().__init__(listener, **options)
+        self._desk = desk
+        self._trial = trial
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        super().after_controller_start(train_run_context)
+        plan_within(self._share)
+
+    def _share(self) -> int:
+        try:
+            return int(ray.get(self._desk.share.remote(self._trial), timeout=10))
+        except ray.exceptions.RayError:
+            # The search has ended; this trial is about to.
+            return 0
+
+
+def plan_within(share: Callable[[], int]) -> None:
+    """Has this process's elastic policy see room for `share()` workers and no more.
+
+    Relies on what `ray_adapter.plan_with_staying_nodes` relies on.
+    """
+    original = ElasticScalingPolicy._get_reserved_resources
+
+    @functools.wraps(original)
+    def allotted(policy: ElasticScalingPolicy) -> dict[str, dict[str, float]] | None:
+        # What the coordinator says may be promised to another trial as well.
+        one = dict(policy.scaling_config._resources_per_worker_not_none)
+        return {f"share-{number}": one for number in range(share())}
+
+    ElasticScalingPolicy._get_reserved_resources = allotted

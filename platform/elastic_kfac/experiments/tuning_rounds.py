@@ -1,0 +1,117 @@
+"""Rounds of a population: every trial trains up to the same point and waits there to be compared.
+
+What is compared is an evaluation. Results take a while to the driver, and its answer takes a while
+back; a rank that trained on meanwhile would hand over another state than the one that was judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from elastic_kfac.cluster.run.telemetry import WatchedPort
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.loop import Outcome
+from elastic_kfac.training.port import Control
+from elastic_kfac.training.snapshots import run_rank_with_rescue
+
+if TYPE_CHECKING:
+    from elastic_kfac.training.rank import RankTrainer
+
+RANK_FUNCTION = "elastic_kfac.experiments.tuning_rounds:run_in_rounds"
+
+_FILE = "round.json"
+_TOLERANCE = 1e-9
+
+
+def round_after(progress: float, interval: float) -> float:
+    """The first multiple of `interval` beyond `progress`; both in epochs or in training seconds."""
+    return (math.floor(progress / interval + _TOLERANCE) + 1) * interval
+
+
+def is_over(progress: float, end: float) -> bool:
+    """Whether a round that ends at `end` is over for a trial that was evaluated at `progress`."""
+    return progress >= end - _TOLERANCE * max(1.0, abs(end))
+
+
+def announce_round(folder: RunFolder, measure: str, end: float) -> None:
+    """Tells the ranks of a trial where they wait next; those that wait already may go on.
+
+    Args:
+        folder: The trial's run folder.
+        measure: `epoch` or `train_time_s`.
+        end: Where the round ends, in that measure.
+    """
+    folder.storage.write(_FILE, json.dumps({"measure": measure, "end": end}).encode())
+
+
+class RoundGate:
+    """A control that lets a rank go no further than the first evaluation at the end of a round."""
+
+    def __init__(
+        self,
+        control: Control,
+        read_round: Callable[[], tuple[str, float] | None],
+        *,
+        poll_s: float = 0.05,
+    ) -> None:
+        """Wraps `control`; `read_round` gives the measure and the end of the present round, or None
+        for a trial that is no member of a population."""
+        self._control = control
+        self._read_round = read_round
+        self._poll_s = poll_s
+        self._trainer: RankTrainer | None = None
+        self._evaluations: int | None = None
+
+    def watch(self, trainer: RankTrainer) -> None:
+        """The trainer whose progress counts."""
+        self._trainer = trainer
+        self._evaluations = None
+
+    def stop_reason(self) -> str | None:
+        """Returns at once, but after the evaluation that ends a round: then when there is a reason to
+        stop, or when another round has been announced."""
+        reason = self._control.stop_reason()
+        if self._trainer is None:
+            return reason
+        before, self._evaluations = self._evaluations, self._trainer.progress.evaluations
+        # The first call of an attempt comes after the restore, which sets the count.
+        if before is not None and self._evaluations > before:
+            while reason is None and self._is_at_the_end():
+                time.sleep(self._poll_s)
+                reason = self._control.stop_reason()
+        return reason
+
+    def _is_at_the_end(self) -> bool:
+        assert self._trainer is not None
+        announced = self._read_round()
+        if announced is None:
+            return False
+        (measure, end), trainer = announced, self._trainer
+        epoch, seconds = trainer.fractional_epoch, trainer.progress.train_time_s
+        return is_over(epoch if measure == "epoch" else seconds, end)
+
+
+def run_in_rounds(
+    config: Any, communicator: Any, *, store: Any, port: Any, control: Control, **seams: Any
+) -> Outcome:
+    """`run_rank_with_rescue`, waiting at the end of every announced round.
+
+    Raises:
+        ElasticKfacError: As `run_rank`.
+    """
+
+    def read_round() -> tuple[str, float] | None:
+        try:
+            row = json.loads(store.storage.read(_FILE))
+        except FileNotFoundError:
+            return None
+        return str(row["measure"]), float(row["end"])
+
+    gate = RoundGate(control, read_round)
+    return run_rank_with_rescue(
+        config, communicator, store=store, port=WatchedPort(port, gate), control=gate, **seams
+    )

@@ -1,0 +1,408 @@
+"""One trial: an elastic run that Ray Tune starts, hears about, stops, pauses and clones.
+
+The trainable drives `trainer.train` in a thread of its actor, so that a trial is what `elastic-kfac
+train` would run, and hands Tune one result per evaluation. Tune's checkpoint of a trial is a copy of
+the run's own newest checkpoint, taken when all ranks have saved it: PB2 can give it to another trial,
+whose ranks then restore it as they restore any state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.result import TIMESTEPS_TOTAL
+
+from elastic_kfac.cluster.ray.signals import StopSignals
+from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.result import RunResult
+from elastic_kfac.cluster.run.trainer import train
+from elastic_kfac.cluster.run.worker import RANK_FUNCTION
+from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
+from elastic_kfac.experiments.tuning_desk import AllottedCallback
+from elastic_kfac.experiments.tuning_rounds import announce_round, round_after
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.port import event_row
+
+PERTURBED = "perturbed:"
+"""Prefix of the keys of a Tune configuration that PB2 changes."""
+
+BOOKS = "tuning.json"
+"""File of a trial's run folder with what the run itself does not know: CPU time, memory, cause."""
+
+_CLONED = ("checkpoints", "ledger", "metrics.jsonl", BOOKS)
+_END_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What all trials of a search share."""
+
+    space: SearchSpace
+    folder: str
+    """The experiment's folder."""
+    desk: Any
+    """Handle of the `SearchDesk`."""
+    rank_function: str = RANK_FUNCTION
+
+
+class StopWish(StopSignals):
+    """A wish to stop that comes from the search instead of from a signal."""
+
+    def __enter__(self) -> StopWish:
+        return self
+
+    def ask(self, reason: str) -> None:
+        """Has the run save its state and end; the first reason counts."""
+        self.reason = self.reason or reason
+
+
+class TrialRun(tune.Trainable):
+    """Ray Tune's view of a trial."""
+
+    def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:
+        self._settings = settings
+        self._live: _LiveRun | None = None
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end("its process is wanted for another trial")
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Trains up to the next evaluation, or the end."""
+        if self._live is None:
+            self._live = _LiveRun(
+                self._settings, self._trial, self._config, in_rounds=bool(self._values)
+            )
+        result = self._live.next_result()
+        # TensorBoard's horizontal axis.
+        return {**result, "values": self._values, TIMESTEPS_TOTAL: result.get("steps")}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Parks the run and copies what another trial needs to go on from here."""
+        self._end("Ray Tune takes a checkpoint")
+        target = Path(checkpoint_dir)
+        for name in _CLONED:
+            _copy(self._run_folder / name, target / name)
+        (target / "trial.json").write_text(json.dumps({"trial": self._trial}))
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Takes over another trial's state; a trial's own state is in its run folder already."""
+        source = Path(checkpoint)
+        donor = json.loads((source / "trial.json").read_text())["trial"]
+        if donor == self._trial:
+            return
+        self._end("it continues another trial's state")
+        folder = RunFolder(self._run_folder)
+        folder.storage.delete("result.json")
+        for name in _CLONED:
+            folder.storage.delete(name)
+            _copy(source / name, self._run_folder / name)
+        rows = folder.metrics()
+        step = int(rows[-1]["step"]) if rows else 0
+        folder.append_events([event_row("cloned", step, parent=donor)])
+        books = read_books(self._run_folder)
+        write_books(self._run_folder, {**books, "parent": donor})
+
+    def cleanup(self) -> None:
+        self._end("Ray Tune stops it")
+
+    @property
+    def _run_folder(self) -> Path:
+        return Path(self._settings.folder) / "trials" / self._trial
+
+    def _begin(self, config: Mapping[str, Any]) -> None:
+        assignment = config["assignment"]
+        self._trial = str(assignment["trial"])
+        space = self._settings.space
+        point = dict(assignment["point"])
+        for key, parameter in space.perturbed.items():
+            if PERTURBED + key in config:
+                point[key] = from_log_scale(parameter, float(config[PERTURBED + key]))
+        is_member = bool(space.perturbed) and assignment["stage"] == "search"
+        self._values = point if is_member else {}
+        """Values that may differ from those that the trial began with."""
+        self._config = space.config(point, int(assignment["seed"]))
+
+    def _end(self, reason: str) -> None:
+        live, self._live = self._live, None
+        if live is not None:
+            live.end(reason)
+
+
+class _LiveRun:
+    """A call of `train` under way, watched from the thread that Tune calls."""
+
+    def __init__(
+        self, settings: TrialSettings, trial: str, config: Any, *, in_rounds: bool = False
+    ) -> None:
+        self._settings = settings
+        self._trial = trial
+        self._config = config
+        self._folder = Path(settings.folder) / "trials" / trial
+        self._in_rounds = in_rounds
+        self._wish = StopWish()
+        self._rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._display = _Watch(settings, self._wish, self._rows, read_books(self._folder))
+        self._result: RunResult | None = None
+        self._error: BaseException | None = None
+        self._last = _last_evaluation(RunFolder(self._folder))
+        self._round_end = 0.0
+        if in_rounds:
+            self._announce_round()
+        self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
+        self._thread.start()
+
+    def next_result(self) -> dict[str, Any]:
+        """The next evaluation, or how the run ended."""
+        if self._in_rounds:
+            # Whoever asks for more wants the ranks to go on.
+            self._announce_round()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                row = self._rows.get(timeout=0.1)
+                best = max(self._last["best_accuracy"], row["accuracy"])
+                self._last = {**row, "best_accuracy": best}
+                if self._is_the_end(row):
+                    # What comes next says how it ended.
+                    continue
+                found = {**self._last, **self._books(), "ended": "", "cause": ""}
+                return {**found, "round_end": self._round_end} if self._in_rounds else found
+            if not self._thread.is_alive() and self._rows.empty():
+                return self._end_row()
+
+    def _announce_round(self) -> None:
+        space = self._settings.space
+        end = round_after(float(self._last[space.progress_measure]), space.round_length)
+        if end != self._round_end:
+            announce_round(RunFolder(self._folder), space.progress_measure, end)
+            self._round_end = end
+
+    def _is_the_end(self, row: Mapping[str, Any]) -> bool:
+        train = self._config.train
+        return row["accuracy"] >= train.target_accuracy or row["epoch"] >= train.epochs - 1e-9
+
+    def end(self, reason: str) -> None:
+        """Parks the run and waits until it has let go of everything."""
+        self._wish.ask(reason)
+        self._thread.join(_END_TIMEOUT_S)
+
+    def _train(self) -> None:
+        desk = self._settings.desk
+        reason = ray.get(desk.enter.remote(self._trial))
+        if reason is not None:
+            self._wish.ask(reason)
+            return
+        try:
+            self._result = train(
+                self._config,
+                name=self._trial,
+                storage=str(self._folder.parent),
+                address="auto",
+                progress=self._display,
+                rank_function=self._settings.rank_function,
+                stop_signals=self._wish,
+                make_callback=partial(AllottedCallback, desk=desk, trial=self._trial),
+            )
+        except BaseException as error:
+            self._error = error
+        finally:
+            write_books(self._folder, self._books())
+            with contextlib.suppress(Exception):
+                ray.get(desk.leave.remote(self._trial))
+
+    def _books(self) -> dict[str, Any]:
+        return self._display.books()
+
+    def _end_row(self) -> dict[str, Any]:
+        row = {**self._last, **self._books(), "done": True, "cause": ""}
+        error = self._error
+        if self._result is None and error is None:
+            # The search was ending when it was to begin.
+            return {**row, "ended": "interrupted", "cause": str(self._wish.reason)}
+        if self._result is None:
+            text = error.line() if isinstance(error, ElasticKfacError) else repr(error)
+            write_books(self._folder, {**self._books(), "cause": text})
+            return {**row, "ended": "failed", "cause": text}
+        values = self._result.values
+        best = values.get("best_accuracy")
+        row["best_accuracy"] = row["best_accuracy"] if best is None else float(best)
+        row["epoch"] = float(values.get("epochs") or row["epoch"])
+        row["steps"] = int(values.get("steps") or 0)
+        if values.get("train_time_to_accuracy_s") is not None:
+            return {**row, "ended": "target"}
+        if self._result.status == "finished" or self._wish.reason == _BUDGET:
+            return {**row, "ended": "budget"}
+        return {**row, "ended": "interrupted", "cause": str(self._wish.reason)}
+
+
+_BUDGET = "the budget is used up"
+
+
+class _Watch:
+    """The display of a trial: what the driver shows elsewhere is counted and passed on here."""
+
+    def __init__(
+        self,
+        settings: TrialSettings,
+        wish: StopWish,
+        rows: queue.SimpleQueue[dict[str, Any]],
+        books: Mapping[str, Any],
+    ) -> None:
+        self._settings = settings
+        self._wish = wish
+        self._rows = rows
+        self._limit_s = settings.space.budget.train_seconds
+        self._evaluated = -1
+        self._asked = 0.0
+        self._processes = ProcessMeter(
+            float(books.get("cpu_seconds") or 0.0), int(books.get("peak_memory_bytes") or 0)
+        )
+        self._parent = str(books.get("parent") or "")
+
+    def say(self, line: str) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def update(self, view: RunView) -> None:
+        """About five times a second."""
+        self._processes.look(view)
+        row = view.evaluation
+        if row and int(row["step"]) != self._evaluated:
+            self._evaluated = int(row["step"])
+            self._rows.put(_evaluation(row))
+        trained_s = float(view.progress.get("train_time_s") or 0.0)
+        if self._limit_s is not None and trained_s >= self._limit_s:
+            self._wish.ask(_BUDGET)
+        if time.monotonic() - self._asked > 0.5:
+            self._asked = time.monotonic()
+            reason = ray.get(self._settings.desk.stop_reason.remote())
+            if reason is not None:
+                self._wish.ask(reason)
+
+    def books(self) -> dict[str, Any]:
+        """What `BOOKS` keeps."""
+        return {
+            "cpu_seconds": self._processes.cpu_seconds,
+            "peak_memory_bytes": self._processes.peak_memory_bytes,
+            "parent": self._parent,
+        }
+
+
+def _evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "accuracy": float(row["eval_accuracy"]),
+        "epoch": float(row["epoch"]),
+        "steps": int(row["step"]),
+        "train_time_s": float(row["train_time_s"]),
+    }
+
+
+def _last_evaluation(folder: RunFolder) -> dict[str, Any]:
+    """What an earlier call, or the trial that a clone comes from, has come to."""
+    found = [_evaluation(row) for row in folder.metrics() if "eval_accuracy" in row]
+    if not found:
+        return {"accuracy": 0.0, "best_accuracy": 0.0, "epoch": 0.0, "train_time_s": 0.0}
+    return {**found[-1], "best_accuracy": max(row["accuracy"] for row in found)}
+
+
+class ProcessMeter:
+    """CPU seconds of all ranks and memory of the largest, from /proc.
+
+    Only where every rank runs on this machine; a rank counts from its first steps to the last look
+    before its end (imports are not counted).
+    """
+
+    def __init__(self, cpu_seconds: float = 0.0, peak_memory_bytes: int = 0) -> None:
+        self._before = cpu_seconds
+        self._peak = peak_memory_bytes
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._hosts: dict[str, str] = {}
+        self._is_blind = False
+
+    def look(self, view: RunView) -> None:
+        """Reads the processes of the present group."""
+        if view.phase != "running" or self._is_blind:
+            return
+        for rank, pid in view.pids.items():
+            if self._host(str(view.rank_nodes.get(rank))) != socket.gethostname():
+                self._is_blind = True
+                return
+            seconds, peak = process_usage(pid)
+            if seconds is not None:
+                self._first.setdefault(pid, seconds)
+                self._last[pid] = seconds
+                self._peak = max(self._peak, peak)
+
+    @property
+    def cpu_seconds(self) -> float | None:
+        """None where ranks run on other machines."""
+        if self._is_blind:
+            return None
+        spent = sum(self._last[pid] - self._first[pid] for pid in self._last)
+        return round(self._before + spent, 3)
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """None where nothing was seen."""
+        return None if self._is_blind or not self._peak else self._peak
+
+    def _host(self, node_id: str) -> str:
+        if node_id not in self._hosts:
+            self._hosts = {n["NodeID"]: str(n["NodeManagerHostname"]) for n in ray.nodes()}
+        return self._hosts.get(node_id, "")
+
+
+def process_usage(pid: int) -> tuple[float | None, int]:
+    """CPU seconds and largest resident memory [bytes] of a process of this machine."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None, 0
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return seconds, int(peaks[0]) * 1024 if peaks else 0
+
+
+def read_books(folder: Path) -> dict[str, Any]:
+    """What `write_books` wrote; empty if nothing was."""
+    try:
+        return dict(json.loads((folder / BOOKS).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_books(folder: Path, books: Mapping[str, Any]) -> None:
+    """Keeps what the run's own files do not hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{BOOKS}"
+    draft.write_text(json.dumps(dict(books)))
+    draft.replace(folder / BOOKS)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    elif source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)

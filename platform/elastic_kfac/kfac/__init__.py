@@ -1,0 +1,1 @@
+"""KFAC and who computes it: options, exchange, state, sharding by owner."""

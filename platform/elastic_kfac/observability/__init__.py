@@ -1,0 +1,1 @@
+"""What a run reports about itself: the metric table and the structured log."""

@@ -1,0 +1,1 @@
+"""Before and after a run: feasibility, evaluation, audit, export, analysis of checkpoints."""

@@ -1,0 +1,113 @@
+"""Proves from a run's files that every sample was used exactly once per epoch.
+
+The ledger says which positions each step committed and the hash sum of the sample ids it saw where
+the loss was computed; the order says which ids stand at those positions. Both must agree, ranges
+must tile every epoch, and steps must follow one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from elastic_kfac.data.feeds import open_order
+from elastic_kfac.data.order import id_hash
+from elastic_kfac.runs.results import read_ledger
+from elastic_kfac.state.ledger import Rows, world_sizes
+from elastic_kfac.state.run_folder import RunFolder
+
+
+class Order(Protocol):
+    """Which ids stand where."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    def ids(self, epoch: int, first_position: int, count: int) -> npt.NDArray[np.int64]:
+        """The sample ids at `count` positions of an epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit found."""
+
+    steps: int
+    complete_epochs: int
+    samples: int
+    world_sizes: tuple[int, ...]
+    problems: tuple[str, ...]
+    """One line per finding, the first step first."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def line(self) -> str:
+        """The finding as one line."""
+        if self.passed:
+            sizes = "→".join(str(size) for size in self.world_sizes) or "none"
+            return (
+                f"audit passed: {self.steps} steps, {self.samples} samples, "
+                f"{self.complete_epochs} complete epochs, each sample exactly once; "
+                f"world sizes {sizes}"
+            )
+        more = len(self.problems) - 1
+        return f"audit failed: {self.problems[0]}" + (f" (and {more} more)" if more else "")
+
+
+def audit_run(folder: RunFolder) -> AuditReport:
+    """Audits a run's folder; an unfinished run is audited up to its last checkpoint.
+
+    Raises:
+        ElasticKfacError: If the run, its checkpoints or its shards cannot be read.
+    """
+    config = folder.read_config()
+    return audit_rows(read_ledger(folder), open_order(config))
+
+
+def audit_rows(rows: Rows, order: Order, *, most_problems: int = 20) -> AuditReport:
+    """Audits ledger rows against an order."""
+    problems: list[str] = []
+    size = order.num_samples
+    step = epoch = position = 0
+    for row in rows:
+        if len(problems) >= most_problems:
+            break
+        where = f"step {int(row['step'])}"
+        if int(row["step"]) != step + 1:
+            problems.append(f"{where} follows step {step}")
+        step = int(row["step"])
+        first, count = int(row["first_position"]), int(row["num_samples"])
+        if (int(row["epoch"]), first) != (epoch, position):
+            problems.append(
+                f"{where} begins at position {first} of epoch {int(row['epoch'])}, "
+                f"but position {position} of epoch {epoch} is next"
+                f" ({_what(int(row['epoch']), first, epoch, position)})"
+            )
+        epoch, position = int(row["epoch"]), first + count
+        if count < 1 or first < 0 or position > size:
+            problems.append(f"{where} covers [{first}, {position}) of an epoch of {size} samples")
+        elif id_hash(order.ids(epoch, first, count)) != int(row["id_hash"]):
+            problems.append(
+                f"{where}: the samples at the loss were not those of positions "
+                f"[{first}, {position}) of epoch {epoch} (their hash differs)"
+            )
+        if int(row["world_size"]) < 1:
+            problems.append(f"{where} was committed by {int(row['world_size'])} workers")
+        if position >= size:
+            epoch, position = epoch + 1, 0
+    return AuditReport(
+        steps=len(rows),
+        complete_epochs=epoch,
+        samples=int(rows["num_samples"].sum()),
+        world_sizes=tuple(world_sizes(rows)),
+        problems=tuple(problems),
+    )
+
+
+def _what(epoch: int, first: int, expected_epoch: int, expected: int) -> str:
+    return "samples lost" if (epoch, first) > (expected_epoch, expected) else "samples repeated"

@@ -1,0 +1,116 @@
+"""What can be known before a run starts: its plan in worlds that do not exist, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.data.shards import ShardSet
+from elastic_kfac.data.stream import SampleStream
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.kfac.kfac_exchange import layer_shape
+from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.traffic import memory_elements
+from elastic_kfac.tasks.models import build_model
+from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.second_order import GradientPath
+
+
+class ImaginedWorld(Communicator):
+    """Rank 0 of `world_size` ranks that all agree with it: enough to plan, not to communicate."""
+
+    def __init__(self, world_size: int) -> None:
+        super().__init__(None)
+        self.world_size = world_size
+
+    def subgroup(self, ranks: Sequence[int]) -> None:
+        """Nobody is there to form a group with."""
+        return
+
+    def all_gather_object(self, obj: Any, *, tag: str) -> list[Any]:
+        """Everybody says the same."""
+        return [obj] * self.world_size
+
+
+def imagined_paths(
+    config: Config, world_sizes: Sequence[int]
+) -> Iterator[tuple[nn.Module, GradientPath]]:
+    """The model and its gradient path at every world size, made by the code that training runs.
+
+    Raises:
+        DataError: If the shards, which say how large images are, are not there.
+        ConfigError: If the model or a plan is impossible.
+    """
+    shards = ShardSet.open(f"{config.data.shards.rstrip('/')}/{config.data.train_split}")
+    model = build_model(
+        config.model,
+        num_classes=shards.num_classes,
+        image_shape=SampleStream(shards, seed=config.train.seed).image_shape,
+        seed=config.train.seed,
+    )
+    optimizer = make_optimizer(model, config.optimizer)
+    for world_size in world_sizes:
+        path = GradientPath(model, optimizer, config, ImaginedWorld(world_size))
+        try:
+            yield model, path
+        finally:
+            path.close()
+
+
+def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
+    """The plan of every world size.
+
+    Raises:
+        DataError: As `imagined_paths`.
+    """
+    for _, path in imagined_paths(config, world_sizes):
+        owner = path.kfac or path.sharded
+        if owner is not None:
+            yield owner.plan
+
+
+def why_infeasible(config: Config, room: int) -> str | None:
+    """Why a run cannot work on a cluster with room for so many workers; None if it can.
+
+    It has to fit at every size that it may be brought to: at the smallest one, where an owner keeps
+    most, and at the largest.
+    """
+    elastic = config.elastic
+    if elastic.min_workers > room:
+        return f"elastic.min_workers={elastic.min_workers}, the cluster has room for {room} workers"
+    largest = min(elastic.max_workers, room)
+    if config.train.global_batch_size < largest:
+        return (
+            f"train.global_batch_size={config.train.global_batch_size} leaves some of {largest} "
+            "workers without a sample"
+        )
+    budget_gib = config.plan.memory_budget_gib
+    if budget_gib is None:
+        return None
+    sizes = sorted({elastic.min_workers, largest})
+    try:
+        for world_size, (_, path) in zip(sizes, imagined_paths(config, sizes), strict=True):
+            if path.kfac is None:
+                continue
+            held = max(
+                memory_elements(
+                    path.kfac.plan,
+                    [layer_shape(block) for block in path.kfac.blocks],
+                    method=config.kfac.method,
+                    precompute=config.kfac.precompute,
+                )
+            )
+            needed_gib = held * 4 / 2**30
+            if needed_gib > budget_gib:
+                return (
+                    f"plan.memory_budget_gib={budget_gib:.4g}: factors and decompositions take "
+                    f"{needed_gib:.4g} GiB on the fullest of {world_size} ranks "
+                    f"(kfac.grad_worker_frac={config.kfac.grad_worker_frac})"
+                )
+    except ConfigError as error:
+        return error.line()
+    return None

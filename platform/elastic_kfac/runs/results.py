@@ -1,0 +1,62 @@
+"""The end of a run: `ledger.parquet` and `result.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from elastic_kfac.config import Config
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.ledger import ROW, Rows, from_parquet, to_parquet
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.loop import Outcome
+
+
+def read_ledger(folder: RunFolder) -> Rows:
+    """The ledger of a run: `ledger.parquet` when it has ended, else that of its last checkpoint."""
+    if folder.storage.exists("ledger.parquet"):
+        return from_parquet(folder.storage.read("ledger.parquet"))
+    state = CheckpointStore(folder.uri).load_latest()
+    if state is None:
+        return np.empty(0, ROW)
+    return state.ledger.rows(folder.storage)
+
+
+def compact_ledger(folder: RunFolder) -> int:
+    """Writes `ledger.parquet` from the last checkpoint's segments and tail.
+
+    Returns:
+        The number of rows.
+    """
+    state = CheckpointStore(folder.uri).load_latest()
+    rows = np.empty(0, ROW) if state is None else state.ledger.rows(folder.storage)
+    folder.storage.write("ledger.parquet", to_parquet(rows))
+    return len(rows)
+
+
+def result_row(
+    config: Config, outcome: Outcome, *, status: str | None = None, steps_redone: int = 0
+) -> dict[str, Any]:
+    """The content of `result.json`."""
+    progress = outcome.progress
+    return {
+        "status": status or outcome.status,
+        "steps": progress.step,
+        "epochs": outcome.fractional_epoch,
+        "samples_committed": progress.samples_committed,
+        "best_accuracy": progress.best_accuracy,
+        "target_accuracy": config.train.target_accuracy,
+        "time_to_accuracy_s": progress.time_to_accuracy_s,
+        "train_time_to_accuracy_s": progress.train_time_to_accuracy_s,
+        "train_time_s": progress.train_time_s,
+        "computation_s": progress.computation_s,
+        "communication_s": progress.communication_s,
+        "hessian_s": progress.hessian_s,
+        "worker_seconds": progress.worker_seconds,
+        "gpu_seconds": progress.gpu_seconds,
+        "final_state_sha256": outcome.state_sha256,
+        "world_sizes": list(outcome.world_sizes),
+        "resizes": max(0, len(outcome.world_sizes) - 1),
+        "steps_redone": steps_redone,
+    }

@@ -1,0 +1,134 @@
+"""A run's folder: the files that people, reports and `audit` read.
+
+`config.yaml`, `metrics.jsonl`, `events.jsonl`, `ledger.parquet`, `result.json`, `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elastic_kfac.config import Config, parse_config
+from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.state.storage import Storage
+
+Row = Mapping[str, Any]
+
+
+class RunFolder:
+    """Reads and writes the files of one run. One process writes; any number may read."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.storage = Storage(uri)
+        self.uri = self.storage.uri
+
+    @classmethod
+    def existing(cls, uri: str | Path) -> RunFolder:
+        """Opens the folder of a run that was started before.
+
+        Raises:
+            UsageError: If there is no `config.yaml`, so that it cannot be a run.
+        """
+        folder = cls(uri)
+        if not folder.storage.exists("config.yaml"):
+            raise UsageError(
+                "not a run folder",
+                given=folder.uri,
+                change="name a folder that holds config.yaml, for example runs/digits",
+            )
+        return folder
+
+    def write_config(self, config: Config) -> None:
+        """Writes the resolved configuration."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        self.storage.write("config.yaml", text.encode())
+
+    def read_config(self) -> Config:
+        """The configuration of the run.
+
+        Raises:
+            ConfigError: If it is no plain YAML or does not validate.
+        """
+        try:
+            values = yaml.safe_load(self.storage.read("config.yaml"))
+        except yaml.YAMLError as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(
+                f"config.yaml of the run is damaged: {line}", given=self.uri
+            ) from None
+        return parse_config(values or {})
+
+    def append_metrics(self, rows: Iterable[Row]) -> None:
+        """Adds rows to `metrics.jsonl`."""
+        self._append("metrics.jsonl", rows)
+
+    def append_events(self, rows: Iterable[Row]) -> None:
+        """Adds rows to `events.jsonl`."""
+        self._append("events.jsonl", rows)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of `metrics.jsonl`."""
+        return self._rows("metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """All rows of `events.jsonl`."""
+        return self._rows("events.jsonl")
+
+    def rewind_metrics(self, step: int) -> int:
+        """Drops metric rows of later steps, which a restart from `step` repeats.
+
+        Returns:
+            How many rows were dropped.
+        """
+        if not self.storage.exists("metrics.jsonl"):
+            return 0
+        # Rows lie in the order of their steps: only the end of a long run's file is looked at.
+        content = self.storage.read("metrics.jsonl")
+        end, dropped = len(content), 0
+        while end > 0:
+            begin = content.rfind(b"\n", 0, end - 1) + 1
+            row = _row(content[begin:end])
+            if row is not None and row.get("step", 0) <= step:
+                break
+            end, dropped = begin, dropped + (row is not None)
+        if dropped:
+            self.storage.truncate("metrics.jsonl", end)
+        return dropped
+
+    def write_result(self, result: Row) -> None:
+        """Writes `result.json`."""
+        self.storage.write("result.json", (json.dumps(result, indent=2) + "\n").encode())
+
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`, or None while the run has not ended."""
+        if not self.storage.exists("result.json"):
+            return None
+        content = json.loads(self.storage.read("result.json"))
+        return dict(content)
+
+    def _append(self, name: str, rows: Iterable[Row]) -> None:
+        content = _lines(rows)
+        if content:
+            self.storage.append_lines(name, content)
+
+    def _rows(self, name: str) -> list[dict[str, Any]]:
+        if not self.storage.exists(name):
+            return []
+        rows = map(_row, self.storage.read(name).splitlines())
+        return [row for row in rows if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    # A writer that was killed leaves at most one torn line each time; the restart repeats it.
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return None
+
+
+def _lines(rows: Iterable[Row]) -> bytes:
+    return "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()

@@ -1,0 +1,298 @@
+"""The whole state of a run as one value that does not know the world size.
+
+Whoever holds it can go on with any number of ranks: parameters, buffers, optimizer, K-FAC, position
+in the data, clocks and the ledger's tail. Randomness is counter-based (functions of seed, epoch,
+step and sample), so there is no generator state to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from elastic_kfac.errors import StateError
+from elastic_kfac.state.ledger import ROW, LedgerValue, Rows, Segment
+from elastic_kfac.state.tree import join_tree, split_tree
+
+_TAIL = "ledger/tail"
+
+Buffer = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and what it took."""
+
+    step: int = 0
+    """Committed optimizer steps."""
+    epoch: int = 0
+    consumed: int = 0
+    """Positions of the current epoch's order that are committed."""
+    samples_committed: int = 0
+    started_at: float = 0.0
+    """Unix time of the run's very first start, so that wall times include downtime."""
+    train_time_s: float = 0.0
+    """Stepping time: no evaluation, no downtime."""
+    computation_s: float = 0.0
+    """Of the stepping time, what rank 0 spent on neither the others nor the data."""
+    communication_s: float = 0.0
+    """Of the stepping time, what it spent inside collectives."""
+    hessian_s: float = 0.0
+    """Time of Hessian work: eigenvalues for the batch policy, and analyses; not part of the stepping
+    time."""
+    worker_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    evaluations: int = 0
+    """Evaluation points that were passed."""
+    analyses: int = 0
+    """Analysis points that were passed."""
+    best_accuracy: float | None = None
+    time_to_accuracy_s: float | None = None
+    train_time_to_accuracy_s: float | None = None
+
+    def evaluated(self, accuracy: float, points: int, target: float | None) -> Progress:
+        """After an evaluation, `points` of which are due until here; the first one at `target` stops
+        the clock."""
+        best = accuracy if self.best_accuracy is None else max(accuracy, self.best_accuracy)
+        progress = replace(self, best_accuracy=best, evaluations=points)
+        if target is None or accuracy < target or progress.time_to_accuracy_s is not None:
+            return progress
+        return replace(
+            progress,
+            time_to_accuracy_s=time.time() - progress.started_at,
+            train_time_to_accuracy_s=progress.train_time_s,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """State at a step boundary. Tensors are on the CPU and owned by this value."""
+
+    progress: Progress
+    tensors: Mapping[str, Tensor]
+    """`model/…`, `optimizer/…`, `kfac/…` by name."""
+    skeleton: Mapping[str, Any]
+    """What is not a tensor: JSON."""
+    ledger: LedgerValue = field(default_factory=LedgerValue)
+    seed: int = 0
+    data_sha256: str = ""
+    config_sha256: str = ""
+
+    def part(self, name: str) -> Any:
+        """The nested state of one part: `optimizer`, `kfac`, …; None when it has none."""
+        return join_tree(self.skeleton.get(name), dict(self.tensors))
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        prefix = "model/"
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def sha256(self) -> str:
+        """`final_state_sha256`: every tensor of the state, by name in sorted order."""
+        return tensors_sha256(self.tensors)
+
+    def meta(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON."""
+        return {
+            "progress": asdict(self.progress),
+            "skeleton": dict(self.skeleton),
+            "segments": [asdict(segment) for segment in self.ledger.segments],
+            "world_sizes": list(self.ledger.world_sizes),
+            "seed": self.seed,
+            "data_sha256": self.data_sha256,
+            "config_sha256": self.config_sha256,
+        }
+
+    def payload(self) -> bytes:
+        """The tensors and the ledger's tail as the bytes of a safetensors file."""
+        tail = torch.frombuffer(bytearray(self.ledger.tail.tobytes() or b"\0"), dtype=torch.uint8)
+        if not len(self.ledger.tail):
+            tail = tail[:0]
+        return bytes(
+            save({**{n: t.contiguous() for n, t in self.tensors.items()}, _TAIL: tail.clone()})
+        )
+
+    @classmethod
+    def from_parts(cls, meta: Mapping[str, Any], payload: bytes) -> TrainingState:
+        """Rebuilds a state from `meta()` and `payload()`.
+
+        Raises:
+            StateError: If they do not belong together or are damaged.
+        """
+        try:
+            tensors = load(payload)
+            tail = np.frombuffer(tensors.pop(_TAIL).numpy().tobytes(), ROW)
+            return cls._from_meta(meta, tensors, tail)
+        except (KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise StateError(f"a training state cannot be read: {error!r}") from None
+
+    def to_buffers(self) -> list[Buffer]:
+        """The whole state, unwritten ledger segments included, for a peer or a vault.
+
+        One-dimensional uint8 arrays: a head (its length in 8 bytes, then JSON), the memory of every
+        tensor, which is not copied, and the ledger's tail. One after the other they are `to_bytes`.
+        """
+        meta = self.meta()
+        meta["unwritten"] = [[asdict(s), content.hex()] for s, content in self.ledger.unwritten]
+        meta["tensors"] = [
+            [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in self.tensors.items()
+        ]
+        head = json.dumps(meta).encode()
+        return [
+            np.frombuffer(len(head).to_bytes(8, "little") + head, np.uint8),
+            *(_memory(tensor) for tensor in self.tensors.values()),
+            np.frombuffer(self.ledger.tail.tobytes(), np.uint8),
+        ]
+
+    def to_bytes(self) -> bytearray:
+        """`to_buffers` as one."""
+        return bytearray().join(buffer.data for buffer in self.to_buffers())
+
+    @classmethod
+    def from_bytes(cls, content: bytes | bytearray | memoryview) -> TrainingState:
+        """Reads what `to_bytes` wrote; copies it.
+
+        Raises:
+            StateError: If the bytes are damaged.
+        """
+        view = memoryview(content)
+        length = int.from_bytes(view[:8], "little")
+        begin = 8 + length
+        tensors = {}
+        try:
+            meta = json.loads(bytes(view[8:begin]))
+            unwritten = tuple((Segment(**s), bytes.fromhex(text)) for s, text in meta["unwritten"])
+            for name, dtype_name, shape in meta["tensors"]:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))
+                _memory(tensor)[:] = np.frombuffer(view, np.uint8, tensor.nbytes, begin)
+                tensors[name] = tensor
+                begin += tensor.nbytes
+            tail = np.frombuffer(bytes(view[begin:]), ROW)
+            state = cls._from_meta(meta, tensors, tail)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise StateError(f"a training state cannot be read: {error!r}") from None
+        return replace(state, ledger=replace(state.ledger, unwritten=unwritten))
+
+    @classmethod
+    def _from_meta(
+        cls, meta: Mapping[str, Any], tensors: Mapping[str, Tensor], tail: Rows
+    ) -> TrainingState:
+        segments = tuple(Segment(**segment) for segment in meta["segments"])
+        return cls(
+            progress=Progress(**meta["progress"]),
+            tensors=tensors,
+            skeleton=meta["skeleton"],
+            ledger=LedgerValue(segments, tail, tuple(meta["world_sizes"])),
+            seed=meta["seed"],
+            data_sha256=meta["data_sha256"],
+            config_sha256=meta["config_sha256"],
+        )
+
+
+def _memory(tensor: Tensor) -> Buffer:
+    """The memory of a tensor, or of a copy where that has gaps."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def capture(
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Mapping[str, Any],
+    progress: Progress,
+    ledger: LedgerValue,
+    seed: int,
+    data_sha256: str,
+    config_sha256: str,
+) -> TrainingState:
+    """Copies the state of a live run into a value; `parts` is nested state such as K-FAC's."""
+    tensors: dict[str, Tensor] = {
+        f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()
+    }
+    skeleton = {"optimizer": split_tree(optimizer_by_name(model, optimizer), "optimizer", tensors)}
+    for name, tree in parts.items():
+        skeleton[name] = split_tree(tree, name, tensors)
+    # A copy, not a view: training goes on while a background thread writes this value.
+    owned = {
+        name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    return TrainingState(progress, owned, skeleton, ledger, seed, data_sha256, config_sha256)
+
+
+def restore_model(model: nn.Module, state: TrainingState) -> None:
+    """Writes parameters and buffers into `model`.
+
+    Raises:
+        StateError: If names or shapes differ.
+    """
+    ours = model.state_dict()
+    theirs = state.model_tensors()
+    wrong = sorted(set(ours) ^ set(theirs)) or sorted(
+        name for name, tensor in theirs.items() if tensor.shape != ours[name].shape
+    )
+    if wrong:
+        raise StateError(
+            f"the state belongs to another model: {', '.join(wrong[:3])} differ",
+            change="use the model, classes and image shape that the run was started with",
+        )
+    model.load_state_dict(theirs)
+
+
+def optimizer_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A first-order optimizer's state by parameter name instead of by index."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, by_name: Mapping[str, Any]
+) -> None:
+    """Writes what `optimizer_by_name` gave back.
+
+    Raises:
+        StateError: If it names a parameter that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = sorted(set(by_name) - set(parameters))
+    if unknown:
+        raise StateError(f"the optimizer state names unknown parameters: {', '.join(unknown[:3])}")
+    optimizer.state.clear()
+    for name, values in by_name.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            # Step counters of torch optimizers stay on the CPU.
+            key: value.to(parameter.device if value.shape == parameter.shape else "cpu", copy=True)
+            if isinstance(value, Tensor)
+            else value
+            for key, value in values.items()
+        }
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(_memory(tensor).data)
+    return digest.hexdigest()

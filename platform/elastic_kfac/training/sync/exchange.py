@@ -1,0 +1,276 @@
+"""What the ranks exchange in a step: ONE flat sum of gradients, statistics and counters.
+
+    [gradient of each parameter | running statistics x count | used flags | totals]
+
+Gradients are views of the flat vector (from the second pass of a step on; the first one is added into
+it), and no wrapper holds on to a process group: after a resize the next step simply uses another
+communicator. Counters travel in the same
+vector as floating point numbers, small enough to be exact in float32 in any order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from elastic_kfac.communication.collectives import Communicator
+
+if TYPE_CHECKING:
+    from elastic_kfac.kfac.kfac_statistics import Statistics
+
+_LIMBS = 8
+_TOTALS = ("loss_sum", "correct", "count", "stop", "snapshot")
+_ALIGNMENT = 16
+"""Elements; kernels may round differently on memory that is not aligned."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the samples of a step; flags count the ranks that raised them."""
+
+    loss_sum: float = 0.0
+    correct: float = 0.0
+    count: int = 0
+    stop: int = 0
+    snapshot: int = 0
+    id_hash: int = 0
+    gradients_are_finite: bool = True
+
+
+class RunningStatistics:
+    """Batch statistics of normalisation layers as a count-weighted sum over micro-batches and ranks.
+
+    A running mean that each rank moves on its own would depend on the world size and on the number
+    of micro-batches. Instead, running values start at 0 with momentum 1 before each forward pass, so
+    that they hold its batch statistics; those are summed, weighted by samples, and the moving average
+    is taken once per step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            module
+            for module in model.modules()
+            if isinstance(module, _NormBase) and module.running_mean is not None
+        ]
+        self._saved: list[tuple[float | None, Tensor, Tensor, Tensor | None]] = []
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        return [tensor.shape for module in self._modules for tensor in _running(module)]
+
+    def begin_step(self) -> None:
+        """Remembers the running values, which the passes overwrite."""
+        self._saved = []
+        for module in self._modules:
+            mean, variance = _running(module)
+            batches = module.num_batches_tracked
+            self._saved.append(
+                (
+                    module.momentum,
+                    mean.clone(),
+                    variance.clone(),
+                    None if batches is None else batches.clone(),
+                )
+            )
+
+    def begin_pass(self) -> None:
+        """Makes the next forward pass leave its batch statistics in the running values."""
+        for module in self._modules:
+            module.momentum = 1.0
+            for tensor in _running(module):
+                tensor.zero_()
+
+    def collect(self, sums: list[Tensor], count: int) -> None:
+        """Adds the statistics of the last pass over `count` samples."""
+        tensors = (tensor for module in self._modules for tensor in _running(module))
+        for total, tensor in zip(sums, tensors, strict=True):
+            total.add_(tensor, alpha=count)
+
+    def finish_step(self, sums: list[Tensor], count: int) -> None:
+        """Takes the moving average from the remembered values and the reduced sums."""
+        means = iter(sums)
+        for module, (momentum, mean, variance, batches) in zip(
+            self._modules, self._saved, strict=True
+        ):
+            module.momentum = momentum
+            if batches is not None and module.num_batches_tracked is not None:
+                batches.add_(1)
+                module.num_batches_tracked.copy_(batches)
+            if momentum is not None:
+                weight = momentum
+            else:
+                weight = 1.0 / float(batches) if batches is not None else 0.1
+            for tensor, old in zip(_running(module), (mean, variance), strict=True):
+                tensor.copy_(old.mul(1 - weight).add_(next(means), alpha=weight / count))
+        self._saved = []
+
+    def abandon_step(self) -> None:
+        """Puts the remembered values back after a step that did not come to its end."""
+        for module, (momentum, mean, variance, batches) in zip(
+            self._modules, self._saved, strict=False
+        ):
+            module.momentum = momentum
+            for tensor, old in zip(_running(module), (mean, variance), strict=True):
+                tensor.copy_(old)
+            if batches is not None and module.num_batches_tracked is not None:
+                module.num_batches_tracked.copy_(batches)
+        self._saved = []
+
+
+class Exchange:
+    """The flat vector of a model, filled by backward passes and summed over all ranks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.statistics = RunningStatistics(model)
+        dtype = torch.float32
+        for parameter in self._parameters:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        device = self._parameters[0].device
+        self._shapes = [p.shape for p in self._parameters] + self.statistics.shapes
+        self._sizes = [_aligned(shape.numel()) for shape in self._shapes]
+        self._gradient_part = slice(0, sum(self._sizes[: len(self._parameters)]))
+        counters = len(self._parameters) + len(_TOTALS) + _LIMBS
+        self.flat = torch.zeros(sum(self._sizes) + counters, dtype=dtype, device=device)
+        self._gradients, self._sums, self._counters = self._parts(self.flat)
+        self.reduced: Statistics | None = None
+        """K-FAC's statistics over all ranks, where they travel with the gradients."""
+        self._used = [False] * len(self._parameters)
+        self._used_anywhere = list(self._used)
+
+    def _parts(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Views of a flat vector: gradients, statistics of normalisation layers, counters."""
+        views = list(_views(flat, self._shapes, self._sizes))
+        count = len(self._parameters)
+        return views[:count], views[count:], flat[sum(self._sizes) : self.flat.numel()]
+
+    def loss_divisor(self, global_count: int) -> int:
+        """What losses, sums over samples, are divided by before the backward pass."""
+        return global_count
+
+    def begin_step(self) -> None:
+        """Clears the vector; gradients accumulate straight into it."""
+        self.flat.zero_()
+        self.statistics.begin_step()
+        self._used = [False] * len(self._parameters)
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def begin_pass(self) -> None:
+        """Before a forward pass."""
+        self.statistics.begin_pass()
+
+    def end_pass(self, count: int) -> None:
+        """After the backward pass over `count` samples."""
+        self.statistics.collect(self._sums, count)
+        for index, (parameter, view) in enumerate(
+            zip(self._parameters, self._gradients, strict=True)
+        ):
+            if parameter.grad is None:
+                continue
+            if parameter.grad.data_ptr() != view.data_ptr():
+                view.add_(parameter.grad)
+                # From now on backward adds into the vector itself, if the types allow it.
+                parameter.grad = view if view.dtype == parameter.dtype else None
+            self._used[index] = True
+
+    def reduce(
+        self,
+        communicator: Communicator,
+        local: Totals,
+        *,
+        reduce_gradients: Callable[[Tensor], None] | None = None,
+    ) -> Totals:
+        """Sums the vector over all ranks; `gradients_are_finite` of the result is global.
+
+        Args:
+            communicator: The ranks.
+            local: What this rank counted.
+            reduce_gradients: Another way to sum the gradients (or one that leaves them to be summed
+                later); the rest of the vector then is summed on its own.
+        """
+        self._write_counters(self._counters, self._used, local)
+        gradients = self.flat[self._gradient_part]
+        if reduce_gradients is None:
+            communicator.all_reduce(self.flat, tag="gradients").wait()
+            finite = torch.isfinite(gradients.sum())
+        else:
+            reduce_gradients(gradients)
+            bad = (~torch.isfinite(gradients.sum())).to(self.flat).view(1)
+            rest = torch.cat([self.flat[self._gradient_part.stop :], bad])
+            communicator.all_reduce(rest, tag="totals").wait()
+            self.flat[self._gradient_part.stop :] = rest[:-1]
+            finite = rest[-1] == 0
+        return self._read_counters(finite)
+
+    @staticmethod
+    def _write_counters(counters: Tensor, used: list[bool], local: Totals) -> None:
+        values = [float(getattr(local, name)) for name in _TOTALS]
+        # Eight bits per limb: the sum over up to 65,536 ranks is exact in float32.
+        limbs = [float((local.id_hash >> (8 * index)) & 0xFF) for index in range(_LIMBS)]
+        content = [*map(float, used), *values, *limbs]
+        counters.copy_(torch.tensor(content, dtype=counters.dtype))
+
+    def _read_counters(self, finite: Tensor) -> Totals:
+        # One transfer from the device for everything the host needs to know.
+        *reduced, is_finite = torch.cat([self._counters, finite.to(self.flat).view(1)]).tolist()
+        used = len(self._parameters)
+        self._used_anywhere = [value > 0 for value in reduced[:used]]
+        named = dict(zip(_TOTALS, reduced[used:], strict=False))
+        id_hash = sum(int(limb) << (8 * index) for index, limb in enumerate(reduced[-_LIMBS:]))
+        return Totals(
+            loss_sum=named["loss_sum"],
+            correct=named["correct"],
+            count=int(named["count"]),
+            stop=int(named["stop"]),
+            snapshot=int(named["snapshot"]),
+            id_hash=id_hash % 2**64,
+            gradients_are_finite=bool(is_finite),
+        )
+
+    def local_gradient(self, count: int) -> Tensor:
+        """The mean over `count` samples of what this rank's passes have left, one flat vector."""
+        return torch.cat([view.reshape(-1) for view in self._gradients]).div_(max(count, 1))
+
+    def publish_gradients(self, loss_scale: float = 1.0) -> None:
+        """Puts the reduced gradients into `.grad` on every rank, free of `loss_scale`.
+
+        A parameter that no rank used has no gradient, as after an ordinary backward pass.
+        """
+        if loss_scale != 1.0:
+            self.flat[self._gradient_part].div_(loss_scale)
+        for used, parameter, view in zip(
+            self._used_anywhere, self._parameters, self._gradients, strict=True
+        ):
+            parameter.grad = view.to(parameter.dtype) if used else None
+
+    def finish_step(self, count: int) -> None:
+        """Takes the moving averages of the normalisation layers."""
+        self.statistics.finish_step(self._sums, count)
+
+    def abandon_step(self) -> None:
+        """Undoes what a step that failed did to the model."""
+        self.statistics.abandon_step()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def _running(module: _NormBase) -> tuple[Tensor, Tensor]:
+    assert module.running_mean is not None and module.running_var is not None
+    return module.running_mean, module.running_var
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _views(flat: Tensor, shapes: list[torch.Size], sizes: list[int]) -> Iterator[Tensor]:
+    offset = 0
+    for shape, size in zip(shapes, sizes, strict=True):
+        yield flat[offset : offset + shape.numel()].view(shape)
+        offset += size
