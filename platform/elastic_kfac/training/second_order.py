@@ -13,6 +13,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.config_sections import steps_apart
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.preconditioner import make_preconditioner
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 from elastic_kfac.training.sync.gradient_reduction import make_reduction
 from elastic_kfac.training.sync.reproducible import ReproducibleExchange
@@ -42,13 +43,11 @@ class GradientPath:
         self._communicator = communicator
         self._optimizer = optimizer
         self._announce = announce
-        self.kfac: KFAC | None = None
-        self.sharded: ShardedKFAC | None = None
         self._stays_local = steps_apart(config)
-        if config.optimizer.name == "sharded_kfac":
-            self.sharded = _make_sharded(model, config, communicator)
-        elif config.kfac.enabled:
-            self.kfac = _make_kfac(model, optimizer, config, communicator)
+        preconditioner = make_preconditioner(model, optimizer, config, communicator)
+        self.kfac: KFAC | None = preconditioner.kfac
+        self.sharded: ShardedKFAC | None = preconditioner.sharded
+        if self.kfac is not None:
             self.kfac.announce_to(announce)
         rule = config.optimizer.rescale_weights
         self._rescaling = None if rule == "none" else WeightRescaling(model, rule)
@@ -159,52 +158,3 @@ class GradientPath:
 
 PARTS = ("kfac", "sharded", "compression")
 """Names of the parts that `GradientPath.state_dict` may hold."""
-
-
-def _make_kfac(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    communicator: Communicator,
-) -> KFAC:
-    from elastic_kfac.kfac.calibration import shared_costs
-    from elastic_kfac.kfac.kfac import KFAC
-
-    options = config.kfac.model_dump(exclude={"enabled"})
-    budget = config.plan.memory_budget_gib
-    costs = None
-    if config.plan.calibrate:
-        device = next(model.parameters()).device
-        costs = shared_costs(communicator, config.kfac.method, device=device)
-    return KFAC(
-        model,
-        lr=optimizer,
-        process_group=communicator,
-        costs=costs,
-        memory_budget_bytes=None if budget is None else budget * 2**30,
-        **options,
-    )
-
-
-def _make_sharded(model: nn.Module, config: Config, communicator: Communicator) -> ShardedKFAC:
-    from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
-
-    kfac, sharded = config.kfac, config.sharded
-    weights = sharded.gather == "weights"
-    return ShardedKFAC(
-        model,
-        lr=config.optimizer.lr,
-        momentum=config.optimizer.momentum,
-        damping=kfac.damping,
-        factor_decay=kfac.factor_decay,
-        factor_update_steps=kfac.factor_update_steps,
-        method=kfac.method,
-        inverse_damping=kfac.inverse_damping,
-        bn_fisher=kfac.bn_fisher,
-        bn_damping_multiplier=kfac.bn_damping_multiplier,
-        kl_clip=kfac.kl_clip,
-        skip_layers=kfac.skip_layers,
-        weight_decay=config.optimizer.weight_decay if weights else 0.0,
-        process_group=communicator,
-        **sharded.model_dump(),
-    )
