@@ -20,9 +20,9 @@ import torch
 
 from elastic_kfac import __version__
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import read_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import FolderPort, KeepGoing
 

@@ -29,10 +29,9 @@ from elastic_kfac.cluster.run.telemetry import (
     WatchedPort,
 )
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import apply_overrides, parse_config
+from elastic_kfac.config import apply_overrides, parse_config, read_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe
 from elastic_kfac.training.moments import Moment

@@ -16,8 +16,7 @@ import yaml
 
 from elastic_kfac import __version__
 from elastic_kfac.cli.arguments import parse_arguments
-from elastic_kfac.config import Config
-from elastic_kfac.training.config_file import read_config
+from elastic_kfac.config import Config, read_config
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"

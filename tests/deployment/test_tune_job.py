@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from elastic_kfac.training.config_file import read_config
+from elastic_kfac.config import read_config
 from support.ray_head import ROOT, RayHead, ray_head, until
 
 ENDS = ("succeeded", "failed", "stopped")

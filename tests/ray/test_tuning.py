@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.result import RunResult
-from elastic_kfac.config import Config, apply_overrides
+from elastic_kfac.config import Config, apply_overrides, read_config
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
 from elastic_kfac.experiments.tuning import SearchResult, search
@@ -31,7 +31,6 @@ from elastic_kfac.experiments.tuning_desk import shares
 from elastic_kfac.experiments.tuning_search import planned_points
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config
 
 Make = Callable[[int], Config]
 

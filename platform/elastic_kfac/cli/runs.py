@@ -169,7 +169,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """Prints the plan of a configuration at each world size; starts no process."""
-    from elastic_kfac.training.config_file import read_config
+    from elastic_kfac.config import read_config
 
     config = read_config(arguments.config, arguments.overrides)
     if not config.kfac.enabled:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def train(arguments: argparse.Namespace) -> int:
     """Runs the job that a configuration file describes; prints a summary and the report's path."""
-    from elastic_kfac.training.config_file import read_config
+    from elastic_kfac.config import read_config
 
     if not is_ray_job(os.environ):  # There it is the first line of every command.
         announce()

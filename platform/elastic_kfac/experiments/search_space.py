@@ -23,9 +23,15 @@ from typing import Annotated, Any, Literal, get_origin
 import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from elastic_kfac.config import Config, Section, apply_overrides, parse_config
+from elastic_kfac.config import (
+    Config,
+    Section,
+    apply_overrides,
+    parse_config,
+    read_config,
+    split_override,
+)
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.training.config_file import read_config, split_override
 
 Point = Mapping[str, Any]
 """One value for every parameter, by `section.key`."""

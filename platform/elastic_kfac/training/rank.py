@@ -16,8 +16,7 @@ from torch import nn
 
 from elastic_kfac.analysis.hessian_report import analysis_row
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
-from elastic_kfac.config_sections import steps_apart
+from elastic_kfac.config import Config, steps_apart
 from elastic_kfac.data.feeds import Feeds, Samples, share
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.optimizers.batch_size import Growth

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
-from elastic_kfac.config_sections import steps_apart
+from elastic_kfac.config import Config, steps_apart
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from elastic_kfac.training.moments import Moment
 from elastic_kfac.training.preconditioner import make_preconditioner

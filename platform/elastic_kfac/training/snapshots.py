@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
-from elastic_kfac.config_sections import steps_apart
+from elastic_kfac.config import Config, steps_apart
 from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore

@@ -15,14 +15,13 @@ from PIL import Image
 
 from elastic_kfac.cli import shards as shards_command
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config
+from elastic_kfac.config import Config, read_config
 from elastic_kfac.data import SampleStream, ShardSet, verify_shards
 from elastic_kfac.data.augment import augmentation_key, center_boxes, resized_crop_boxes
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.runs.evaluate import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.port import FolderPort, KeepGoing
 from support.gloo import run_ranks

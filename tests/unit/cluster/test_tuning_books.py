@@ -11,6 +11,7 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
+from elastic_kfac.config import read_config
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
 from elastic_kfac.experiments.tuning_books import SearchBooks
@@ -18,7 +19,6 @@ from elastic_kfac.experiments.tuning_journal import Journal, TrialRow
 from elastic_kfac.experiments.tuning_search import Suggestions, make_scheduler
 from elastic_kfac.experiments.tuning_trial import write_books
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config
 
 
 class _Method:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "platform" / "elastic_kfac"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config", "config_sections"),
+    ("config",),
     ("curvature", "communication", "placement", "observability", "data"),
     ("optimizers", "kfac", "state"),
     ("tasks",),
@@ -35,8 +35,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """From the ground up: a room imports rooms of lower floors, and its own modules."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 UPWARD = {
-    "config imports config_sections",
-    "config_sections imports config",
     "optimizers imports kfac",
     "tasks imports analysis",
     "observability imports training",
@@ -217,7 +215,7 @@ def test_top_level_holds_what_the_architecture_says() -> None:
 
 
 def test_yaml_configurations_of_jobs_are_valid() -> None:
-    from elastic_kfac.training.config_file import read_config
+    from elastic_kfac.config import read_config
 
     files = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
     assert len(files) >= 2

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from elastic_kfac.config import Config
+from elastic_kfac.config import Config, read_config, write_config
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.config_file import read_config, write_config
 
 
 def test_config_written_and_read_back_is_equal(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ import pytest
 import elastic_kfac
 from elastic_kfac.cli.entry import main
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import parse_config
+from elastic_kfac.config import parse_config, read_config
 from elastic_kfac.errors import ConfigError, ElasticKfacError, StateError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.storage import Storage
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing
 from support.training_problems import RecordingPort, memory_feeds, small_config

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.config import Config, parse_config
+from elastic_kfac.config import Config, parse_config, read_config
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.polynomial import IMAGENET_SAMPLES, PRESETS
 from elastic_kfac.training.batch_control import course_policy
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.first_order import schedule_of
 from elastic_kfac.training.rates import RateControl
 

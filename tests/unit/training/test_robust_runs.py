@@ -9,12 +9,12 @@ import pytest
 
 from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import read_config
 from elastic_kfac.runs.evaluate import evaluate_run
 from elastic_kfac.runs.results import result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.attacks import check_attacks
-from elastic_kfac.training.config_file import read_config
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import FolderPort, KeepGoing
 from support.training_problems import RecordingPort, memory_feeds, small_config

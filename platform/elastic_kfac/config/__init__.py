@@ -1,0 +1,55 @@
+"""The configuration of a run: one file per family of sections, one reader.
+
+Precedence: default < file < `--set section.key=value` < search.
+"""
+
+from __future__ import annotations
+
+from elastic_kfac.config.analysis import AnalysisConfig
+from elastic_kfac.config.data import AdversarialConfig, DataConfig, MixingConfig
+from elastic_kfac.config.elastic import (
+    CommunicationConfig,
+    DistNewtonConfig,
+    ElasticConfig,
+    PlanConfig,
+    ResourcesConfig,
+)
+from elastic_kfac.config.kfac import KfacConfig, ShardedConfig
+from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
+from elastic_kfac.config.reader import (
+    apply_overrides,
+    parse_config,
+    read_config,
+    split_override,
+    write_config,
+)
+from elastic_kfac.config.rules import steps_apart
+from elastic_kfac.config.run import Config
+from elastic_kfac.config.section import Section
+from elastic_kfac.config.train import ModelConfig, TrainConfig
+
+__all__ = [
+    "AdversarialConfig",
+    "AnalysisConfig",
+    "BatchConfig",
+    "CommunicationConfig",
+    "Config",
+    "DataConfig",
+    "DistNewtonConfig",
+    "ElasticConfig",
+    "KfacConfig",
+    "MixingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PlanConfig",
+    "ResourcesConfig",
+    "Section",
+    "ShardedConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "parse_config",
+    "read_config",
+    "split_override",
+    "steps_apart",
+    "write_config",
+]
