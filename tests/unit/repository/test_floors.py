@@ -1,4 +1,4 @@
-"""The house rules that no linter knows: floors, sizes, names, pins, and what stays out of files."""
+"""House rules that no linter checks: floors, names, and what must stay out of tracked files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-PACKAGE = ROOT / "platform" / "elastic_kfac"
+from support.house import PACKAGE, ROOT, tracked_files
+
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
@@ -54,7 +54,6 @@ FORBIDDEN_PACKAGES = {
 }
 CORE = ("curvature", "communication", "placement", "data", "kfac", "optimizers", "state", "tasks")
 CORE = (*CORE, "analysis", "training", "training.sync", "runs")
-MAX_LINES = 500
 
 
 def modules() -> list[Path]:
@@ -100,25 +99,6 @@ def violations(path: Path) -> list[str]:
         if FLOOR_OF[target] >= FLOOR_OF[room]:
             found.append(f"{room} imports {target}")
     return found
-
-
-def tracked_files() -> list[Path]:
-    try:
-        done = subprocess.run(
-            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        # An unpacked archive has no index; everything that is not a build output counts then.
-        skipped = {".venv", "runs", "data", "build", "dist"}
-        return [
-            path
-            for path in ROOT.rglob("*")
-            if path.is_file()
-            and path.relative_to(ROOT).parts[0] not in skipped
-            and "__pycache__" not in path.parts
-            and not any(part.endswith("_cache") for part in path.parts)
-        ]
-    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 def test_imports_only_go_down() -> None:
@@ -171,16 +151,6 @@ def test_core_imports_where_ray_is_not_installed() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("folder", ["platform", "tests", "jobs", "benchmarks"])
-def test_no_module_is_longer_than_the_limit(folder: str) -> None:
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for path in (ROOT / folder).rglob("*.py")
-        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
-    }
-    assert long == {}
 
 
 def test_no_module_has_an_empty_name() -> None:
