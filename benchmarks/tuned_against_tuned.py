@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.experiments.search_space import read_space
 from elastic_kfac.experiments.tuning import search
+from elastic_kfac.reports.search_report import write_experiment_report
 from elastic_kfac.state.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -148,7 +149,12 @@ def main() -> int:
     experiment: dict[str, Any] = {}
     for method in METHODS:
         space = read_space(HERE / "spaces" / f"fashion_{method}.yaml")
-        found = search(space, name=f"{arguments.name}-{method}", storage=arguments.storage)
+        found = search(
+            space,
+            name=f"{arguments.name}-{method}",
+            write_page=write_experiment_report,
+            storage=arguments.storage,
+        )
         if found.exit_code:
             return found.exit_code
         experiment = json.loads((found.folder / "experiment.json").read_text())

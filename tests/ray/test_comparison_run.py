@@ -19,8 +19,9 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.study import load_study
 from elastic_kfac.experiments.study_cell import LOCK_FILE
-from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED
+from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED, Outcome
 from elastic_kfac.experiments.study_runner import StudyLine, compare
+from elastic_kfac.reports.study_page import render_comparison
 from elastic_kfac.state.run_folder import RunFolder
 
 DRIVER = """
@@ -88,7 +89,9 @@ def test_study_killed_in_the_middle_keeps_finished_cells_and_goes_on_with_the_ot
 
     loaded = load_study(path)
     storage = str(tmp_path / "runs")
-    done = compare(loaded, name="tiny", storage=storage, display=SilentLine(), cluster=cluster)
+    done = compare(
+        loaded, name="tiny", storage=storage, render=page, display=SilentLine(), cluster=cluster
+    )
 
     assert sorted(done.trained) == sorted({cell.name for cell in loaded.cells} - set(finished))
     assert {name: written_at(cells / name) for name in finished} == finished
@@ -103,8 +106,12 @@ def test_study_killed_in_the_middle_keeps_finished_cells_and_goes_on_with_the_ot
     assert json.loads((study / "comparison.json").read_text())["cells"]["finished"] == 4
     assert (study / "report.html").read_text().startswith("<!doctype html>")
     assert len((study / "cells.csv").read_text().splitlines()) == 5
-    again = compare(loaded, name="tiny", storage=storage, display=SilentLine())
+    again = compare(loaded, name="tiny", storage=storage, render=page, display=SilentLine())
     assert again.trained == () and again.outcome.count(FINISHED) == 4
+
+
+def page(outcome: Outcome) -> str:
+    return render_comparison(outcome, {})
 
 
 def snapshots(cell: Path) -> bool:
@@ -130,6 +137,7 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
         load_study(path),
         name="tiny",
         storage=str(tmp_path / "runs"),
+        render=page,
         display=SilentLine(lines),
         cluster=cluster,
     )
@@ -142,7 +150,9 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
 
     changed = load_study(path, ["train.epochs=4"])
     try:
-        compare(changed, name="tiny", storage=str(tmp_path / "runs"), display=SilentLine())
+        compare(
+            changed, name="tiny", storage=str(tmp_path / "runs"), render=page, display=SilentLine()
+        )
     except UsageError as error:
         assert "was trained with another configuration" in error.line()
         assert "train.epochs" in error.line()

@@ -29,6 +29,7 @@ from elastic_kfac.experiments.search_space import SearchSpace, parse_space
 from elastic_kfac.experiments.tuning import SearchResult, search
 from elastic_kfac.experiments.tuning_desk import shares
 from elastic_kfac.experiments.tuning_search import planned_points
+from elastic_kfac.reports.search_report import write_experiment_report
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 
@@ -86,6 +87,7 @@ def story(
     result = search(
         story_space,
         name="story",
+        write_page=write_experiment_report,
         storage=str(tmp_path_factory.mktemp("search")),
         cluster=session_cluster,
         say=said.append,
@@ -179,6 +181,7 @@ def test_search_called_again_after_its_end_starts_nothing(
     ended = search(
         story_space,
         name="story",
+        write_page=write_experiment_report,
         storage=str(result.folder.parent),
         cluster=session_cluster,
         say=again.append,
@@ -205,7 +208,14 @@ from elastic_kfac.experiments.tuning import search
 from elastic_kfac.experiments.search_space import parse_space
 if __name__ == "__main__":
     space = parse_space(json.loads(open(sys.argv[1]).read()))
-    search(space, name="killed", storage=sys.argv[2], address=sys.argv[3], rank_function=sys.argv[4])
+    search(
+        space,
+        name="killed",
+        write_page=lambda folder: None,
+        storage=sys.argv[2],
+        address=sys.argv[3],
+        rank_function=sys.argv[4],
+    )
 """
 
 
@@ -252,6 +262,7 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
         return search(
             space,
             name="killed",
+            write_page=_no_page,
             storage=str(tmp_path),
             cluster=cluster,
             say=_hush,
@@ -311,6 +322,10 @@ def _hush(line: str) -> None:
     return None
 
 
+def _no_page(folder: Path) -> None:
+    return None
+
+
 # ---- PB2 ----------------------------------------------------------------------------------------
 
 
@@ -332,6 +347,7 @@ def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
     result = search(
         space,
         name="pb2",
+        write_page=write_experiment_report,
         storage=str(tmp_path),
         cluster=cluster,
         say=_hush,

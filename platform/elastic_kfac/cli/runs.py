@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
-    from elastic_kfac.reports.run_rows import Run
+    from elastic_kfac.runs.history import Run
     from elastic_kfac.state.run_folder import RunFolder
 
 
@@ -82,7 +82,7 @@ def write_report_and_summary(uri: str) -> None:
     Raises:
         UsageError: If there is no run.
     """
-    from elastic_kfac.reports.summary import summary_text
+    from elastic_kfac.runs.summary import summary_text
 
     print(summary_text(write_report(uri)))
     print(f"\nReport: {uri}/report.html")
@@ -95,7 +95,7 @@ def write_report(uri: str) -> Run:
         UsageError: If there is no run.
     """
     from elastic_kfac.reports.run_page import render_report
-    from elastic_kfac.reports.run_rows import ANALYSES, FILES, parse_run
+    from elastic_kfac.runs.history import ANALYSES, FILES, parse_run
 
     folder = open_run(uri)
     storage = folder.storage

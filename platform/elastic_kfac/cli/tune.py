@@ -24,8 +24,15 @@ def tune(arguments: argparse.Namespace) -> int:
     make_missing_shards(space.base)
 
     from elastic_kfac.experiments.tuning import search
+    from elastic_kfac.reports.search_report import write_experiment_report
 
-    result = search(space, name=name, storage=arguments.storage, address=arguments.address)
+    result = search(
+        space,
+        name=name,
+        write_page=write_experiment_report,
+        storage=arguments.storage,
+        address=arguments.address,
+    )
     reached = sum(row.stage == "search" and bool(row.reached) for row in result.rows)
     tried = sum(row.stage == "search" for row in result.rows)
     print(f"\n{reached} of {tried} trials reached {space.objective.target_accuracy:.4g}.")

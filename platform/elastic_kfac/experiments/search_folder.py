@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from elastic_kfac.errors import UsageError
-from elastic_kfac.reports.run_rows import number
+from elastic_kfac.runs.history import number
 
 EXPERIMENT = "experiment.json"
 ENDED = ("finished", "stopped", "failed", "refused")

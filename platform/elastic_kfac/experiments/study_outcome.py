@@ -21,7 +21,7 @@ from elastic_kfac.experiments.study_statistics import (
     paired_interval,
     summarise,
 )
-from elastic_kfac.reports.summary import duration
+from elastic_kfac.runs.summary import duration
 
 FINISHED: Final = "finished"
 DIVERGED: Final = "diverged"

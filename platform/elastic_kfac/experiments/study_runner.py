@@ -42,9 +42,8 @@ from elastic_kfac.experiments.study_outcome import (
     summary_csv,
     to_json,
 )
-from elastic_kfac.reports.study_page import render_comparison
-from elastic_kfac.reports.summary import duration
 from elastic_kfac.runs.final_state import FinalMeasures
+from elastic_kfac.runs.summary import duration
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.storage import Storage
 
@@ -109,6 +108,7 @@ def compare(
     name: str,
     storage: str = "./runs",
     address: str | None = None,
+    render: Callable[[Outcome], str],
     provenance: Mapping[str, Any] | None = None,
     display: StudyLine | None = None,
     cluster: LocalCluster | None = None,
@@ -121,7 +121,8 @@ def compare(
         storage: Folder or URI that every node of the cluster reaches.
         address: Address of a Ray cluster; None starts one on this machine with room for
             `parallelism` cells.
-        provenance: Versions and hardware, for the page.
+        render: Makes the page of the study.
+        provenance: Versions and hardware, for `comparison.json`.
         display: Where progress is shown; None is standard output.
         cluster: An embedded cluster that this process is connected to.
 
@@ -131,7 +132,7 @@ def compare(
     """
     line = display or StudyLine()
     folder = Storage(f"{storage.rstrip('/')}/{name}")
-    runner = _Runner(loaded, name, folder, dict(provenance or {}), line)
+    runner = _Runner(loaded, name, folder, render, dict(provenance or {}), line)
     with contextlib.ExitStack() as stack:
         stack.callback(line.close)
         if runner.waiting:
@@ -162,11 +163,12 @@ class _Runner:
         loaded: LoadedStudy,
         name: str,
         folder: Storage,
+        render: Callable[[Outcome], str],
         provenance: dict[str, Any],
         line: StudyLine,
     ) -> None:
         self._study, self._name, self._folder = loaded.study, name, folder
-        self._provenance, self._line = provenance, line
+        self._render, self._provenance, self._line = render, provenance, line
         self._cells = loaded.cells
         self._results: dict[str, Mapping[str, Any] | None] = {}
         self._trained: list[str] = []
@@ -273,7 +275,7 @@ class _Runner:
         self._folder.write("comparison.json", (json.dumps(values, indent=1) + "\n").encode())
         self._folder.write("cells.csv", cells_csv(outcome).encode())
         self._folder.write("summary.csv", summary_csv(outcome).encode())
-        self._folder.write("report.html", render_comparison(outcome, self._provenance).encode())
+        self._folder.write("report.html", self._render(outcome).encode())
         return outcome
 
     def _status(

@@ -110,6 +110,7 @@ def search(
     space: SearchSpace,
     *,
     name: str,
+    write_page: Callable[[Path], object],
     storage: str = "./runs",
     address: str | None = None,
     cluster: LocalCluster | None = None,
@@ -121,6 +122,7 @@ def search(
     Args:
         space: What to search.
         name: Name of the search; its folder is `<storage>/<name>`.
+        write_page: Writes `report.html` into the search's folder.
         storage: Folder that every node of the cluster reaches.
         address: Address of a Ray cluster; None starts one on this machine with a node per worker of
             every concurrent trial.
@@ -149,7 +151,7 @@ def search(
         elif address is not None:
             stack.enter_context(connected(address))
         signals.defer()
-        running = _Search(space, journal, say, rank_function)
+        running = _Search(space, journal, say, write_page, rank_function)
         return running.finish(signals)
 
 
@@ -161,6 +163,7 @@ class _Search:
         space: SearchSpace,
         journal: Journal,
         say: Callable[[str], None],
+        write_page: Callable[[Path], object],
         rank_function: str | None,
     ) -> None:
         self._space = space
@@ -173,7 +176,9 @@ class _Search:
             space.max_concurrent, max(1, self._room // space.base.elastic.min_workers)
         )
         emulated = space.objective.metric == "emulated_time_to_accuracy_s"
-        self._books = SearchBooks(journal, say, Emulator(space.links) if emulated else None)
+        self._books = SearchBooks(
+            journal, say, write_page, Emulator(space.links) if emulated else None
+        )
         journal.hardware = hardware_of(ray.nodes())
         self._told = False
         self._plan()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -21,7 +22,11 @@ class SearchBooks:
     """Keeps a journal up to date; called by Ray Tune's thread and by the driver's."""
 
     def __init__(
-        self, journal: Journal, say: Callable[[str], None], emulator: Emulator | None = None
+        self,
+        journal: Journal,
+        say: Callable[[str], None],
+        write_page: Callable[[Path], object],
+        emulator: Emulator | None = None,
     ) -> None:
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
@@ -31,6 +36,7 @@ class SearchBooks:
         self._journal = journal
         self._space = journal.space
         self._say = say
+        self._write_page = write_page
         self._emulator = emulator
         self._reported = 0.0
         self._has_news = False
@@ -192,10 +198,8 @@ class SearchBooks:
         self._write_report()
 
     def _write_report(self) -> None:
-        from elastic_kfac.reports.search_report import write_experiment_report
-
         try:
-            write_experiment_report(self._journal.folder)
+            self._write_page(self._journal.folder)
         except Exception as error:
             # The search goes on; `elastic-kfac report` can be called at any time.
             self._say(f"the report could not be written: {type(error).__name__}: {error}")

@@ -26,7 +26,7 @@ from elastic_kfac.reports.figures import (
     svg_text,
 )
 from elastic_kfac.reports.run_page import escaped, section
-from elastic_kfac.reports.run_rows import Run, first_number, number
+from elastic_kfac.runs.history import Run, first_number, number
 
 Found = Mapping[str, Any]
 GREEN = "#5b8c5a"

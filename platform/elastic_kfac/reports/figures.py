@@ -22,7 +22,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from elastic_kfac.reports.run_rows import Row, Run, Segment, first_number, number
+from elastic_kfac.runs.history import Row, Run, Segment, first_number, number
 
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 TRAINING, EVALUATION, ACCENT = "#9fb3c8", "#0b69a3", "#c4580f"

@@ -15,8 +15,8 @@ import yaml
 from elastic_kfac import __version__
 from elastic_kfac.observability.metric_names import METRICS
 from elastic_kfac.reports.figures import curvature_figure, learning_figure, throughput_figure
-from elastic_kfac.reports.run_rows import Row, Run, number, read_run
-from elastic_kfac.reports.summary import duration, headline
+from elastic_kfac.runs.history import Row, Run, number, read_run
+from elastic_kfac.runs.summary import duration, headline
 
 STYLE = """
 :root { color-scheme: light; }

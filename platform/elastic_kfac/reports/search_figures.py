@@ -20,7 +20,7 @@ from elastic_kfac.experiments.importance import Importance
 from elastic_kfac.experiments.search_folder import Experiment, Point, Trial, is_real
 from elastic_kfac.reports import figures
 from elastic_kfac.reports.figures import ACCENT, EVALUATION, GRID, INK, SOFT, TRAINING, svg_text
-from elastic_kfac.reports.summary import duration
+from elastic_kfac.runs.summary import duration
 
 MIB = 2**20
 MOST_OTHERS = 40

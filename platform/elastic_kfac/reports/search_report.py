@@ -49,7 +49,7 @@ from elastic_kfac.reports.search_page import (
 )
 from elastic_kfac.reports.search_tables import result_tables, trials_table
 from elastic_kfac.reports.search_words import amount, headline, lacking, progress_line
-from elastic_kfac.reports.summary import duration
+from elastic_kfac.runs.summary import duration
 
 SECTIONS = {
     "result": "Result",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic_kfac.experiments.search_folder import BEST, Experiment, Point
-from elastic_kfac.reports.summary import duration
+from elastic_kfac.runs.summary import duration
 
 
 def headline(experiment: Experiment) -> str:

@@ -53,7 +53,7 @@ class Story:
         self.folder = folder
         self.journal = Journal(folder, "story", space)
         self.said: list[str] = []
-        self.books = SearchBooks(self.journal, self.said.append)
+        self.books = SearchBooks(self.journal, self.said.append, lambda folder: None)
         self.books.desk = _Desk()
 
     def point(self, number: int, damping: float) -> None:

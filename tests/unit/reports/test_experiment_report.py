@@ -25,7 +25,7 @@ from elastic_kfac.experiments.search_folder import Point, read_experiment
 from elastic_kfac.reports.search_figures import curves_figure, pareto_front
 from elastic_kfac.reports.search_report import SECTIONS, write_experiment_report
 from elastic_kfac.reports.search_words import headline, progress_line
-from elastic_kfac.reports.summary import duration
+from elastic_kfac.runs.summary import duration
 from support.search_folders import BEGAN, HOSTILE, PARAMETERS, TARGET, row, rows, write_search
 
 VOID = {"meta", "link", "br", "input"}

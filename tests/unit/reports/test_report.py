@@ -12,8 +12,8 @@ import pytest
 from elastic_kfac.errors import UsageError
 from elastic_kfac.observability.metric_names import METRICS, metric
 from elastic_kfac.reports.run_page import write_report
-from elastic_kfac.reports.run_rows import read_run
-from elastic_kfac.reports.summary import duration, headline, summary_text
+from elastic_kfac.runs.history import read_run
+from elastic_kfac.runs.summary import duration, headline, summary_text
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "link", "br"}

@@ -21,13 +21,13 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.reports.analysis import analysis_sections, course_figure, figures
-from elastic_kfac.reports.run_rows import read_run
 from elastic_kfac.runs.checkpoint_analysis import (
     analyse_run,
     bias_variance_of_run,
     choose_state,
     low_rank_of_run,
 )
+from elastic_kfac.runs.history import read_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.models import build_model

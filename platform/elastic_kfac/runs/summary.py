@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_kfac.reports.run_rows import Row, Run, number
+from elastic_kfac.runs.history import Row, Run, number
 
 
 def headline(run: Run) -> str:
