@@ -1,4 +1,4 @@
-"""Find ranks that do not agree before they meet in a collective that hangs or adds wrong things."""
+"""Detects ranks with different configurations before a collective hangs or sums mismatched tensors."""
 
 from __future__ import annotations
 
@@ -13,29 +13,26 @@ _SHOWN = 80
 def require_agreement(
     communicator: Communicator, facts: Mapping[str, object], *, what: str, tag: str = "agreement"
 ) -> None:
-    """Compare named facts (shapes, options, hashes) of all ranks; collective.
-
-    Facts are compared as text. The error is raised on every rank, with the first fact that differs
-    and who has which value.
+    """Compares named facts (shapes, options, hashes) of all ranks as text. Collective.
 
     Args:
-        communicator: whose ranks must agree.
-        facts: for example `{"kfac.damping": 0.001, "layer conv1": (64, 576)}`.
-        what: they describe, for the error: "the K-FAC configuration".
-        tag: under which the exchange is counted.
+        communicator: The ranks.
+        facts: For example `{"kfac.damping": 0.001, "layer conv1": (64, 576)}`.
+        what: What the facts describe, for the error: "the K-FAC configuration".
+        tag: Name of the counted traffic.
 
     Raises:
-        CommunicationError: at least one fact differs between ranks.
+        CommunicationError: On every rank, with the first fact that differs and its values by rank.
     """
     own = {name: str(value) for name, value in facts.items()}
-    everybody = communicator.all_gather_object(own, tag=tag)
-    names = dict.fromkeys(name for one in everybody for name in one)
-    differing = [name for name in names if len({one.get(name) for one in everybody}) > 1]
+    gathered = communicator.all_gather_object(own, tag=tag)
+    names = dict.fromkeys(name for one in gathered for name in one)
+    differing = [name for name in names if len({one.get(name) for one in gathered}) > 1]
     if not differing:
         return
     first = differing[0]
     ranks_by_value: dict[str, list[int]] = {}
-    for rank, one in enumerate(everybody):
+    for rank, one in enumerate(gathered):
         ranks_by_value.setdefault(one.get(first, "absent")[:_SHOWN], []).append(rank)
     values = ", ".join(
         f"{value} on rank{'s' * (len(ranks) > 1)} {_listed(ranks)}"

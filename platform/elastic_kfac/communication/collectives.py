@@ -1,19 +1,21 @@
-"""Collectives of torch.distributed as the other rooms see them.
+"""Collectives of torch.distributed with counted traffic and errors that name their collective.
 
-A `Communicator` is a process group in which ranks are numbered from 0, every collective carries a
-tag under which it is counted, and a peer that dies turns into one `CommunicationError` that names
-the collective, its tag and this rank. A world of one needs no torch.distributed at all.
+A `Communicator` is a process group with ranks numbered from 0. Every collective carries a tag under
+which its traffic is counted. A peer that dies raises one `CommunicationError` that names the collective,
+its tag and this rank. A world of one needs no torch.distributed.
 
-Every collective of a communicator is called by all of its members in the same order. Tensors of
-zero elements are not sent (all members know the size), and collectives of one rank return at once.
+All members of a communicator call its collectives in the same order. Tensors of zero elements are not
+sent (all members know the size), and collectives of one rank return at once.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -27,17 +29,42 @@ from elastic_kfac.communication.counters import (
     all_reduce_received,
     reduce_scatter_received,
 )
-from elastic_kfac.communication.work import Work, clear_errors
 from elastic_kfac.errors import CommunicationError, UsageError
 
-__all__ = ["Communicator", "Work"]
+
+class Work:
+    """A collective that was started; its tensors may be read after `wait()`."""
+
+    def __init__(
+        self,
+        handle: Any = None,
+        *,
+        finish: Callable[[], None] | None = None,
+        where: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._handle = handle
+        self._finish = finish
+        self._where = where
+
+    def wait(self) -> None:
+        """Returns when the collective is complete on this rank (on a GPU: in stream order).
+
+        Raises:
+            CommunicationError: If a peer left, or did not answer within the group's timeout.
+        """
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with self._where():
+                handle.wait()
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            finish()
 
 
 class Communicator:
-    """A process group as its users see it: ranks 0 … world_size-1, counted, with clear errors.
+    """A process group with ranks 0 … world_size-1; None is a world of one.
 
-    `Communicator(None)` is a world of one. `world()` is the default process group where one exists.
-    `members` are this communicator's ranks in the numbering of the one it was cut from.
+    `members` are this communicator's ranks in the numbering of the communicator that it is part of.
     """
 
     def __init__(
@@ -77,7 +104,7 @@ class Communicator:
     # -- reductions -------------------------------------------------------------------------------
 
     def all_reduce(self, tensor: Tensor, *, tag: str, async_op: bool = False) -> Work:
-        """Sum `tensor` over all ranks, in place."""
+        """Sums `tensor` over all ranks, in place."""
         if self._nothing_to_send(tensor):
             return Work()
         size = _bytes(tensor)
@@ -92,7 +119,7 @@ class Communicator:
         )
 
     def reduce(self, tensor: Tensor, dst: int, *, tag: str, async_op: bool = False) -> Work:
-        """Sum `tensor` at rank `dst`, in place; elsewhere its content is undefined afterwards."""
+        """Sums `tensor` at rank `dst`, in place; its content on other ranks is undefined afterwards."""
         self._check_rank(dst)
         if self._nothing_to_send(tensor):
             return Work()
@@ -111,7 +138,7 @@ class Communicator:
     def reduce_scatter(
         self, output: Tensor, tensor: Tensor, *, tag: str, async_op: bool = False
     ) -> Work:
-        """Sum the input [world_size * n] over all ranks; rank r keeps part r in `output` [n]."""
+        """Sums the input [world_size * n] over all ranks; rank r gets part r in `output` [n]."""
         if tensor.numel() != output.numel() * self.world_size:
             raise UsageError(
                 "reduce_scatter needs an input of world_size times the output",
@@ -136,7 +163,7 @@ class Communicator:
     # -- copies -----------------------------------------------------------------------------------
 
     def broadcast(self, tensor: Tensor, src: int, *, tag: str, async_op: bool = False) -> Work:
-        """Copy `tensor` of rank `src` (a rank of this communicator) into `tensor` everywhere."""
+        """Copies `tensor` of rank `src` (a rank of this communicator) into `tensor` on all ranks."""
         self._check_rank(src)
         if self._nothing_to_send(tensor):
             return Work()
@@ -162,7 +189,7 @@ class Communicator:
     def all_gather_into(
         self, output: Tensor, tensor: Tensor, *, tag: str, async_op: bool = False
     ) -> Work:
-        """Gather every rank's `tensor` [n] into the contiguous `output` [world_size * n]."""
+        """Gathers every rank's `tensor` [n] into the contiguous `output` [world_size * n]."""
         if output.numel() != tensor.numel() * self.world_size or not output.is_contiguous():
             raise UsageError(
                 "all_gather needs a contiguous output of world_size times the input",
@@ -192,9 +219,9 @@ class Communicator:
         send_counts: Sequence[int] | None = None,
         receive_counts: Sequence[int] | None = None,
     ) -> Tensor:
-        """Send row block j of `tensor` to rank j; returns the blocks received, in rank order.
+        """Sends row block j of `tensor` to rank j; returns the received blocks in rank order.
 
-        The counts are rows of dimension 0 per peer; None means equal blocks.
+        Counts are rows per peer; None means equal blocks.
         """
         if send_counts is None:
             if tensor.shape[0] % self.world_size:
@@ -208,9 +235,7 @@ class Communicator:
         if self.world_size == 1:
             return tensor.clone()
         output = tensor.new_empty((sum(received), *tensor.shape[1:]))
-        row_bytes = tensor.element_size() * (tensor[0].numel() if len(tensor) else 0)
-        if not row_bytes and len(output):
-            row_bytes = output.element_size() * output[0].numel()
+        row_bytes = output.element_size() * math.prod(output.shape[1:])
         self.counters.add(tag, _bytes(tensor), row_bytes * (sum(received) - received[self.rank]))
         with self._translated("all_to_all", tag):
             dist.all_to_all_single(
@@ -232,7 +257,7 @@ class Communicator:
         return objects
 
     def broadcast_object(self, obj: Any, src: int, *, tag: str) -> Any:
-        """Rank `src`'s (pickled) object on every rank; what the others pass in is ignored."""
+        """Rank `src`'s (pickled) object on every rank; objects of other ranks are ignored."""
         self._check_rank(src)
         if self.world_size == 1:
             return obj
@@ -245,14 +270,6 @@ class Communicator:
 
     # -- point to point ---------------------------------------------------------------------------
 
-    def send(self, tensor: Tensor, dst: int, *, tag: str) -> Work:
-        """Start to send `tensor` to rank `dst`, which calls `recv`; wait before overwriting it."""
-        return self._point_to_point("send", tensor, dst, tag)
-
-    def recv(self, tensor: Tensor, src: int, *, tag: str) -> Work:
-        """Start to receive from rank `src` into the contiguous `tensor`."""
-        return self._point_to_point("recv", tensor, src, tag)
-
     def exchange(
         self,
         outgoing: Tensor | None,
@@ -262,7 +279,7 @@ class Communicator:
         *,
         tag: str,
     ) -> None:
-        """Send to `dst` and receive from `src` at the same time; None or empty sends nothing."""
+        """Sends to `dst` and receives from `src` at once; None or an empty tensor is no message."""
         operations = []
         if outgoing is not None and outgoing.numel():
             self._check_rank(dst)
@@ -284,46 +301,19 @@ class Communicator:
         if finish is not None:
             finish()
 
-    def _point_to_point(self, kind: str, tensor: Tensor, peer: int, tag: str) -> Work:
-        self._check_rank(peer)
-        if peer == self.rank:
-            raise UsageError(f"{kind} needs another rank", given=f"its own rank {peer}")
-        if tensor.numel() == 0:
-            return Work()
-        size = _bytes(tensor)
-        self.counters.add(tag, size, size if kind == "recv" else 0)
-        if kind == "send":
-            buffer = tensor.contiguous()
-            return self._start(
-                kind,
-                tag,
-                lambda: dist.isend(buffer, group_dst=peer, group=self.group),
-                None,
-                True,
-            )
-        buffer, finish = _contiguous(tensor)
-        return self._start(
-            kind,
-            tag,
-            lambda: dist.irecv(buffer, group_src=peer, group=self.group),
-            finish,
-            True,
-        )
-
     # -- groups -----------------------------------------------------------------------------------
 
     def barrier(self, *, tag: str = "barrier") -> None:
-        """Return when every member has come here."""
+        """Returns when every member has called it."""
         if self.world_size > 1:
             with self._translated("barrier", tag):
                 dist.barrier(group=self.group)
 
     def subgroup(self, ranks: Sequence[int]) -> Communicator | None:
-        """The communicator of `ranks` (ranks of this one, taken in ascending order).
+        """The communicator of `ranks` (ranks of this one, in ascending order); None for other ranks.
 
-        Collective: ALL members of this communicator call it with the same ranks in the same order,
-        also those that are not in it, which get None. Kept by ranks, so asking again costs nothing.
-        It shares this communicator's counters and timeout.
+        Collective over all members of this communicator, including those outside `ranks`. Cached by
+        ranks. It shares this communicator's counters and timeout.
         """
         key = tuple(sorted({int(rank) for rank in ranks}))
         if not key or key[0] < 0 or key[-1] >= self.world_size:
@@ -337,40 +327,27 @@ class Communicator:
         return self._subgroups[key]
 
     def _make_subgroup(self, key: tuple[int, ...]) -> Communicator | None:
-        group: dist.ProcessGroup | None = None
-        if len(key) > 1:
-            if len(key) == self.world_size:
-                group = self.group
-            else:
-                group = self._new_group(key)
+        group = None
+        if len(key) == self.world_size:
+            group = self.group
+        elif len(key) > 1:
+            assert self.group is not None
+            with self._translated("new_group", "subgroup"):
+                made = dist.new_group(
+                    [dist.get_global_rank(self.group, rank) for rank in key],
+                    timeout=self._timeout(),
+                    # torch synchronises the whole default group; members of a part of it can only
+                    # synchronise among themselves.
+                    use_local_synchronization=self.group is not dist.group.WORLD,
+                )
+            group = made if isinstance(made, dist.ProcessGroup) else None
         if self.rank not in key:
             return None
         return Communicator(group, counters=self.counters, members=key)
 
-    def _new_group(self, key: tuple[int, ...]) -> dist.ProcessGroup | None:
-        assert self.group is not None
-        global_ranks = [dist.get_global_rank(self.group, rank) for rank in key]
-        with self._translated("new_group", "subgroup"):
-            made = dist.new_group(
-                global_ranks,
-                timeout=self._timeout(),
-                # torch makes a group by a call of the whole default group; members of a part can
-                # only synchronise among themselves.
-                use_local_synchronization=self.group is not dist.group.WORLD,
-            )
-        return made if isinstance(made, dist.ProcessGroup) else None
-
-    def release_subgroups(self) -> None:
-        """Destroy the groups made by `subgroup`. Collective, after the last use of any of them."""
-        for ranks, member in self._subgroups.items():
-            if member is not None and 1 < len(ranks) < self.world_size:
-                member.release_subgroups()
-                dist.destroy_process_group(member.group)
-        self._subgroups.clear()
-
     def _timeout(self) -> timedelta | None:
-        # torch gives a new group its own default (30 min) instead of the parent's, with which a
-        # dead peer would be noticed only after half an hour.
+        # torch gives a new group its default timeout (30 min) instead of the parent's: a dead peer
+        # would be noticed only after half an hour.
         assert self.group is not None
         for device in ("cuda", "cpu"):
             try:
@@ -415,11 +392,14 @@ class Communicator:
     def _translated(self, collective: str, tag: str) -> Iterator[None]:
         begin = time.perf_counter()
         try:
-            with clear_errors(collective, tag, self.rank, self.world_size):
-                yield
-        except CommunicationError:
+            yield
+        except RuntimeError as error:
             self.counters.errors += 1
-            raise
+            raise CommunicationError(
+                f"{collective} '{tag}' failed on rank {self.rank} of {self.world_size}: "
+                f"{_cause(str(error))}",
+                change="see the log of the rank that left; the group cannot be used any more",
+            ) from error
         finally:
             self.counters.waited_s += time.perf_counter() - begin
 
@@ -429,7 +409,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _contiguous(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
-    """A contiguous buffer with the tensor's content, and how its result gets back."""
+    """A contiguous buffer with the tensor's content, and a function that copies its result back."""
     if tensor.is_contiguous():
         return tensor, None
     buffer = tensor.contiguous()
@@ -438,3 +418,15 @@ def _contiguous(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
         tensor.copy_(buffer)
 
     return buffer, finish
+
+
+def _cause(message: str) -> str:
+    lowered = message.lower()
+    first_line = message.strip().splitlines()[0] if message.strip() else "no reason given"
+    # The backend prefixes its own source position.
+    first_line = re.sub(r"^\[[^\]]*:\d+\]\s*", "", first_line)[:200]
+    if "timed out" in lowered or "timeout" in lowered:
+        return f"a peer did not answer within the timeout ({first_line})"
+    if any(word in lowered for word in ("closed", "reset by peer", "broken pipe", "refused")):
+        return f"a peer left the group ({first_line})"
+    return first_line

@@ -1,14 +1,13 @@
-"""All-reduce in a compressed wire format, with error feedback.
+"""All-reduce in a compressed communication format, with error feedback.
 
-Dense formats are reduced in two phases of wire bytes: every rank sends part j of its vector, encoded,
-to rank j; rank j adds the decoded parts in rank order, in fp32 or better, encodes the sum and sends it
-to all. Sparse formats (top-k) are gathered whole and added by everybody. Either way all ranks decode
-the same bytes, so they end with the same bits.
+Dense formats are reduced in two phases: every rank sends part j of its vector, encoded, to rank j; rank
+j adds the decoded parts in rank order, in fp32 or better, encodes the sum and sends it to all ranks.
+Sparse formats (top-k) are gathered whole and added by every rank. Either way all ranks decode the same
+bytes and end with the same bits.
 
-With error feedback a rank keeps what its encodings lost and adds it to its next vector (Seide et al.
-2014; Karimireddy et al. 2019): the sums sent plus what is kept equal the sums of the gradients. What is
-kept is a sum over ranks too, which is its form in a checkpoint: after a resize the first rank takes the
-whole of it and nothing is lost.
+With error feedback a rank keeps the error of its encodings and adds it to its next vector (Seide et al.
+2014; Karimireddy et al. 2019): the sums sent plus the residuals equal the sums of the gradients. A
+checkpoint holds the residuals summed over ranks; after a resize rank 0 takes that sum.
 """
 
 from __future__ import annotations
@@ -18,31 +17,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from elastic_kfac.communication.collectives import Communicator, Work
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.v_collectives import all_gather_v
-from elastic_kfac.communication.wire_formats import (
-    WIRE_FORMATS,
-    Rounding,
-    WireFormat,
-    wire_format,
-)
+from elastic_kfac.communication.wire_formats import Rounding, WireFormat
 from elastic_kfac.errors import StateError
-
-__all__ = ["WIRE_FORMATS", "CompressedAllReduce", "Rounding", "WireFormat", "wire_format"]
 
 
 class CompressedAllReduce:
-    """Sums tensors over ranks through a wire format; keeps error-feedback residuals by name.
-
-    The caller sets `step` to the optimizer step before its calls: it is all that stochastic rounding
-    depends on besides the seed and the rank.
+    """Sums tensors over ranks in a communication format; keeps error-feedback residuals by tag.
 
     Args:
-        communicator: among whom.
-        wire: the format (`wire_format("int8")` …).
-        error_feedback: whether to carry encoding errors into the next call of the same name. None
-            means: for int8 and top-k. Costs one residual of the tensor's size per name.
-        seed: of the stochastic rounding.
+        communicator: The ranks.
+        wire: The format, for example `wire_format("int8")`.
+        error_feedback: Whether to carry encoding errors into the next call with the same tag. None
+            means for lossy formats only. Costs one residual of the tensor's size per tag.
+        seed: Seed of the stochastic rounding.
     """
 
     def __init__(
@@ -57,61 +46,56 @@ class CompressedAllReduce:
         self.wire = wire
         self.error_feedback = wire.lossy if error_feedback is None else error_feedback
         self.seed = seed
-        self.step = 0
         self.residuals: dict[str, Tensor] = {}
 
-    def all_reduce(self, tensor: Tensor, *, name: str, tag: str) -> Work:
-        """Sum `tensor` over the ranks, in place, up to the format's error.
+    def all_reduce(self, tensor: Tensor, *, step: int, tag: str) -> None:
+        """Sums a floating-point tensor over the ranks, in place, up to the format's error.
 
         Args:
-            tensor: floating point; the same shape on all ranks.
-            name: under which its residual is kept.
-            tag: under which the traffic is counted.
+            tensor: Has the same shape on all ranks.
+            step: Optimizer step; stochastic rounding depends on it, the seed and the rank only.
+            tag: Name of the residual and of the counted traffic.
         """
-        if self.communicator.world_size == 1 and name not in self.residuals:
-            return Work()
+        if self.communicator.world_size == 1 and tag not in self.residuals:
+            return
         if self.wire.name == "fp32" and tensor.dtype == torch.float32:
-            return self.communicator.all_reduce(tensor, tag=tag, async_op=True)
+            self.communicator.all_reduce(tensor, tag=tag)
+            return
         dtype = torch.promote_types(tensor.dtype, torch.float32)
         flat = tensor.reshape(-1).to(dtype)
-        residual = self.residuals.pop(name, None)
+        residual = self.residuals.pop(tag, None)
         if residual is not None:
             flat = flat + residual
         if self.communicator.world_size == 1:
             total, lost = flat, None
         elif self.wire.sparse:
-            total, lost = self._gather_all(flat, tag)
+            total, lost = self._gather_all(flat, step, tag)
         else:
-            total, lost = self._reduce_in_parts(flat, tag)
+            total, lost = self._reduce_in_parts(flat, step, tag)
         if self.error_feedback and lost is not None:
             # An overflowed gradient must not stay in the residual for ever.
             kept = torch.zeros_like(lost) if residual is None else residual
-            self.residuals[name] = torch.where(torch.isfinite(lost), lost, kept)
+            self.residuals[tag] = torch.where(torch.isfinite(lost), lost, kept)
         tensor.copy_(total.view(tensor.shape))
-        return Work()
 
-    def __call__(self, flat: Tensor, tag: str) -> Work:
-        """The `reduce` of a `Bucketer` whose tag names one buffer per step, or without feedback."""
-        return self.all_reduce(flat, name=tag, tag=tag)
+    def _rounding(self, step: int, phase: int) -> Rounding:
+        return Rounding(self.seed, step, 2 * self.communicator.rank + phase)
 
-    def _rounding(self, phase: int) -> Rounding:
-        return Rounding(self.seed, self.step, 2 * self.communicator.rank + phase)
-
-    def _gather_all(self, flat: Tensor, tag: str) -> tuple[Tensor, Tensor]:
-        encoded = self.wire.encode(flat, self._rounding(0))
+    def _gather_all(self, flat: Tensor, step: int, tag: str) -> tuple[Tensor, Tensor]:
+        encoded = self.wire.encode(flat, self._rounding(step, 0))
         lost = flat - self.wire.decode(encoded, flat.numel(), flat.dtype)
         total = torch.zeros_like(flat)
         for part in self.communicator.all_gather(encoded, tag=tag):
             total += self.wire.decode(part, flat.numel(), flat.dtype)
         return total, lost
 
-    def _reduce_in_parts(self, flat: Tensor, tag: str) -> tuple[Tensor, Tensor]:
+    def _reduce_in_parts(self, flat: Tensor, step: int, tag: str) -> tuple[Tensor, Tensor]:
         p, rank, n = self.communicator.world_size, self.communicator.rank, flat.numel()
         bounds = [n * part // p for part in range(p + 1)]
         counts = [bounds[part + 1] - bounds[part] for part in range(p)]
         sizes = [self.wire.encoded_bytes(count) for count in counts]
         # One stream of random numbers per part, or parts would share their rounding.
-        rounding = self._rounding(0)
+        rounding = self._rounding(step, 0)
         encoded = [
             self.wire.encode(
                 flat[bounds[part] : bounds[part + 1]],
@@ -132,10 +116,10 @@ class CompressedAllReduce:
         own = torch.zeros(counts[rank], dtype=flat.dtype, device=flat.device)
         for piece in received.split(sizes[rank]) if sizes[rank] else ():
             own += self.wire.decode(piece, counts[rank], flat.dtype)
-        result = self.wire.encode(own, self._rounding(1))
+        result = self.wire.encode(own, self._rounding(step, 1))
         own -= self.wire.decode(result, counts[rank], flat.dtype)
         lost[bounds[rank] : bounds[rank + 1]] += own
-        gathered = all_gather_v(self.communicator, result, sizes, method="padded", tag=tag).wait()
+        gathered = all_gather_v(self.communicator, result, sizes, method="padded", tag=tag)
         total = torch.cat(
             [
                 self.wire.decode(piece, count, flat.dtype)
@@ -147,10 +131,9 @@ class CompressedAllReduce:
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Residuals summed over the ranks, by name: independent of the world size. Collective.
+        """Residuals summed over the ranks, by tag: independent of the world size. Collective.
 
-        Gather it before ranks leave; what a killed rank had not handed over is lost (an error of one
-        step's encoding, no sample).
+        The residual of a killed rank is lost: the error of one step's encoding, no sample.
         """
         everywhere = self.communicator.all_gather_object(
             {name: (residual.numel(), residual.dtype) for name, residual in self.residuals.items()},
@@ -167,10 +150,10 @@ class CompressedAllReduce:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take residuals over: all of them to rank 0, so that their sum stays what it was.
+        """Loads residuals into rank 0, so that their sum over ranks is the saved one.
 
         Raises:
-            StateError: an entry that is not a flat floating-point residual.
+            StateError: If an entry is not a flat floating-point residual.
         """
         for name, residual in state.items():
             if residual.dim() != 1 or not residual.is_floating_point():
@@ -179,8 +162,3 @@ class CompressedAllReduce:
             self.residuals = {name: residual.clone() for name, residual in state.items()}
         else:
             self.residuals = {}
-
-    def resize(self, communicator: Communicator, state: Mapping[str, Tensor]) -> None:
-        """Go on among other ranks with what `state_dict()` gathered before."""
-        self.communicator = communicator
-        self.load_state_dict(state)

@@ -1,19 +1,17 @@
 """Counted communication: calls and bytes per tag.
 
-Two numbers are kept for every call. `payload_bytes` is the size of the tensor that the caller
-handed over. `received_bytes` is what has to arrive at *this* rank over the wire when the collective
-is run with the fewest bytes (n payload bytes, p ranks):
+`payload_bytes` is the size of the caller's tensor. `received_bytes` is the least number of bytes that
+must arrive at *this* rank (n payload bytes, p ranks):
 
     all-reduce       2 (p-1)/p n       reduce-scatter half plus all-gather half
     reduce-scatter     (p-1)/p n       n is the whole input of one rank
     all-gather         (p-1)   n       n is the part of one rank
-    all-to-all       what the others send to this rank
-    broadcast, send    n at a receiver, 0 at the source
+    all-to-all       the bytes that other ranks send to this rank
+    broadcast, exchange  n at a receiver, 0 at the source
     reduce             n, 0 at rank dst + 1 where the chain of partial sums starts
 
-They are the terms of the KAISA traffic model (Pauloski et al., SC'21), so a measured run can be
-compared with the model exactly; hence fractions instead of rounded floats. A world of one rank
-communicates nothing and counts nothing.
+These are the terms of the KAISA traffic model (Pauloski et al., SC'21). They are fractions, so that a
+run can be compared with the model exactly. A world of one rank counts nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from fractions import Fraction
 
 
 def all_reduce_received(payload_bytes: int, world_size: int) -> Fraction:
-    """2 (p-1)/p n: the least that an all-reduce brings to every rank."""
+    """2 (p-1)/p n for n bytes per rank."""
     return Fraction(2 * (world_size - 1) * payload_bytes, world_size)
 
 
@@ -40,7 +38,7 @@ def all_gather_received(payload_bytes: int, world_size: int) -> Fraction:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What was sent under one tag since the last reset."""
+    """Traffic of one tag since the last reset."""
 
     calls: int = 0
     payload_bytes: int = 0
@@ -61,7 +59,7 @@ class Traffic:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """For a log line: plain numbers."""
+        """Plain numbers, for a log line."""
         return {
             "calls": self.calls,
             "payload_bytes": self.payload_bytes,
@@ -75,12 +73,12 @@ class CommunicationCounters:
     def __init__(self) -> None:
         self._traffic: dict[str, Traffic] = {}
         self.waited_s = 0.0
-        """Time that callers were held up in collectives."""
+        """Time that callers spent blocked in collectives."""
         self.errors = 0
         """Collectives that failed."""
 
     def add(self, tag: str, payload_bytes: int, received_bytes: Fraction | int) -> None:
-        """Count one call."""
+        """Counts one call."""
         self._traffic[tag] = self[tag] + Traffic(1, payload_bytes, Fraction(received_bytes))
 
     def __getitem__(self, tag: str) -> Traffic:
@@ -98,6 +96,6 @@ class CommunicationCounters:
         return dict(self._traffic)
 
     def reset(self) -> None:
-        """Forget everything counted so far."""
+        """Drops everything counted so far."""
         self._traffic.clear()
         self.waited_s = 0.0

@@ -1,14 +1,15 @@
-"""Symmetric tensors as triangles, and many tensors in few flat buffers.
+"""Symmetric tensors as packed triangles, and many tensors in few flat buffers.
 
-The packed layout is the one of Osawa et al. (CVPR 2019): element (r, c) of the lower triangle, c <= r,
-lies at r (r + 1) / 2 + c, so an n x n matrix takes n (n + 1) / 2 elements. Leading dimensions are
-batches.
+The packed layout follows Osawa et al. (CVPR 2019): element (r, c) of the lower triangle, c <= r, lies at
+r (r + 1) / 2 + c, so an n x n matrix takes n (n + 1) / 2 elements. Leading dimensions are batches.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -62,14 +63,14 @@ def unpack_triangle(packed: Tensor, n: int, out: Tensor | None = None) -> Tensor
 def _width(matrix: Tensor) -> int:
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise UsageError(
-            "only square matrices have triangles", given=f"shape {tuple(matrix.shape)}"
+            "only a square matrix can be packed as a triangle", given=f"shape {tuple(matrix.shape)}"
         )
     return int(matrix.shape[-1])
 
 
 def _index(n: int, device: torch.device, *, unpack: bool) -> Tensor:
-    # 32-bit: half the memory of the default, and faster. Wide ones are not kept (the two indices of a
-    # 4608 wide factor are 127 MB) and cost little beside the decomposition of such a factor.
+    # int32 takes half the memory of the default and is faster. Wide indices are not cached (two of them
+    # for a 4608-wide factor are 127 MB); building one costs little compared with the decomposition.
     build = _cached_index if n <= _CACHED_WIDTH else _build_index
     return build(n, device, unpack)
 
@@ -87,31 +88,49 @@ def _build_index(n: int, device: torch.device, unpack: bool) -> Tensor:
 _cached_index = lru_cache(maxsize=128)(_build_index)
 
 
-@dataclass
-class _Bucket:
-    """Tensors that will travel together: one operation, source, dtype and device."""
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor that travels in a bucket, as triangles or as it is."""
 
-    src: int | None
-    tensors: list[Tensor] = field(default_factory=list)
-    symmetric: list[bool] = field(default_factory=list)
-    num_elements: int = 0
+    tensor: Tensor
+    symmetric: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the bucket: [..., triangle] or [elements]."""
+        if self.symmetric:
+            return (*self.tensor.shape[:-2], triangle_size(_width(self.tensor)))
+        return (self.tensor.numel(),)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def pack(self, part: Tensor) -> None:
+        if self.symmetric:
+            pack_triangle(self.tensor, out=part)
+        else:
+            part.view(self.tensor.shape).copy_(self.tensor)
+
+    def unpack(self, part: Tensor) -> None:
+        if self.symmetric:
+            unpack_triangle(part, self.tensor.shape[-1], out=self.tensor)
+        else:
+            self.tensor.copy_(part.view(self.tensor.shape))
 
 
 class Bucketer:
     """Sends many tensors of one communicator in few flat buffers, asynchronously.
 
-    A bucketer belongs to one communicator, so groups of equal size never share a bucket. All members
-    add tensors of the same shapes in the same order. A bucket is sent as soon as the next tensor would
-    take it beyond `cap_bytes`; `flush()` sends the rest. Tensors are read when their bucket is sent and
-    written when the flushed work is waited for: in between the caller leaves them alone. A dense tensor
-    that is alone in its bucket is sent where it lies.
+    All members add tensors of the same shapes in the same order. A bucket is sent as soon as the next
+    tensor would take it beyond `cap_bytes`; `flush()` sends the rest. Tensors are read when their bucket
+    is sent and written when the flushed work is waited for; do not touch them in between. A dense
+    contiguous tensor that is alone in its bucket is sent without a copy.
 
     Args:
-        communicator: among whom.
-        tag: under which the traffic is counted.
-        cap_bytes: largest bucket; a larger tensor has a bucket of its own. 0 gives every tensor one.
-        reduce: replaces the communicator's all-reduce of a flat buffer (another algorithm, a
-            compressed wire format).
+        communicator: The ranks. Groups of equal size never share a bucket.
+        tag: Name of the counted traffic.
+        cap_bytes: Largest bucket; a larger tensor has a bucket of its own. 0 gives every tensor one.
     """
 
     def __init__(
@@ -120,28 +139,28 @@ class Bucketer:
         *,
         tag: str,
         cap_bytes: int = DEFAULT_BUCKET_BYTES,
-        reduce: Callable[[Tensor, str], Work] | None = None,
     ) -> None:
         self._communicator = communicator
         self._tag = tag
         self._cap_bytes = cap_bytes
-        self._reduce = reduce
-        self._open: dict[tuple[int | None, torch.dtype, torch.device], _Bucket] = {}
+        self._open: dict[tuple[int | None, torch.dtype, torch.device], list[_Piece]] = {}
+        self._open_elements: Counter[tuple[int | None, torch.dtype, torch.device]] = Counter()
         self._sent: list[Callable[[], None]] = []
 
     def all_reduce(self, tensor: Tensor, *, symmetric: bool = False) -> None:
-        """Sum `tensor` over the ranks, in place; only its lower triangles travel if symmetric."""
-        self._add(None, tensor, symmetric)
+        """Sums `tensor` over the ranks, in place; only its lower triangles travel if symmetric."""
+        self._add(None, _Piece(tensor, symmetric))
 
     def broadcast(self, tensor: Tensor, src: int, *, symmetric: bool = False) -> None:
-        """Copy rank `src`'s `tensor` into `tensor` everywhere."""
-        self._add(src, tensor, symmetric)
+        """Copies rank `src`'s `tensor` into `tensor` on all ranks."""
+        self._add(src, _Piece(tensor, symmetric))
 
     def flush(self) -> Work:
-        """Send what is left; the work completes, and writes, everything added since the last flush."""
-        for bucket in self._open.values():
-            self._send(bucket)
+        """Sends the open buckets; the work completes everything added since the last flush."""
+        for (src, _, _), bucket in self._open.items():
+            self._send(src, bucket)
         self._open = {}
+        self._open_elements.clear()
         sent, self._sent = self._sent, []
 
         def finish() -> None:
@@ -150,77 +169,43 @@ class Bucketer:
 
         return Work(finish=finish)
 
-    def _add(self, src: int | None, tensor: Tensor, symmetric: bool) -> None:
-        elements = tensor.numel()
-        if symmetric:
-            n = _width(tensor)
-            elements = elements // (n * n) * triangle_size(n) if n else 0
+    def _add(self, src: int | None, piece: _Piece) -> None:
+        elements = piece.elements
         if elements == 0 or self._communicator.world_size == 1:
             return
+        tensor = piece.tensor
         key = (src, tensor.dtype, tensor.device)
-        bucket = self._open.get(key)
-        if bucket is not None and (
-            (bucket.num_elements + elements) * tensor.element_size() > self._cap_bytes
-        ):
-            self._send(self._open.pop(key))
-            bucket = None
-        if bucket is None:
-            bucket = self._open[key] = _Bucket(src)
-        bucket.tensors.append(tensor)
-        bucket.symmetric.append(symmetric)
-        bucket.num_elements += elements
+        together = self._open_elements[key] + elements
+        if key in self._open and together * tensor.element_size() > self._cap_bytes:
+            self._send(src, self._open.pop(key))
+            together = elements
+        self._open.setdefault(key, []).append(piece)
+        self._open_elements[key] = together
 
-    def _send(self, bucket: _Bucket) -> None:
-        first = bucket.tensors[0]
-        if len(bucket.tensors) == 1 and not bucket.symmetric[0] and first.is_contiguous():
-            self._sent.append(self._start(first.view(-1), bucket.src).wait)
+    def _send(self, src: int | None, bucket: list[_Piece]) -> None:
+        first = bucket[0]
+        if len(bucket) == 1 and not first.symmetric and first.tensor.is_contiguous():
+            self._sent.append(self._start(first.tensor.view(-1), src).wait)
             return
-        flat = first.new_empty(bucket.num_elements)
-        parts = _parts(flat, bucket)
-        if bucket.src in (None, self._communicator.rank):
-            for tensor, symmetric, part in zip(
-                bucket.tensors, bucket.symmetric, parts, strict=True
-            ):
-                if symmetric:
-                    pack_triangle(tensor, out=part)
-                else:
-                    part.view(tensor.shape).copy_(tensor)
-        work = self._start(flat, bucket.src)
+        sizes = [piece.elements for piece in bucket]
+        flat = first.tensor.new_empty(sum(sizes))
+        parts = [
+            part.view(piece.shape) for piece, part in zip(bucket, flat.split(sizes), strict=True)
+        ]
+        if src in (None, self._communicator.rank):
+            for piece, part in zip(bucket, parts, strict=True):
+                piece.pack(part)
+        work = self._start(flat, src)
 
         def finish() -> None:
             work.wait()
-            if bucket.src == self._communicator.rank:
-                return
-            for tensor, symmetric, part in zip(
-                bucket.tensors, bucket.symmetric, parts, strict=True
-            ):
-                if symmetric:
-                    unpack_triangle(part, tensor.shape[-1], out=tensor)
-                else:
-                    tensor.copy_(part.view(tensor.shape))
+            if src != self._communicator.rank:
+                for piece, part in zip(bucket, parts, strict=True):
+                    piece.unpack(part)
 
         self._sent.append(finish)
 
     def _start(self, flat: Tensor, src: int | None) -> Work:
-        if src is not None:
-            return self._communicator.broadcast(flat, src, tag=self._tag, async_op=True)
-        if self._reduce is not None:
-            return self._reduce(flat, self._tag)
-        return self._communicator.all_reduce(flat, tag=self._tag, async_op=True)
-
-
-def _parts(flat: Tensor, bucket: _Bucket) -> list[Tensor]:
-    """Views of the flat buffer, one per tensor: [matrices, triangle] or [elements]."""
-    parts, start = [], 0
-    for tensor, symmetric in zip(bucket.tensors, bucket.symmetric, strict=True):
-        if symmetric:
-            n = tensor.shape[-1]
-            shape = (*tensor.shape[:-2], triangle_size(n))
-        else:
-            shape = (tensor.numel(),)
-        size = 1
-        for extent in shape:
-            size *= extent
-        parts.append(flat[start : start + size].view(shape))
-        start += size
-    return parts
+        if src is None:
+            return self._communicator.all_reduce(flat, tag=self._tag, async_op=True)
+        return self._communicator.broadcast(flat, src, tag=self._tag, async_op=True)

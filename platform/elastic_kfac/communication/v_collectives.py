@@ -1,13 +1,14 @@
 """Reduce-scatter and all-gather with parts of different sizes, one part per rank.
 
-The flat buffer holds, for each owner in rank order, that owner's part. `reduce_scatter_v` leaves the
-sum of part r at rank r; `all_gather_v` brings every rank's part to all. Together they are one
-all-reduce in bytes, which is why an owner can precondition in between at no extra gradient traffic
-(Osawa et al., CVPR 2019). No backend has them, so there are three ways, which agree:
+The flat buffer holds the parts in the order of their owners' ranks. `reduce_scatter_v` leaves the sum
+of part r at rank r; `all_gather_v` copies every rank's part to all ranks. Together they move the bytes
+of one all-reduce, so an owner can precondition in between at no extra gradient traffic (Osawa et al.,
+CVPR 2019). No backend implements them; there are three equivalent methods:
 
-    per_owner   one reduce (broadcast) per owner: fewest bytes, as many latencies as owners
-    padded      one reduce_scatter (all_gather) of equal chunks as large as the largest part
-    fused       one all-reduce of the whole buffer, the rest discarded (zero-filled before)
+    per_owner   one reduce (broadcast) per owner: fewest bytes, one latency per owner
+    padded      one reduce_scatter (all_gather) of equal chunks, each as large as the largest part
+    fused       one all-reduce of the whole buffer; reduce_scatter_v discards the other parts,
+                all_gather_v fills them with zeros first
 
 A rank that owns nothing has a part of size 0.
 """
@@ -21,29 +22,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from elastic_kfac.communication.collectives import Communicator, Work
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import ConfigError, UsageError
 
 VMethod = Literal["per_owner", "padded", "fused"]
-
-
-class PendingTensor:
-    """A tensor that is complete once `wait()` has returned it."""
-
-    def __init__(self, works: Sequence[Work], tensor: Tensor) -> None:
-        self._works = works
-        self._tensor = tensor
-
-    def wait(self) -> Tensor:
-        """The result.
-
-        Raises:
-            CommunicationError: a peer left during the collective.
-        """
-        works, self._works = self._works, ()
-        for work in works:
-            work.wait()
-        return self._tensor
 
 
 def reduce_scatter_v(
@@ -53,14 +35,15 @@ def reduce_scatter_v(
     *,
     method: VMethod = "per_owner",
     tag: str,
-) -> PendingTensor:
-    """Start to sum `flat` [sum(sizes)] over all ranks; rank r gets its part [sizes[r]].
+) -> Tensor:
+    """Sums `flat` [sum(sizes)] over all ranks; rank r gets its part [sizes[r]].
 
-    `flat` is used up: its content is undefined afterwards, and the result may be a view of it.
+    `flat` is consumed: its content is undefined afterwards, and the result may be a view of it.
 
     Raises:
-        UsageError: sizes that do not fit the buffer or the ranks.
-        ConfigError: an unknown method.
+        UsageError: If the sizes do not fit the buffer or the ranks.
+        ConfigError: If the method is unknown.
+        CommunicationError: If a peer left.
     """
     starts = _starts(communicator, sizes, method)
     rank, world_size = communicator.rank, communicator.world_size
@@ -70,24 +53,61 @@ def reduce_scatter_v(
             given=f"shape {tuple(flat.shape)}",
             allowed=f"[{starts[-1]}]",
         )
-    own = flat[starts[rank] : starts[rank + 1]]
+    parts = [flat[starts[owner] : starts[owner + 1]] for owner in range(world_size)]
     if method == "fused":
-        return PendingTensor([communicator.all_reduce(flat, tag=tag, async_op=True)], own)
+        communicator.all_reduce(flat, tag=tag)
+        return parts[rank]
     if method == "per_owner":
         works = [
-            communicator.reduce(
-                flat[starts[owner] : starts[owner + 1]], owner, tag=tag, async_op=True
-            )
-            for owner in range(world_size)
+            communicator.reduce(part, owner, tag=tag, async_op=True)
+            for owner, part in enumerate(parts)
         ]
-        return PendingTensor(works, own)
-    chunk = max(sizes)
-    padded = flat.new_zeros((world_size, chunk))
-    for owner, size in enumerate(sizes):
-        padded[owner, :size] = flat[starts[owner] : starts[owner + 1]]
-    result = flat.new_empty(chunk)
-    work = communicator.reduce_scatter(result, padded.view(-1), tag=tag, async_op=True)
-    return PendingTensor([work], result[: sizes[rank]])
+        for work in works:
+            work.wait()
+        return parts[rank]
+    padded = flat.new_zeros((world_size, max(sizes)))
+    for owner, part in enumerate(parts):
+        padded[owner, : len(part)] = part
+    result = flat.new_empty(max(sizes))
+    communicator.reduce_scatter(result, padded.view(-1), tag=tag)
+    return result[: sizes[rank]]
+
+
+def reduce_scatter_half(
+    communicator: Communicator,
+    parts: Sequence[Tensor],
+    sizes: Sequence[int],
+    half: torch.dtype,
+    *,
+    method: VMethod,
+    tag: str,
+) -> Tensor:
+    """`reduce_scatter_v` in half precision, with one scale per part so that no sum overflows.
+
+    Args:
+        communicator: The ranks.
+        parts: Flat tensors in owner order, with the same lengths on all ranks.
+        sizes: Elements per owner; each is a sum of lengths of whole parts.
+        half: `torch.float16` or `torch.bfloat16`.
+        method: Method of the V-collective.
+        tag: Name of the counted traffic.
+
+    Returns:
+        The summed parts of this rank, concatenated, in their own precision.
+    """
+    flat = torch.cat(list(parts)) if parts else torch.zeros(0)
+    # The sum of the ranks' largest magnitudes bounds the magnitude of any sum.
+    peaks = torch.stack([p.abs().max() if p.numel() else p.new_zeros(()) for p in parts])
+    communicator.all_reduce(peaks, tag=f"{tag}/scales")
+    room = torch.finfo(half).max / 4
+    scales = torch.exp2(torch.floor(torch.log2(room / peaks.clamp(min=1e-30))).clamp(max=126))
+    lengths = torch.tensor([p.numel() for p in parts], device=flat.device)
+    scaled = (flat * torch.repeat_interleave(scales, lengths)).to(half)
+    result = reduce_scatter_v(communicator, scaled, sizes, method=method, tag=tag)
+    first = sum(sizes[: communicator.rank])
+    ends = torch.cumsum(lengths, 0)
+    mine = (ends > first) & (ends <= first + sizes[communicator.rank])
+    return result.to(flat.dtype) / torch.repeat_interleave(scales[mine], lengths[mine])
 
 
 def all_gather_v(
@@ -97,14 +117,15 @@ def all_gather_v(
     *,
     method: VMethod = "per_owner",
     tag: str,
-) -> PendingTensor:
-    """Start to collect every rank's part [sizes[r]] into one buffer [sum(sizes)] on all ranks.
+) -> Tensor:
+    """Collects every rank's part [sizes[r]] into one buffer [sum(sizes)] on all ranks.
 
-    The fused way adds zeros, so it alone turns -0.0 into 0.0.
+    The fused method adds zeros, so it alone turns -0.0 into 0.0.
 
     Raises:
-        UsageError: a part that is not of this rank's size.
-        ConfigError: an unknown method.
+        UsageError: If the part is not of this rank's size.
+        ConfigError: If the method is unknown.
+        CommunicationError: If a peer left.
     """
     starts = _starts(communicator, sizes, method)
     rank, world_size = communicator.rank, communicator.world_size
@@ -115,47 +136,31 @@ def all_gather_v(
             allowed=f"[{sizes[rank]}]",
         )
     if method == "padded":
-        return _gather_padded(communicator, part, sizes, starts, tag)
-    make = torch.zeros if method == "fused" else torch.empty
-    flat = make(starts[-1], dtype=part.dtype, device=part.device)
+        mine = part.new_zeros(max(sizes))
+        mine[: part.numel()] = part
+        gathered = part.new_empty((world_size, max(sizes)))
+        communicator.all_gather_into(gathered, mine, tag=tag)
+        return torch.cat([gathered[owner, :size] for owner, size in enumerate(sizes)])
+    flat = part.new_zeros(starts[-1])
     flat[starts[rank] : starts[rank + 1]] = part
     if method == "fused":
-        return PendingTensor([communicator.all_reduce(flat, tag=tag, async_op=True)], flat)
+        communicator.all_reduce(flat, tag=tag)
+        return flat
     works = [
         communicator.broadcast(
             flat[starts[owner] : starts[owner + 1]], owner, tag=tag, async_op=True
         )
         for owner in range(world_size)
     ]
-    return PendingTensor(works, flat)
-
-
-def _gather_padded(
-    communicator: Communicator,
-    part: Tensor,
-    sizes: Sequence[int],
-    starts: Sequence[int],
-    tag: str,
-) -> PendingTensor:
-    chunk = max(sizes)
-    mine = part.new_zeros(chunk)
-    mine[: part.numel()] = part
-    gathered = part.new_empty((communicator.world_size, chunk))
-    flat = part.new_empty(starts[-1])
-    work = communicator.all_gather_into(gathered, mine, tag=tag, async_op=True)
-
-    def finish() -> None:
+    for work in works:
         work.wait()
-        for owner, size in enumerate(sizes):
-            flat[starts[owner] : starts[owner + 1]] = gathered[owner, :size]
-
-    return PendingTensor([Work(finish=finish)], flat)
+    return flat
 
 
 def _starts(communicator: Communicator, sizes: Sequence[int], method: str) -> list[int]:
     if method not in get_args(VMethod):
         raise ConfigError(
-            "unknown way to run a V-collective", given=method, allowed=", ".join(get_args(VMethod))
+            "unknown V-collective method", given=method, allowed=", ".join(get_args(VMethod))
         )
     if len(sizes) != communicator.world_size or any(size < 0 for size in sizes):
         raise UsageError(

@@ -1,18 +1,18 @@
-"""How numbers look on the wire: fp32, bf16, fp16 with scales, int8 per block, the largest k.
+"""Communication formats of numbers: fp32, bf16, scaled fp16, int8 per block, top-k.
 
-A format turns a flat vector into bytes and back. The number of bytes depends on the number of elements
-only, so that every rank knows how much to expect. Values are decoded to fp32 or, for fp64 vectors, to
-fp64: sums are never formed in the wire format.
+A format encodes a flat vector as bytes. The number of bytes depends only on the number of elements, so
+every rank can size its buffers. Sums are formed on decoded values (fp32, or fp64 for fp64 vectors),
+never in the communication format.
 
-Rounding randomness is a function of (seed, step, stream, position): no generator has state, so a
-resumed or resized run rounds as an uninterrupted one.
+Stochastic rounding is a function of (seed, step, stream, position) without generator state, so a resumed
+or resized run rounds like an uninterrupted one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ _EXPONENT_BIAS = 8
 
 @dataclass(frozen=True)
 class Rounding:
-    """Which random numbers a stochastic rounding takes; `stream` separates ranks and phases."""
+    """Position of a stochastic rounding in its random sequence; `stream` separates ranks and phases."""
 
     seed: int = 0
     step: int = 0
@@ -44,92 +44,71 @@ class Rounding:
         return _shift(state, 40).to(torch.float32) * 2.0**-24
 
 
-class WireFormat(Protocol):
+class WireFormat(ABC):
     """Encodes flat vectors as bytes."""
 
-    @property
-    def name(self) -> str:
-        """As in a configuration."""
+    name: ClassVar[str]
+    lossy: ClassVar[bool] = False
+    """Whether error feedback is worth its memory."""
+    sparse: ClassVar[bool] = False
+    """Whether sums of encoded vectors are denser than one vector: those are gathered, not reduced."""
 
-    @property
-    def lossy(self) -> bool:
-        """Whether error feedback is worth its memory."""
-
-    @property
-    def sparse(self) -> bool:
-        """Whether sums of encoded vectors are denser than one (gathered then, not reduced)."""
-
+    @abstractmethod
     def encoded_bytes(self, count: int) -> int:
         """Bytes for `count` elements."""
 
+    @abstractmethod
     def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
         """`values` [n] (fp32 or fp64) as uint8 [encoded_bytes(n)]."""
 
+    @abstractmethod
     def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """The values [count] that the bytes stand for."""
+        """The encoded values [count]."""
 
 
-@dataclass(frozen=True)
-class FullPrecision:
+class _Cast(WireFormat):
+    """A plain cast to a floating-point type."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def encoded_bytes(self, count: int) -> int:
+        return self.dtype.itemsize * count
+
+    def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
+        return _to_bytes(values.to(self.dtype))
+
+    def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+        return _from_bytes(encoded, self.dtype).to(dtype)
+
+
+class FullPrecision(_Cast):
     """fp32: 4 bytes per element."""
 
-    name: str = "fp32"
-    lossy: bool = False
-    sparse: bool = False
-
-    def encoded_bytes(self, count: int) -> int:
-        """See `WireFormat`."""
-        return 4 * count
-
-    def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
-        """See `WireFormat`."""
-        return _to_bytes(values.to(torch.float32))
-
-    def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """See `WireFormat`."""
-        return _from_bytes(encoded, torch.float32).to(dtype)
+    name = "fp32"
+    dtype = torch.float32
 
 
-@dataclass(frozen=True)
-class BrainFloat:
+class BrainFloat(_Cast):
     """bf16: 2 bytes per element, 8 bits of precision, the range of fp32."""
 
-    name: str = "bf16"
-    lossy: bool = False
-    sparse: bool = False
-
-    def encoded_bytes(self, count: int) -> int:
-        """See `WireFormat`."""
-        return 2 * count
-
-    def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
-        """See `WireFormat`."""
-        return _to_bytes(values.to(torch.bfloat16))
-
-    def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """See `WireFormat`."""
-        return _from_bytes(encoded, torch.bfloat16).to(dtype)
+    name = "bf16"
+    dtype = torch.bfloat16
 
 
-@dataclass(frozen=True)
-class ScaledHalf:
+class ScaledHalf(WireFormat):
     """fp16 with a power of two per block of 256: 2 bytes per element and 1 per block.
 
     Every block is scaled so that its largest magnitude lies in [2^14, 2^15): nothing overflows, and
-    small gradients or factors do not vanish beside large ones in another block. Exponents beyond
-    what one byte holds are clamped. Infinite and not-a-number elements pass through.
+    small gradients or factors do not underflow next to large ones in another block. Exponents are
+    clamped to the range of one byte. Infinities and NaNs pass through.
     """
 
-    name: str = "fp16"
-    lossy: bool = False
-    sparse: bool = False
+    name = "fp16"
 
     def encoded_bytes(self, count: int) -> int:
-        """See `WireFormat`."""
         return 2 * count + _num_blocks(count)
 
     def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
-        """See `WireFormat`."""
         blocks = _in_blocks(values)
         finite = torch.where(torch.isfinite(blocks), blocks.abs(), 0)
         # frexp: magnitude = m 2^e with m in [1/2, 1)
@@ -139,41 +118,35 @@ class ScaledHalf:
         return torch.cat([_to_bytes((exponent - _EXPONENT_BIAS).to(torch.int8)), _to_bytes(halves)])
 
     def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """See `WireFormat`."""
         blocks = _num_blocks(count)
         exponent = _from_bytes(encoded[:blocks], torch.int8).to(torch.int32) + _EXPONENT_BIAS
         halves = _in_blocks(_from_bytes(encoded[blocks:], torch.float16).to(dtype))
         return torch.ldexp(halves, (exponent - 15)[:, None]).view(-1)[:count].to(dtype)
 
 
-@dataclass(frozen=True)
-class StochasticInt8:
+class StochasticInt8(WireFormat):
     """int8 with stochastic rounding, fp32 scale per block of 256: 1 byte each and 4 per block.
 
     q = floor(x / s + u) with s = max |x| / 127 and u uniform in [0, 1), so E[s q] = x.
     """
 
-    name: str = "int8"
-    lossy: bool = True
-    sparse: bool = False
+    name = "int8"
+    lossy = True
 
     def encoded_bytes(self, count: int) -> int:
-        """See `WireFormat`."""
         return count + 4 * _num_blocks(count)
 
     def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
-        """See `WireFormat`."""
         blocks = _in_blocks(values)
         scale = (blocks.abs().amax(dim=1) / 127.0).to(torch.float32)
         divisor = torch.where(scale > 0, scale, 1.0).to(values.dtype)
         uniform = rounding.uniform(blocks.numel(), values.device).view(blocks.shape)
         level = torch.floor(blocks / divisor[:, None] + uniform).clamp(-127, 127)
-        # A block with a number that is not finite has such a scale and decodes to nan everywhere.
+        # A non-finite element makes the scale non-finite: the whole block decodes to NaN.
         level = torch.nan_to_num(level, nan=1.0).to(torch.int8).view(-1)[: values.numel()]
         return torch.cat([_to_bytes(scale), _to_bytes(level)])
 
     def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """See `WireFormat`."""
         split = 4 * _num_blocks(count)
         scale = _from_bytes(encoded[:split], torch.float32).to(dtype)
         level = _in_blocks(_from_bytes(encoded[split:], torch.int8).to(dtype))
@@ -182,18 +155,18 @@ class StochasticInt8:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(WireFormat):
     """The largest `ratio` of the elements by magnitude: 8 bytes (position, fp32) for each of them."""
 
+    name = "topk"
+    lossy = True
+    sparse = True
     ratio: float = 0.01
-    name: str = "topk"
-    lossy: bool = True
-    sparse: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0:
             raise ConfigError(
-                "top-k keeps a share of the elements", given=self.ratio, allowed="0 < ratio <= 1"
+                "the top-k ratio is out of range", given=self.ratio, allowed="0 < ratio <= 1"
             )
 
     def kept(self, count: int) -> int:
@@ -201,18 +174,15 @@ class TopK:
         return min(count, max(1, round(self.ratio * count)))
 
     def encoded_bytes(self, count: int) -> int:
-        """See `WireFormat`."""
         return 8 * self.kept(count)
 
     def encode(self, values: Tensor, rounding: Rounding) -> Tensor:
-        """See `WireFormat`."""
         magnitude = torch.nan_to_num(values.abs(), nan=float("inf"))
         positions = torch.topk(magnitude, self.kept(values.numel()), sorted=False).indices
         chosen = values[positions].to(torch.float32)
         return torch.cat([_to_bytes(positions.to(torch.int32)), _to_bytes(chosen)])
 
     def decode(self, encoded: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-        """See `WireFormat`."""
         split = 4 * self.kept(count)
         positions = _from_bytes(encoded[:split], torch.int32).to(torch.int64)
         values = torch.zeros(count, dtype=dtype, device=encoded.device)
@@ -227,19 +197,13 @@ def wire_format(name: str, *, topk_ratio: float = 0.01) -> WireFormat:
     """The format of this name.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: If there is no such format, or the ratio is out of range.
     """
-    known: Sequence[WireFormat] = (
-        FullPrecision(),
-        BrainFloat(),
-        ScaledHalf(),
-        StochasticInt8(),
-        TopK(topk_ratio),
-    )
-    for candidate in known:
+    formats = (FullPrecision(), BrainFloat(), ScaledHalf(), StochasticInt8(), TopK(topk_ratio))
+    for candidate in formats:
         if candidate.name == name:
             return candidate
-    raise ConfigError("unknown wire format", given=name, allowed=", ".join(WIRE_FORMATS))
+    raise ConfigError("unknown communication format", given=name, allowed=", ".join(WIRE_FORMATS))
 
 
 # -- bytes and blocks -----------------------------------------------------------------------------

@@ -21,9 +21,13 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.agreement import require_agreement
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.half_wire import reduce_scatter_half
 from elastic_kfac.communication.packing import pack_triangle, triangle_size, unpack_triangle
-from elastic_kfac.communication.v_collectives import VMethod, all_gather_v, reduce_scatter_v
+from elastic_kfac.communication.v_collectives import (
+    VMethod,
+    all_gather_v,
+    reduce_scatter_half,
+    reduce_scatter_v,
+)
 from elastic_kfac.curvature.block import Block, BlockOptions
 from elastic_kfac.curvature.capture import Capture, find_layers
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
@@ -274,7 +278,7 @@ class ShardedKFAC:
         if half is None:
             return reduce_scatter_v(
                 self.communicator, flat, sizes, method=self.v_method, tag="sharded/reduce"
-            ).wait()
+            )
         return reduce_scatter_half(
             self.communicator, parts, sizes, half, method=self.v_method, tag="sharded/reduce"
         )
@@ -410,7 +414,7 @@ class ShardedKFAC:
         sizes = [sum(u.elements for u in units) for units in self._by_owner]
         flat = all_gather_v(
             self.communicator, own.detach(), sizes, method=self.v_method, tag="sharded/gather"
-        ).wait()
+        )
         start = 0
         for units in self._by_owner:
             for unit in units:

@@ -7,7 +7,6 @@ import torch
 
 from elastic_kfac.communication.allreduce import Algorithm, allreduce
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.errors import ConfigError
 from support.gloo import run_ranks
 
@@ -28,16 +27,8 @@ def _run_all() -> dict[str, Any]:
     for algorithm in get_args(Algorithm):
         tensors = _tensors(world.rank)
         for tensor in tensors:
-            allreduce(world, tensor, algorithm, topology=topology, tag=algorithm).wait()
+            allreduce(world, tensor, algorithm, topology=topology, tag=algorithm)
         seen[algorithm] = [tensor.clone() for tensor in tensors]
-    tensors = _tensors(world.rank)
-    bucketer = Bucketer(
-        world, tag="bucketed", reduce=lambda flat, tag: allreduce(world, flat, "ring", tag=tag)
-    )
-    for tensor in tensors:
-        bucketer.all_reduce(tensor)
-    bucketer.flush().wait()
-    seen["bucketed"] = [tensor.clone() for tensor in tensors]
     world.counters.reset()
     allreduce(world, torch.ones(30 * p, dtype=torch.float64), "ring", tag="counted")
     seen["counted"] = world.counters["counted"].received_bytes

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.compression import WIRE_FORMATS, CompressedAllReduce, wire_format
-from elastic_kfac.communication.packing import Bucketer
+from elastic_kfac.communication.compression import CompressedAllReduce
+from elastic_kfac.communication.wire_formats import WIRE_FORMATS, wire_format
 from elastic_kfac.errors import StateError
 from support.gloo import run_ranks
 
@@ -28,18 +28,15 @@ def _all_formats() -> dict[str, Any]:
         reducer = CompressedAllReduce(world, wire_format(name, topk_ratio=0.05), seed=4)
         sums = []
         for step in range(_STEPS):
-            reducer.step = step
             tensor = _gradient(world.rank, step).view(7, 100)
-            reducer.all_reduce(tensor, name="w", tag=name).wait()
+            reducer.all_reduce(tensor, step=step, tag=name)
             sums.append(tensor.view(-1).clone())
         state = reducer.state_dict()
-        seen[name] = (sums, state.get("w"), world.counters[name])
+        seen[name] = (sums, state.get(name), world.counters[name])
     narrow = CompressedAllReduce(world, wire_format("fp32"))
     tensor = _gradient(world.rank, 0).float()
-    bucketer = Bucketer(world, tag="bucket", reduce=narrow)
-    bucketer.all_reduce(tensor)
-    bucketer.flush().wait()
-    seen["bucketed"] = tensor
+    narrow.all_reduce(tensor, step=0, tag="narrow")
+    seen["narrow"] = tensor
     return seen
 
 
@@ -52,7 +49,7 @@ def test_compressed_sums_bytes_and_telescoping(world_size: int) -> None:
     tolerance = {"fp32": 1e-6, "bf16": 0.05, "fp16": 0.01, "int8": 0.2}
     results = run_ranks(p, _all_formats)
     for seen in results:
-        torch.testing.assert_close(seen["bucketed"], exact[0].float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(seen["narrow"], exact[0].float(), rtol=0, atol=1e-5)
         for name in WIRE_FORMATS:
             sums, residual, traffic = seen[name]
             for one, other in zip(sums, results[0][name][0], strict=True):
@@ -88,16 +85,17 @@ def _leave_one() -> dict[str, Any]:
     sent = torch.zeros(_COUNT, dtype=torch.float64)
     for step in range(3):
         tensor = _gradient(world.rank, step)
-        reducer.all_reduce(tensor, name="w", tag="x")
+        reducer.all_reduce(tensor, step=0, tag="w")
         sent += tensor
     state = reducer.state_dict()
     for members in ([0, 2], [2]):
         remaining = world.subgroup(members)
         if remaining is None:
             return {}
-        reducer.resize(remaining, state)
+        reducer = CompressedAllReduce(remaining, wire)
+        reducer.load_state_dict(state)
         tensor = _gradient(world.rank, 3)
-        reducer.all_reduce(tensor, name="w", tag="x")
+        reducer.all_reduce(tensor, step=0, tag="w")
         sent += tensor
         state = reducer.state_dict()
     return {"sent": sent, "state": state}
@@ -119,7 +117,7 @@ def _overflow() -> list[bool]:
     finite = []
     for value in (1.0, float("inf"), 1.0):
         tensor = torch.full((10,), value)
-        reducer.all_reduce(tensor, name="w", tag="x")
+        reducer.all_reduce(tensor, step=0, tag="w")
         finite.append(bool(torch.isfinite(tensor).all()))
     return finite
 

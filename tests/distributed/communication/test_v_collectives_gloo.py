@@ -40,11 +40,9 @@ def _run_all() -> list[dict[str, Any]]:
         for method in get_args(VMethod):
             world.counters.reset()
             flat = _values(world.rank, sum(sizes))
-            pending = reduce_scatter_v(world, flat, sizes, method=method, tag="reduce")
-            part = pending.wait()
-            own = part.clone()
+            own = reduce_scatter_v(world, flat, sizes, method=method, tag="reduce").clone()
             # What an owner does between the halves: here it doubles its part.
-            whole = all_gather_v(world, own * 2, sizes, method=method, tag="gather").wait()
+            whole = all_gather_v(world, own * 2, sizes, method=method, tag="gather")
             seen.append({"own": own, "whole": whole.clone(), "traffic": world.counters.snapshot()})
     return seen
 
@@ -84,12 +82,12 @@ def test_v_collectives_of_one_rank_are_identities() -> None:
     solo = Communicator.solo()
     for method in get_args(VMethod):
         flat = torch.arange(3.0)
-        assert reduce_scatter_v(solo, flat, [3], method=method, tag="x").wait().tolist() == [
+        assert reduce_scatter_v(solo, flat, [3], method=method, tag="x").tolist() == [
             0,
             1,
             2,
         ]
-        assert all_gather_v(solo, flat, [3], method=method, tag="x").wait().tolist() == [0, 1, 2]
+        assert all_gather_v(solo, flat, [3], method=method, tag="x").tolist() == [0, 1, 2]
         assert received_elements(method, [3]) == 0
 
 

@@ -455,11 +455,7 @@ def test_counted_traffic_equals_the_model_exactly(world_size: int) -> None:
 
 def _product() -> list[dict[str, Tensor]]:
     communicator = Communicator.world()
-    results = []
-    for case in PRODUCT:
-        results.append(_weights_of_case(case, communicator))
-        communicator.release_subgroups()
-    return results
+    return [_weights_of_case(case, communicator) for case in PRODUCT]
 
 
 @pytest.mark.soak

@@ -11,12 +11,10 @@ import torch
 
 from elastic_kfac.communication.allreduce import (
     Algorithm,
-    StepCounter,
     Topology,
     Transport,
     nodes_by_name,
     reduce_scatter,
-    reduce_scatter_then,
 )
 from elastic_kfac.errors import ConfigError, UsageError
 
@@ -33,19 +31,28 @@ class _Wires:
 class _ThreadTransport:
     def __init__(self, wires: _Wires, rank: int, world_size: int) -> None:
         self.wires, self.rank, self.world_size = wires, rank, world_size
-        self.crossings: list[tuple[int, int]] = []
+        self.sent: list[tuple[int, int]] = []
+        """(destination, elements) of every message."""
+        self.received = 0
+        self.steps = 0
 
     def exchange(
         self, outgoing: torch.Tensor | None, dst: int, incoming: torch.Tensor | None, src: int
     ) -> None:
+        self.steps += 1
         if outgoing is not None and outgoing.numel():
             assert dst != self.rank
-            self.crossings.append((dst, outgoing.numel()))
+            self.sent.append((dst, outgoing.numel()))
             self.wires.queues[self.rank, dst].put(outgoing.clone())
         if incoming is not None and incoming.numel():
             received = self.wires.queues[src, self.rank].get(timeout=10)
             assert received.shape == incoming.shape
             incoming.copy_(received)
+            self.received += received.numel()
+
+    @property
+    def sent_elements(self) -> int:
+        return sum(size for _, size in self.sent)
 
 
 def _on_all(world_size: int, body: Callable[[_ThreadTransport], Any]) -> list[Any]:
@@ -84,7 +91,7 @@ def _run(
     n: int,
     algorithm: Algorithm,
     topology: Topology | None = None,
-) -> list[tuple[torch.Tensor, StepCounter, int, list[tuple[int, int]]]]:
+) -> list[tuple[torch.Tensor, _ThreadTransport, int]]:
     def body(transport: _ThreadTransport) -> Any:
         flat = _vector(transport.rank, n)
         halfway = reduce_scatter(transport, flat, algorithm, topology=topology)
@@ -93,7 +100,7 @@ def _run(
         assert torch.equal(owned, total[halfway.start : halfway.start + owned.numel()])
         result = halfway.all_gather()
         assert result is flat
-        return result, halfway.counter, owned.numel(), transport.crossings
+        return result, transport, owned.numel()
 
     return _on_all(world_size, body)
 
@@ -105,32 +112,33 @@ def test_allreduce_equals_the_sum_for_any_ranks_and_ragged_lengths(
 ) -> None:
     for n in (0, 1, 3, world_size, 5 * world_size + 2, 64):
         results = _run(world_size, n, algorithm)
-        for result, _, _, _ in results:
+        for result, _, _ in results:
             assert torch.equal(result, _sum(world_size, n))
-        assert sum(owned for _, _, owned, _ in results) == n
+        assert sum(owned for _, _, owned in results) == n
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_ring_counters_equal_the_formula(world_size: int) -> None:
     p, n = world_size, 24 * 35  # divisible by every p up to 8
-    for _, counter, _, _ in _run(p, n, "ring"):
-        assert counter.steps == 2 * (p - 1)
-        assert counter.sent_elements == counter.received_elements == 2 * (p - 1) * n // p
+    for _, counted, _ in _run(p, n, "ring"):
+        assert counted.steps == 2 * (p - 1)
+        assert counted.sent_elements == counted.received == 2 * (p - 1) * n // p
 
 
 @pytest.mark.parametrize("world_size", range(1, 9))
 def test_rabenseifner_counters_equal_the_formula(world_size: int) -> None:
     p, n = world_size, 24 * 35
     q = 2 ** int(math.log2(p))
-    for rank, (_, counter, owned, _) in enumerate(_run(p, n, "rabenseifner")):
-        assert counter.steps == 2 * int(math.log2(q)) + (2 if p > q else 0)
+    results = _run(p, n, "rabenseifner")
+    assert max(c.steps for _, c, _ in results) == 2 * int(math.log2(q)) + (2 if p > q else 0)
+    for rank, (_, counter, owned) in enumerate(results):
         core = 2 * (q - 1) * n // q
         if rank < 2 * (p - q):
             folded = rank % 2 == 1
-            assert counter.sent_elements == counter.received_elements == n + (0 if folded else core)
+            assert counter.sent_elements == counter.received == n + (0 if folded else core)
             assert owned == (0 if folded else n // q)
         else:
-            assert counter.sent_elements == counter.received_elements == core
+            assert counter.sent_elements == counter.received == core
 
 
 @pytest.mark.parametrize(
@@ -153,10 +161,10 @@ def test_hierarchical_sums_and_sends_one_shard_between_nodes(topology: Topology)
     q = 2 ** int(math.log2(p))
     steps = 2 * (widest - 1) + 2 * int(math.log2(q)) + (2 if p > q else 0)
     node_of = {rank: index for index, node in enumerate(topology) for rank in node}
-    for rank, (result, counter, _, crossings) in enumerate(results):
+    assert max(counted.steps for _, counted, _ in results) == steps
+    for rank, (result, counted, _) in enumerate(results):
         assert torch.equal(result, _sum(world_size, n))
-        assert counter.steps == steps
-        outside = sum(size for dst, size in crossings if node_of[dst] != node_of[rank])
+        outside = sum(size for dst, size in counted.sent if node_of[dst] != node_of[rank])
         if p == q:
             position = topology[node_of[rank]].index(rank)
             shard = n // smallest if position < smallest else 0
@@ -165,7 +173,8 @@ def test_hierarchical_sums_and_sends_one_shard_between_nodes(topology: Topology)
         d = widest
         inside = 2 * (d - 1) * n // d
         across = 2 * (p - 1) * (n // d) // p
-        assert all(counter.sent_elements == inside + across for _, counter, _, _ in results)
+        assert all(counted.sent_elements == inside + across for _, counted, _ in results)
+        assert all(counted.steps == steps for _, counted, _ in results)
 
 
 @pytest.mark.parametrize("algorithm", ["ring", "rabenseifner", "hierarchical"])
@@ -177,18 +186,14 @@ def test_function_between_the_phases_equals_function_of_the_sum_at_no_extra_traf
     scale = torch.arange(n, dtype=torch.float64)
 
     def body(transport: Transport) -> Any:
-        halfway = reduce_scatter_then(
-            transport,
-            _vector(transport.rank, n),
-            lambda part, start: part * scale[start : start + part.numel()],
-            algorithm,
-        )
-        return halfway.all_gather(), halfway.counter
+        halfway = reduce_scatter(transport, _vector(transport.rank, n), algorithm)
+        halfway.part.mul_(scale[halfway.start : halfway.start + halfway.part.numel()])
+        return halfway.all_gather(), transport
 
     plain = _run(world_size, n, algorithm)
-    for (result, counter), (_, without, _, _) in zip(_on_all(world_size, body), plain, strict=True):
+    for (result, counted), (_, without, _) in zip(_on_all(world_size, body), plain, strict=True):
         assert torch.equal(result, _sum(world_size, n) * scale)
-        assert counter == without
+        assert (counted.sent, counted.steps) == (without.sent, without.steps)
 
 
 def test_ring_with_owners_of_unequal_parts() -> None:
@@ -198,7 +203,7 @@ def test_ring_with_owners_of_unequal_parts() -> None:
         flat = _vector(transport.rank, 8)
         halfway = reduce_scatter(transport, flat, "ring", sizes=sizes)
         part = halfway.part.clone()
-        return part, halfway.all_gather(), halfway.counter
+        return part, halfway.all_gather(), transport
 
     total = _sum(4, 8)
     for rank, (part, whole, counter) in enumerate(_on_all(4, body)):

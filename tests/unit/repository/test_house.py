@@ -50,7 +50,7 @@ PARAMETERS = {
 UNREACHED = {
     "analysis": 48,
     "cluster": 121,
-    "communication": 70,
+    "communication": 30,
     "curvature": 20,
     "data": 36,
     "experiments": 30,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from elastic_kfac.communication.allreduce import Topology, allreduce, nodes_by_name
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.compression import CompressedAllReduce, wire_format
+from elastic_kfac.communication.compression import CompressedAllReduce
+from elastic_kfac.communication.wire_formats import wire_format
 from elastic_kfac.config import CommunicationConfig
 
 _NAME = "gradients"
@@ -42,12 +43,9 @@ class GradientReduction:
     def __call__(self, flat: Tensor, step: int) -> None:
         """Sums `flat` [n] over the ranks, in place."""
         if self._compressed is not None:
-            self._compressed.step = step
-            self._compressed.all_reduce(flat, name=_NAME, tag=_NAME).wait()
+            self._compressed.all_reduce(flat, step=step, tag=_NAME)
             return
-        allreduce(
-            self._communicator, flat, self._algorithm, topology=self._topology, tag=_NAME
-        ).wait()
+        allreduce(self._communicator, flat, self._algorithm, topology=self._topology, tag=_NAME)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The residual, summed over ranks; empty without error feedback. Collective."""
