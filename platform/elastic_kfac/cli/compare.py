@@ -45,7 +45,7 @@ def compare(arguments: argparse.Namespace) -> int:
     if is_remote(result.uri):
         print(f"\nReport: {result.uri}/report.html")
     else:
-        from elastic_kfac.state.storage import Storage
+        from elastic_kfac.data.storage import Storage
 
         print(f"\nReport: {Storage(result.uri).path('report.html')}")
     return result.exit_code

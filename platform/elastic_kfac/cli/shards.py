@@ -30,7 +30,7 @@ def make(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Checks a shard set against its manifest; a bad shard is an error that names the file."""
-    from elastic_kfac.data.shards import verify_shards
+    from elastic_kfac.data.inspection import verify_shards
 
     print(verify_shards(arguments.uri, deep=not arguments.quick).line())
     return 0
@@ -38,7 +38,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def describe(arguments: argparse.Namespace) -> int:
     """Prints what the manifests say, as JSON; on request draws samples of every class."""
-    from elastic_kfac.data.shards import describe_shards
+    from elastic_kfac.data.inspection import describe_shards
 
     described = describe_shards(arguments.uri)
     if arguments.contact_sheet is not None:
@@ -53,7 +53,7 @@ def make_missing_shards(config: Config) -> None:
     Raises:
         DataError: If there are none and no source is configured, or a configured split is missing.
     """
-    from elastic_kfac.data.shards import ShardSet
+    from elastic_kfac.data.manifest import ShardSet
 
     data = config.data
     try:
@@ -67,10 +67,10 @@ def make_missing_shards(config: Config) -> None:
 
 
 def _any_split(root: str) -> bool:
-    from elastic_kfac.data.manifest import splits_of
+    from elastic_kfac.data.manifest import open_splits
 
     try:
-        return bool(splits_of(root))
+        return bool(open_splits(root))
     except DataError:
         return False
 
@@ -102,20 +102,19 @@ def _tasks_on(address: str | None) -> Any:
 
 def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
     """Writes the sheet of every split and notes its path; several splits get a name each."""
-    from elastic_kfac.data.contact_sheet import contact_sheet
-    from elastic_kfac.data.manifest import ShardSet, splits_of
-    from elastic_kfac.data.storage import join_uri
+    from elastic_kfac.data.inspection import contact_sheet
+    from elastic_kfac.data.manifest import open_splits
 
     if target.suffix.lower() != ".png":
         raise UsageError("bad value for --contact-sheet", given=target, allowed="a file *.png")
-    for name in splits_of(uri):
-        shard_set = ShardSet.open(join_uri(uri, name) if name else uri)
+    for shard_set in open_splits(uri):
+        name = shard_set.split
         file = target if len(splits) == 1 else target.with_stem(f"{target.stem}-{name}")
         try:
             contact_sheet(shard_set, file)
         except OSError as error:
             raise UsageError(f"cannot write the contact sheet: {error}", given=file) from None
-        splits[shard_set.split]["contact_sheet"] = str(file)
+        splits[name]["contact_sheet"] = str(file)
 
 
 class MakingProgress:

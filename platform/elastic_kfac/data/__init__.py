@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from elastic_kfac.data.contact_sheet import contact_sheet
-from elastic_kfac.data.inspection import VerifyReport, describe_shards, verify_shards
+from elastic_kfac.data.inspection import (
+    VerifyReport,
+    contact_sheet,
+    describe_shards,
+    verify_shards,
+)
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder, id_hash
 from elastic_kfac.data.shards import make_shards

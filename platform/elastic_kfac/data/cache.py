@@ -1,17 +1,19 @@
-"""The node's cache: verified shards as memory-mapped Arrow IPC files, bounded in bytes.
+"""The node's cache of verified shards as memory-mapped Arrow IPC files, and reading ahead into it.
 
-Files are named by the sha256 of the Parquet shard they were made from, so runs, splits and processes
-share them and a changed set can never be served from an old file. One file lock per shard; a
-process that dies leaves a temporary file at most, which the next one removes.
+A file is named by the sha256 of its Parquet shard, so runs, splits and processes share it and a changed
+set can never be served from an old file. One file lock per shard; a process that dies leaves a
+temporary file at most, which the next one removes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,9 +23,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from elastic_kfac.data.inspection import CorruptShard, corrupt, read_shard_table
-from elastic_kfac.data.manifest import ShardInfo, ShardSet
-from elastic_kfac.data.sources import fixed_size_rows
+from elastic_kfac.data.manifest import (
+    ShardInfo,
+    ShardSet,
+    corrupt_shard,
+    fixed_size_rows,
+    read_shard_table,
+)
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
 
@@ -31,6 +37,8 @@ _ATTEMPTS: Final = 3
 _SLACK_BYTES: Final = 1 << 20
 # Each open shard holds a file descriptor; the usual limit of a process is 1,024.
 _OPEN_SHARDS: Final = 512
+# Downloads overlap each other's latency; more would take bandwidth from the most urgent one.
+_FETCHERS: Final = 4
 
 
 class OpenShard:
@@ -63,7 +71,7 @@ class OpenShard:
         return self._data[self._offsets[row] : self._offsets[row + 1]]
 
     def key(self, row: int) -> str:
-        """Where the sample came from."""
+        """The origin of the sample."""
         return str(self._keys[row].as_py())
 
 
@@ -71,8 +79,8 @@ class ShardCache:
     """Local copies of shards, safe for several threads and processes.
 
     Args:
-        folder: Of the cache; shared by everything on the node.
-        limit_bytes: Least recently used files are removed so that the folder stays below this.
+        folder: Shared by all processes of the node; None is the user's cache directory.
+        limit_bytes: Bound on the folder's size; least recently used files are evicted.
 
     Raises:
         DataError: If the folder cannot be made.
@@ -84,16 +92,12 @@ class ShardCache:
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self.counts = {"cache_hits": 0, "cache_misses": 0, "read_bytes": 0}
-        """Shards that were here, shards that were not, and bytes read from storage for those."""
+        """Shards found in the cache, shards fetched, and bytes read from storage for those."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def check_fits(self, shard_set: ShardSet) -> None:
-        """Refuses a bound that cannot hold one shard and its download.
-
-        Raises:
-            DataError: If the bound is too small for the set.
-        """
+        """Raises a DataError if the cache cannot hold one shard of the set and its download."""
         need = _needed_bytes(max(shard_set.shards, key=lambda s: s.bytes))
         if need > self.limit_bytes:
             raise DataError(
@@ -104,10 +108,10 @@ class ShardCache:
             )
 
     def open(self, shard_set: ShardSet, index: int) -> OpenShard:
-        """The shard, fetched and verified first if it is not here.
+        """The shard, fetched and verified first if it is not cached.
 
         Raises:
-            CorruptShard: If its bytes are not those of the manifest after repeated fetching.
+            CorruptShard: If its bytes still differ from the manifest after repeated fetching.
             DataError: If it is missing or unreadable, or the cache cannot be written.
         """
         shard = shard_set.shards[index]
@@ -124,16 +128,16 @@ class ShardCache:
         return opened
 
     def has(self, shard_set: ShardSet, index: int) -> bool:
-        """Whether the shard is here now."""
+        """Whether the shard is cached."""
         return self._path(shard_set.shards[index]).exists()
 
     def fetch(self, shard_set: ShardSet, index: int) -> None:
-        """Makes sure that the shard is here, without holding it open."""
+        """Brings the shard into the cache without opening it."""
         if not self.has(shard_set, index):
             self._materialised(shard_set, shard_set.shards[index])
 
     def close(self) -> None:
-        """Lets go of every mapping; the files stay."""
+        """Releases every mapping; the files stay."""
         with self._lock:
             self._open.clear()
 
@@ -187,23 +191,21 @@ class ShardCache:
             temporary.unlink(missing_ok=True)
 
     def _verified_table(self, shard_set: ShardSet, shard: ShardInfo, temporary: Path) -> pa.Table:
-        location = shard_set.location
+        storage = shard_set.storage
         where = join_uri(shard_set.uri, shard.file)
         download = temporary.with_suffix(".parquet.tmp")
-        local = Path(location.path) / shard.file if location.is_local else download
+        local = Path(storage.path(shard.file)) if storage.is_local else download
         found = ""
         try:
             for attempt in range(_ATTEMPTS):
                 time.sleep(0.2 * attempt)
-                if location.size(shard.file) is None:
+                if not storage.exists(shard.file):
                     raise DataError(
                         "shard is missing", given=where, change="copy or make the set again"
                     )
                 try:
-                    if location.is_local:
-                        found = location.sha256(shard.file)
-                    else:
-                        found = location.fetch(shard.file, download)
+                    copy = None if storage.is_local else download
+                    found = storage.sha256(shard.file, copy_to=copy)
                 except DataError:
                     if attempt == _ATTEMPTS - 1:
                         raise
@@ -211,7 +213,7 @@ class ShardCache:
                 if found == shard.sha256:
                     # A copy in memory, because the download goes before the table is written.
                     return read_shard_table(local, shard_set, shard)
-            raise corrupt(where, found, shard.sha256)
+            raise corrupt_shard(where, found, shard.sha256)
         finally:
             download.unlink(missing_ok=True)
 
@@ -267,6 +269,55 @@ class ShardCache:
             ) from None
 
 
+class ReadAhead:
+    """Fetches the shards that an epoch needs next, in background threads.
+
+    It requests at most half of the cache, so it cannot evict the shards being read. Errors are
+    left to the reader, who meets the same one when it needs the shard.
+    """
+
+    def __init__(self, cache: ShardCache, shard_set: ShardSet) -> None:
+        self._cache = cache
+        self._set = shard_set
+        self._asked: set[int] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def want(self, shards: Sequence[int]) -> None:
+        """Requests the shards that will be needed, most urgent first."""
+        chosen: list[int] = []
+        room = self._cache.limit_bytes // 2
+        for shard in shards:
+            room -= self._set.shards[shard].bytes
+            if room < 0:
+                break
+            chosen.append(shard)
+        with self._lock:
+            new = [shard for shard in chosen if shard not in self._asked]
+            self._asked = set(chosen)
+            new = [shard for shard in new if not self._cache.has(self._set, shard)]
+            if not new or self._stopped.is_set():
+                return
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="sample-readahead")
+            for shard in new:
+                self._pool.submit(self._fetch, shard)
+
+    def close(self) -> None:
+        """Stops after the running fetches."""
+        self._stopped.set()
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, shard: int) -> None:
+        if not self._stopped.is_set():
+            with contextlib.suppress(DataError):
+                self._cache.fetch(self._set, shard)
+
+
 def default_cache_folder() -> Path:
     """`elastic-kfac/shards` below the user's cache directory."""
     root = os.environ.get("XDG_CACHE_HOME")
@@ -275,6 +326,3 @@ def default_cache_folder() -> Path:
 
 def _needed_bytes(shard: ShardInfo) -> int:
     return 2 * shard.bytes + _SLACK_BYTES
-
-
-__all__ = ["CorruptShard", "OpenShard", "ShardCache", "default_cache_folder"]

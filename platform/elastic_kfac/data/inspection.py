@@ -1,4 +1,4 @@
-"""Checking and describing finished shard sets."""
+"""Looking at finished shard sets: verification, description, a picture of their samples."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
 
-from elastic_kfac.data.decode import UndecodableImage, decode_rgb
-from elastic_kfac.data.manifest import ShardInfo, ShardSet, schema_sha256, splits_of
-from elastic_kfac.data.sources import check_class_labels
-from elastic_kfac.data.storage import Location, join_uri
+from elastic_kfac.data.cache import OpenShard, ShardCache
+from elastic_kfac.data.decode import UndecodableImage, decode_rgb, resize_box
+from elastic_kfac.data.manifest import (
+    ShardInfo,
+    ShardSet,
+    check_class_labels,
+    corrupt_shard,
+    open_splits,
+    read_shard_table,
+)
+from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
+from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
+
+_MOST_CLASSES: Final = 32
+"""Rows of a contact sheet."""
+_GAP: Final = 2
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify_shards` read and found in order."""
+    """The size of a verified shard set and the time that took."""
 
     uri: str
     deep: bool
@@ -37,7 +49,7 @@ class VerifyReport:
         return sum(split["samples"] for split in self.splits.values())
 
     def line(self) -> str:
-        """The outcome as one line."""
+        """One line for people."""
         shards = sum(split["shards"] for split in self.splits.values())
         size = sum(split["bytes"] for split in self.splits.values()) / 2**20
         checked = "every byte and image" if self.deep else "presence and sizes"
@@ -50,15 +62,15 @@ class VerifyReport:
 def verify_shards(uri: str | Path, deep: bool = True) -> VerifyReport:
     """Checks a shard set, or all splits below a root, against the manifest.
 
-    Quick: every shard is there and has its size. Deep: also every byte (sha256), the schema, the
-    row counts, the labels, and that every encoded image decodes.
+    Quick: presence and size of every shard. Deep: also every byte (sha256), the schema, the row counts,
+    the labels, and that every encoded image decodes.
 
     Raises:
-        DataError: On the first thing that is wrong; it names the file, what was expected and found.
+        DataError: On the first mismatch; it names the file, what was expected and what was found.
     """
     began = time.monotonic()
     splits = {}
-    for shard_set in _open_all(uri):
+    for shard_set in open_splits(uri):
         for shard in shard_set.shards:
             _check_size(shard_set, shard)
         if deep:
@@ -80,13 +92,13 @@ def verify_shards(uri: str | Path, deep: bool = True) -> VerifyReport:
 
 
 def describe_shards(uri: str | Path) -> dict[str, Any]:
-    """Counts, class balance, image sizes, constants and hashes, read from the manifests alone.
+    """Counts, class balance, image sizes, constants and hashes, from the manifests alone.
 
     Raises:
         DataError: If there is no finished shard set.
     """
     splits = {}
-    for shard_set in _open_all(uri):
+    for shard_set in open_splits(uri):
         counts = np.asarray(shard_set.class_counts)
         splits[shard_set.split] = {
             "source": shard_set.source,
@@ -111,40 +123,53 @@ def describe_shards(uri: str | Path) -> dict[str, Any]:
     return {"uri": str(uri), "splits": splits}
 
 
-def read_shard_table(path: Path, shard_set: ShardSet, shard: ShardInfo) -> pa.Table:
-    """A shard's table from a local Parquet file, checked against the manifest's rows and schema.
+def contact_sheet(
+    shard_set: ShardSet, target: str | Path, *, per_class: int = 10, cell: int = 48
+) -> int:
+    """Writes a PNG with a row of `per_class` samples for each of the first classes.
+
+    The samples come from as few shards as possible and are the same every time.
+
+    Args:
+        shard_set: One split.
+        target: The PNG to write.
+        per_class: Samples per row.
+        cell: Height and width of a sample, pixels.
+
+    Returns:
+        The number of samples on the sheet.
 
     Raises:
-        DataError: If the file is not Parquet, or has other columns or another number of rows.
+        DataError: If a shard is missing or corrupt.
     """
-    where = join_uri(shard_set.uri, shard.file)
-    try:
-        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-            table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError("unreadable shard", given=where, change=str(error)) from None
-    if schema_sha256(table.schema) != shard.schema_sha256:
-        raise DataError(
-            f"wrong schema in {where}",
-            given=schema_sha256(table.schema)[:16],
-            allowed=shard.schema_sha256[:16],
-        )
-    if table.num_rows != shard.rows:
-        raise DataError(
-            f"wrong number of rows in {where}", given=table.num_rows, allowed=shard.rows
-        )
-    return table
-
-
-def _open_all(uri: str | Path) -> Iterator[ShardSet]:
-    root = Location.parse(uri)
-    for name in splits_of(uri):
-        yield ShardSet.open(root.child(name).uri if name else root.uri)
+    classes = min(shard_set.num_classes, _MOST_CLASSES)
+    wanted = np.minimum(np.array(shard_set.class_counts[:classes]), per_class)
+    placed = np.zeros(classes, dtype=np.int64)
+    side = cell + _GAP
+    sheet = np.full((classes * side + _GAP, per_class * side + _GAP, 3), 255, dtype=np.uint8)
+    with tempfile.TemporaryDirectory(prefix="contact-sheet-") as folder:
+        cache = ShardCache(folder, 1 << 50)
+        for index in range(len(shard_set.shards)):
+            if (placed >= wanted).all():
+                break
+            shard = cache.open(shard_set, index)
+            key = stream_key(SOURCE_SHUFFLE, index)
+            for row in permutation(key, np.arange(shard.num_rows, dtype=np.int64)).tolist():
+                label = int(shard.labels[row])
+                if label >= classes or placed[label] >= wanted[label]:
+                    continue
+                top, left = _GAP + label * side, _GAP + int(placed[label]) * side
+                image = resize_box(_pixels(shard_set, shard, row), (cell, cell))
+                sheet[top : top + cell, left : left + cell] = image
+                placed[label] += 1
+        cache.close()
+    Image.fromarray(sheet).save(target, "PNG")
+    return int(placed.sum())
 
 
 def _check_size(shard_set: ShardSet, shard: ShardInfo) -> None:
     where = join_uri(shard_set.uri, shard.file)
-    size = shard_set.location.size(shard.file)
+    size = shard_set.storage.size(shard.file)
     if size is None:
         raise DataError("shard is missing", given=where, change="copy or make the set again")
     if size != shard.bytes:
@@ -156,32 +181,15 @@ def _check_size(shard_set: ShardSet, shard: ShardInfo) -> None:
         )
 
 
-class CorruptShard(DataError):
-    """A shard whose bytes are not those that were written."""
-
-
-def corrupt(where: str, found: str, expected: str) -> CorruptShard:
-    """The error that names the shard and both hashes."""
-    return CorruptShard(
-        f"corrupt shard {where}",
-        given=f"sha256 {found}",
-        allowed=f"sha256 {expected}",
-        change="copy or make the set again",
-    )
-
-
 def _check_content(shard_set: ShardSet, shard: ShardInfo) -> np.ndarray[Any, Any]:
     where = join_uri(shard_set.uri, shard.file)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        location = shard_set.location
-        if location.is_local:
-            path = Path(location.path) / shard.file
-            found = location.sha256(shard.file)
-        else:
-            path = Path(folder) / shard.file
-            found = location.fetch(shard.file, path)
+        storage = shard_set.storage
+        copy = None if storage.is_local else Path(folder) / shard.file
+        path = copy or Path(storage.path(shard.file))
+        found = storage.sha256(shard.file, copy_to=copy)
         if found != shard.sha256:
-            raise corrupt(where, found, shard.sha256)
+            raise corrupt_shard(where, found, shard.sha256)
         table = read_shard_table(path, shard_set, shard)
         labels = table.column("label").to_numpy().astype(np.int64)
         check_class_labels(labels, shard_set.num_classes, where)
@@ -208,3 +216,13 @@ def _undecodable(images: Iterable[Any]) -> Iterator[tuple[int, str]]:
         for row, problem in enumerate(pool.map(check, images)):
             if problem is not None:
                 yield row, problem
+
+
+def _pixels(shard_set: ShardSet, shard: OpenShard, row: int) -> NDArray[np.uint8]:
+    """RGB, [height, width, 3]; other channel counts show their first channel as grey."""
+    if shard.pixels is None:
+        return decode_rgb(shard.encoded(row))
+    assert shard_set.image_shape is not None
+    planes = shard.pixels[row].reshape(shard_set.image_shape)
+    rgb = planes if len(planes) == 3 else planes[:1].repeat(3, axis=0)
+    return np.ascontiguousarray(rgb.transpose(1, 2, 0))

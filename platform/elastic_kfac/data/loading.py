@@ -24,7 +24,7 @@ from elastic_kfac.data.augment import (
     crop_flip,
     resized_crop_boxes,
 )
-from elastic_kfac.data.cache import CorruptShard, OpenShard, ShardCache
+from elastic_kfac.data.cache import OpenShard, ShardCache
 from elastic_kfac.data.decode import (
     Box,
     Scratch,
@@ -33,8 +33,7 @@ from elastic_kfac.data.decode import (
     image_size,
     resize_box,
 )
-from elastic_kfac.data.manifest import ShardSet
-from elastic_kfac.data.sources import check_class_labels
+from elastic_kfac.data.manifest import CorruptShard, ShardSet, check_class_labels
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
 

@@ -15,13 +15,16 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from elastic_kfac.data.order import SampleOrder
-from elastic_kfac.data.storage import Location, join_uri
+from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
 
 MANIFEST_NAME: Final = "manifest.json"
+MAKING: Final = "making"
+"""Folder of the records of an unfinished set."""
 FORMAT: Final = "elastic-kfac-shards"
 VERSION: Final = 1
 
@@ -69,16 +72,17 @@ class ShardSet:
         Raises:
             DataError: If there is no finished set, or its manifest is damaged.
         """
-        location = Location.parse(uri)
-        if location.size(MANIFEST_NAME) is None:
-            raise _no_manifest(location)
-        content = location.read(MANIFEST_NAME)
+        storage = Storage(uri)
         try:
-            return cls._parse(location.uri, content)
+            content = storage.read(MANIFEST_NAME)
+        except FileNotFoundError:
+            raise _no_manifest(storage) from None
+        try:
+            return cls._parse(storage.uri, content)
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 "damaged manifest",
-                given=f"{join_uri(location.uri, MANIFEST_NAME)} ({type(error).__name__}: {error})",
+                given=f"{join_uri(storage.uri, MANIFEST_NAME)} ({type(error).__name__}: {error})",
                 change="make the shards again in an empty folder",
             ) from None
 
@@ -114,8 +118,8 @@ class ShardSet:
         return (json.dumps(head | values, indent=1) + "\n").encode()
 
     @property
-    def location(self) -> Location:
-        return Location.parse(self.uri)
+    def storage(self) -> Storage:
+        return Storage(self.uri)
 
     @property
     def num_samples(self) -> int:
@@ -157,37 +161,103 @@ def schema_sha256(schema: pa.Schema) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def splits_of(uri: str | Path) -> list[str]:
-    """Names of the finished shard sets below a root URI; `[""]` if the URI is one itself.
+def open_splits(uri: str | Path) -> list[ShardSet]:
+    """The finished shard sets below a root URI, or the one at the URI itself.
 
     Raises:
-        DataError: If there is no finished set at all.
+        DataError: If there is none, or a manifest is damaged.
     """
-    location = Location.parse(uri)
-    if location.size(MANIFEST_NAME) is not None:
-        return [""]
-    names = location.names(folders=True)
-    found = [name for name in names if location.child(name).size(MANIFEST_NAME) is not None]
+    root = Storage(uri)
+    if root.exists(MANIFEST_NAME):
+        return [ShardSet.open(uri)]
+    found = _finished_splits(root)
     if not found:
-        raise _no_manifest(location)
-    return found
+        raise _no_manifest(root)
+    return [ShardSet.open(root.child(name).uri) for name in found]
 
 
-def _no_manifest(location: Location) -> DataError:
-    folders = location.names(folders=True)
-    splits = [name for name in folders if location.child(name).size(MANIFEST_NAME) is not None]
-    if splits:
-        return DataError(
-            "no such split in this shard set", given=location.uri, allowed=", ".join(splits)
+class CorruptShard(DataError):
+    """A shard whose bytes are not those that were written."""
+
+
+def corrupt_shard(where: str, found: str, expected: str) -> CorruptShard:
+    """The error for a shard with another sha256 than the manifest's."""
+    return CorruptShard(
+        f"corrupt shard {where}",
+        given=f"sha256 {found}",
+        allowed=f"sha256 {expected}",
+        change="copy or make the set again",
+    )
+
+
+def read_shard_table(path: Path, shard_set: ShardSet, shard: ShardInfo) -> pa.Table:
+    """A shard's table from a local Parquet file, checked against the manifest's rows and schema.
+
+    Raises:
+        DataError: If the file is not Parquet, or has other columns or another number of rows.
+    """
+    where = join_uri(shard_set.uri, shard.file)
+    try:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError("unreadable shard", given=where, change=str(error)) from None
+    if schema_sha256(table.schema) != shard.schema_sha256:
+        raise DataError(
+            f"wrong schema in {where}",
+            given=schema_sha256(table.schema)[:16],
+            allowed=shard.schema_sha256[:16],
         )
-    if "making" in folders:
+    if table.num_rows != shard.rows:
+        raise DataError(
+            f"wrong number of rows in {where}", given=table.num_rows, allowed=shard.rows
+        )
+    return table
+
+
+def check_class_labels(
+    labels: NDArray[np.int64], num_classes: int, where: str, *, first: int = 0
+) -> None:
+    """Raises for the first label outside [0, num_classes).
+
+    Raises:
+        DataError: It names the record; `first` is the number of the first label's record.
+    """
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise DataError(
+            f"label out of range in {where}, record {first + int(bad[0])}",
+            given=int(labels[bad[0]]),
+            allowed=f"0 to {num_classes - 1}",
+        )
+
+
+def fixed_size_rows(column: pa.Array) -> NDArray[np.uint8]:
+    """A view of a fixed_size_binary array as uint8 [rows, byte_width]."""
+    if column.null_count:
+        raise DataError("raw images must not be null", given=f"{column.null_count} nulls")
+    width = column.type.byte_width
+    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
+    return flat[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+
+
+def _finished_splits(root: Storage) -> list[str]:
+    return [name for name in root.folders() if root.exists(f"{name}/{MANIFEST_NAME}")]
+
+
+def _no_manifest(storage: Storage) -> DataError:
+    if splits := _finished_splits(storage):
+        return DataError(
+            "no such split in this shard set", given=storage.uri, allowed=", ".join(splits)
+        )
+    if MAKING in storage.folders():
         return DataError(
             "the shard set is unfinished (its `shards make` was interrupted)",
-            given=location.uri,
+            given=storage.uri,
             change="run the same `elastic-kfac shards make` again; it continues",
         )
     return DataError(
         "no shard set here",
-        given=location.uri,
+        given=storage.uri,
         change="make one with `elastic-kfac shards make --source SOURCE --out URI`",
     )

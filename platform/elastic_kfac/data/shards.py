@@ -1,4 +1,4 @@
-"""Making shard sets: Parquet shards, then the manifest.
+"""Making shard sets: Parquet shards with exact pixel statistics, then the manifest.
 
 A split is cut into fixed ranges of samples, one per shard, so that shards can be made in any order
 by any number of processes (`ShardTask` is picklable) and an interrupted `make` continues:
@@ -14,42 +14,46 @@ zstd costs the reader.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import filelock
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from elastic_kfac.data.inspection import VerifyReport, describe_shards, verify_shards
-from elastic_kfac.data.manifest import MANIFEST_NAME, ShardInfo, ShardSet
-from elastic_kfac.data.shard_writing import MAKING, ROW_GROUP_ROWS, ShardTask
-from elastic_kfac.data.sources import SourceSplit, absolute_source, open_source
-from elastic_kfac.data.storage import Location, join_uri
+from elastic_kfac.data.decode import UndecodableImage, decode_rgb, image_size
+from elastic_kfac.data.manifest import (
+    MAKING,
+    MANIFEST_NAME,
+    ShardInfo,
+    ShardSet,
+    check_class_labels,
+    schema_sha256,
+)
+from elastic_kfac.data.sources import Records, SourceSplit, absolute_source, open_source
+from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
 
-__all__ = [
-    "ShardSet",
-    "ShardTask",
-    "VerifyReport",
-    "describe_shards",
-    "make_shards",
-    "verify_shards",
-]
-
-# Above this many bytes an epoch is shuffled in blocks, so that a cache smaller than the set works.
 FULL_SHUFFLE_BYTES: Final = 4 << 30
+"""An epoch of a larger set is shuffled in blocks, so that a cache smaller than the set suffices."""
 BLOCK_BYTES: Final = 2 << 30
-# Normalisation constants of encoded images come from about this many, evenly spread.
 STATISTICS_SAMPLES: Final = 20_000
-
+"""Normalisation constants of encoded images come from about this many samples, evenly spread."""
+ROW_GROUP_ROWS: Final = 512
 _PLAN: Final = f"{MAKING}/plan.json"
 
 Progress = Callable[[str, int, int], None]
+"""Called with (split, samples done, samples of the split)."""
 
 
 def make_shards(
@@ -59,21 +63,21 @@ def make_shards(
     *,
     shard_mib: float = 128,
     progress: Progress | None = None,
-    run_tasks: Callable[[Sequence[ShardTask]], Iterable[dict[str, Any]]] | None = None,
+    run_tasks: RunTasks | None = None,
 ) -> dict[str, Any]:
     """Writes a source as shard sets below `out`, one folder per split.
 
-    Started again after an interruption it goes on with the shards that are missing; a finished set
-    of the same source is left as it is.
+    After an interruption the same call makes only the missing shards; a finished set of the same
+    source is left as it is.
 
     Args:
         source: `digits`, `parquet:PATH`, `imagefolder:PATH`, `ilsvrc:DIR`, `torchvision:NAME[:ROOT]`.
         out: Root URI: a folder, s3:// or gs://.
-        split: Only this split; None for all of the source's.
-        shard_mib: Size that a shard is cut at, MiB.
+        split: Make this split only; None makes every split of the source.
+        shard_mib: Size of a shard, MiB.
         progress: Called with (split, samples done, samples of the split).
-        run_tasks: Runs tasks elsewhere and yields their records in any order; None runs them here.
-            The other machines must see the source and `out` at the same places.
+        run_tasks: Runs tasks elsewhere and yields their records in any order; None runs them in this
+            process. The other machines must see the source and `out` at the same places.
 
     Returns:
         `{"out": …, "seconds": …, "splits": {name: {"samples", "shards", "made", "reused", "bytes",
@@ -87,12 +91,11 @@ def make_shards(
             "impossible shard size", given=f"{shard_mib} MiB", allowed="above 0 to 1024"
         )
     began = time.monotonic()
-    root = Location.parse(out)
+    root = Storage(out)
     source = absolute_source(source)
     opened = open_source(source, split=split)
-    names = [split] if split is not None else list(opened.openers)
     splits = {}
-    for name in names:
+    for name in [split] if split is not None else list(opened.openers):
         making = _Making(source, opened.name, opened.split(name), name, root.child(name), shard_mib)
         try:
             with making.locked():
@@ -106,8 +109,64 @@ def make_shards(
     return {"out": root.uri, "seconds": time.monotonic() - began, "splits": splits}
 
 
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to make: samples [start, stop) of a split. Picklable; running it twice is harmless.
+
+    `content` is the fingerprint of the split when the shards were planned: another machine may have a
+    different file under the same path.
+    """
+
+    source: str
+    split: str
+    content: str
+    out: str
+    index: int
+    start: int
+    stop: int
+    statistics_stride: int
+
+    @property
+    def file(self) -> str:
+        return f"shard-{self.index:05d}.parquet"
+
+    @property
+    def record(self) -> str:
+        return f"{MAKING}/shard-{self.index:05d}.json"
+
+    def open(self) -> SourceSplit:
+        """Opens the source split."""
+        return open_source(self.source, split=self.split).split(self.split)
+
+    def run(self, opened: SourceSplit | None = None) -> dict[str, Any]:
+        """Writes the shard, then the record that marks it finished; returns the record.
+
+        Raises:
+            DataError: If a record of the source is bad (it names the record), or the source differs
+                from the planned one.
+        """
+        data = opened or self.open()
+        if data.fingerprint != self.content:
+            raise DataError(
+                f"the source differs from machine to machine ({platform.node()} has another one)",
+                given=f"{self.source}, split {self.split}",
+                change="put the same files at the same place on every node",
+            )
+        storage = Storage(self.out)
+        scratch = storage.path(MAKING) if storage.is_local else None
+        with tempfile.TemporaryDirectory(prefix="shard-", dir=scratch) as folder:
+            path = Path(folder) / self.file
+            result = _write_parquet(self, data, path)
+            storage.put(path, self.file)
+        storage.write(self.record, json.dumps(result).encode())
+        return result
+
+
+RunTasks = Callable[[Sequence[ShardTask]], Iterable[dict[str, Any]]]
+
+
 class _Making:
-    """One split on its way to a finished set."""
+    """One split while its shards are being made."""
 
     def __init__(
         self,
@@ -115,37 +174,34 @@ class _Making:
         source_name: str,
         data: SourceSplit,
         split: str,
-        location: Location,
+        storage: Storage,
         shard_mib: float,
     ) -> None:
-        if data.num_samples == 0:
+        samples = data.num_samples
+        if samples == 0:
             raise DataError("the source has no samples", given=f"{source}, split {split}")
-        self.source_name = source_name
-        self.data = data
-        self.split = split
-        self.location = location
-        rows = max(1, min(data.num_samples, int(shard_mib * 2**20 / data.bytes_per_sample)))
-        if ROW_GROUP_ROWS < rows < data.num_samples:
+        self.source_name, self.data, self.split, self.storage = source_name, data, split, storage
+        rows = max(1, min(samples, int(shard_mib * 2**20 / data.bytes_per_sample)))
+        if ROW_GROUP_ROWS < rows < samples:
             rows -= rows % ROW_GROUP_ROWS
-        stride = 1 if data.raw_shape else math.ceil(data.num_samples / STATISTICS_SAMPLES)
-        starts = range(0, data.num_samples, rows)
+        stride = 1 if data.raw_shape else math.ceil(samples / STATISTICS_SAMPLES)
         self.tasks = [
             ShardTask(
-                source,
-                split,
-                data.fingerprint,
-                location.uri,
-                index,
-                start,
-                min(start + rows, data.num_samples),
-                stride,
+                source=source,
+                split=split,
+                content=data.fingerprint,
+                out=storage.uri,
+                index=index,
+                start=start,
+                stop=min(start + rows, samples),
+                statistics_stride=stride,
             )
-            for index, start in enumerate(starts)
+            for index, start in enumerate(range(0, samples, rows))
         ]
         plan = {
             "source": source_name,
             "content": data.fingerprint,
-            "num_samples": data.num_samples,
+            "num_samples": samples,
             "rows": rows,
             "stride": stride,
             "row_group_rows": ROW_GROUP_ROWS,
@@ -155,30 +211,26 @@ class _Making:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second `make` of the same local set out."""
-        if not self.location.is_local:
+        """Excludes a second `make` of the same local set."""
+        if not self.storage.is_local:
             yield
             return
-        folder = Path(self.location.path)
+        folder = Path(self.storage.path())
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".make.lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
             raise DataError(
-                "another `shards make` is writing this set", given=self.location.uri
+                "another `shards make` is writing this set", given=self.storage.uri
             ) from None
         try:
             yield
         finally:
             lock.release()
 
-    def make(
-        self,
-        progress: Progress,
-        run_tasks: Callable[[Sequence[ShardTask]], Iterable[dict[str, Any]]] | None,
-    ) -> dict[str, Any]:
-        if self.location.size(MANIFEST_NAME) is not None:
+    def make(self, progress: Progress, run_tasks: RunTasks | None) -> dict[str, Any]:
+        if self.storage.exists(MANIFEST_NAME):
             return self._finished()
         finished = self._finished_tasks()
         missing = [task for task in self.tasks if task.index not in finished]
@@ -196,54 +248,52 @@ class _Making:
                 change="run the same command again; it continues",
             )
         if run_tasks is not None:
-            self._check_arrived(missing, finished)
+            self._check_visible(missing, finished)
         shard_set = self._manifest([finished[task.index] for task in self.tasks])
-        # Of other plans, and what a killed process was in the middle of writing.
-        for name in self.location.names():
-            if name.startswith(("shard-", ".shard-")) and name not in {
-                s.file for s in shard_set.shards
-            }:
-                self.location.remove(name)
-        self.location.write(MANIFEST_NAME, shard_set.to_json())
-        self.location.remove(MAKING)
+        # Shards of other plans, and what a killed process was in the middle of writing.
+        wanted = {shard.file for shard in shard_set.shards}
+        for name in self.storage.files():
+            if name.startswith(("shard-", ".shard-")) and name not in wanted:
+                self.storage.delete(name)
+        self.storage.write(MANIFEST_NAME, shard_set.to_json())
+        self.storage.delete(MAKING)
         return self._summary(len(missing), len(self.tasks) - len(missing))
 
-    def _check_arrived(
+    def _check_visible(
         self, tasks: Sequence[ShardTask], finished: dict[int, dict[str, Any]]
     ) -> None:
         """Refuses shards that only another machine can see."""
         for task in tasks:
-            if self.location.size(task.file) != finished[task.index]["bytes"]:
+            if self.storage.size(task.file) != finished[task.index]["bytes"]:
                 raise DataError(
                     "a shard that another node has written is not here",
-                    given=join_uri(self.location.uri, task.file),
+                    given=join_uri(self.storage.uri, task.file),
                     change="choose an --out that all nodes share: a shared folder, s3:// or gs://",
                 )
 
     def _finished(self) -> dict[str, Any]:
-        existing = ShardSet.open(self.location.uri)
+        existing = ShardSet.open(self.storage.uri)
         if (existing.source, existing.source_sha256) != (self.source_name, self.data.fingerprint):
             raise DataError(
                 "the output already holds another shard set",
-                given=f"{self.location.uri} ({existing.source}, {existing.num_samples} samples)",
+                given=f"{self.storage.uri} ({existing.source}, {existing.num_samples} samples)",
                 change="choose another --out, or remove that folder",
             )
-        self.location.remove(MAKING)
+        self.storage.delete(MAKING)
         return self._summary(0, len(existing.shards))
 
     def _finished_tasks(self) -> dict[int, dict[str, Any]]:
-        """Records of an interrupted make of exactly these shards; otherwise starts from nothing."""
-        same = self.location.size(_PLAN) is not None and self.location.read(_PLAN) == self.plan
-        if not same:
-            self.location.remove(MAKING)
-            self.location.write(_PLAN, self.plan)
+        """Records of an interrupted make with exactly this plan; with another plan, starts over."""
+        if not self.storage.exists(_PLAN) or self.storage.read(_PLAN) != self.plan:
+            self.storage.delete(MAKING)
+            self.storage.write(_PLAN, self.plan)
             return {}
         finished = {}
         for task in self.tasks:
-            if self.location.size(task.record) is None:
+            if not self.storage.exists(task.record):
                 continue
-            result = json.loads(self.location.read(task.record))
-            if self.location.size(task.file) == result["bytes"]:
+            result = json.loads(self.storage.read(task.record))
+            if self.storage.size(task.file) == result["bytes"]:
                 finished[task.index] = result
         return finished
 
@@ -257,25 +307,23 @@ class _Making:
             math.sqrt(max(float(q) / pixels / 255**2 - m * m, 0.0))
             for q, m in zip(squares, mean, strict=True)
         ]
-        smallest = tuple(min(result["smallest"][i] for result in results) for i in (0, 1))
+        height, width = (min(result["smallest"][i] for result in results) for i in (0, 1))
         largest = tuple(max(result["largest"][i] for result in results) for i in (0, 1))
         shape = self.data.raw_shape
-        if shape is None and smallest == largest:
-            shape = (3, *smallest)
+        if shape is None and (height, width) == largest:
+            shape = (3, height, width)
         total_bytes = sum(result["bytes"] for result in results)
-        total_rows = sum(result["rows"] for result in results)
         window = None
         if total_bytes > FULL_SHUFFLE_BYTES:
-            window = max(1, int(total_rows * BLOCK_BYTES / total_bytes))
-        encoding: Literal["raw", "encoded"] = "raw" if self.data.raw_shape else "encoded"
+            window = max(1, int(self.data.num_samples * BLOCK_BYTES / total_bytes))
         return ShardSet(
-            uri=self.location.uri,
+            uri=self.storage.uri,
             split=self.split,
             source=self.source_name,
             source_sha256=self.data.fingerprint,
-            encoding=encoding,
+            encoding="raw" if self.data.raw_shape else "encoded",
             image_shape=shape,
-            smallest_image=smallest,
+            smallest_image=(height, width),
             largest_image=largest,
             class_names=self.data.class_names,
             class_counts=tuple(np.sum([r["class_counts"] for r in results], axis=0).tolist()),
@@ -287,7 +335,7 @@ class _Making:
         )
 
     def _summary(self, made: int, reused: int) -> dict[str, Any]:
-        shard_set = ShardSet.open(self.location.uri)
+        shard_set = ShardSet.open(self.storage.uri)
         return {
             "samples": shard_set.num_samples,
             "shards": len(shard_set.shards),
@@ -297,3 +345,136 @@ class _Making:
             "classes": shard_set.num_classes,
             "manifest_sha256": shard_set.manifest_sha256,
         }
+
+
+@dataclass
+class _Statistics:
+    """Exact integer sums over pixels; `sums` and `squares` are per channel."""
+
+    pixels: int
+    sums: list[int]
+    squares: list[int]
+    smallest: list[int]
+    largest: list[int]
+
+    def add_pixels(self, pixels: np.ndarray[Any, Any], channel_axis: int) -> None:
+        counts = [
+            np.bincount(np.take(pixels, c, axis=channel_axis).ravel(), minlength=256)
+            for c in range(len(self.sums))
+        ]
+        values = np.arange(256, dtype=np.int64)
+        for channel, count in enumerate(counts):
+            self.sums[channel] += int(count @ values)
+            self.squares[channel] += int(count @ values**2)
+        self.pixels += int(counts[0].sum())
+
+    def add_size(self, height: int, width: int) -> None:
+        self.smallest = [min(self.smallest[0], height), min(self.smallest[1], width)]
+        self.largest = [max(self.largest[0], height), max(self.largest[1], width)]
+
+
+def shard_schema(raw_shape: tuple[int, int, int] | None) -> pa.Schema:
+    """Columns of a shard: image (raw [C, H, W] or encoded bytes), label, key (origin of the sample)."""
+    image = pa.binary() if raw_shape is None else pa.binary(math.prod(raw_shape))
+    return pa.schema(
+        [
+            pa.field("image", image, nullable=False),
+            pa.field("label", pa.int32(), nullable=False),
+            pa.field("key", pa.string(), nullable=False),
+        ]
+    )
+
+
+def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, Any]:
+    schema = shard_schema(data.raw_shape)
+    channels = data.raw_shape[0] if data.raw_shape else 3
+    statistics = _Statistics(0, [0] * channels, [0] * channels, [1 << 30] * 2, [0] * 2)
+    class_counts = np.zeros(len(data.class_names), dtype=np.int64)
+    at = task.start
+    with pq.ParquetWriter(
+        path, schema, compression="NONE", use_dictionary=False, write_page_checksum=True
+    ) as writer:
+        for table in _row_groups(_tables(data, task, schema, statistics, class_counts)):
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            at += table.num_rows
+    if at != task.stop:
+        raise DataError(
+            "the source ended early", given=f"sample {at}", allowed=f"{task.stop} samples"
+        )
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = task.stop - task.start
+    shard = ShardInfo(task.file, rows, size, digest, schema_sha256(schema))
+    return {
+        "index": task.index,
+        "rows": rows,
+        "bytes": size,
+        "shard": asdict(shard),
+        "class_counts": class_counts.tolist(),
+        **asdict(statistics),
+    }
+
+
+def _tables(
+    data: SourceSplit,
+    task: ShardTask,
+    schema: pa.Schema,
+    statistics: _Statistics,
+    class_counts: np.ndarray[Any, Any],
+) -> Iterator[pa.Table]:
+    at = task.start
+    for records in data.read(task.start, task.stop):
+        check_class_labels(records.labels, len(class_counts), f"split {task.split}", first=at)
+        class_counts += np.bincount(records.labels, minlength=len(class_counts))
+        _measure(records, data.raw_shape, statistics, at, task.statistics_stride)
+        if data.raw_shape is not None:
+            pixels = np.ascontiguousarray(records.images)
+            image = pa.FixedSizeBinaryArray.from_buffers(
+                schema.field("image").type, len(records.labels), [None, pa.py_buffer(pixels)]
+            )
+        else:
+            image = pa.array(records.images, type=pa.binary())
+        labels = pa.array(records.labels.astype(np.int32), type=pa.int32())
+        yield pa.table([image, labels, pa.array(records.keys, type=pa.string())], schema=schema)
+        at += len(records.labels)
+
+
+def _measure(
+    records: Records,
+    raw_shape: tuple[int, int, int] | None,
+    statistics: _Statistics,
+    first: int,
+    stride: int,
+) -> None:
+    if raw_shape is not None:
+        statistics.add_size(raw_shape[1], raw_shape[2])
+        pixels = np.asarray(records.images).reshape(-1, raw_shape[0], raw_shape[1] * raw_shape[2])
+        statistics.add_pixels(pixels, channel_axis=1)
+        return
+    for row, data in enumerate(records.images):
+        try:
+            statistics.add_size(*image_size(data))
+            if (first + row) % stride == 0:
+                statistics.add_pixels(decode_rgb(data), channel_axis=2)
+        except UndecodableImage as error:
+            raise DataError(
+                f"undecodable image at record {first + row}",
+                given=f"{records.keys[row]}, {len(data)} bytes",
+                change=str(error),
+            ) from None
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Joins and cuts tables to ROW_GROUP_ROWS rows each (the last one may be smaller)."""
+    held: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        held.append(table)
+        rows += table.num_rows
+        while rows >= ROW_GROUP_ROWS:
+            joined = pa.concat_tables(held)
+            yield joined.slice(0, ROW_GROUP_ROWS).combine_chunks()
+            held, rows = [joined.slice(ROW_GROUP_ROWS)], rows - ROW_GROUP_ROWS
+    if rows:
+        yield pa.concat_tables(held).combine_chunks()

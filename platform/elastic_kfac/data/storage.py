@@ -1,7 +1,7 @@
-"""Files below a URI: local folders, s3:// and gs://, through pyarrow's file systems.
+"""Files below one URI: a local folder, s3:// or gs://, through pyarrow's file systems.
 
-Local writes are atomic and durable (temporary file, fsync, rename, fsync of the folder). An object
-store has no rename, but an object appears only when its upload is complete.
+A reader never sees half of a written file. Locally, writes go to a temporary file, then fsync, rename
+and fsync of the folder; an object store makes an object visible only when its upload is complete.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -23,161 +22,169 @@ from elastic_kfac.errors import DataError
 _CHUNK_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class Location:
-    """A folder on some file system."""
+class Storage:
+    """A folder on some file system. File names are relative to it and use `/`.
 
-    uri: str
-    filesystem: pafs.FileSystem
-    path: str
+    Args:
+        uri: A path, file://, s3:// or gs://.
 
-    @classmethod
-    def parse(cls, uri: str | Path) -> Location:
-        """Opens the file system of a URI; a plain path is a local folder.
+    Raises:
+        DataError: If the scheme is unknown or the URI malformed. Every method also raises it for a name
+            that leads out of the folder (names may come from files that somebody else wrote), and for
+            a store that cannot be reached.
+    """
 
-        Raises:
-            DataError: If the scheme is unknown or the URI is malformed.
-        """
-        text = str(uri)
-        try:
-            if "://" not in text:
-                local = str(Path(text).expanduser().resolve())
-                return cls(local, pafs.LocalFileSystem(), local)
-            filesystem, path = pafs.FileSystem.from_uri(_one_request_uploads(text))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
-            raise DataError(
-                "cannot open the data location",
-                given=text,
-                allowed="a folder, file://, s3:// or gs://",
-                change=str(error),
-            ) from None
-        return cls(text, filesystem, path.rstrip("/"))
+    def __init__(self, uri: str | Path) -> None:
+        self.uri, self.filesystem, self._root = _open(str(uri))
 
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
-    def child(self, name: str) -> Location:
-        """The folder `name` below this one; options after `?` in the URI are kept."""
-        return Location(join_uri(self.uri, name), self.filesystem, f"{self.path}/{name}")
+    def child(self, name: str) -> Storage:
+        """The folder `name` below this one; keeps the URI's options (`?endpoint_override=…`)."""
+        child = object.__new__(Storage)
+        child.filesystem = self.filesystem
+        child.uri, child._root = join_uri(self.uri, name), self.path(name)
+        return child
+
+    def path(self, name: str = "") -> str:
+        """The path of `name` inside the file system."""
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DataError("the name leads out of the folder", given=name)
+        return f"{self._root}/{name}".rstrip("/")
 
     def size(self, name: str) -> int | None:
-        """Bytes of the file `name`, None when there is no such file."""
+        """Bytes of a file, None if there is no such file."""
         info = self._info(name)
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    def exists(self, name: str) -> bool:
+        return self.size(name) is not None
+
     def read(self, name: str) -> bytes:
-        """The whole file `name`."""
-        with self._reading(name), self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
-            return bytes(file.read())
+        """The content of a file.
 
-    def fetch(self, name: str, target: Path) -> str:
-        """Copies the file `name` to the local `target`; returns the sha256 of what arrived."""
-        digest = hashlib.sha256()
-        with (
-            self._reading(name),
-            self.filesystem.open_input_stream(f"{self.path}/{name}") as file,
-            target.open("wb") as out,
-        ):
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                out.write(chunk)
-        return digest.hexdigest()
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
+        if not self.exists(name):
+            raise FileNotFoundError(self.path(name))
+        return b"".join(self._chunks(name, None))
 
-    def sha256(self, name: str) -> str:
-        """The sha256 of the file `name`, read once."""
+    def sha256(self, name: str, copy_to: Path | None = None) -> str:
+        """The sha256 of a file, read once; `copy_to` receives a local copy of what was read.
+
+        Raises:
+            DataError: If the file is missing.
+        """
         digest = hashlib.sha256()
-        with self._reading(name), self.filesystem.open_input_stream(f"{self.path}/{name}") as file:
-            while chunk := file.read(_CHUNK_BYTES):
+        with Path(copy_to or os.devnull).open("wb") as copy:
+            for chunk in self._chunks(name, _CHUNK_BYTES):
                 digest.update(chunk)
+                copy.write(chunk)
         return digest.hexdigest()
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small file so that it is either whole or not there."""
+        """Creates or replaces a file; it is durable on return."""
         if self.is_local:
-            target = Path(self.path) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with durable_file(target) as temporary:
+            with durable_file(self._local(name)) as temporary:
                 temporary.write_bytes(content)
             return
-        with self.filesystem.open_output_stream(f"{self.path}/{name}") as file:
+        with self.filesystem.open_output_stream(self.path(name)) as file:
             file.write(content)
 
     def put(self, source: Path, name: str) -> None:
-        """Moves a finished local file to `name`; it appears there only when whole."""
+        """Moves a finished local file to `name`."""
         if self.is_local:
-            target = Path(self.path) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with durable_file(target) as temporary:
+            with durable_file(self._local(name)) as temporary:
                 shutil.move(source, temporary)
             return
-        with (
-            source.open("rb") as file,
-            self.filesystem.open_output_stream(f"{self.path}/{name}") as out,
-        ):
+        with source.open("rb") as file, self.filesystem.open_output_stream(self.path(name)) as out:
             shutil.copyfileobj(file, out, _CHUNK_BYTES)
         source.unlink()
 
-    def remove(self, name: str) -> None:
-        """Removes a file or a folder with what it holds; nothing happens if there is none."""
+    def append_lines(self, name: str, content: bytes) -> None:
+        """Appends whole lines to a file (an object store rewrites it).
+
+        A line that a killed writer left unfinished is terminated first.
+        """
+        if self.is_local:
+            with self._local(name).open("ab+") as stream:
+                if stream.tell() > 0:
+                    stream.seek(-1, os.SEEK_END)
+                    content = content if stream.read(1) == b"\n" else b"\n" + content
+                stream.write(content)
+            return
+        old = self.read(name) if self.exists(name) else b""
+        self.write(name, old + content)
+
+    def truncate(self, name: str, size: int) -> None:
+        """Cuts a file to `size` bytes (an object store rewrites it)."""
+        if self.is_local:
+            os.truncate(self.path(name), size)
+        else:
+            self.write(name, self.read(name)[:size])
+
+    def delete(self, name: str) -> None:
+        """Deletes a file or a folder with its content; does nothing if there is none."""
         info = self._info(name)
         if info.type == pafs.FileType.File:
             self.filesystem.delete_file(info.path)
         elif info.type == pafs.FileType.Directory:
             self.filesystem.delete_dir(info.path)
 
-    def names(self, *, folders: bool = False) -> list[str]:
-        """Names of the files (or folders) directly below, sorted; empty if nothing is here."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        kind = pafs.FileType.Directory if folders else pafs.FileType.File
+    def files(self, name: str = "") -> list[str]:
+        """Sorted names of the files directly in a folder; empty if there is no such folder."""
+        return self._names(name, pafs.FileType.File)
+
+    def folders(self, name: str = "") -> list[str]:
+        """Sorted names of the folders directly in a folder; empty if there is no such folder."""
+        return self._names(name, pafs.FileType.Directory)
+
+    def _names(self, name: str, kind: pafs.FileType) -> list[str]:
+        selector = pafs.FileSelector(self.path(name), allow_not_found=True)
         try:
             found = self.filesystem.get_file_info(selector)
         except OSError as error:
-            raise _unreachable(self.uri, error) from None
+            raise _unreachable(join_uri(self.uri, name), error) from None
         return sorted(info.base_name for info in found if info.type == kind)
 
     def _info(self, name: str) -> pafs.FileInfo:
         try:
-            return self.filesystem.get_file_info(f"{self.path}/{name}")
+            return self.filesystem.get_file_info(self.path(name))
         except OSError as error:
             raise _unreachable(join_uri(self.uri, name), error) from None
 
-    @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
+    def _local(self, name: str) -> Path:
+        target = Path(self.path(name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _chunks(self, name: str, num_bytes: int | None) -> Iterator[bytes]:
         try:
-            yield
+            with self.filesystem.open_input_stream(self.path(name)) as file:
+                while chunk := file.read(num_bytes):
+                    yield chunk
         except FileNotFoundError:
             raise DataError("file is missing", given=join_uri(self.uri, name)) from None
-        except pa.ArrowException as error:
-            raise _unreachable(join_uri(self.uri, name), error) from None
-        except OSError as error:
-            if error.errno is not None and error.filename is not None:
-                raise  # The local side (disk full, no permission) says it better itself.
+        except (pa.ArrowException, OSError) as error:
             raise _unreachable(join_uri(self.uri, name), error) from None
 
 
 def join_uri(uri: str, name: str) -> str:
-    """`uri/name`, keeping URI options such as `?endpoint_override=…` at the end."""
+    """`uri/name`, with URI options such as `?endpoint_override=…` kept at the end."""
     if "://" not in uri:
         return str(Path(uri) / name)
     parts = urlsplit(uri)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-
-
-def _one_request_uploads(uri: str) -> str:
-    # Small objects (manifests, finished-shard records) then need one request instead of three.
-    parts = urlsplit(uri)
-    if parts.scheme != "s3" or "allow_delayed_open=" in parts.query:
-        return uri
-    query = f"{parts.query}&allow_delayed_open=true".lstrip("&")
-    return urlunsplit(parts._replace(query=query))
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}".rstrip("/")))
 
 
 @contextmanager
 def durable_file(target: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `target`; at the end it is synced and renamed to it.
+    """Yields a temporary path beside `target`; on exit it is synced and renamed to `target`.
 
-    After an exception the temporary file is gone and `target` is as it was.
+    After an exception the temporary file is removed and `target` is unchanged.
     """
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     try:
@@ -187,6 +194,31 @@ def durable_file(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open(uri: str) -> tuple[str, pafs.FileSystem, str]:
+    try:
+        if "://" not in uri:
+            local = str(Path(uri).expanduser().resolve())
+            return local, pafs.LocalFileSystem(), local
+        filesystem, path = pafs.FileSystem.from_uri(_one_request_uploads(uri))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
+        raise DataError(
+            "cannot open the storage",
+            given=uri,
+            allowed="a folder, file://, s3:// or gs://",
+            change=str(error),
+        ) from None
+    return uri, filesystem, path.rstrip("/")
+
+
+def _one_request_uploads(uri: str) -> str:
+    # Small objects (manifests, finished-shard records) then need one request instead of three.
+    parts = urlsplit(uri)
+    if parts.scheme != "s3" or "allow_delayed_open=" in parts.query:
+        return uri
+    query = f"{parts.query}&allow_delayed_open=true".lstrip("&")
+    return urlunsplit(parts._replace(query=query))
 
 
 def _sync(path: Path) -> None:

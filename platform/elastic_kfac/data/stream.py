@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
@@ -18,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from elastic_kfac.data.augment import check_augmentation
-from elastic_kfac.data.cache import ShardCache
+from elastic_kfac.data.cache import ReadAhead, ShardCache
 from elastic_kfac.data.loading import SampleLoader
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder
-from elastic_kfac.data.readahead import ReadAhead
 from elastic_kfac.errors import DataError
 
 
@@ -173,28 +171,6 @@ class SampleStream:
                 self._ahead.popitem(last=False)[1].cancel()
             self._ahead[key] = self._executor().submit(self._load, *key)
 
-    def evaluation_batches(
-        self, batch_size: int, *, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """Every sample once over all ranks, in id order, without augmentation or padding.
-
-        Rank r of W gets ids [r * N // W, (r + 1) * N // W), so shares differ by one sample at most
-        and a rank may get none.
-
-        Raises:
-            DataError: If the batch size or the rank is impossible.
-        """
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise DataError(
-                "impossible evaluation share",
-                given=f"batch_size={batch_size}, rank={rank}, world_size={world_size}",
-                allowed="batch_size >= 1 and 0 <= rank < world_size",
-            )
-        self._check_open()
-        first = rank * self.num_samples // world_size
-        last = (rank + 1) * self.num_samples // world_size
-        return self._evaluate(first, last, batch_size)
-
     def close(self) -> None:
         """Stops the threads and lets go of the mapped files; may be called again."""
         self._closed = True
@@ -231,29 +207,10 @@ class SampleStream:
         order = self.order(epoch)
         ids = order.ids(first_position, count)
         self._readahead.want(order.upcoming_shards(first_position).tolist())
-        return self._batch(ids, epoch, self._augment)
-
-    def _batch(self, ids: NDArray[np.int64], epoch: int, augment: str) -> Batch:
-        images, labels, weights = self._loader.load(ids, epoch, augment)
+        images, labels, weights = self._loader.load(ids, epoch, self._augment)
         return Batch(
             torch.from_numpy(images),
             torch.from_numpy(labels),
             ids.astype(np.uint64),
             torch.from_numpy(weights),
         )
-
-    def _evaluate(self, first: int, last: int, batch_size: int) -> Iterator[Batch]:
-        pending: Future[Batch] | None = None
-        order = self.shard_set.order(self.seed, 0, shuffle=False)
-        for start in range(first, last, batch_size):
-            self._readahead.want(order.upcoming_shards(start).tolist())
-            ids = np.arange(start, min(start + batch_size, last), dtype=np.int64)
-            following = np.arange(
-                start + batch_size, min(start + 2 * batch_size, last), dtype=np.int64
-            )
-            batch = self._batch(ids, 0, "none") if pending is None else pending.result()
-            pending = None
-            if self._prefetch_batches > 0 and len(following):
-                with self._lock:
-                    pending = self._executor().submit(self._batch, following, 0, "none")
-            yield batch

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from elastic_kfac.config import Config
-from elastic_kfac.data.shards import ShardSet
+from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.experiments.search_space import Links
 from elastic_kfac.kfac.calibration import measure_costs

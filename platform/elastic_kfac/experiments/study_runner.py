@@ -24,6 +24,7 @@ from elastic_kfac.cluster.ray.adapter import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray.signals import StopSignals
 from elastic_kfac.cluster.run.trainer import connected
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.study import COLUMNS, Cell, LoadedStudy
 from elastic_kfac.experiments.study_cell import (
@@ -45,7 +46,6 @@ from elastic_kfac.experiments.study_outcome import (
 from elastic_kfac.runs.final_state import FinalMeasures
 from elastic_kfac.runs.summary import duration
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.state.storage import Storage
 
 EXIT_INTERRUPTED = 130
 CELLS_FOLDER = "cells"

@@ -13,11 +13,11 @@ from safetensors.torch import save
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, parse_config
 from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState
-from elastic_kfac.state.storage import Storage
 from elastic_kfac.training.rank import RankTrainer
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.shards import ShardSet
+from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.kfac_exchange import layer_shape

@@ -19,9 +19,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError, StateError
 from elastic_kfac.state.state import TrainingState
-from elastic_kfac.state.storage import Storage
 
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"

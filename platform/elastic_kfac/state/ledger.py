@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import StateError
-from elastic_kfac.state.storage import Storage
 
 ROW = np.dtype(
     [

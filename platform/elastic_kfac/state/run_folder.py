@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from elastic_kfac.config import Config, parse_config
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.state.storage import Storage
 
 Row = Mapping[str, Any]
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from elastic_kfac.data import ShardSet
-from elastic_kfac.data.cache import ShardCache
-from elastic_kfac.data.readahead import ReadAhead
+from elastic_kfac.data.cache import ReadAhead, ShardCache
 from elastic_kfac.errors import DataError
 
 

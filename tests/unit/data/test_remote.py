@@ -195,5 +195,5 @@ def test_remote_unreachable_store_raises_one_line() -> None:
 
 def test_file_uri_is_the_local_folder(digits: Path) -> None:
     opened = ShardSet.open(f"file://{digits}/train")
-    assert opened.num_samples == 1438 and opened.location.is_local
+    assert opened.num_samples == 1438 and opened.storage.is_local
     assert verify_shards(f"file://{digits}").num_samples == 1797

@@ -362,7 +362,7 @@ def test_open_root_names_the_splits(digits: Path) -> None:
 
 
 def test_open_unknown_scheme_raises() -> None:
-    with pytest.raises(DataError, match="cannot open the data location"):
+    with pytest.raises(DataError, match="cannot open the storage"):
         ShardSet.open("ftp://host/data")
 
 

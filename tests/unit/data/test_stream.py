@@ -261,35 +261,6 @@ def test_prefetch_nobody_comes_for_makes_room(stream: SampleStream) -> None:
     assert stream.read(0, 500, 10).ids.tolist() == SampleOrder(1438, 3, 0).ids(500, 10).tolist()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 7, 1500])
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_evaluation_any_world_size_sees_every_sample_once_in_order(
-    digits: Path, cache: str, world: int, prefetch: int
-) -> None:
-    shards = ShardSet.open(digits / "test")
-    ids: list[int] = []
-    shares = []
-    with SampleStream(
-        shards, seed=0, augment="crop_flip", cache_dir=cache, prefetch_batches=prefetch
-    ) as stream:
-        images, _ = plain(digits / "test")
-        for rank in range(world):
-            batches = list(stream.evaluation_batches(50, rank=rank, world_size=world))
-            assert all(len(b.ids) == 50 for b in batches[:-1])
-            shares.append(sum(len(b.ids) for b in batches))
-            for batch in batches:
-                found = [x.numpy().tobytes() for x in batch.images]
-                assert found == [images[i] for i in batch.ids]  # Not augmented.
-                ids += batch.ids.tolist()
-    assert ids == list(range(359))
-    assert max(shares) - min(shares) <= 1
-
-
-def test_evaluation_impossible_share_raises(stream: SampleStream) -> None:
-    with pytest.raises(DataError, match="impossible evaluation share"):
-        stream.evaluation_batches(10, rank=2, world_size=2)
-
-
 @pytest.fixture
 def damaged(photos: Path, tmp_path: Path) -> Path:
     """The photos with record 3 truncated and record 7 empty, behind a manifest that agrees."""
@@ -428,11 +399,8 @@ def test_stream_closed_leaves_no_threads_or_open_files(photos: Path, cache: str)
             stream.prefetch(0, 0, 10)
             batch = stream.read(0, 0, 10)
             stream.prefetch(0, 10, 10)
-            for evaluated in stream.evaluation_batches(15):
-                batch = evaluated
-                break
             assert held()[0] > 0 and held()[1] != set()
-        del batch, evaluated, stream
+        del batch, stream
     assert held() == before == (0, set())
 
 

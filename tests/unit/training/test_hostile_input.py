@@ -16,10 +16,10 @@ import elastic_kfac
 from elastic_kfac.cli.entry import main
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config, read_config
-from elastic_kfac.errors import ConfigError, ElasticKfacError, StateError
+from elastic_kfac.data.storage import Storage
+from elastic_kfac.errors import ConfigError, DataError, ElasticKfacError, StateError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.state.storage import Storage
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.port import KeepGoing
@@ -102,7 +102,7 @@ def test_storage_refuses_names_that_lead_out_of_it(name: str, tmp_path: Path) ->
         lambda: storage.path(name),
     )
     for call in calls:
-        with pytest.raises(StateError, match="leads out of the run's folder"):
+        with pytest.raises(DataError, match="leads out of the folder"):
             call()
     assert (tmp_path / "x").read_text() == "secret"
 
@@ -121,7 +121,7 @@ def test_manifest_that_names_a_file_outside_is_not_followed(checkpoint: Path) ->
     manifest["files"]["tensors"]["name"] = "../../../secret.safetensors"
     (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
-    with pytest.raises(StateError, match="leads out of the run's folder"):
+    with pytest.raises(StateError, match="leads out of the folder"):
         CheckpointStore(checkpoint.parents[1]).load_latest()
 
 

@@ -10,11 +10,11 @@ import pytest
 from pyarrow import fs
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError, UsageError
 from elastic_kfac.runs.results import compact_ledger, read_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.state.storage import Storage
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.port import Control, FolderPort, KeepGoing
 from support.object_server import Store, s3_server
@@ -53,7 +53,7 @@ class FolderMaking(CheckpointStore):
 
         def write_with_folder(name: str, content: bytes) -> None:
             parent = self.storage.path(name).rpartition("/")[0]
-            self.storage._location.filesystem.create_dir(parent, recursive=True)
+            self.storage.filesystem.create_dir(parent, recursive=True)
             write(name, content)
 
         self.storage.write = write_with_folder  # type: ignore[method-assign]

@@ -12,10 +12,10 @@ from typing import Any
 import ray
 
 from elastic_kfac.cluster.run.vault import Note, VaultPlace
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import StateError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
-from elastic_kfac.state.storage import Storage
 
 _RAY_CPU_S = 0.02
 _RAY_CPU_S_PER_BYTE = 2.5e-9

@@ -1,9 +1,4 @@
-"""Where shards are made from: `digits`, `clusters10`, `parquet:PATH`, `torchvision:NAME`, ….
-
-A source has named splits. A split knows how many samples it has and reads any range of them, so that
-shards can be made in any order, by any process, and again after an interruption. Raw pixels are
-uint8 in [channels, height, width] order; encoded images stay the bytes they were.
-"""
+"""Parquet files with an image and a label column."""
 
 from __future__ import annotations
 
@@ -11,160 +6,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
+from elastic_kfac.data.manifest import check_class_labels, fixed_size_rows
+from elastic_kfac.data.sources.source import BATCH_ROWS, Images, Records, Source
 from elastic_kfac.errors import DataError
-
-KNOWN_SOURCES = (
-    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"
-)
-TORCHVISION_ROOT = "data/torchvision"
-_BATCH_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Records:
-    """Some consecutive samples: pixels [n, channels * height * width] or encoded bytes."""
-
-    images: NDArray[np.uint8] | list[bytes]
-    labels: NDArray[np.int64]
-    keys: list[str]
-
-
-class SourceSplit(Protocol):
-    """One split of a source, readable from any position."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def raw_shape(self) -> tuple[int, int, int] | None:
-        """(channels, height, width) of raw pixels; None when images are encoded."""
-
-    @property
-    def bytes_per_sample(self) -> float: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when the content changes; decides whether an interrupted `make` goes on."""
-
-    def read(self, start: int, stop: int) -> Iterator[Records]:
-        """Samples [start, stop), in pieces."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed source: its name for people, and how to open each split."""
-
-    name: str
-    openers: dict[str, Callable[[], SourceSplit]]
-
-    def split(self, name: str) -> SourceSplit:
-        """Opens a split.
-
-        Raises:
-            DataError: If the source has no such split.
-        """
-        if name not in self.openers:
-            raise DataError(
-                f"source {self.name} has no such split",
-                given=name,
-                allowed=", ".join(self.openers),
-            )
-        return self.openers[name]()
-
-
-def open_source(text: str, *, split: str | None = None) -> Source:
-    """Parses `--source`.
-
-    Args:
-        text: `digits` or `kind:rest`.
-        split: The split that a lone Parquet file without one in its name holds (`train` if None).
-
-    Raises:
-        DataError: If the kind is unknown or its files are not there.
-    """
-    kind, _, rest = text.partition(":")
-    if kind == "digits" and not rest:
-        return Source("digits", {s: partial(DigitsSplit, s) for s in ("train", "test")})
-    if kind == "clusters10":
-        from elastic_kfac.data.clusters import ClustersSplit, parse_seed
-
-        seed = parse_seed(rest)
-        return Source(
-            f"clusters10:{seed}", {s: partial(ClustersSplit, s, seed) for s in ("train", "test")}
-        )
-    if kind == "parquet" and rest:
-        return _parquet_source(Path(rest).expanduser(), split)
-    if kind in ("imagefolder", "torchvision", "ilsvrc") and rest:
-        from elastic_kfac.data.image_sources import open_image_source
-
-        return open_image_source(kind, rest, split)
-    raise DataError("unknown data source", given=text, allowed=KNOWN_SOURCES)
-
-
-def absolute_source(text: str) -> str:
-    """`--source` with its path made absolute, for processes that work in another folder."""
-    kind, _, rest = text.partition(":")
-    if kind in ("parquet", "imagefolder", "ilsvrc") and rest:
-        return f"{kind}:{Path(rest).expanduser().absolute()}"
-    if kind == "torchvision":
-        name, _, folder = rest.partition(":")
-        place = Path(folder or TORCHVISION_ROOT).expanduser().absolute()
-        return f"{kind}:{name}:{place}"
-    return text
-
-
-class DigitsSplit:
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey; a fixed stratified fifth is the test split."""
-
-    raw_shape = (1, 8, 8)
-    bytes_per_sample = 64.0
-    class_names = tuple(str(digit) for digit in range(10))
-
-    def __init__(self, split: str) -> None:
-        from sklearn.datasets import load_digits
-
-        bunch = load_digits()
-        # Values are 0..16; 255/16 keeps their ratios and uses the whole byte.
-        images = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8).reshape(-1, 64)
-        labels = bunch.target.astype(np.int64)
-        chosen = []
-        for digit in range(10):
-            members = permutation(
-                stream_key(SOURCE_SHUFFLE, digit), np.flatnonzero(labels == digit)
-            )
-            cut = round(len(members) / 5)
-            chosen.append(members[:cut] if split == "test" else members[cut:])
-        self._index = permutation(stream_key(SOURCE_SHUFFLE), np.concatenate(chosen))
-        self._images = images[self._index]
-        self._labels = labels[self._index]
-        self.num_samples = len(self._index)
-        digest = hashlib.sha256(self._images.tobytes())
-        digest.update(self._labels.tobytes())
-        self.fingerprint = digest.hexdigest()
-
-    def read(self, start: int, stop: int) -> Iterator[Records]:
-        for low in range(start, stop, _BATCH_ROWS):
-            rows = slice(low, min(low + _BATCH_ROWS, stop))
-            keys = [f"digits/{index}" for index in self._index[rows]]
-            yield Records(self._images[rows], self._labels[rows], keys)
-
-
-# --- Parquet -----------------------------------------------------------------------------------
 
 _SPLIT_NAME = re.compile(
     r"(?:(?P<prefix>.*)[_-])?(?P<split>train|test|validation|valid|val)(?:-\d+-of-\d+)?\.parquet$"
@@ -173,7 +27,12 @@ _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
-def _parquet_source(path: Path, split: str | None) -> Source:
+def parquet(path: Path, split: str | None) -> Source:
+    """A file, or a prefix or folder of files such as `NAME_train.parquet`, `test-00000-of-00002.parquet`.
+
+    Raises:
+        DataError: If there are no such files, or files of several data sets.
+    """
     if path.is_file():
         match = _SPLIT_NAME.match(path.name)
         name = split or (match["split"] if match else "train")
@@ -203,8 +62,8 @@ def _parquet_source(path: Path, split: str | None) -> Source:
 class ParquetSplit:
     """Rows of Parquet files with an image and an integer label column.
 
-    The image column is `fixed_size_binary` (raw uint8; the file's metadata or the length tell the
-    shape), or `binary` (an encoded image), or a struct with a `bytes` field.
+    The image column is `fixed_size_binary` (raw uint8; the shape comes from the file's metadata or the
+    length), `binary` (an encoded image), or a struct with a `bytes` field.
 
     Raises:
         DataError: If a file is unreadable, columns are missing, or labels do not fit the classes.
@@ -264,15 +123,15 @@ class ParquetSplit:
             except (pa.ArrowException, OSError) as error:
                 raise _unreadable(self._files[file], error) from None
             low, high = max(start - first, 0), min(stop, last) - first
-            for at in range(low, high, _BATCH_ROWS):
-                piece = table.slice(at, min(_BATCH_ROWS, high - at)).combine_chunks()
+            for at in range(low, high, BATCH_ROWS):
+                piece = table.slice(at, min(BATCH_ROWS, high - at)).combine_chunks()
                 yield self._records(piece, self._files[file].stem, first + at)
 
     def _records(self, piece: pa.Table, stem: str, first: int) -> Records:
         column = piece.column(self._image).combine_chunks()
         if pa.types.is_struct(column.type):
             column = column.field("bytes")
-        images: NDArray[np.uint8] | list[bytes]
+        images: Images
         if self.raw_shape is not None:
             images = fixed_size_rows(column)
             channels, height, width = self.raw_shape
@@ -303,32 +162,6 @@ class ParquetSplit:
                 )
             columns.append(column.to_numpy().astype(np.int64))
         return np.concatenate(columns)
-
-
-def fixed_size_rows(column: pa.Array) -> NDArray[np.uint8]:
-    """A fixed_size_binary array as a view, uint8 [rows, byte_width]."""
-    if column.null_count:
-        raise DataError("raw images must not be null", given=f"{column.null_count} nulls")
-    width = column.type.byte_width
-    flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
-    return flat[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
-
-
-def check_class_labels(
-    labels: NDArray[np.int64], num_classes: int, where: str, *, first: int = 0
-) -> None:
-    """Refuses labels outside [0, num_classes), naming the first such record.
-
-    Raises:
-        DataError: If a label is out of range.
-    """
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(bad):
-        raise DataError(
-            f"label out of range in {where}, record {first + int(bad[0])}",
-            given=int(labels[bad[0]]),
-            allowed=f"0 to {num_classes - 1}",
-        )
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
@@ -368,7 +201,7 @@ def _raw_shape(width: int, metadata: dict[str, str], file: Path) -> tuple[int, i
             if channels * side * side == width:
                 return channels, side, side
     raise DataError(
-        f"cannot tell the image shape in {file.name}",
+        f"unknown image shape in {file.name}",
         given=f"{width} bytes per image",
         allowed="metadata height, width, channels whose product is the size, or square images",
     )

@@ -12,17 +12,21 @@ Classes are numbered in the order of their WordNet ids, as torchvision and most 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from elastic_kfac.data.image_sources import FileRanges
-from elastic_kfac.data.sources import Source, SourceSplit
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_kfac.data.sources.source import IndexedSplit, Source, fixed_shuffle
 from elastic_kfac.errors import DataError
 
 TRAIN_TAR: Final = "ILSVRC2012_img_train.tar"
@@ -32,11 +36,11 @@ SOLUTION: Final = "LOC_val_solution.csv"
 SYNSET_LABELS: Final = "imagenet_2012_validation_synset_labels.txt"
 
 
-def ilsvrc_source(folder: Path) -> Source:
-    """The splits whose tar is there: `train`, and `test` for the validation images.
+def ilsvrc(folder: Path) -> Source:
+    """The splits whose tar exists: `train`, and `test` for the validation images.
 
     Raises:
-        DataError: If neither tar is there.
+        DataError: If neither tar exists.
     """
     openers: dict[str, Any] = {}
     if (folder / TRAIN_TAR).is_file():
@@ -50,12 +54,9 @@ def ilsvrc_source(folder: Path) -> Source:
     return Source("ilsvrc", openers)
 
 
-def _train(folder: Path) -> SourceSplit:
+def _train(folder: Path) -> IndexedSplit:
     path = folder / TRAIN_TAR
-    offsets: list[int] = []
-    sizes: list[int] = []
-    labels: list[int] = []
-    keys: list[str] = []
+    images: list[_Image] = []
     with path.open("rb") as file:
         archives = sorted(
             (Path(name).stem, offset, size)
@@ -64,14 +65,11 @@ def _train(folder: Path) -> SourceSplit:
         )
         for label, (wnid, start, length) in enumerate(archives):
             for name, offset, size in _members(path, _Section(file, start, length)):
-                offsets.append(start + offset)
-                sizes.append(size)
-                labels.append(label)
-                keys.append(f"{wnid}/{Path(name).name}")
-    return FileRanges(path, [wnid for wnid, _, _ in archives], offsets, sizes, labels, keys)
+                images.append((f"{wnid}/{Path(name).name}", label, start + offset, size))
+    return _byte_ranges(path, [wnid for wnid, _, _ in archives], images)
 
 
-def _validation(folder: Path) -> SourceSplit:
+def _validation(folder: Path) -> IndexedSplit:
     path = folder / VALIDATION_TAR
     with path.open("rb") as file:
         members = sorted(m for m in _members(path, file) if m[0].lower().endswith(".jpeg"))
@@ -89,13 +87,50 @@ def _validation(folder: Path) -> SourceSplit:
         raise DataError(
             "validation classes that the training tar lacks", given=", ".join(unknown[:5])
         )
-    return FileRanges(
-        path,
-        classes,
-        [offset for _, offset, _ in members],
-        [size for _, _, size in members],
-        [number[truth[name]] for name in names],
-        [f"{name}.JPEG" for name in names],
+    images = [
+        (f"{name}.JPEG", number[truth[name]], offset, size)
+        for name, (_, offset, size) in zip(names, members, strict=True)
+    ]
+    return _byte_ranges(path, classes, images)
+
+
+_Image = tuple[str, int, int, int]
+"""(key, label, offset of the content in the tar, bytes)."""
+
+
+def _byte_ranges(path: Path, classes: Sequence[str], images: Sequence[_Image]) -> IndexedSplit:
+    keys = [key for key, *_ in images]
+    labels, offsets, sizes = (
+        np.array([numbers for _, *numbers in images], dtype=np.int64).reshape(-1, 3).T.copy()
+    )
+    digest = hashlib.sha256("\n".join(keys).encode())
+    for part in (offsets, sizes, labels):
+        digest.update(part.tobytes())
+
+    def load(chosen: NDArray[np.int64]) -> list[bytes]:
+        with path.open("rb") as file:
+            return [content(file.fileno(), index) for index in chosen.tolist()]
+
+    def content(descriptor: int, index: int) -> bytes:
+        size = int(sizes[index])
+        data = os.pread(descriptor, size, int(offsets[index]))
+        if len(data) != size:
+            raise DataError(
+                f"{path.name} is truncated at {keys[index]}",
+                given=f"{len(data)} bytes",
+                allowed=f"{size} bytes",
+                change="download it again",
+            )
+        return data
+
+    return IndexedSplit(
+        load=load,
+        key=keys.__getitem__,
+        labels=labels,
+        order=fixed_shuffle(len(keys)),
+        class_names=tuple(classes),
+        bytes_per_sample=max(1.0, float(sizes.mean())) if keys else 1.0,
+        fingerprint=digest.hexdigest(),
     )
 
 
@@ -108,7 +143,7 @@ def _train_classes(folder: Path) -> set[str]:
 
 
 def _validation_classes(folder: Path) -> dict[str, str]:
-    """WordNet id per validation image name, from whichever label file is there."""
+    """WordNet id per validation image name, from the first label file that exists."""
     if (folder / KIT).is_file():
         return _numbered(_kit_labels(folder / KIT))
     if (folder / SOLUTION).is_file():

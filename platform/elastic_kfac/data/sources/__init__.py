@@ -1,0 +1,55 @@
+"""Sources of shards (`digits`, `parquet:PATH`, `torchvision:NAME`, …), one module per kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from elastic_kfac.data.sources.generated import clusters10, digits
+from elastic_kfac.data.sources.ilsvrc import ilsvrc
+from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
+from elastic_kfac.data.sources.parquet import parquet
+from elastic_kfac.data.sources.source import IndexedSplit, Records, Source, SourceSplit
+from elastic_kfac.errors import DataError
+
+__all__ = ["IndexedSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
+
+KNOWN_SOURCES = (
+    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"
+)
+
+
+def open_source(text: str, *, split: str | None = None) -> Source:
+    """Parses `--source`.
+
+    Args:
+        text: `digits`, `clusters10` or `kind:rest`.
+        split: Name of the split where the files do not name it (`train` if None).
+
+    Raises:
+        DataError: If the kind is unknown or its files are missing.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "digits" and not rest:
+        return digits()
+    if kind == "clusters10":
+        return clusters10(rest)
+    if kind == "torchvision" and rest:
+        return torchvision_data(rest)
+    if kind == "parquet" and rest:
+        return parquet(Path(rest).expanduser(), split)
+    if kind == "imagefolder" and rest:
+        return image_folder(Path(rest).expanduser(), split)
+    if kind == "ilsvrc" and rest:
+        return ilsvrc(Path(rest).expanduser())
+    raise DataError("unknown data source", given=text, allowed=KNOWN_SOURCES)
+
+
+def absolute_source(text: str) -> str:
+    """`--source` with an absolute path, for processes with another working directory."""
+    kind, _, rest = text.partition(":")
+    if kind in ("parquet", "imagefolder", "ilsvrc") and rest:
+        return f"{kind}:{Path(rest).expanduser().absolute()}"
+    if kind == "torchvision":
+        name, _, folder = rest.partition(":")
+        return f"{kind}:{name}:{Path(folder or TORCHVISION_ROOT).expanduser().absolute()}"
+    return text

@@ -1,0 +1,171 @@
+"""Class folders and torchvision data sets, written in a fixed shuffle."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_kfac.data.manifest import check_class_labels
+from elastic_kfac.data.sources.source import Images, IndexedSplit, Source, fixed_shuffle
+from elastic_kfac.errors import DataError
+
+IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+SPLIT_FOLDERS: Final = ("train", "test", "val", "valid", "validation")
+TORCHVISION_ROOT: Final = "data/torchvision"
+
+
+def image_folder(root: Path, split: str | None) -> Source:
+    """`PATH/<class>/*.jpg`, or `PATH/train/<class>/…` and `PATH/test/<class>/…`.
+
+    Raises:
+        DataError: If there is no such folder or it has no class folders.
+    """
+    if not root.is_dir():
+        raise DataError("no such image folder", given=str(root))
+    splits = {name: root / name for name in SPLIT_FOLDERS if (root / name).is_dir()}
+    splits = splits or {split or "train": root}
+    # One numbering for all splits, even where a split lacks a class.
+    classes = sorted({p.name for folder in splits.values() for p in folder.iterdir() if p.is_dir()})
+    if not classes:
+        raise DataError("no class folders", given=str(root), allowed="PATH/<class>/<image>")
+    return Source(
+        f"imagefolder:{root.name}",
+        {name: partial(_folder_split, folder, classes) for name, folder in splits.items()},
+    )
+
+
+def _folder_split(folder: Path, classes: Sequence[str]) -> IndexedSplit:
+    names: list[str] = []
+    labels: list[int] = []
+    total = 0
+    digest = hashlib.sha256()
+    for label, class_name in enumerate(classes):
+        for path in sorted((folder / class_name).rglob("*")):
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            size = path.stat().st_size
+            name = path.relative_to(folder).as_posix()
+            digest.update(f"{name}\0{size}\n".encode())
+            total += size
+            names.append(name)
+            labels.append(label)
+    return IndexedSplit(
+        load=lambda chosen: [(folder / names[i]).read_bytes() for i in chosen],
+        key=names.__getitem__,
+        labels=np.asarray(labels, dtype=np.int64),
+        order=fixed_shuffle(len(names)),
+        class_names=tuple(classes),
+        bytes_per_sample=max(1.0, total / max(1, len(names))),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def torchvision_data(text: str) -> Source:
+    """`NAME[:ROOT]`: a class of `torchvision.datasets`, kept in (or downloaded to) ROOT.
+
+    Raises:
+        DataError: If torchvision has no such data set.
+    """
+    import torchvision.datasets
+
+    name, _, root = text.partition(":")
+    kind = getattr(torchvision.datasets, name, None)
+    if not inspect.isclass(kind):
+        known = sorted(n for n in dir(torchvision.datasets) if n[0].isupper())
+        raise DataError("no such torchvision data set", given=name, allowed=", ".join(known))
+    parameters = inspect.signature(kind).parameters
+    if "train" in parameters:
+        choices: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+    elif "split" in parameters:
+        choices = {"train": {"split": "train"}, "test": {"split": "test"}}
+    else:
+        choices = {"train": {}}
+    folder = Path(root or TORCHVISION_ROOT).expanduser()
+    return Source(
+        f"torchvision:{name}",
+        {s: partial(_torchvision_split, kind, folder, options) for s, options in choices.items()},
+    )
+
+
+def _torchvision_split(kind: type[Any], folder: Path, options: dict[str, Any]) -> IndexedSplit:
+    """Raw pixels where the data set holds one array, lossless PNG otherwise."""
+    data = _open_torchvision(kind, folder, options)
+    found = (getattr(data, name, None) for name in ("targets", "labels", "_labels"))
+    listed = next((labels for labels in found if labels is not None), None)
+    if listed is None:
+        raise DataError("not a data set of labelled images", given=kind.__name__)
+    labels = np.asarray(listed).astype(np.int64)
+    names = getattr(data, "classes", None) or range(int(labels.max()) + 1)
+    class_names = tuple(map(str, names))
+    check_class_labels(labels, len(class_names), kind.__name__)
+    digest = hashlib.sha256(labels.tobytes())
+
+    def png(index: int) -> bytes:
+        out = io.BytesIO()
+        data[index][0].convert("RGB").save(out, "PNG", compress_level=1)
+        return out.getvalue()
+
+    def load(chosen: NDArray[np.int64]) -> Images:
+        if pixels is None:
+            return [png(index) for index in chosen.tolist()]
+        return np.ascontiguousarray(pixels[chosen]).reshape(len(chosen), -1)
+
+    pixels = _planar(getattr(data, "data", None))
+    raw_shape: tuple[int, int, int] | None = None
+    if pixels is not None:
+        _, channels, height, width = pixels.shape
+        raw_shape, size = (channels, height, width), float(channels * height * width)
+        digest.update(np.ascontiguousarray(pixels).tobytes())
+    else:
+        probe = [len(png(index)) for index in range(min(16, len(labels)))]
+        size = float(np.mean(probe))
+        digest.update(f"{kind.__name__} {options} {probe}".encode())
+    return IndexedSplit(
+        load=load,
+        key=str,
+        labels=labels,
+        order=fixed_shuffle(len(labels)),
+        class_names=class_names,
+        bytes_per_sample=size,
+        fingerprint=digest.hexdigest(),
+        raw_shape=raw_shape,
+    )
+
+
+def _open_torchvision(kind: type[Any], folder: Path, options: dict[str, Any]) -> Any:
+    parameters = inspect.signature(kind).parameters
+    arguments = {**({"root": str(folder)} if "root" in parameters else {}), **options}
+    try:
+        try:
+            return kind(**arguments)
+        except RuntimeError:
+            if "download" not in parameters:
+                raise
+            return kind(**arguments, download=True)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"cannot open torchvision's {kind.__name__}",
+            given=f"root {folder}",
+            change=str(error) or type(error).__name__,
+        ) from None
+
+
+def _planar(data: Any) -> NDArray[np.uint8] | None:
+    """One uint8 array as [n, channels, height, width], None if it is something else."""
+    if data is None or not hasattr(data, "dtype"):
+        return None
+    pixels: NDArray[np.uint8] = np.asarray(data)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        return None
+    if pixels.ndim == 3:
+        return pixels[:, None]
+    channels_last = pixels.shape[3] in (1, 3) and pixels.shape[1] not in (1, 3)
+    return pixels.transpose(0, 3, 1, 2) if channels_last else pixels

@@ -1,0 +1,112 @@
+"""A source of samples: named splits, each readable from any position.
+
+Any range of a split can be read by any process at any time, so shards can be made in any order and again
+after an interruption. Raw pixels are uint8 in [channels, height, width] order; encoded images keep their
+bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
+from elastic_kfac.errors import DataError
+
+Images = NDArray[np.uint8] | list[bytes]
+"""Pixels [n, channels * height * width], or encoded images."""
+
+BATCH_ROWS: Final = 512
+"""Samples that a source reads at once."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Consecutive samples."""
+
+    images: Images
+    labels: NDArray[np.int64]
+    keys: list[str]
+
+
+class SourceSplit(Protocol):
+    """One split of a source."""
+
+    @property
+    def num_samples(self) -> int: ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def raw_shape(self) -> tuple[int, int, int] | None:
+        """(channels, height, width) of raw pixels; None when images are encoded."""
+
+    @property
+    def bytes_per_sample(self) -> float: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content; an interrupted `make` resumes only if it is the same."""
+
+    def read(self, start: int, stop: int) -> Iterator[Records]:
+        """Samples [start, stop) in pieces."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source: its display name, and how to open each split."""
+
+    name: str
+    openers: dict[str, Callable[[], SourceSplit]]
+
+    def split(self, name: str) -> SourceSplit:
+        """Opens a split.
+
+        Raises:
+            DataError: If the source has no such split.
+        """
+        if name not in self.openers:
+            raise DataError(
+                f"source {self.name} has no such split",
+                given=name,
+                allowed=", ".join(self.openers),
+            )
+        return self.openers[name]()
+
+
+@dataclass(frozen=True)
+class IndexedSplit:
+    """A split whose samples are loaded by index, written in the order `order`."""
+
+    load: Callable[[NDArray[np.int64]], Images]
+    key: Callable[[int], str]
+    labels: NDArray[np.int64]
+    order: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    bytes_per_sample: float
+    fingerprint: str
+    raw_shape: tuple[int, int, int] | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.order)
+
+    def read(self, start: int, stop: int) -> Iterator[Records]:
+        for low in range(start, stop, BATCH_ROWS):
+            chosen = self.order[low : min(low + BATCH_ROWS, stop)]
+            keys = [self.key(index) for index in chosen.tolist()]
+            yield Records(self.load(chosen), self.labels[chosen], keys)
+
+
+def fixed_shuffle(count: int) -> NDArray[np.int64]:
+    """A permutation of `count` samples, the same on every machine.
+
+    Sources that list their samples class by class are shuffled before they are cut into shards, so that
+    every shard, and every block of an epoch, is a fair sample of the classes.
+    """
+    return permutation(stream_key(SOURCE_SHUFFLE, count), np.arange(count, dtype=np.int64))
