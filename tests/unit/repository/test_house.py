@@ -33,7 +33,6 @@ MOST_UNREACHED_LINES = 100
 
 CIRCLES = (
     {"config.rules", "config.run"},
-    {"data.clusters", "data.ilsvrc", "data.image_sources", "data.sources"},
     {"kfac.sharded_kfac", "kfac.sharded_state"},
     {"reports.analysis", "reports.run_page"},
 )
@@ -52,7 +51,6 @@ UNREACHED = {
     "cluster": 121,
     "communication": 30,
     "curvature": 20,
-    "data": 36,
     "experiments": 30,
     "kfac": 3,
     "observability": 10,
@@ -155,7 +153,6 @@ REFERENCES = {
     "analysis",
     "cluster",
     "curvature",
-    "data",
     "kfac",
     "optimizers",
     "reports",
