@@ -36,7 +36,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray import local_cluster
-from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.progress import SilentDisplay
 from elastic_kfac.cluster.run.recorder import RunView

@@ -27,7 +27,7 @@ from typing import Any
 import ray
 import torch
 
-from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.vault import Vault, VaultKeeper, head_node
 from elastic_kfac.cluster.run.vault_store import VaultStore

@@ -22,6 +22,7 @@ import platform
 import random
 import signal
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +36,7 @@ import ray
 import torch
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.progress import SilentDisplay
 from elastic_kfac.cluster.run.recorder import RunView
@@ -136,13 +137,21 @@ class Chaos(SilentDisplay):
         self._return_at = now + phase.every_s / 2
         node = self._random.choice(self._cluster.nodes)
         if kind == "drain long":
-            self._cluster.drain_node(node, deadline_s=600)
+            _drain(self._cluster, node, deadline_s=600)
             self._leaving = (node, now + HAND_OVER_S)
             return kind
         if kind == "drain short":
-            self._cluster.drain_node(node, deadline_s=1)
+            _drain(self._cluster, node, deadline_s=1)
         self._cluster.remove_node(node)
         return "node lost" if kind == "kill" else kind
+
+
+def _drain(cluster: LocalCluster, node: int, *, deadline_s: float) -> None:
+    # The faults of the tests.
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+    from support.preemption import drain_node
+
+    drain_node(cluster, node, deadline_s=deadline_s)
 
 
 def go(folder: Path, config: Config, display: SilentDisplay, cluster: LocalCluster) -> RunResult:

@@ -12,8 +12,9 @@ import pytest
 import ray
 
 from elastic_kfac.cli.entry import main
-from elastic_kfac.cluster.ray.adapter import await_lost_nodes, quiet_driver, staying_nodes
+from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.nodes import await_lost_nodes, staying_nodes
 from elastic_kfac.cluster.run.progress import SilentDisplay
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train

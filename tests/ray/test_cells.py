@@ -25,6 +25,7 @@ from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import RunError
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.state.run_folder import RunFolder
+from support.preemption import drain_node
 
 NODES = 3
 TARGETS = {"rank0": 0, "owner": 1, "last": 2}
@@ -116,11 +117,11 @@ class Cell:
         self._cluster.add_node()
 
     def drain(self, view: RunView) -> None:
-        self._cluster.drain_node(self._node_of(view, self._target), deadline_s=600)
+        drain_node(self._cluster, self._node_of(view, self._target), deadline_s=600)
 
     def drain_and_lose(self, view: RunView) -> None:
         node = self._node_of(view, self._target)
-        self._cluster.drain_node(node, deadline_s=1)
+        drain_node(self._cluster, node, deadline_s=1)
         self._cluster.remove_node(node)
 
     def end_vaults(self, view: RunView) -> None:

@@ -22,6 +22,7 @@ from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import DataError, RunError, UsageError
 from elastic_kfac.runs.audit import AuditReport, audit_run
 from elastic_kfac.state.run_folder import RunFolder
+from support.preemption import drain_node
 
 Run = Callable[..., RunResult]
 Make = Callable[[int], Config]
@@ -261,4 +262,4 @@ class _Preemptions(SilentDisplay):
 
     def _drain(self, index: int, *, deadline_s: float) -> None:
         self.drained.append(self._cluster.node_id(index))
-        self._cluster.drain_node(index, deadline_s=deadline_s)
+        drain_node(self._cluster, index, deadline_s=deadline_s)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.failure_handling import default as failure_policy
-from ray.train.v2._internal.execution.worker_group.execution_group import ReplicaGroup
-from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus
-from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
-
-from elastic_kfac.cluster.ray import replicas
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.progress import SilentDisplay
 from elastic_kfac.cluster.run.recorder import RunView
@@ -23,19 +15,6 @@ from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.state.run_folder import RunFolder
-
-
-def test_ray_replaces_replica_groups_as_the_callback_expects() -> None:
-    assert replicas.ReplicaBackend().backend_cls.has_replica_groups
-    assert WorkerGroupStartupFailedError in failure_policy.RETRYABLE_CONTROLLER_ERRORS
-    assert list(inspect.signature(WorkerGroup.poll_status).parameters) == ["self", "timeout"]
-    assert isinstance(
-        inspect.getattr_static(WorkerGroupPollStatus, "failing_replica_group_indices"), property
-    )
-    for name in ("get_latest_poll_status", "get_replica_groups", "get_worker_group_state"):
-        assert callable(getattr(WorkerGroup, name))
-    for name in ("shutdown", "is_active", "get_workers"):
-        assert callable(getattr(ReplicaGroup, name))
 
 
 def test_run_in_place_survivors_step_on_and_take_the_replacement_in(

@@ -14,17 +14,22 @@ from typing import Any
 import pytest
 import ray
 
-from elastic_kfac.cluster.ray.adapter import alive_worker_nodes, await_lost_nodes, draining_nodes
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, remove_abandoned_folders
-from elastic_kfac.cluster.run.examination import examine_cluster
+from elastic_kfac.cluster.ray.nodes import (
+    alive_worker_nodes,
+    await_lost_nodes,
+    draining_nodes,
+    examine_cluster,
+)
 from elastic_kfac.errors import UsageError
+from support.preemption import drain_node
 
 NODES = 2
 """Beside the head."""
 
 ABANDONED = """
 import sys, time
-from elastic_kfac.cluster.run.examination import examine_cluster
+from elastic_kfac.cluster.ray.nodes import examine_cluster
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, remove_abandoned_folders
 cluster = LocalCluster(1)
 cluster.connect()
@@ -80,7 +85,7 @@ def test_node_drained_is_alive_but_not_counted_on(cluster: LocalCluster) -> None
     last = cluster.nodes[-1]
     drained = cluster.node_id(last)
     assert drained in busy
-    cluster.drain_node(last, deadline_s=600)
+    drain_node(cluster, last, deadline_s=600)
     assert _until(lambda: drained in draining_nodes())
     assert drained not in alive_worker_nodes()
     assert drained in {node["NodeID"] for node in ray.nodes() if node["Alive"]}

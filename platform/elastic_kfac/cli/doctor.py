@@ -20,7 +20,7 @@ from elastic_kfac.cli.provenance import announce
 from elastic_kfac.errors import ElasticKfacError
 
 if TYPE_CHECKING:
-    from elastic_kfac.cluster.run.examination import ClusterFacts
+    from elastic_kfac.cluster.ray.nodes import ClusterFacts
 
 GIB = 1 << 30
 MIN_PYTHON = (3, 11)
@@ -191,7 +191,13 @@ def ray_finding() -> Finding:
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
         return Finding("fail", "Ray", detail, "pip install -c constraints.txt -e .")
-    return judge_ray_version(ray.__version__)
+    from elastic_kfac.cluster.ray.internals import changed_internals
+
+    found = judge_ray_version(ray.__version__)
+    if found.level == "ok" and (changed := changed_internals()):
+        action = "install the release of constraints.txt: pip install -c constraints.txt -e ."
+        return Finding("fail", "Ray", f"{ray.__version__} has changed {changed[0]}", action)
+    return found
 
 
 def judge_ray_version(version: str) -> Finding:
@@ -209,7 +215,7 @@ def cluster_findings(address: str | None) -> Iterator[Finding]:
         yield Finding("ok", "cluster", detail)
         return
     try:
-        from elastic_kfac.cluster.run.examination import examine_cluster
+        from elastic_kfac.cluster.ray.nodes import examine_cluster
 
         facts = examine_cluster(address)
     except Exception as error:

@@ -13,8 +13,7 @@ from typing import Any
 
 import ray
 
-from elastic_kfac.cluster.ray.adapter import quiet_driver
-from elastic_kfac.cluster.ray.connection import connect
+from elastic_kfac.cluster.ray.connection import connect, quiet_driver
 from elastic_kfac.data.shards import ShardTask
 from elastic_kfac.data.sources import SourceSplit, open_source
 from elastic_kfac.errors import ElasticKfacError, RunError

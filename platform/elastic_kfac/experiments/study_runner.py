@@ -20,10 +20,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.connection import StopSignals, connected, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
-from elastic_kfac.cluster.ray.signals import StopSignals
-from elastic_kfac.cluster.run.trainer import connected
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.study import COLUMNS, Cell, LoadedStudy

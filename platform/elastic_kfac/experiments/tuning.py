@@ -49,12 +49,10 @@ from ray import tune
 from ray.tune.logger import TBXLoggerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic_kfac.cluster.ray.adapter import quiet_driver, room_for_workers
-from elastic_kfac.cluster.ray.environment import environment
+from elastic_kfac.cluster.ray.connection import StopSignals, connected, environment, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
-from elastic_kfac.cluster.ray.signals import StopSignals
+from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
-from elastic_kfac.cluster.run.trainer import connected
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.errors import ConfigError, RunError, UsageError
 from elastic_kfac.experiments import tuning_rounds

@@ -8,15 +8,14 @@ to take a free place. A trial that gets a larger share grows by an ordinary plan
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 
-from elastic_kfac.cluster.ray.adapter import ElasticCallback, GroupListener, room_for_workers
+from elastic_kfac.cluster.ray.nodes import room_for_workers
 
 
 def shares(room: int, slots: int, live: Sequence[str], waiting: int) -> dict[str, int]:
@@ -84,44 +83,17 @@ class SearchDesk:
         return self._room
 
 
-class AllottedCallback(ElasticCallback):
-    """Keeps the group of a trial within its share."""
+@dataclass(frozen=True)
+class TrialShare:
+    """How many workers a trial may use now; called in the controller of its run."""
 
-    def __init__(
-        self,
-        listener: GroupListener,
-        *,
-        desk: Any,
-        trial: str,
-        **options: Any,
-    ) -> None:
-        super().__init__(listener, **options)
-        self._desk = desk
-        self._trial = trial
+    desk: Any
+    """Handle of the `SearchDesk`."""
+    trial: str
 
-    def after_controller_start(self, train_run_context: Any) -> None:
-        super().after_controller_start(train_run_context)
-        plan_within(self._share)
-
-    def _share(self) -> int:
+    def __call__(self) -> int:
         try:
-            return int(ray.get(self._desk.share.remote(self._trial), timeout=10))
+            return int(ray.get(self.desk.share.remote(self.trial), timeout=10))
         except ray.exceptions.RayError:
             # The search has ended; this trial is about to.
             return 0
-
-
-def plan_within(share: Callable[[], int]) -> None:
-    """Has this process's elastic policy see room for `share()` workers and no more.
-
-    Relies on what `ray_adapter.plan_with_staying_nodes` relies on.
-    """
-    original = ElasticScalingPolicy._get_reserved_resources
-
-    @functools.wraps(original)
-    def allotted(policy: ElasticScalingPolicy) -> dict[str, dict[str, float]] | None:
-        # What the coordinator says may be promised to another trial as well.
-        one = dict(policy.scaling_config._resources_per_worker_not_none)
-        return {f"share-{number}": one for number in range(share())}
-
-    ElasticScalingPolicy._get_reserved_resources = allotted

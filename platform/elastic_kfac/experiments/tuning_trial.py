@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,14 @@ import ray
 from ray import tune
 from ray.tune.result import TIMESTEPS_TOTAL
 
-from elastic_kfac.cluster.ray.signals import StopSignals
+from elastic_kfac.cluster.ray.connection import StopSignals
 from elastic_kfac.cluster.run.recorder import RunView
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
-from elastic_kfac.experiments.tuning_desk import AllottedCallback
+from elastic_kfac.experiments.tuning_desk import TrialShare
 from elastic_kfac.experiments.tuning_rounds import announce_round, round_after
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.port import event_row
@@ -218,7 +217,7 @@ class _LiveRun:
                 progress=self._display,
                 rank_function=self._settings.rank_function,
                 stop_signals=self._wish,
-                make_callback=partial(AllottedCallback, desk=desk, trial=self._trial),
+                share=TrialShare(desk, self._trial),
             )
         except BaseException as error:
             self._error = error

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from elastic_kfac.cluster.ray.adapter import quiet_driver
+from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.sharding import run_shard_tasks, shard_tasks_on
 from elastic_kfac.data import ShardSet, make_shards, verify_shards

@@ -25,8 +25,8 @@ from elastic_kfac.cli.doctor import (
     temporary_finding,
 )
 from elastic_kfac.cli.entry import main
-from elastic_kfac.cluster.run import examination
-from elastic_kfac.cluster.run.examination import ClusterFacts
+from elastic_kfac.cluster.ray import nodes as cluster_nodes
+from elastic_kfac.cluster.ray.nodes import ClusterFacts
 from elastic_kfac.errors import UsageError
 
 GIB = 1 << 30
@@ -149,7 +149,7 @@ def test_no_cluster_is_fine_and_asks_nobody() -> None:
 
 def test_cluster_findings_judge_room_and_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = ClusterFacts(2, 4.0, 1.0, {"10.0.0.7": 30.0}, ())
-    monkeypatch.setattr(examination, "examine_cluster", lambda address: facts)
+    monkeypatch.setattr(cluster_nodes, "examine_cluster", lambda address: facts)
     cluster, clocks = cluster_findings("head:6379")
     assert (cluster.level, clocks.level) == ("ok", "warn")
     assert "10.0.0.7 by +30.0 s" in clocks.detail

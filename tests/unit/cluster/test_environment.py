@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from elastic_kfac.cluster.ray.environment import environment
+from elastic_kfac.cluster.ray.connection import environment
 
 
 @pytest.mark.parametrize(("user_wins", "inside"), [(False, "ours"), (True, "theirs")])

@@ -1,36 +1,60 @@
-"""Connects this process to a cluster, or says in one line why it cannot."""
+"""This process as a driver of a Ray cluster: its connection, environment, output and signals."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import ray
-from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.exceptions import AuthenticationError
 
-from elastic_kfac.cluster.ray.signals import kept_signal_handlers
+from elastic_kfac.cluster.ray.internals import (
+    gcs_service_pb2,
+    gcs_service_pb2_grpc,
+    init_grpc_channel,
+    ray_worker,
+)
 from elastic_kfac.errors import UsageError
 
+logger = logging.getLogger(__name__)
+
 _REFUSALS = ("unauthenticated", "authentication token", "auth token")
+
+
+@contextlib.contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connects for the duration of the block; an existing connection is used and kept."""
+    if ray.is_initialized():
+        yield
+        return
+    connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def connect(address: str, *, instead: str = "start a local cluster") -> None:
     """Connects as a driver whose terminal stays free of other processes' output.
 
     Args:
-        address: What Ray takes: `auto`, `host:port` or `ray://…`.
+        address: `auto`, `host:port` or `ray://…`.
         instead: What happens without an address, for the error message.
 
     Raises:
-        UsageError: If there is no cluster at `address`, or it wants another token.
+        UsageError: If there is no cluster at `address`, or it requires another token.
     """
     host, _, port = address.rpartition(":")
     try:
         if host and port.isdecimal() and "://" not in host:
-            # Where nobody listens, Ray would end this process instead of raising.
+            # Where nothing listens, Ray would end this process instead of raising.
             socket.create_connection((host, int(port)), timeout=10).close()
             if _is_refused(address):
                 raise no_token(f"--address {address}")
@@ -53,13 +77,12 @@ def connect(address: str, *, instead: str = "start a local cluster") -> None:
 
 
 def wants_token(error: BaseException) -> bool:
-    """Whether Ray says that the token is missing or not the cluster's."""
+    """Whether Ray reports a missing or wrong token."""
     text = str(error).lower()
     return isinstance(error, AuthenticationError) or any(part in text for part in _REFUSALS)
 
 
 def _is_refused(address: str) -> bool:
-    # Ray would try for 20 s, and then say that it cannot connect but not why.
     with init_grpc_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         head = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
@@ -70,11 +93,97 @@ def _is_refused(address: str) -> bool:
 
 
 def no_token(given: str) -> UsageError:
-    """The error of a process that has not the token of its cluster."""
+    """The error of a process without the token of its cluster."""
     return UsageError(
-        "the Ray cluster asks for a token, and this process has none or another one",
+        "the Ray cluster requires a token, and this process has none or a different one",
         given=given,
         allowed="RAY_AUTH_MODE=token with the cluster's token in RAY_AUTH_TOKEN, or in the file "
         "that RAY_AUTH_TOKEN_PATH names (else ~/.ray/auth_token)",
-        change="`ray get-auth-token` on the cluster's head says it",
+        change="run `ray get-auth-token` on the cluster's head to print it",
     )
+
+
+@contextlib.contextmanager
+def quiet_driver() -> Iterator[None]:
+    """Sends what Ray would print about other processes to the log instead of the terminal."""
+    original = ray_worker.print_to_stdstream
+
+    def to_log(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+        for line in data.get("lines", ()):
+            logger.info("ray: %s", line)
+
+    ray_worker.print_to_stdstream = to_log
+    try:
+        yield
+    finally:
+        ray_worker.print_to_stdstream = original
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str], *, user_wins: bool = False) -> Iterator[None]:
+    """Sets variables for the block, for processes that Ray starts in it; then restores them.
+
+    Args:
+        variables: Names and values.
+        user_wins: Whether a variable that is already set keeps its value.
+    """
+    if user_wins:
+        variables = {n: value for n, value in variables.items() if n not in os.environ}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class StopSignals:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the third one interrupts.
+
+    Until `defer` is called there is nothing to save, and every signal interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._count = 0
+        self._deferred = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on a signal is noted in `reason` instead of interrupting the program."""
+        self._deferred = True
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._count += 1
+        self.reason = signal.Signals(number).name
+        if self._count >= 3 or not self._deferred:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def kept_signal_handlers() -> Iterator[None]:
+    """Keeps this process's handlers, which Ray replaces when a node starts or a driver connects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

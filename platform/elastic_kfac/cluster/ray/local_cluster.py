@@ -1,8 +1,8 @@
 """A Ray cluster of several virtual nodes on this machine, bound to loopback.
 
-A head without CPUs carries the driver, the recorder and Ray Train's controller; every further node
-carries one worker, so that taking a node away is what it is on a real cluster: all of the node's
-processes end at once.
+A head without CPUs carries the driver, the run coordinator and Ray Train's controller; every further
+node carries one worker, so that removing a node has the effect it has on a real cluster: all of the
+node's processes end at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import ray
-from ray.cluster_utils import Cluster
 
-from elastic_kfac.cluster.ray.adapter import drain_node
+from elastic_kfac.cluster.ray.connection import environment, kept_signal_handlers
 from elastic_kfac.cluster.ray.devices import local_gpu_ids
-from elastic_kfac.cluster.ray.environment import environment
-from elastic_kfac.cluster.ray.signals import kept_signal_handlers
+from elastic_kfac.cluster.ray.internals import Cluster
 from elastic_kfac.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -197,17 +195,12 @@ class LocalCluster:
         return index
 
     def remove_node(self, index: int) -> None:
-        """Ends all processes of a node at once (SIGKILL): nothing on it can say goodbye."""
+        """Ends all processes of a node at once (SIGKILL)."""
         node = self._nodes.pop(index)
         for pid in _descendants(entry[0].process.pid for entry in node.all_processes.values()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._require().remove_node(node, allow_graceful=False)
-
-    def drain_node(self, index: int, *, deadline_s: float) -> None:
-        """Announces that a node will be preempted; it is still there until it is removed."""
-        message = f"preemption of node {index}, as asked"
-        drain_node(self.address, self.node_id(index), deadline_s=deadline_s, message=message)
 
     def kill_worker(self, pid: int) -> None:
         """SIGKILLs one worker process of this cluster; its node stays.
@@ -392,12 +385,12 @@ def _short_folder() -> Path:
 
 
 def authentication_mode() -> str:
-    """How processes of an embedded cluster show that they belong to it.
+    """The authentication mode of an embedded cluster: `token` only where the user asks for it.
 
-    It listens on loopback only, so that it asks for a token only where the user wants one everywhere.
+    It listens on loopback only.
 
     Raises:
-        UsageError: If a token is wanted and there is none.
+        UsageError: If a token is required and there is none.
     """
     mode = os.environ.get("RAY_AUTH_MODE") or "disabled"
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -405,7 +398,7 @@ def authentication_mode() -> str:
         raise UsageError(
             "there is no token for the local Ray cluster",
             given="RAY_AUTH_MODE=token",
-            allowed="RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token beside it",
+            allowed="RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or the file ~/.ray/auth_token",
             change="make one with `ray get-auth-token --generate`, or set RAY_AUTH_MODE=disabled",
         )
     return mode

@@ -8,7 +8,8 @@ from typing import Any
 
 import ray
 
-from elastic_kfac.cluster.ray.adapter import RankProcess, draining_nodes
+from elastic_kfac.cluster.ray.controller import RankProcess
+from elastic_kfac.cluster.ray.nodes import draining_nodes
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.progress import workers
 
@@ -26,7 +27,7 @@ class RecorderListener:
     def controller_started(self, controller: Any) -> None:
         ray.get(self._recorder.controller_started.remote(controller))
 
-    def group_starts(self, world_size: int) -> None:
+    def group_planned(self, world_size: int) -> None:
         self._recorder.group_starts.remote(world_size)
 
     def group_started(self, ranks: Sequence[RankProcess]) -> None:
@@ -34,7 +35,7 @@ class RecorderListener:
         nodes = {rank.rank: rank.node_id for rank in ranks}
         ray.get(self._recorder.group_started.remote(pids, nodes))
 
-    def park(
+    def drain(
         self, new_world_size: int, is_alive: Callable[[], bool], *, draining: Sequence[str]
     ) -> bool:
         reason = f"the cluster has room for {workers(new_world_size)}"

@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,21 +16,17 @@ from ray.train.torch import TorchTrainer
 from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic_kfac.cluster.ray.adapter import (
+from elastic_kfac.cluster.ray.connection import StopSignals, connected, environment, quiet_driver
+from elastic_kfac.cluster.ray.controller import (
     ElasticCallback,
-    alive_worker_nodes,
-    prestart_workers,
-    quiet_driver,
-    refresh_capacity,
-    request_of,
-    room_for_workers,
-    train_environment,
+    InPlaceCallback,
+    OwnGroupBackend,
+    ReplicaBackend,
 )
-from elastic_kfac.cluster.ray.connection import connect
-from elastic_kfac.cluster.ray.environment import environment
+from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
-from elastic_kfac.cluster.ray.replicas import InPlaceCallback, OwnGroupBackend, ReplicaBackend
-from elastic_kfac.cluster.ray.signals import StopSignals
+from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, room_for_workers
+from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.in_place_recorder import InPlaceRecorder
 from elastic_kfac.cluster.run.listener import RecorderListener
@@ -85,7 +81,7 @@ def train(
     cluster: LocalCluster | None = None,
     rank_function: str = RANK_FUNCTION,
     stop_signals: StopSignals | None = None,
-    make_callback: Callable[..., ElasticCallback] = ElasticCallback,
+    share: Callable[[], int] | None = None,
     logical_gpus: bool = False,
 ) -> RunResult:
     """Trains until the configured end; the same `name` continues where an earlier call ended.
@@ -103,8 +99,8 @@ def train(
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
         rank_function: `module:function` that runs one rank.
         stop_signals: Where the wish to stop comes from; None is Ctrl-C and SIGTERM.
-        make_callback: Makes what Ray Train's controller asks and tells, from the arguments of
-            `ElasticCallback`.
+        share: How many workers this run may use now, called in Ray Train's controller; None leaves
+            that to Ray.
         logical_gpus: Whether the GPUs of a given `cluster` are only Ray's numbers, so that ranks
             compute on the CPU although `resources.use_gpu` is set.
 
@@ -142,7 +138,7 @@ def train(
             display,
             signals,
             rank_function,
-            make_callback,
+            share,
             logical_gpus,
         )
         return run.finish()
@@ -160,7 +156,7 @@ class _Run:
         display: Display,
         signals: StopSignals,
         rank_function: str,
-        make_callback: Callable[..., ElasticCallback],
+        share: Callable[[], int] | None,
         logical_gpus: bool,
     ) -> None:
         self._config = config
@@ -213,6 +209,7 @@ class _Run:
         options: dict[str, Any] = {
             "spare_processes": self._spares,
             "wanted": listener.wanted_workers if grows else None,
+            "share": share,
         }
         self._trainer = TorchTrainer(
             run_worker,
@@ -236,7 +233,7 @@ class _Run:
                         **options,
                     )
                     if in_place
-                    else make_callback(listener, **options)
+                    else ElasticCallback(listener, **options)
                 ],
             ),
         )
@@ -381,15 +378,3 @@ class _Run:
             f"the run failed{rank}: {view.error.line}",
             change="it failed the same way each time it was tried; the last state is kept",
         )
-
-
-@contextlib.contextmanager
-def connected(address: str) -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    connect(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()

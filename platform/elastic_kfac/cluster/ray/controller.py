@@ -1,0 +1,384 @@
+"""Callbacks in Ray Train's controller: around planned resizes and losses, and to replace single ranks.
+
+`ElasticCallback` drains a live group before Ray Train resizes it, and has the next group planned
+without the nodes that were lost. `InPlaceCallback` leaves the survivors of a loss running while Ray
+Train replaces the lost ranks. That needs a backend with `has_replica_groups` and, beyond it:
+
+* a second dead worker makes the replacement fail with an `ActorDiedError`, which would end the run: all
+  dead replica groups are shut down first, and the error is made a retryable one;
+* a replacement without a place would block: the callback waits until the placement group is whole again;
+* when the place stays away, the survivors drain and the whole group is restarted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+from ray.train.backend import Backend
+from ray.train.torch import TorchConfig
+
+from elastic_kfac.cluster.ray.idle_workers import await_idle_workers, prestart_workers
+from elastic_kfac.cluster.ray.internals import (
+    ENV_VARS_TO_PROPAGATE,
+    ControllerCallback,
+    WorkerGroupCallback,
+    WorkerGroupStartupFailedError,
+    failure_policy,
+)
+from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, await_lost_nodes, draining_nodes
+from elastic_kfac.cluster.ray.scaling import (
+    POLICY_CACHE_S,
+    plan_with_staying_nodes,
+    plan_within,
+    refresh_capacity,
+    request_wanted_workers,
+)
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """Where one rank of a worker group runs."""
+
+    rank: int
+    pid: int
+    node_id: str
+
+
+class RunIsOver(Exception):
+    """The ranks had finished when a resize was about to happen."""
+
+
+class Coordinator(Protocol):
+    """The run coordinator as Ray Train's controller sees it; calls block."""
+
+    def controller_started(self, controller: Any) -> None:
+        """Receives the controller's handle; its `abort` ends the controller and its workers."""
+        ...
+
+    def group_planned(self, world_size: int) -> None:
+        """Ray has begun to place a group."""
+        ...
+
+    def group_started(self, ranks: Sequence[RankProcess]) -> None:
+        """All processes of a group are up; the training function has not begun."""
+        ...
+
+    def drain(
+        self, new_world_size: int, is_alive: Callable[[], bool], *, draining: Sequence[str]
+    ) -> bool:
+        """Returns when all ranks have saved their state and exited, or one is not alive.
+
+        Args:
+            new_world_size: Workers of the next group.
+            is_alive: Whether all ranks are alive.
+            draining: Nodes of the group that are about to leave.
+
+        Returns:
+            Whether the run is over, so that no new group is needed.
+        """
+        ...
+
+    def group_failed(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
+        """Some ranks failed or died; returns why the run must end, or None to restart the group."""
+        ...
+
+    def members_lost(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
+        """Some ranks are gone while others run on; returns why the run must end, or None."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether every remaining rank has returned for good."""
+        ...
+
+    def fall_back(self, reason: str) -> bool:
+        """Drains the survivors before the whole group is restarted; True when the run is over."""
+        ...
+
+
+class _NoGroup(Backend):
+    """Leaves the process group to the training function."""
+
+
+@dataclass
+class OwnGroupBackend(TorchConfig):
+    """For `TorchTrainer`: the training function creates and destroys the process group itself."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _NoGroup
+
+
+class _Replicas(Backend):
+    has_replica_groups = True
+
+
+class ReplicaBackend(OwnGroupBackend):
+    """For `TorchTrainer`: ranks are replaced one by one; the training function owns the group."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Replicas
+
+
+class ElasticCallback(ControllerCallback, WorkerGroupCallback):
+    """Drains the ranks before a planned resize and clears the way after a loss."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        spare_processes: int = 0,
+        head_start_s: float = 15.0,
+        wanted: Callable[[], int | None] | None = None,
+        share: Callable[[], int] | None = None,
+    ) -> None:
+        """Created by the driver, runs in Ray Train's controller.
+
+        Args:
+            coordinator: Learns of every change of the group.
+            spare_processes: Idle worker processes to keep ready on every node of a group.
+            head_start_s: Upper bound on the time that processes on new nodes get for their imports
+                before the group drains; only with spare processes.
+            wanted: How many workers to request; None always requests the maximum.
+            share: How many workers this run may use; None leaves that to Ray.
+        """
+        self._coordinator = coordinator
+        self._spares = spare_processes
+        self._head_start_s = head_start_s
+        self._wanted = wanted
+        self._share = share
+        self._ranks: tuple[RankProcess, ...] = ()
+        self._errors: dict[int, str] = {}
+        self._actors: tuple[Any, ...] = ()
+        self._training = False
+        self._variables: dict[str, str] = {}
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Registers the controller and patches its scaling policy."""
+        plan_with_staying_nodes()
+        if self._wanted is not None:
+            request_wanted_workers(self._wanted)
+        if self._share is not None:
+            plan_within(self._share)
+        # The coordinator outlives runs: its view may be older than this cluster's newest node.
+        refresh_capacity()
+        self._coordinator.controller_started(ray.get_runtime_context().current_actor)
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
+        """Restores the settings that a new group reads from the environment."""
+        os.environ.update(self._variables)
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Hides the settings from the workers: the group has read them already.
+
+        Workers with a runtime environment of their own could not use idle processes.
+        """
+        found = [name for name in ENV_VARS_TO_PROPAGATE if name in os.environ]
+        self._variables.update({name: os.environ.pop(name) for name in found})
+        self._coordinator.group_planned(worker_group_context.num_workers)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Reports where the ranks run."""
+        self._errors = {}
+        self._locate_workers(worker_group)
+        self._coordinator.group_started(self._ranks)
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        """From now on a resize has to drain the ranks first."""
+        self._training = True
+        self._prestart()
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Keeps errors: the failure hook does not receive them."""
+        for rank, error in worker_group_status.errors.items():
+            self._errors.setdefault(rank, f"{type(error).__name__}: {error}")
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Drains a live group; a group that is dead or was not started needs nothing."""
+        if self._training:
+            self._training = False
+            self._warm_up_joiners()
+            leaving = draining_nodes()
+            nodes = sorted({rank.node_id for rank in self._ranks if rank.node_id in leaving})
+            if self._coordinator.drain(resize_decision.num_workers, self._is_alive, draining=nodes):
+                # The decision cannot be taken back; an exception ends the run without a new group.
+                raise RunIsOver
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Makes sure that the next group is planned without the nodes that were lost."""
+        # Ray may have heard of a survivor's error first: the rank that died is the cause.
+        self._errors = {**(self._dead() if self._training else {}), **self._errors}
+        self._training = False
+        lost = await_lost_nodes({rank.node_id for rank in self._ranks})
+        _end_run_if(self._coordinator.group_failed(dict(self._errors), lost))
+        refresh_capacity()
+        if lost:
+            time.sleep(POLICY_CACHE_S)
+
+    def _locate_workers(self, worker_group: Any) -> None:
+        self._actors = tuple(worker.actor for worker in worker_group.get_workers())
+        self._ranks = tuple(
+            RankProcess(
+                rank=worker.distributed_context.world_rank,
+                pid=worker.metadata.pid,
+                node_id=worker.metadata.node_id,
+            )
+            for worker in worker_group.get_workers()
+        )
+
+    def _prestart(self) -> None:
+        if self._spares:
+            prestart_workers({rank.node_id for rank in self._ranks}, self._spares)
+
+    def _warm_up_joiners(self) -> None:
+        # Training runs on meanwhile: what a new process imports now costs no downtime.
+        joining = set(alive_worker_nodes()) - {rank.node_id for rank in self._ranks}
+        if self._spares and joining:
+            prestart_workers(joining, self._spares)
+            await_idle_workers(joining, timeout_s=self._head_start_s)
+
+    def _is_alive(self) -> bool:
+        return not self._dead()
+
+    def _dead(self, timeout_s: float = 5.0) -> dict[int, str]:
+        # A busy process answers late and is alive; only a dead one makes the call fail.
+        pings = [actor.get_metadata.remote() for actor in self._actors]
+        ready = ray.wait(pings, num_returns=len(pings), timeout=timeout_s)[0] if pings else []
+        found = {}
+        for ping in ready:
+            try:
+                ray.get(ping)
+            except ray.exceptions.RayError as error:
+                found[pings.index(ping)] = type(error).__name__
+        return found
+
+
+class InPlaceCallback(ElasticCallback):
+    """Lets survivors run on while a lost rank is replaced; otherwise an `ElasticCallback`."""
+
+    def __init__(
+        self, coordinator: Coordinator, *, wait_s: float, min_workers: int, **options: Any
+    ) -> None:
+        """Created by the driver, runs in Ray Train's controller.
+
+        Args:
+            coordinator: Learns of every change of the group.
+            wait_s: How long survivors run on without a place for the lost ranks.
+            min_workers: With fewer survivors the group drains at once.
+            options: Those of `ElasticCallback`.
+        """
+        super().__init__(coordinator, **options)
+        self._wait_s = wait_s
+        self._min_workers = min_workers
+        self._group: Any = None
+        self._replacing = False
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Also makes the death of a worker during a replacement a retryable failure."""
+        super().after_controller_start(train_run_context)
+        retryable = failure_policy.RETRYABLE_CONTROLLER_ERRORS
+        if ray.exceptions.RayActorError not in retryable:
+            failure_policy.RETRYABLE_CONTROLLER_ERRORS = (
+                *retryable,
+                ray.exceptions.RayActorError,
+            )
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Also keeps the group: its workers change."""
+        super().after_worker_group_start(worker_group)
+        self._group = worker_group
+        self._replacing = False
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Also finds the processes of replacements."""
+        super().after_worker_group_poll_status(worker_group_status)
+        if self._replacing and not worker_group_status.errors:
+            self._replacing = False
+            self._locate_workers(self._group)
+            self._prestart()
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        """Keeps the survivors running until there is a place for the lost ranks."""
+        survivors = self._survivors() if self._training else []
+        if not survivors:
+            self._replacing = False
+            super().before_controller_execute_failure_decision(failure_decision)
+            return
+        errors, self._errors = self._errors, {}
+        lost = await_lost_nodes({rank.node_id for rank in self._ranks})
+        _end_run_if(self._coordinator.members_lost(errors, lost))
+        doubt = self._wait_for_room(len(survivors))
+        if doubt is None:
+            self._replacing = True
+        else:
+            self._fall_back(doubt)
+        refresh_capacity()
+        time.sleep(POLICY_CACHE_S)
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Replacing ranks needs no drain; a change of the number of workers does."""
+        if self._replacing and self._group is not None:
+            if resize_decision.num_workers == len(self._group.get_workers()):
+                return
+            self._fall_back(f"Ray now plans {resize_decision.num_workers} workers")
+        elif self._training and len(self._survivors()) < len(self._group.get_workers()):
+            # The plan is smaller because a worker was lost, which Ray Train has not noticed yet.
+            raise WorkerGroupStartupFailedError("a worker was lost before the group was resized")
+        super().before_controller_execute_resize_decision(resize_decision)
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _survivors(self) -> list[Any]:
+        """Polls all workers now; shuts down the replica groups of those that are gone."""
+        self._group.poll_status(timeout=2.0)
+        failing = self._group.get_latest_poll_status().failing_replica_group_indices
+        replicas = self._group.get_replica_groups()
+        for index in failing:
+            replicas[index].shutdown()
+        alive = [
+            worker
+            for index, replica in enumerate(replicas)
+            if index not in failing and replica.is_active()
+            for worker in replica.get_workers()
+        ]
+        self._actors = tuple(worker.actor for worker in alive)
+        return alive
+
+    def _wait_for_room(self, survivors: int) -> str | None:
+        """Returns None once the lost ranks have places, or why waiting longer is pointless."""
+        if survivors < self._min_workers:
+            return f"{survivors} of at least {self._min_workers} workers are left"
+        handle = self._group.get_worker_group_state().placement_group_handle
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            if self._coordinator.is_over():
+                raise RunIsOver
+            state = ray.util.placement_group_table(handle.placement_group).get("state")
+            if state == "CREATED":
+                return None
+            if time.monotonic() > deadline:
+                return f"no node replaced the lost one within {self._wait_s:g} s"
+            if len(self._survivors()) < survivors:
+                return "another worker was lost before the first one was replaced"
+            time.sleep(0.2)
+
+    def _fall_back(self, reason: str) -> None:
+        if self._coordinator.fall_back(reason):
+            raise RunIsOver
+        for replica in self._group.get_replica_groups():
+            replica.shutdown()
+        # Now all of them are failing, so that Ray restarts the whole group.
+        self._group.poll_status(timeout=5.0)
+        self._training = self._replacing = False
+        self._errors = {}
+
+
+def _end_run_if(reason: str | None) -> None:
+    if reason is not None:
+        # An exception in a hook is not retryable for Ray Train and ends the run.
+        raise RuntimeError(reason)
