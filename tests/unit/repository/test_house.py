@@ -38,7 +38,6 @@ CIRCLES = (
 IMPORTS = {
     "cluster.run.trainer": 20,
     "cluster.run.worker": 18,
-    "experiments.tuning": 17,
     "training.rank": 28,
 }
 PARAMETERS = {
