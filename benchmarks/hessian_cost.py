@@ -23,8 +23,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import read_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 
 CONFIG = Path(__file__).parents[1] / "jobs" / "configs" / "fashion_mnist.yaml"
 LIMIT = 0.05
@@ -56,7 +56,7 @@ def measure(shards: str, epochs: float, case: tuple[str, ...]) -> dict[str, Any]
             config,
             Communicator.solo(),
             store=CheckpointStore(folder.uri),
-            port=FolderPort(folder),
+            callback=FolderWriter(folder),
             control=KeepGoing(),
         )
         rows = [row for row in folder.metrics() if "hessian_time_s" in row]

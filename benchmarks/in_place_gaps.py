@@ -34,10 +34,9 @@ from elastic_kfac.config import parse_config
 from elastic_kfac.data.feeds import Feeds, SomeSamples
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import FolderWriter, Point
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
-from elastic_kfac.training.moments import Moment
-from elastic_kfac.training.port import FolderPort
 
 MEMBERS = 4
 BATCH = 32
@@ -106,8 +105,10 @@ def member(slot: int, port: int, folder: str, model: str) -> None:
     )
     commits = Path(folder, f"commits-{slot}").open("a", buffering=1)  # noqa: SIM115 (to the end)
 
-    def moments(moment: Moment, step: int) -> None:
-        if moment == "committed":
+    class Commits(FolderWriter):
+        def on_point(self, point: Point, step: int) -> None:
+            if point != "committed":
+                return
             world_size = dist.get_world_size() if dist.is_initialized() else 1
             commits.write(f"{time.monotonic()} {step} {world_size}\n")
             if store.check([f"leave/{slot}"]):
@@ -122,10 +123,9 @@ def member(slot: int, port: int, folder: str, model: str) -> None:
         config,
         membership,
         store=CheckpointStore(f"{folder}/checkpoints"),
-        port=FolderPort(RunFolder(Path(folder, "run"))),
+        callback=Commits(RunFolder(Path(folder, "run"))),
         control=StopKey(store),
         feeds=Feeds(RandomFeed(), None),
-        moments=moments,
     )
 
 

@@ -2,7 +2,7 @@
 
 One rank trains the digits job in this process, exporting to a real Ray on this machine; the run's
 exporter (the recorder's part) lives here, too, and gets the same rows as in a run. CPU times are the
-thread's own (`time.thread_time`), so that other load on the machine does not count. The moments of a
+thread's own (`time.thread_time`), so that other load on the machine does not count. The points of a
 step are counted apart: their cost per call is timed in a loop and multiplied by the calls.
 """
 
@@ -26,16 +26,14 @@ from elastic_kfac.cluster.run.telemetry import (
     RankTelemetry,
     RunTelemetry,
     TelemetryOptions,
-    WatchedPort,
 )
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import apply_overrides, parse_config, read_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import Callbacks, FolderWriter, KeepGoing, Point
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe
-from elastic_kfac.training.moments import Moment
-from elastic_kfac.training.port import FolderPort, KeepGoing
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "telemetry_cost.json"
@@ -47,12 +45,12 @@ class CountingProbe(RankProbe):
 
     calls = 0
 
-    def __call__(self, moment: Moment, step: int) -> None:
+    def on_point(self, point: Point, step: int) -> None:
         self.calls += 1
-        super().__call__(moment, step)
+        super().on_point(point, step)
 
 
-class RecorderPort(FolderPort):
+class RecorderRows(FolderWriter):
     """The recorder's part of the telemetry beside a run's folder, with its CPU time."""
 
     def __init__(self, folder: RunFolder, run: RunTelemetry) -> None:
@@ -60,7 +58,7 @@ class RecorderPort(FolderPort):
         self.run = run
         self.cpu_s = 0.0
 
-    def progress(self, row: Mapping[str, Any]) -> None:
+    def on_step(self, row: Mapping[str, Any]) -> None:
         begin = time.thread_time()
         self.run.stepped(row)
         self.cpu_s += time.thread_time() - begin
@@ -81,15 +79,15 @@ def measure(epochs: float, folder: Path) -> dict[str, Any]:
     changes = [("data.shards", str(shards)), ("train.epochs", epochs)]
     config = parse_config(apply_overrides(base.model_dump(), changes))
     options = TelemetryOptions("telemetry-cost", 1, 2)
-    port = RecorderPort(RunFolder(folder / "run"), RunTelemetry(options))
+    rows = RecorderRows(RunFolder(folder / "run"), RunTelemetry(options))
     probe = CountingProbe()
-    telemetry = RankTelemetry(probe, options, 0, tell_run=port.measured)
+    telemetry = RankTelemetry(probe, options, 0, tell_run=rows.measured)
     begin = time.perf_counter()
     outcome = run_rank(
         config,
         Communicator.solo(),
         store=CheckpointStore(folder / "run"),
-        port=WatchedPort(port, probe),
+        callback=Callbacks(probe, rows),
         control=KeepGoing(),
     )
     elapsed_s = time.perf_counter() - begin
@@ -99,12 +97,12 @@ def measure(epochs: float, folder: Path) -> dict[str, Any]:
     repeats = 20_000
     begin_cpu = time.thread_time()
     for _ in range(repeats):
-        alone("backward_done", 1)
+        alone.on_point("backward_done", 1)
     moments_s = (time.thread_time() - begin_cpu) / repeats * probe.calls
     step_cpu_s = rank["step_cpu_s"][()]
     # The rank's export hands the run's values over inside its own accounting.
     exporting_s = rank["telemetry_cpu_s"][()]
-    rows_s = max(0.0, port.cpu_s)
+    rows_s = max(0.0, rows.cpu_s)
     return {
         "steps": outcome.progress.step,
         "elapsed_s": round(elapsed_s, 2),

@@ -28,8 +28,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing, SilentPort
 
 WORLD_SIZE = 2
 FORMATS: tuple[tuple[str, bool | None], ...] = (
@@ -43,13 +43,13 @@ FORMATS: tuple[tuple[str, bool | None], ...] = (
 )
 
 
-class _BestAccuracy(SilentPort):
+class _BestAccuracy(Callback):
     """Remembers the last evaluation."""
 
     def __init__(self) -> None:
         self.accuracy = 0.0
 
-    def metrics(self, row: Any) -> None:
+    def on_metrics(self, row: Any) -> None:
         self.accuracy = row.get("eval_accuracy", self.accuracy)
 
 
@@ -84,11 +84,13 @@ def _rank(rank: int, folder: str, seeds: int, epochs: int) -> None:
         accuracies, gradient_bytes, steps = [], 0.0, 0
         for seed in range(seeds):
             communicator = Communicator.world()
-            port = _BestAccuracy()
+            best = _BestAccuracy()
             store = CheckpointStore(f"{folder}/{wire}-{feedback}-{seed}")
             config = _config(folder, wire, feedback, seed, epochs)
-            outcome = run_rank(config, communicator, store=store, port=port, control=KeepGoing())
-            accuracies.append(port.accuracy)
+            outcome = run_rank(
+                config, communicator, store=store, callback=best, control=KeepGoing()
+            )
+            accuracies.append(best.accuracy)
             gradient_bytes = float(communicator.counters.snapshot()["gradients"].received_bytes)
             steps = outcome.progress.step
         if rank == 0:

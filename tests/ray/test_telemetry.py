@@ -13,8 +13,8 @@ from elastic_kfac.cluster.run.telemetry import (
     TelemetryOptions,
 )
 from elastic_kfac.observability.metric_names import METRICS, OTHER, label, metric
+from elastic_kfac.training.callbacks import event_row
 from elastic_kfac.training.measurement import RankProbe, Values
-from elastic_kfac.training.port import event_row
 
 OPTIONS = TelemetryOptions("digits", 1, 4)
 

@@ -16,22 +16,22 @@ from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.moments import (
+from elastic_kfac.training.regroup import leave, regroup
+from support.faults import (
     FaultKind,
+    FaultPoint,
     Faults,
     FaultyFeed,
     Fired,
     InjectedFault,
-    Moment,
     lift_quota,
 )
-from elastic_kfac.training.port import KeepGoing
-from elastic_kfac.training.regroup import leave, regroup
 from support.gloo import disband, wait_for
 from support.held_resources import Held, held_at_rest
 from support.reproducible_problems import reproducible_config
-from support.training_problems import RecordingPort, StopAt, memory_feeds
+from support.training_problems import AtPoints, StopAt, memory_feeds
 
 LETHAL: tuple[FaultKind, ...] = ("sigkill", "sigstop")
 DAMAGE: tuple[FaultKind, ...] = (
@@ -51,7 +51,7 @@ class StoreOfEveryStep(CheckpointStore):
 
 
 # Steps 3, 6, 9 end epochs, 12 the run; factors are due in odd steps, decompositions in 1, 6 and 11.
-PLACES: dict[str, tuple[Moment, int]] = {
+PLACES: dict[str, tuple[FaultPoint, int]] = {
     "first step": ("step_begin", 1),
     "gradient exchange": ("backward_done", 4),
     "factor exchange": ("factor_exchange", 5),
@@ -67,7 +67,7 @@ PLACES: dict[str, tuple[Moment, int]] = {
     "last commit": ("committed", 12),
     "last manifest": ("manifest_rename", 12),
 }
-"""Where a fault can happen: the moment, and the step that is computed or was committed last."""
+"""Where a fault can happen: the point, and the step that is computed or was committed last."""
 
 PHASES: dict[str, tuple[str, ...]] = {
     "start": ("first step", "recovery"),
@@ -93,7 +93,7 @@ class Case:
     chief: bool = True
 
     @property
-    def moment(self) -> Moment:
+    def point(self) -> FaultPoint:
         return PLACES[self.place][0]
 
     @property
@@ -111,7 +111,7 @@ class Case:
     @property
     def kills(self) -> bool:
         """Whether a process dies of it; damage is noticed only by those who read after a death."""
-        return self.kind in LETHAL or (self.kind in DAMAGE and self.moment != "recovery")
+        return self.kind in LETHAL or (self.kind in DAMAGE and self.point != "recovery")
 
     @property
     def survives(self) -> bool:
@@ -127,7 +127,7 @@ class Case:
     def is_possible(self) -> bool:
         """Whether there is such a fault at all."""
         by_rank_zero_alone = self.kind in ("disk_full", "slow_disk") or (
-            self.moment == "manifest_rename" or (self.kind in DAMAGE and self.moment == "recovery")
+            self.point == "manifest_rename" or (self.kind in DAMAGE and self.point == "recovery")
         )
         nothing_to_damage = self.kind in DAMAGE and self.place == "first step"
         nothing_more_is_read = self.kind == "nan_batch" and self.place in (
@@ -161,18 +161,17 @@ def play_world(
     faults = Faults(rank, folder, on_fire=lambda fired: note(folder, fired))
     if case is not None:
         victim = 0 if case.chief else world_size - 1
-        faults.fail_at(victim, case.step, case.moment, case.kind)
+        faults.fail_at(victim, case.step, case.point, case.kind)
         if case.kind in DAMAGE and case.kills:
-            faults.fail_at(victim, case.step, case.moment, "sigkill")
+            faults.fail_at(victim, case.step, case.point, "sigkill")
 
-    def moments(moment: Moment, step: int) -> None:
-        if moment == "committed":
+    def committed(point: Point, step: int) -> None:
+        if point == "committed":
             lived.steps.append(step)
-        faults(moment, step)
 
     feeds = memory_feeds()
     store = StoreOfEveryStep(folder, on_warning=lived.said.append)
-    store.before_manifest = lambda step: faults("manifest_rename", step)
+    store.before_manifest = lambda step: faults.on_point("manifest_rename", step)
     # Only a timeout tells that a peer stands still.
     timeout_s = 6 if case is not None and case.kind == "sigstop" else 60
     try:
@@ -180,10 +179,9 @@ def play_world(
             reproducible_config({"elastic.snapshot_interval_s": 1e-9}),
             regroup(*world, timeout_s=timeout_s),
             store=store,
-            port=RecordingPort(),
+            callback=Callbacks(AtPoints(committed), faults),
             control=KeepGoing() if steps is None else StopAt(steps),
             feeds=Feeds(FaultyFeed(feeds.train, faults), feeds.evaluation),
-            moments=moments,
         )
         lived.ending = str(outcome.status)
     except (ElasticKfacError, InjectedFault, OSError) as error:
@@ -236,7 +234,7 @@ def play_cases(
         staying = alive[: most - 1] if alive[-1] >= most - 1 else alive[:-1]
         # The one that shall die is the last slot, whatever its rank.
         order = [alive[-1], *staying] if case.chief else [*staying, alive[-1]]
-        if case.moment == "recovery":
+        if case.point == "recovery":
             play(None, order, 5, case.name)
             ending_of(order)
         play(case, order, None, case.name)

@@ -13,12 +13,11 @@ from torch import nn
 from elastic_kfac.config import Config
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.moments import Moments, ignore_moments
-from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
 from support.gloo import disband, wait_for
-from support.training_problems import RecordingPort, StopAt, memory_feeds, small_config
+from support.training_problems import RecordingCallback, StopAt, memory_feeds, small_config
 
 Segment = tuple[int, int | None]
 """World size, and after how many steps it parks (None: it goes on to the end)."""
@@ -61,17 +60,16 @@ def train_part(
     folder: str,
     world: tuple[int, int, int, dist.Store],
     steps: int | None,
-    moments: Moments = ignore_moments,
+    callback: Callback | None = None,
 ) -> Outcome:
     """One world (generation, rank, size, store) from the newest checkpoint on; does not leave it."""
     return run_rank(
         config,
         regroup(*world, timeout_s=60),
         store=CheckpointStore(folder),
-        port=RecordingPort(),
+        callback=callback or RecordingCallback(),
         control=KeepGoing() if steps is None else StopAt(steps),
         feeds=memory_feeds(),
-        moments=moments,
     )
 
 
@@ -99,14 +97,14 @@ def play_schedules(folder: str, schedules: dict[str, tuple[dict[str, Any], list[
             wait_for(store, [f"played/{generation}"])
 
 
-def play_kill(folder: str, moments: Moments, victim: int) -> str:
+def play_kill(folder: str, callback: Callback, victim: int) -> str:
     """Three ranks until one is killed; the survivors go on as two, from the newest checkpoint."""
     slot = dist.get_rank()
     store = disband()
     config = reproducible_config({"elastic.snapshot_interval_s": 1e-9})
     said = ""
     try:
-        train_part(config, folder, (1, slot, 3, store), None, moments)
+        train_part(config, folder, (1, slot, 3, store), None, callback)
     except CommunicationError as error:
         said = error.line()
     # Outside of the handler: its traceback holds on to the group, whose peers would wait for it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.data.order import SampleOrder
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import Callback, KeepGoing, Point
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.moments import Moment
-from elastic_kfac.training.port import KeepGoing
 
 KFAC: dict[str, Any] = {
     "kfac.enabled": True,
@@ -122,8 +121,8 @@ class StopAt:
 
 
 @dataclass
-class RecordingPort:
-    """Keeps what the loop says."""
+class RecordingCallback(Callback):
+    """Keeps the rows of a run."""
 
     reached: int = 0
     metric_rows: list[dict[str, Any]] = field(default_factory=list)
@@ -131,23 +130,30 @@ class RecordingPort:
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
 
-    def watch(self, trainer: Any) -> None:
-        return None
-
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def on_metrics(self, row: Mapping[str, Any]) -> None:
         self.metric_rows.append(dict(row))
 
-    def event(self, row: Mapping[str, Any]) -> None:
+    def on_event(self, row: Mapping[str, Any]) -> None:
         self.events.append(dict(row))
 
-    def progress(self, row: Mapping[str, Any]) -> None:
+    def on_step(self, row: Mapping[str, Any]) -> None:
         self.steps.append(int(row["step"]))
 
     def last_step(self) -> int:
         return self.steps[-1] if self.steps else self.reached
 
-    def rewound(self, step: int, lost_steps: int) -> None:
+    def on_rollback(self, step: int, lost_steps: int) -> None:
         self.rewinds.append((step, lost_steps))
+
+
+@dataclass
+class AtPoints(Callback):
+    """Calls `body` at every point of a run."""
+
+    body: Callable[[Point, int], None]
+
+    def on_point(self, point: Point, step: int) -> None:
+        self.body(point, step)
 
 
 class FeedOrder:
@@ -166,7 +172,7 @@ def in_one_process(folder: Path, changes: Mapping[str, Any]) -> TrainingState:
         small_config(changes),
         Communicator.solo(),
         store=CheckpointStore(folder),
-        port=RecordingPort(),
+        callback=RecordingCallback(),
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
@@ -205,7 +211,7 @@ class Script:
 
     founders: tuple[int, ...]
     changes: dict[str, Any] = field(default_factory=dict)
-    kills: dict[int, tuple[int, Moment]] = field(default_factory=dict)
+    kills: dict[int, tuple[int, Point]] = field(default_factory=dict)
     leaves: dict[int, int] = field(default_factory=dict)
     joins: dict[int, int] = field(default_factory=dict)
 

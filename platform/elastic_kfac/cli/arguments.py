@@ -136,12 +136,6 @@ def _build_parser() -> Parser:
     add_options(analyze, ANALYZE)
     _add_probe(parser, groups)
 
-    config = add("config", "configuration:config", "Explain every configuration key.")
-    config.add_argument(
-        "names", metavar="SECTION[.KEY]", nargs="*", help="what to explain (default: everything)"
-    )
-    config.option("--markdown", action="store_true", help="print docs/configuration.md")
-
     doctor = add("doctor", "doctor:doctor", "Check this machine and say what to do.")
     doctor.option("--storage", default="./runs", help="run storage to check (default: ./runs)")
     doctor.option("--address", help="Ray cluster to check (default: RAY_ADDRESS if set)")

@@ -125,7 +125,7 @@ def fresh_name(stem: str, storage: str) -> str:
 
 
 def _finish(uri: str, config: Config) -> None:
-    from elastic_kfac.training.port import event_row
+    from elastic_kfac.training.callbacks import event_row
 
     folder = open_run(uri)
     step = int((folder.result() or {}).get("steps") or 0)

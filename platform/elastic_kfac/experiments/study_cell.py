@@ -27,8 +27,8 @@ from elastic_kfac.runs.final_state import FinalMeasures, measure_final_state
 from elastic_kfac.runs.results import compact_ledger, result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 
 Row = Mapping[str, Any]
 
@@ -107,7 +107,7 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
             config,
             Communicator.solo(),
             store=store,
-            port=_TellingPort(folder, task.name, config.train.epochs, board),
+            callback=_TellingPort(folder, task.name, config.train.epochs, board),
             control=KeepGoing(),
             device=device,
         )
@@ -126,7 +126,7 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
     }
 
 
-class _TellingPort(FolderPort):
+class _TellingPort(FolderWriter):
     """Writes the run's folder and tells the board how far the cell is."""
 
     def __init__(self, folder: RunFolder, name: str, epochs: float, board: Any) -> None:
@@ -134,7 +134,7 @@ class _TellingPort(FolderPort):
         self._name, self._epochs, self._board = name, epochs, board
         self._told_at = 0.0
 
-    def progress(self, row: Row) -> None:
+    def on_step(self, row: Row) -> None:
         now = time.monotonic()
         if self._board is not None and now - self._told_at >= TELL_INTERVAL_S:
             self._told_at = now

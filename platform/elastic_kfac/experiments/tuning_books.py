@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune import Callback as TuneCallback
 
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.objective import objective_value
@@ -227,7 +228,7 @@ class _Never:
         return False
 
 
-class Listener(tune.Callback):
+class Listener(TuneCallback):
     """Ray Tune's events, by the search's own trial ids."""
 
     def __init__(self, books: SearchBooks) -> None:
@@ -255,7 +256,7 @@ class Listener(tune.Callback):
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (tune.Callback, ())
+        return (TuneCallback, ())
 
 
 def trial_name(trial: Any) -> str:

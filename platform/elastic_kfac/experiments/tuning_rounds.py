@@ -10,16 +10,12 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from elastic_kfac.cluster.run.telemetry import WatchedPort
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import Callback, Callbacks, Control, Trainer
 from elastic_kfac.training.loop import Outcome
-from elastic_kfac.training.port import Control
 from elastic_kfac.training.snapshots import run_rank_with_rescue
-
-if TYPE_CHECKING:
-    from elastic_kfac.training.rank import RankTrainer
 
 RANK_FUNCTION = "elastic_kfac.experiments.tuning_rounds:run_in_rounds"
 
@@ -48,7 +44,7 @@ def announce_round(folder: RunFolder, measure: str, end: float) -> None:
     folder.storage.write(_FILE, json.dumps({"measure": measure, "end": end}).encode())
 
 
-class RoundGate:
+class RoundGate(Callback):
     """A control that lets a rank go no further than the first evaluation at the end of a round."""
 
     def __init__(
@@ -63,11 +59,10 @@ class RoundGate:
         self._control = control
         self._read_round = read_round
         self._poll_s = poll_s
-        self._trainer: RankTrainer | None = None
+        self._trainer: Trainer | None = None
         self._evaluations: int | None = None
 
-    def watch(self, trainer: RankTrainer) -> None:
-        """The trainer whose progress counts."""
+    def on_start(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._evaluations = None
 
@@ -96,7 +91,13 @@ class RoundGate:
 
 
 def run_in_rounds(
-    config: Any, communicator: Any, *, store: Any, port: Any, control: Control, **seams: Any
+    config: Any,
+    communicator: Any,
+    *,
+    store: Any,
+    callback: Callback,
+    control: Control,
+    **seams: Any,
 ) -> Outcome:
     """`run_rank_with_rescue`, waiting at the end of every announced round.
 
@@ -113,5 +114,5 @@ def run_in_rounds(
 
     gate = RoundGate(control, read_round)
     return run_rank_with_rescue(
-        config, communicator, store=store, port=WatchedPort(port, gate), control=gate, **seams
+        config, communicator, store=store, callback=Callbacks(gate, callback), control=gate, **seams
     )

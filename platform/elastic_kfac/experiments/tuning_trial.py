@@ -35,7 +35,7 @@ from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
 from elastic_kfac.experiments.tuning_desk import TrialShare
 from elastic_kfac.experiments.tuning_rounds import announce_round, round_after
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.port import event_row
+from elastic_kfac.training.callbacks import event_row
 
 PERTURBED = "perturbed:"
 """Prefix of the keys of a Tune configuration that PB2 changes."""

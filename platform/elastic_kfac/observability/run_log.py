@@ -14,12 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from elastic_kfac.errors import UsageError
-
-if TYPE_CHECKING:
-    from elastic_kfac.training.rank import RankTrainer
 
 VARIABLE = "ELASTIC_KFAC_LOG"
 
@@ -94,11 +91,6 @@ class LogContext:
         self.run = run
         self.rank = rank
         self.step = step
-
-    def watch(self, trainer: RankTrainer) -> None:
-        """From now on the step, and the rank in a world that has changed, are this trainer's."""
-        self.rank = trainer.communicator.rank
-        self.step = lambda: trainer.progress.step
 
 
 class JsonLines(logging.Formatter):

@@ -18,13 +18,12 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
+from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
 from elastic_kfac.training.membership import Membership, World
-from elastic_kfac.training.moments import Moments, ignore_moments
-from elastic_kfac.training.port import Control, RunPort
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.regroup import leave
-from elastic_kfac.training.snapshots import CommitWatch, holds_everything
+from elastic_kfac.training.snapshots import holds_everything
 
 _CHANGE = "the world changes"
 
@@ -34,31 +33,29 @@ def run_member(
     membership: Membership,
     *,
     store: StateStore,
-    port: RunPort,
+    callback: Callback,
     control: Control,
     device: torch.device | None = None,
     feeds: Feeds | None = None,
-    moments: Moments = ignore_moments,
     repeat_rows: bool = False,
 ) -> Outcome:
     """Trains as a member of a world that changes, until the run ends, parks, or this member leaves.
 
-    `store` and `port` are used while this process is rank 0, so every member brings its own; they
-    lead to the same place. With `repeat_rows` a new rank 0 reports the newest rows again, of which a
-    lost one may have reported only some; the port leaves out what it has.
+    `store` and the rows of `callback` are used while this process is rank 0, so every member brings
+    its own; they lead to the same place. With `repeat_rows` a new rank 0 reports the newest rows again,
+    of which a lost one may have reported only some; the callback leaves out what it has.
 
     Raises:
         ElasticKfacError: As `run_rank`, but for the loss of peers, which is survived.
     """
     opened = feeds or open_feeds(config)
-    watch = CommitWatch(moments)
     # What is there by now stays: the collection at every change of the world passes over it.
     gc.collect()
     gc.freeze()
     try:
         # Alone first: members and newcomers then take part in the same collectives of `regroup`.
-        trainer = RankTrainer(config, Communicator.solo(), opened, device=device, moments=watch)
-        loop = RunLoop(trainer, store, port, keep_newest=True)
+        trainer = RankTrainer(config, Communicator.solo(), opened, device=device, callback=callback)
+        loop = RunLoop(trainer, store, keep_newest=True)
         world: World | None = membership.join()
         outcome: Outcome | None = None
         while world is not None:
@@ -73,7 +70,7 @@ def run_member(
                 )
             except CommunicationError:
                 outcome = None
-            if outcome is None and watch.is_whole and holds_everything(trainer):
+            if outcome is None and trainer.is_committed and holds_everything(trainer):
                 # Newer than what was captured at the last snapshot: nothing is computed again.
                 with contextlib.suppress(CommunicationError):
                     loop.keep_live_state()

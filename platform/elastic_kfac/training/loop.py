@@ -22,9 +22,8 @@ from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import Progress, TrainingState
 from elastic_kfac.state.state_transfer import share_state, state_held_by_all
+from elastic_kfac.training.callbacks import Callback, Control, event_row
 from elastic_kfac.training.evaluation import EvalResult
-from elastic_kfac.training.moments import Moments, ignore_moments
-from elastic_kfac.training.port import Control, RunPort, SilentPort, event_row
 from elastic_kfac.training.rank import EpochEnd, RankTrainer, StepResult
 
 
@@ -49,16 +48,15 @@ def run_rank(
     communicator: Communicator,
     *,
     store: StateStore,
-    port: RunPort,
+    callback: Callback,
     control: Control,
     device: torch.device | None = None,
     feeds: Feeds | None = None,
-    moments: Moments = ignore_moments,
 ) -> Outcome:
     """Trains as one rank until the run is finished or some rank's control asks to stop.
 
-    Every rank of `communicator` calls it. Rank 0 loads the latest state from `store`, reports through
-    `port` and saves; the other ranks' stores and ports are not used.
+    Every rank of `communicator` calls it. Rank 0 loads the latest state from `store`, reports rows to
+    `callback` and saves; the other ranks' stores are not used.
 
     Raises:
         ElasticKfacError: A usage or data error on every rank alike; `CommunicationError` when a peer
@@ -66,8 +64,8 @@ def run_rank(
     """
     opened = feeds or open_feeds(config)
     try:
-        trainer = RankTrainer(config, communicator, opened, device=device, moments=moments)
-        loop = RunLoop(trainer, store, port)
+        trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
+        loop = RunLoop(trainer, store)
         loop.go_on_from_newest()
         return loop.until_parked_or_finished(control)
     finally:
@@ -100,14 +98,12 @@ class RunLoop:
         self,
         trainer: RankTrainer,
         store: StateStore,
-        port: RunPort,
         *,
         keep_newest: bool = False,
     ) -> None:
         self._trainer = trainer
         self._store = store
-        self._own_port = port
-        port.watch(trainer)
+        trainer.callback.on_start(trainer)
         self._keep_newest = keep_newest
         self._newest: TrainingState | None = None
         self.recent_rows: deque[dict[str, Any]] = deque(maxlen=_RECENT_ROWS)
@@ -125,8 +121,9 @@ class RunLoop:
         return self._trainer.communicator.rank == 0
 
     @property
-    def _port(self) -> RunPort:
-        return self._own_port if self._is_chief else SilentPort()
+    def _report(self) -> Callback:
+        """The callback on rank 0; elsewhere one that does nothing."""
+        return self._trainer.callback if self._is_chief else Callback()
 
     def go_on_from_newest(self) -> None:
         """Restores the newest state that any rank holds in memory, else the durable one.
@@ -135,7 +132,8 @@ class RunLoop:
         """
         trainer = self._trainer
         communicator = trainer.communicator
-        trainer.moments("recovery", trainer.progress.step)
+        trainer.is_committed = False
+        trainer.callback.on_point("recovery", trainer.progress.step)
         held = self._newest
         steps = communicator.all_gather_object(
             -1 if held is None else held.progress.step, tag="state"
@@ -156,11 +154,11 @@ class RunLoop:
             trainer.progress = replace(trainer.progress, started_at=started_at)
         self._saved_at_train_time_s = trainer.progress.train_time_s
         step = trainer.progress.step
-        lost = max(0, self._port.last_step() - step)
+        lost = max(0, self._report.last_step() - step)
         if state is not None or lost:
-            self._port.rewound(step, lost)
+            self._report.on_rollback(step, lost)
             plan = trainer.path.plan_summary()
-            self._port.event(
+            self._report.on_event(
                 event_row("restored", step, **self._world(), steps_redone=lost, plan=plan)
             )
 
@@ -174,9 +172,9 @@ class RunLoop:
             self.recent_rows.pop()
 
     def report_rows_again(self) -> None:
-        """Rank 0 reports the newest rows that it knows; the port leaves out what it has."""
+        """Rank 0 reports the newest rows that it knows; the callback leaves out what it has."""
         for row in self.recent_rows:
-            self._port.metrics(row)
+            self._report.on_metrics(row)
 
     def until_parked_or_finished(
         self,
@@ -194,7 +192,7 @@ class RunLoop:
             if trainer.evaluation_is_due:
                 self._report_evaluation(trainer.evaluate())
             if trainer.analysis_is_due:
-                self._port.metrics({**trainer.analyse(), **self._where()})
+                self._report.on_metrics({**trainer.analyse(), **self._where()})
             if trainer.finished:
                 return self._end("finished", (), save=True)
             if snapshot:
@@ -258,7 +256,7 @@ class RunLoop:
         trainer.communicator.barrier(tag="end")
         step = trainer.progress.step
         details: dict[str, Any] = {"reason": "; ".join(reasons)} if reasons else {}
-        self._port.event(event_row(status, step, **self._world(), **details))
+        self._report.on_event(event_row(status, step, **self._world(), **details))
         return Outcome(
             status=status,
             reasons=reasons,
@@ -287,7 +285,7 @@ class RunLoop:
         wanted = trainer.batch.wanted_workers(trainer.position)
         if wanted is not None:
             row["wanted_workers"] = wanted
-        self._port.progress(row)
+        self._report.on_step(row)
         if trainer.progress.step % trainer.config.train.log_every_steps == 0 or trainer.finished:
             row.update(trainer.path.columns())
             row.update(trainer.apart.columns())
@@ -300,13 +298,13 @@ class RunLoop:
                 row["adversarial_fraction"] = result.attacked_fraction
             # Every rank knows what rank 0 reports: if rank 0 is lost, another one has its last rows.
             self.recent_rows.append(row)
-            self._port.metrics(row)
+            self._report.on_metrics(row)
 
     def _report_epoch_end(self, end: EpochEnd) -> None:
         trainer = self._trainer
         if end.measured is not None:
             columns = end.measured.columns()
-            self._port.metrics(
+            self._report.on_metrics(
                 {**self._where(), **columns, "hessian_s": trainer.progress.hessian_s}
             )
         if end.growth is not None:
@@ -317,18 +315,18 @@ class RunLoop:
                 "wanted_workers": trainer.batch.wanted_workers(trainer.position),
             }
             step = trainer.progress.step
-            self._port.event(event_row("batch_growth", step, **self._world(), **details))
+            self._report.on_event(event_row("batch_growth", step, **self._world(), **details))
 
     def _report_evaluation(self, result: EvalResult) -> None:
         row = {**self._where(), "eval_loss": result.loss, "eval_accuracy": result.accuracy}
         if result.attacked is not None:
             row["eval_adversarial_loss"] = result.attacked.loss
             row["eval_adversarial_accuracy"] = result.attacked.accuracy
-        self._port.metrics(row)
+        self._report.on_metrics(row)
         progress = self._trainer.progress
         if progress.time_to_accuracy_s is not None and not self._target_said:
             self._target_said = True
-            self._port.event(
+            self._report.on_event(
                 event_row("target_reached", progress.step, eval_accuracy=result.accuracy)
             )
 

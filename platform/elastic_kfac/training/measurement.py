@@ -1,6 +1,6 @@
 """What a rank measures about itself beside its work: times by phase, CPU time, traffic, curvature.
 
-A probe listens to the moments of a step and reads counters that exist anyway; it never synchronises
+A probe follows the points of a step and reads counters that exist anyway; it never synchronises
 a device more often than it is asked for values. On a GPU the phases are times of the host: a kernel
 that still runs is waited for in a later phase.
 """
@@ -12,11 +12,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.data.feeds import StreamFeed
-from elastic_kfac.training.moments import Moment, Moments, ignore_moments
+from elastic_kfac.training.callbacks import Callback, Point, Trainer
 
 if TYPE_CHECKING:
     from elastic_kfac.curvature.block import Block
@@ -27,7 +27,7 @@ Labels = tuple[str, ...]
 Values = dict[str, dict[Labels, float]]
 """Column -> label values -> number."""
 
-_PHASES: Mapping[Moment, str] = {
+_PHASES: Mapping[Point, str] = {
     "step_begin": "forward_backward",
     "backward_done": "communication",
     "gradients_exchanged": "optimizer",
@@ -36,10 +36,10 @@ _PHASES: Mapping[Moment, str] = {
     "capture": "snapshot",
     "recovery": "",
 }
-"""What begins with a moment; the others are inside a phase."""
+"""The phase that begins at a point; the others lie inside a phase."""
 
 
-class RankProbe:
+class RankProbe(Callback):
     """Measures one rank, through all worlds that it is a member of."""
 
     def __init__(self) -> None:
@@ -48,7 +48,6 @@ class RankProbe:
         self.after_commit: Callable[[], None] = lambda: None
         """Is called in the thread of the loop after every committed step."""
         self._trainer: RankTrainer | None = None
-        self._then: Moments = ignore_moments
         self._phase = ""
         self._phase_began = 0.0
         self._phase_s: dict[str, float] = defaultdict(float)
@@ -65,35 +64,31 @@ class RankProbe:
         self._waited: tuple[int, float] = (0, 0.0)
         self._saved: Values = {}
 
-    def watch(self, trainer: RankTrainer) -> None:
-        """Listens to a trainer's moments, before whoever listened to them so far."""
-        self._trainer = trainer
-        self._then, trainer.moments = trainer.moments, self
+    def on_start(self, trainer: Trainer) -> None:
+        self._trainer = cast("RankTrainer", trainer)
 
-    def __call__(self, moment: Moment, step: int) -> None:
+    def on_point(self, point: Point, step: int) -> None:
         now = time.perf_counter()
         self.step = step
-        phase = _PHASES.get(moment)
+        phase = _PHASES.get(point)
         if phase is not None:
             if self._phase:
                 self._phase_s[self._phase] += now - self._phase_began
             self._phase, self._phase_began = phase, now
-        if moment == "step_begin":
+        if point == "step_begin":
             if self._is_new_world:
                 self._enter_world()
             self._preconditioned = False
             self._step_cpu_began = time.process_time()
-        elif moment == "preconditioned":
+        elif point == "preconditioned":
             self._preconditioned = True
-        elif moment == "committed":
+        elif point == "committed":
             self._step_cpu_s += time.process_time() - self._step_cpu_began
             self._skipped += not self._preconditioned
             self._count_decompositions()
-        elif moment == "recovery":
-            self._is_new_world = True
-        self._then(moment, step)
-        if moment == "committed":
             self.after_commit()
+        elif point == "recovery":
+            self._is_new_world = True
 
     @contextmanager
     def own_cpu(self) -> Iterator[None]:

@@ -58,7 +58,9 @@ class Passes:
             )
         self._erasing: RandomErasing | None = None
         if mixing.erasing > 0:
-            self._erasing = RandomErasing(seed, mixing.erasing)
+            self._erasing = RandomErasing(
+                seed, mixing.erasing, mixing.erasing_area, mixing.erasing_aspect
+            )
 
     def drop_mixed(self) -> None:
         """Forgets the last mixed batch: after a resize or a restore the next one is unmixed."""

@@ -34,10 +34,10 @@ from elastic_kfac.tasks.models import build_model
 from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
 from elastic_kfac.training.batch_control import BatchControl
+from elastic_kfac.training.callbacks import Callback, Point
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
 from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 from elastic_kfac.training.first_order import make_optimizer
-from elastic_kfac.training.moments import Moments, ignore_moments
 from elastic_kfac.training.passes import Passes, Place
 from elastic_kfac.training.precision import LossScaler
 from elastic_kfac.training.rates import RateControl
@@ -89,10 +89,13 @@ class RankTrainer:
         feeds: Feeds,
         *,
         device: torch.device | None = None,
-        moments: Moments = ignore_moments,
+        callback: Callback | None = None,
     ) -> None:
         self.config = config
-        self.moments = moments
+        self.callback = callback or Callback()
+        self.is_committed = False
+        """Whether model, optimizer and curvature are those of the last committed step: not while a step
+        or a restore changes them, nor after either has failed."""
         self.communicator = communicator
         self.feeds = feeds
         self.device = device or torch.device("cpu")
@@ -170,7 +173,7 @@ class RankTrainer:
         """
         begin, waited_s = time.perf_counter(), self.communicator.counters.waited_s
         before = self.progress
-        self.moments("step_begin", before.step + 1)
+        self.callback.on_point("step_begin", before.step + 1)
         self.batch.of_world.enter_world(self.communicator.world_size, self.position)
         first, count = before.consumed, self._batch_size()
         samples, data_wait_s = self._read_share(first, count)
@@ -190,10 +193,10 @@ class RankTrainer:
                 place,
                 self._loss_scale(count),
             )
-            self.moments("backward_done", before.step + 1)
+            self.callback.on_point("backward_done", before.step + 1)
             local_totals = replace(local, stop=int(stop), snapshot=int(snapshot))
             totals = self.path.reduce(self.exchange, local_totals, before.step)
-            self.moments("gradients_exchanged", before.step + 1)
+            self.callback.on_point("gradients_exchanged", before.step + 1)
             lr = self._update(totals, count, local.count)
         except BaseException:
             self.exchange.abandon_step()
@@ -224,7 +227,8 @@ class RankTrainer:
             self.apart.stepped(before.epoch, first, count)
             if self.apart.due:
                 self._come_together()
-        self.moments("committed", self.progress.step)
+        self.is_committed = True
+        self.callback.on_point("committed", self.progress.step)
         overflow = not totals.gradients_are_finite
         return StepResult(totals, lr, elapsed, data_wait_s, overflow, place.attacked_fraction)
 
@@ -233,7 +237,7 @@ class RankTrainer:
         feed = self.feeds.evaluation
         assert feed is not None
         self._come_together()
-        self.moments("evaluation", self.progress.step)
+        self.callback.on_point("evaluation", self.progress.step)
         begin = time.perf_counter()
         result = evaluate_split(
             self.model,
@@ -324,7 +328,7 @@ class RankTrainer:
 
     def join_capture(self) -> dict[str, Any]:
         """The collective part of `capture`, for ranks that need no copy themselves."""
-        self.moments("capture", self.progress.step)
+        self.callback.on_point("capture", self.progress.step)
         self._come_together()
         self.ledger.seal()
         return self.path.state_dict()
@@ -350,6 +354,7 @@ class RankTrainer:
             )
         if self.config.elastic.reproducible:
             check_conditions(state.part("reproducible"), self._conditions())
+        self.is_committed = False
         restore_model(self.model, state)
         restore_optimizer(self.model, self.optimizer, state.part("optimizer") or {})
         self.path.load_state_dict({name: state.part(name) for name in PARTS})
@@ -392,8 +397,14 @@ class RankTrainer:
             self.optimizer,
             self.config,
             self.communicator,
-            lambda moment: self.moments(moment, self.progress.step + 1),
+            self._on_curvature,
         )
+
+    def _on_curvature(self, point: Point) -> None:
+        if point == "factor_update":
+            # From here on factors, decompositions and parameters change one after another.
+            self.is_committed = False
+        self.callback.on_point(point, self.progress.step + 1)
 
     def _synchronised(self, communicator: Communicator) -> nn.Module:
         size = self.config.train.sync_batch_norm_group
@@ -482,7 +493,8 @@ class RankTrainer:
                 momentum=rates.momentum,
                 statistics=self.exchange.reduced,
             )
-            self.moments("preconditioned", self.progress.step + 1)
+            self.is_committed = False
+            self.callback.on_point("preconditioned", self.progress.step + 1)
         elif not finite:
             self.path.discard_statistics()
         self.exchange.finish_step(totals.count)

@@ -11,7 +11,7 @@ from torch import nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, steps_apart
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
-from elastic_kfac.training.moments import Moment
+from elastic_kfac.training.callbacks import Point
 from elastic_kfac.training.preconditioner import make_preconditioner
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 from elastic_kfac.training.sync.gradient_reduction import make_reduction
@@ -36,7 +36,7 @@ class GradientPath:
         optimizer: torch.optim.Optimizer,
         config: Config,
         communicator: Communicator,
-        announce: Callable[[Moment], None] = lambda moment: None,
+        announce: Callable[[Point], None] = lambda point: None,
     ) -> None:
         """`announce` is told right before statistics or decompositions are exchanged."""
         self._communicator = communicator

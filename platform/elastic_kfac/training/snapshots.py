@@ -18,9 +18,8 @@ from elastic_kfac.data.feeds import Feeds, open_feeds
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
-from elastic_kfac.training.moments import Moment, Moments, ignore_moments
-from elastic_kfac.training.port import Control, RunPort
 from elastic_kfac.training.rank import RankTrainer
 
 RESCUERS = 3
@@ -36,32 +35,15 @@ class RescueStore(StateStore, Protocol):
         ...
 
 
-class CommitWatch:
-    """Moments of a trainer: knows whether its live state is that of a committed step."""
-
-    def __init__(self, then: Moments = ignore_moments) -> None:
-        self._then = then
-        self.is_whole = False
-
-    def __call__(self, moment: Moment, step: int) -> None:
-        if moment == "committed":
-            self.is_whole = True
-        elif moment in ("factor_update", "preconditioned", "recovery"):
-            # From here on factors, decompositions and parameters change one after another.
-            self.is_whole = False
-        self._then(moment, step)
-
-
 def run_rank_with_rescue(
     config: Config,
     communicator: Communicator,
     *,
     store: RescueStore,
-    port: RunPort,
+    callback: Callback,
     control: Control,
     device: torch.device | None = None,
     feeds: Feeds | None = None,
-    moments: Moments = ignore_moments,
 ) -> Outcome:
     """`run_rank`; a rank that loses a peer gives its last committed state to `store` before it fails.
 
@@ -69,15 +51,14 @@ def run_rank_with_rescue(
         ElasticKfacError: As `run_rank`.
     """
     opened = feeds or open_feeds(config)
-    watch = CommitWatch(moments)
     try:
-        trainer = RankTrainer(config, communicator, opened, device=device, moments=watch)
-        loop = RunLoop(trainer, store, port)
+        trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
+        loop = RunLoop(trainer, store)
         try:
             loop.go_on_from_newest()
             return loop.until_parked_or_finished(control)
         except CommunicationError:
-            if watch.is_whole and communicator.rank < RESCUERS and holds_everything(trainer):
+            if trainer.is_committed and communicator.rank < RESCUERS and holds_everything(trainer):
                 # A decomposition may still be on its way from the lost peer.
                 with contextlib.suppress(CommunicationError):
                     store.rescue(trainer.capture(), list(loop.recent_rows))

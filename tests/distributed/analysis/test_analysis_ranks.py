@@ -16,10 +16,10 @@ from elastic_kfac.errors import ConfigError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.tasks.tasks import make_task
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing
 from support.gloo import run_ranks
-from support.training_problems import MemoryFeed, RecordingPort, memory_feeds, small_config
+from support.training_problems import MemoryFeed, RecordingCallback, memory_feeds, small_config
 
 REQUEST = {
     "top_k": 2,
@@ -67,7 +67,7 @@ def in_training(world: Communicator, ranks: int) -> list[dict[str, Any]]:
     part = world.subgroup(range(ranks))
     if part is None:
         return []
-    port = RecordingPort()
+    recorded = RecordingCallback()
     changes = {"analysis.every_epochs": 1, "train.epochs": 2}
     changes |= {"analysis.samples": 20, "analysis.lanczos_steps": 20, "analysis.tolerance": 1e-9}
     with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +75,11 @@ def in_training(world: Communicator, ranks: int) -> list[dict[str, Any]]:
             small_config(changes),
             part,
             store=CheckpointStore(folder),
-            port=port,
+            callback=recorded,
             control=KeepGoing(),
             feeds=memory_feeds(),
         )
-    return [numbers(row["analysis"]) for row in port.metric_rows if "analysis" in row]
+    return [numbers(row["analysis"]) for row in recorded.metric_rows if "analysis" in row]
 
 
 def no_room_on_rank_1(world: Communicator) -> str:

@@ -22,8 +22,8 @@ from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.runs.evaluate import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 from support.gloo import run_ranks
 from support.training_problems import StopAt
 
@@ -75,7 +75,7 @@ def train(config: Config, folder: RunFolder, stop_at: int | None = None) -> Outc
         config,
         Communicator.world(),
         store=CheckpointStore(folder.uri),
-        port=FolderPort(folder),
+        callback=FolderWriter(folder),
         control=KeepGoing() if stop_at is None else StopAt(stop_at),
     )
 

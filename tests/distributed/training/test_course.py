@@ -11,13 +11,13 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import KeepGoing
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,
     FeedOrder,
-    RecordingPort,
+    RecordingCallback,
     StopAt,
     in_one_process,
     memory_feeds,
@@ -105,7 +105,7 @@ def _train(folder: str, changes: dict[str, Any], stop_at: int | None) -> Outcome
         small_config(changes),
         Communicator.world(),
         store=CheckpointStore(folder),
-        port=RecordingPort(),
+        callback=RecordingCallback(),
         control=KeepGoing() if stop_at is None else StopAt(stop_at),
         feeds=memory_feeds(),
     )

@@ -14,8 +14,8 @@ from elastic_kfac.runs.results import compact_ledger, read_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import to_parquet
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 from support.gloo import run_ranks
 from support.training_problems import StopAt
 
@@ -37,7 +37,7 @@ def train(root: str, stop_at: int | None) -> Outcome:
         config,
         Communicator.world(),
         store=CheckpointStore(folder.uri),
-        port=FolderPort(folder),
+        callback=FolderWriter(folder),
         control=KeepGoing() if stop_at is None else StopAt(stop_at),
     )
 

@@ -16,8 +16,9 @@ import pytest
 
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.training.moments import FaultKind, Fired, Moment
+from elastic_kfac.training.callbacks import Point
 from support.fault_cases import DAMAGE, PHASES, PLACES, Case, Lived, play_cases
+from support.faults import FaultKind, Fired
 from support.gloo import run_ranks
 from support.held_resources import is_alive, left_in_shared_memory
 from support.reproducible_problems import final_sha256, play_schedules
@@ -81,7 +82,7 @@ def check_run(folder: Path, case: Case, expected: str) -> None:
     fired = [
         Fired(**json.loads(line)) for line in (folder / "fired.jsonl").read_text().splitlines()
     ]
-    assert fired[0] == Fired(case.kind, case.moment, case.step)
+    assert fired[0] == Fired(case.kind, case.point, case.step)
     assert final_sha256(folder) == expected, case
     state = CheckpointStore(folder).load_latest()
     assert state is not None
@@ -91,7 +92,7 @@ def check_run(folder: Path, case: Case, expected: str) -> None:
 
 def check_steps(case: Case, lives: list[Lived]) -> None:
     """Each world counts up without a gap, and the next one goes on no later than where it ended."""
-    before, faulty, *after = lives if case.moment == "recovery" else [Lived(), *lives]
+    before, faulty, *after = lives if case.point == "recovery" else [Lived(), *lives]
     assert (faulty.ending == "finished") == case.survives == (not after), (case, faulty.ending)
     worlds = [life.steps for life in (before, faulty, *after) if life.steps]
     assert worlds[0][0] == 1 and worlds[-1][-1] == 12, case
@@ -124,11 +125,11 @@ def test_selected_kills_end_with_the_bits_of_a_run_without_a_fault(
     play(tmp_path, [case for case in SELECTED if case.kills][part::4], expected, most=3)
 
 
-def test_product_has_every_kind_moment_and_phase() -> None:
+def test_product_has_every_kind_point_and_phase() -> None:
     for cases in (PRODUCT, SELECTED):
         assert {case.kind for case in cases} == set(KINDS)
         assert {case.place for case in cases} == set(PLACES)
-        assert {case.moment for case in cases} == set(get_args(Moment))
+        assert {case.point for case in cases} == {*get_args(Point), "manifest_rename"}
         met = {(case.kind, case.phase) for case in cases}
         assert met == {(kind, phase) for kind in KINDS for phase in PHASES}
     assert len({case.name for case in PRODUCT}) == len(PRODUCT)

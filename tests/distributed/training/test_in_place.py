@@ -12,16 +12,17 @@ import torch.distributed as dist
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
-from elastic_kfac.training.moments import Faults, Moment
-from elastic_kfac.training.port import KeepGoing
+from support.faults import Faults
 from support.gloo import disband, run_ranks
 from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_schedules
 from support.training_problems import (
     KFAC,
+    AtPoints,
     FeedOrder,
-    RecordingPort,
+    RecordingCallback,
     Script,
     Seen,
     in_one_process,
@@ -46,13 +47,12 @@ def member(folder: str, script: Script) -> Seen:
     if slot == min(script.founders):
         StoreMembership.found(store, script.founders)
     store.wait(["membership/generation"])
-    seen, faults, port = Seen(), Faults(slot), RecordingPort()
+    seen, faults, recorded = Seen(), Faults(slot), RecordingCallback()
     if slot in script.kills:
         faults.fail_at(slot, *script.kills[slot])
 
-    def moments(moment: Moment, step: int) -> None:
-        faults(moment, step)
-        if moment == "committed":
+    def at_point(point: Point, step: int) -> None:
+        if point == "committed":
             seen.steps.append(step)
             seen.times_s.append(time.monotonic())
             if step >= script.leaves.get(slot, 10**9):
@@ -70,12 +70,11 @@ def member(folder: str, script: Script) -> Seen:
         small_config({**EVERY_STEP, **script.changes}),
         membership,
         store=CheckpointStore(folder),
-        port=port,
+        callback=Callbacks(faults, AtPoints(at_point), recorded),
         control=KeepGoing(),
         feeds=memory_feeds(),
-        moments=moments,
     )
-    seen.rewinds = port.rewinds
+    seen.rewinds = recorded.rewinds
     return seen
 
 
@@ -92,13 +91,13 @@ def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], Tra
 
 @pytest.mark.parametrize("changes", [{}, KFAC], ids=["sgd", "kfac"])
 @pytest.mark.parametrize(
-    "moment", ["step_begin", "backward_done", "gradients_exchanged", "committed", "capture"]
+    "point", ["step_begin", "backward_done", "gradients_exchanged", "committed", "capture"]
 )
 def test_kill_of_one_of_three_survivors_go_on_and_end_as_one_process(
-    tmp_path: Path, changes: dict[str, Any], moment: Moment
+    tmp_path: Path, changes: dict[str, Any], point: Point
 ) -> None:
     alone = in_one_process(tmp_path / "alone", changes)
-    script = Script((0, 1, 2), changes, kills={1: (6, moment)})
+    script = Script((0, 1, 2), changes, kills={1: (6, point)})
     seen, state = play(tmp_path / "run", 3, script)
     assert seen[1] is None
     assert states_differ_in(alone, state) == []
@@ -110,15 +109,15 @@ def test_kill_of_one_of_three_survivors_go_on_and_end_as_one_process(
 
 
 @pytest.mark.parametrize("slot", [0, 1])
-@pytest.mark.parametrize("moment", ["factor_exchange", "factor_update", "decomposition"])
+@pytest.mark.parametrize("point", ["factor_exchange", "factor_update", "decomposition"])
 def test_kill_within_a_kfac_update_redoes_no_committed_step(
-    tmp_path: Path, moment: Moment, slot: int
+    tmp_path: Path, point: Point, slot: int
 ) -> None:
     # Without a snapshot: what is not saved from the update itself would be computed from the start.
     changes = {**KFAC, "elastic.snapshot_interval_s": 1e9}
     alone = in_one_process(tmp_path / "alone", changes)
     # Factors and decompositions are both due in step 5; each rank decomposes some of them.
-    script = Script((0, 1, 2), changes, kills={slot: (5, moment)})
+    script = Script((0, 1, 2), changes, kills={slot: (5, point)})
     seen, state = play(tmp_path / "run", 3, script)
     assert states_differ_in(alone, state) == []
     assert state.ledger.world_sizes == (3, 2)
@@ -136,7 +135,7 @@ def test_kill_of_rank_zero_another_rank_takes_over_and_saves(tmp_path: Path) -> 
 
 def test_two_kills_leave_one_that_finishes_alone(tmp_path: Path) -> None:
     alone = in_one_process(tmp_path / "alone", {})
-    kills: dict[int, tuple[int, Moment]] = {
+    kills: dict[int, tuple[int, Point]] = {
         0: (5, "step_begin"),
         2: (9, "gradients_exchanged"),
     }

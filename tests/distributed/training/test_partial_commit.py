@@ -12,15 +12,15 @@ import torch.distributed as dist
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.membership import StoreMembership
-from elastic_kfac.training.moments import Moment
-from elastic_kfac.training.port import KeepGoing
 from support.gloo import disband, run_ranks
 from support.training_problems import (
     KFAC,
+    AtPoints,
     FeedOrder,
-    RecordingPort,
+    RecordingCallback,
     in_one_process,
     memory_feeds,
     small_config,
@@ -40,22 +40,22 @@ def member(folder: str, torn: bool) -> tuple[list[int], list[int]]:
         StoreMembership.found(store, (0, 1, 2))
     store.wait(["membership/generation"])
     steps: list[int] = []
-    port = RecordingPort()
+    recorded = RecordingCallback()
     once: list[int] = []
 
-    def moments(moment: Moment, step: int) -> None:
-        if moment == "committed":
+    def at_point(point: Point, step: int) -> None:
+        if point == "committed":
             steps.append(step)
         if step != STEP or once:
             return
-        if slot == 2 and moment == ("gradients_exchanged" if torn else "backward_done"):
+        if slot == 2 and point == ("gradients_exchanged" if torn else "backward_done"):
             once.append(step)
             if not torn:
                 return
             # The others have what they need of this rank and go on to commit.
             store.wait(["committed/0", "committed/1"])
             raise CommunicationError("the last part of the exchange did not arrive")
-        if moment == "committed" and slot in (0, 1):
+        if point == "committed" and slot in (0, 1):
             once.append(step)
             store.set(f"committed/{slot}", "yes")
             store.wait(["committed/0", "committed/1"])
@@ -66,12 +66,11 @@ def member(folder: str, torn: bool) -> tuple[list[int], list[int]]:
         small_config({**KFAC, **NO_SNAPSHOTS}),
         membership,
         store=CheckpointStore(folder),
-        port=port,
+        callback=Callbacks(AtPoints(at_point), recorded),
         control=KeepGoing(),
         feeds=memory_feeds(),
-        moments=moments,
     )
-    return steps, [lost for _, lost in port.rewinds]
+    return steps, [lost for _, lost in recorded.rewinds]
 
 
 @pytest.mark.parametrize("torn", [True, False], ids=["one_survivor_torn", "both_whole"])

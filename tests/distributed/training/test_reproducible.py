@@ -14,8 +14,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.summation_tree import Node
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.training.moments import Faults
 from elastic_kfac.training.sync import reproducible
+from support.faults import Faults
 from support.gloo import run_ranks
 from support.reproducible_problems import (
     Segment,

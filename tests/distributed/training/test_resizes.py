@@ -11,15 +11,14 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import KeepGoing, Point
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.moments import Faults, Moment
-from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.regroup import leave, regroup
+from support.faults import Faults
 from support.gloo import disband, run_ranks, wait_for
 from support.training_problems import (
     KFAC,
     FeedOrder,
-    RecordingPort,
     StopAt,
     in_one_process,
     memory_feeds,
@@ -57,7 +56,7 @@ ALIKE: dict[str, dict[str, Any]] = {
         "train.precision": "fp16",
     },
 }
-KILLED: dict[str, tuple[int, Moment]] = {
+KILLED: dict[str, tuple[int, Point]] = {
     "sgd": (6, "gradients_exchanged"),
     "lamb": (6, "preconditioned"),
     "kfac-eigen": (7, "factor_exchange"),
@@ -82,10 +81,9 @@ def train(
             small_config(changes),
             regroup(*world, timeout_s=60),
             store=CheckpointStore(folder),
-            port=RecordingPort(),
+            callback=faults,
             control=KeepGoing() if steps is None else StopAt(steps),
             feeds=memory_feeds(),
-            moments=faults,
         )
         sha256: str | None = outcome.state_sha256
     except CommunicationError:

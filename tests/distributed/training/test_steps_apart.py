@@ -11,12 +11,12 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import KeepGoing
 from support.gloo import run_ranks
 from support.training_problems import (
     FeedOrder,
-    RecordingPort,
+    RecordingCallback,
     StopAt,
     in_one_process,
     memory_feeds,
@@ -46,16 +46,16 @@ Rows = list[dict[str, Any]]
 def _train(folder: str, stop_at: int | None) -> dict[str, tuple[Outcome, Rows]]:
     found = {}
     for name, changes in CASES.items():
-        port = RecordingPort()
+        recorded = RecordingCallback()
         outcome = run_rank(
             small_config(changes),
             Communicator.world(),
             store=CheckpointStore(f"{folder}/{name}"),
-            port=port,
+            callback=recorded,
             control=KeepGoing() if stop_at is None else StopAt(stop_at),
             feeds=memory_feeds(),
         )
-        found[name] = (outcome, port.metric_rows)
+        found[name] = (outcome, recorded.metric_rows)
     return found
 
 
@@ -110,7 +110,7 @@ def test_mixed_batches_are_dropped_by_a_restore(tmp_path: Path) -> None:
             small_config(whole),
             Communicator.solo(),
             store=CheckpointStore(tmp_path / "restarted"),
-            port=RecordingPort(),
+            callback=RecordingCallback(),
             control=KeepGoing() if stop_at is None else StopAt(stop_at),
             feeds=memory_feeds(),
         )

@@ -24,11 +24,11 @@ from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import tensors_sha256
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing
 from elastic_kfac.training.sync.reproducible import machine_type
 from support.gloo import run_ranks
-from support.training_problems import KFAC, RecordingPort, memory_feeds, small_config
+from support.training_problems import KFAC, RecordingCallback, memory_feeds, small_config
 
 RECORD = Path(__file__).with_name("trajectories.json")
 DIGITS: dict[str, Any] = {
@@ -67,21 +67,21 @@ Trajectory = dict[str, Any]
 
 
 def _train(folder: Path, case: str, root: Path) -> Trajectory:
-    port = RecordingPort()
+    recorded = RecordingCallback()
     digits = case == "digits_reproducible"
     values = {**DIGITS, "data": {"shards": str(root / "digits"), "cache_dir": str(root / "cache")}}
     run_rank(
         parse_config(values) if digits else small_config(SMALL[case]),
         Communicator.world(),
         store=CheckpointStore(folder),
-        port=port,
+        callback=recorded,
         control=KeepGoing(),
         feeds=None if digits else memory_feeds(),
     )
     state = CheckpointStore(folder).load_latest()
     assert state is not None
     return {
-        "losses": [float(row["loss"]) for row in port.metric_rows if "loss" in row],
+        "losses": [float(row["loss"]) for row in recorded.metric_rows if "loss" in row],
         "model_sha256": tensors_sha256(state.model_tensors()),
         "state_sha256": state.sha256(),
     }

@@ -13,15 +13,15 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import KeepGoing, Point
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.moments import Faults, Moment
-from elastic_kfac.training.port import KeepGoing
+from support.faults import Faults
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,
     FeedOrder,
     MemoryFeed,
-    RecordingPort,
+    RecordingCallback,
     StopAt,
     in_one_process,
     memory_feeds,
@@ -32,20 +32,20 @@ from support.training_problems import (
 
 def train(
     folder: str, changes: dict[str, Any], stop_at: int | None, stop_rank: int
-) -> tuple[Outcome, RecordingPort, list[int]]:
+) -> tuple[Outcome, RecordingCallback, list[int]]:
     communicator = Communicator.world()
     stops = stop_at is not None and communicator.rank == stop_rank
-    port, feeds = RecordingPort(), memory_feeds()
+    recorded, feeds = RecordingCallback(), memory_feeds()
     outcome = run_rank(
         small_config(changes),
         communicator,
         store=CheckpointStore(folder),
-        port=port,
+        callback=recorded,
         control=StopAt(stop_at or 0) if stops else KeepGoing(),
         feeds=feeds,
     )
     assert isinstance(feeds.train, MemoryFeed)
-    return outcome, port, feeds.train.read_ids
+    return outcome, recorded, feeds.train.read_ids
 
 
 def final_state(folder: Path) -> TrainingState:
@@ -144,8 +144,8 @@ def test_keep_local_shrinks_batch_and_rate_and_ramps_after_a_change(tmp_path: Pa
     rows = [row for row in first[0][1].metric_rows if "loss" in row]
     assert [row["global_batch_size"] for row in rows] == [16, 16, 16, 2]
     assert {row["lr"] for row in rows} == {0.1}
-    _, port, _ = train(str(tmp_path), changes, None, 0)
-    rows = [row for row in port.metric_rows if "loss" in row]
+    _, recorded, _ = train(str(tmp_path), changes, None, 0)
+    rows = [row for row in recorded.metric_rows if "loss" in row]
     # Epoch 1 ramps from 0.1 to 0.05: the rate in the middle of each batch of 8.
     assert [row["global_batch_size"] for row in rows[:7]] == [8] * 6 + [2]
     expected = [0.1 - 0.05 * (4 + 8 * step) / 50 for step in range(6)]
@@ -155,19 +155,18 @@ def test_keep_local_shrinks_batch_and_rate_and_ramps_after_a_change(tmp_path: Pa
 
 
 def train_until_killed(
-    folder: str, changes: dict[str, Any], kill_rank: int, step: int, moment: Moment
+    folder: str, changes: dict[str, Any], kill_rank: int, step: int, point: Point
 ) -> str:
     communicator = Communicator.world()
-    faults = Faults(communicator.rank).fail_at(kill_rank, step, moment)
+    faults = Faults(communicator.rank).fail_at(kill_rank, step, point)
     try:
         run_rank(
             small_config({**changes, "elastic.snapshot_interval_s": 1e-9}),
             communicator,
             store=CheckpointStore(folder),
-            port=RecordingPort(),
+            callback=faults,
             control=KeepGoing(),
             feeds=memory_feeds(),
-            moments=faults,
         )
     except CommunicationError as error:
         return error.line()
@@ -175,7 +174,7 @@ def train_until_killed(
 
 
 @pytest.mark.parametrize(
-    ("kill_rank", "step", "moment"),
+    ("kill_rank", "step", "point"),
     [
         (0, 6, "gradients_exchanged"),
         (0, 9, "committed"),
@@ -185,12 +184,12 @@ def train_until_killed(
     ],
 )
 def test_kill_then_restart_with_another_world_size_equals_one_process(
-    tmp_path: Path, kill_rank: int, step: int, moment: Moment
+    tmp_path: Path, kill_rank: int, step: int, point: Point
 ) -> None:
     alone = in_one_process(tmp_path / "alone", {})
     folder = tmp_path / "run"
     lines = run_ranks(
-        2, train_until_killed, str(folder), {}, kill_rank, step, moment, expect_death=[kill_rank]
+        2, train_until_killed, str(folder), {}, kill_rank, step, point, expect_death=[kill_rank]
     )
     assert "failed on rank" in lines[1 - kill_rank]
     saved = CheckpointStore(folder).load_latest()

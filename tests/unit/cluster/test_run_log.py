@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from elastic_kfac.cluster.run.telemetry import RunTelemetry, TelemetryOptions, WatchedPort
+from elastic_kfac.cluster.run.telemetry import LogPosition, RunTelemetry, TelemetryOptions
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
 from elastic_kfac.observability.run_log import (
@@ -24,9 +24,9 @@ from elastic_kfac.observability.run_log import (
     read_levels,
 )
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import Callbacks, KeepGoing, event_row
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing, event_row
-from support.training_problems import RecordingPort, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_feeds, small_config
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_rank_and_step_follow_the_trainer_of_the_newest_world(written: io.String
         trainer = SimpleNamespace(
             communicator=SimpleNamespace(rank=rank), progress=SimpleNamespace(step=5)
         )
-        context.watch(cast(Any, trainer))
+        LogPosition(context).on_start(cast(Any, trainer))
         trainer.progress = SimpleNamespace(step=6 + rank)
         log_of("run").info("here")
     assert [(line["rank"], line["step"]) for line in lines(written)] == [(1, 7), (0, 6)]
@@ -147,15 +147,15 @@ def test_recorder_says_states_and_changes_and_not_every_step(
 def test_rank_logs_with_the_step_it_has_reached(written: io.StringIO, tmp_path: Path) -> None:
     context = LogContext("digits", 9)
     begin_log(context, "info", stream=written)
-    port = RecordingPort()
+    recorded = RecordingCallback()
     run_rank(
         small_config(),
         Communicator.solo(),
         store=CheckpointStore(tmp_path / "run"),
-        port=WatchedPort(port, context),
+        callback=Callbacks(LogPosition(context), recorded),
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
     log_of("checkpoints").info("checkpoint written")
     (line,) = lines(written)
-    assert (line["rank"], line["step"]) == (0, port.steps[-1])
+    assert (line["rank"], line["step"]) == (0, recorded.steps[-1])

@@ -172,7 +172,7 @@ def test_rank_waits_after_the_evaluation_that_ends_the_round(tmp_path: Path) -> 
     trainer: Any = SimpleNamespace(
         progress=SimpleNamespace(evaluations=0, train_time_s=9.0), fractional_epoch=1.0
     )
-    gate.watch(trainer)
+    gate.on_start(trainer)
     assert gate.stop_reason() is None
     trainer.fractional_epoch = 2.0
     # Not before it has been evaluated there.
@@ -183,7 +183,7 @@ def test_rank_waits_after_the_evaluation_that_ends_the_round(tmp_path: Path) -> 
     assert gate.stop_reason() is None
     assert list(rounds) == []
     stopped = RoundGate(control, lambda: ("train_time_s", 8.0), poll_s=0)
-    stopped.watch(trainer)
+    stopped.on_start(trainer)
     control.asked, control.reason = 0, "Ray Tune takes a checkpoint"
     assert stopped.stop_reason() is None
     trainer.progress.evaluations = 2

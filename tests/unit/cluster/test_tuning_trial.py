@@ -31,8 +31,8 @@ from elastic_kfac.experiments.tuning_trial import (
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing, SilentPort
 from elastic_kfac.training.rank import RankTrainer
 
 
@@ -74,11 +74,11 @@ def trial(space: SearchSpace, folder: Path, name: str, lr: float, perturbed: flo
     return made
 
 
-class _Rows(SilentPort):
+class _Rows(Callback):
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
 
-    def metrics(self, row: Any) -> None:
+    def on_metrics(self, row: Any) -> None:
         self._folder.append_metrics([row])
 
 
@@ -89,7 +89,7 @@ def train_here(config: Config, folder: Path) -> None:
         config,
         Communicator.solo(),
         store=CheckpointStore(folder),
-        port=_Rows(run),
+        callback=_Rows(run),
         control=KeepGoing(),
     )
 

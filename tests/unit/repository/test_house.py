@@ -32,6 +32,7 @@ MOST_PARAMETERS = 12
 MOST_UNREACHED_LINES = 100
 
 CIRCLES = (
+    {"config.rules", "config.run"},
     {"kfac.sharded_kfac", "kfac.sharded_state"},
     {"reports.analysis", "reports.run_page"},
 )

@@ -32,8 +32,8 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.tasks.tasks import make_task
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 from support.training_problems import MemoryFeed, memory_feeds, small_config
 
 BATCH_NORM = {"model.name": "support.training_problems:batch_norm_cnn"}
@@ -57,7 +57,7 @@ def trained(folder: Path, changes: dict[str, Any] | None = None) -> tuple[RunFol
         config,
         Communicator.solo(),
         store=CheckpointStore(run.uri),
-        port=FolderPort(run),
+        callback=FolderWriter(run),
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
@@ -278,7 +278,7 @@ def test_analyze_and_probe_from_the_command_line(
         config,
         Communicator.solo(),
         store=CheckpointStore(run.uri),
-        port=FolderPort(run),
+        callback=FolderWriter(run),
         control=KeepGoing(),
     )
     assert main(["analyze", *name, "--top-k", "2", "--samples", "32", "--budget-s", "3"]) == 0

@@ -21,9 +21,9 @@ from elastic_kfac.errors import ConfigError, DataError, ElasticKfacError, StateE
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.models import build_model
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import KeepGoing
-from support.training_problems import RecordingPort, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_feeds, small_config
 
 HOSTILE_NAMES = (
     "../escaped",
@@ -62,7 +62,7 @@ def checkpoint(tmp_path: Path) -> Path:
         small_config(),
         Communicator.solo(),
         store=CheckpointStore(tmp_path / "run"),
-        port=RecordingPort(),
+        callback=RecordingCallback(),
         control=KeepGoing(),
         feeds=memory_feeds(),
     )

@@ -19,7 +19,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.state.run_folder import RunFolder
 
 for name, curvature in (("sgd", "kfac"), ("sgd", "none"), ("adam", "none"), ("lamb", "none")):
@@ -34,7 +34,7 @@ for name, curvature in (("sgd", "kfac"), ("sgd", "none"), ("adam", "none"), ("la
         config,
         Communicator.solo(),
         store=CheckpointStore(f"{folder}/checkpoints"),
-        port=FolderPort(RunFolder(folder)),
+        callback=FolderWriter(RunFolder(folder)),
         control=KeepGoing(),
     )
     assert outcome.status == "finished", outcome

@@ -21,13 +21,14 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.tasks.models import build_model, create_model, zoo
 from elastic_kfac.training.activation_checkpointing import blocks_of
+from elastic_kfac.training.callbacks import Callbacks, FolderWriter, KeepGoing, Point
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
 from elastic_kfac.training.rank import RankTrainer
 from support.training_problems import (
+    AtPoints,
     FeedOrder,
     MemoryFeed,
-    RecordingPort,
+    RecordingCallback,
     StopAt,
     float64_cnn,
     memory_feeds,
@@ -38,7 +39,7 @@ from support.training_problems import (
 def run(folder: Path, changes: dict[str, object] | None = None, **arguments: object) -> Outcome:
     options: dict[str, object] = {
         "store": CheckpointStore(folder),
-        "port": RecordingPort(),
+        "callback": RecordingCallback(),
         "control": KeepGoing(),
         "feeds": memory_feeds(),
     }
@@ -90,24 +91,24 @@ def test_micro_batches_give_the_same_trajectory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 11])
 def test_parked_and_resumed_run_ends_in_the_same_bits(tmp_path: Path, stop_at: int) -> None:
     straight = run(tmp_path / "straight")
-    port = RecordingPort()
-    parked = run(tmp_path / "parked", control=StopAt(stop_at), port=port)
+    recorded = RecordingCallback()
+    parked = run(tmp_path / "parked", control=StopAt(stop_at), callback=recorded)
     assert (parked.status, parked.reasons, parked.progress.step) == ("parked", ("test",), stop_at)
-    resumed = run(tmp_path / "parked", port=port)
+    resumed = run(tmp_path / "parked", callback=recorded)
     assert resumed.status == "finished"
     assert resumed.state_sha256 == straight.state_sha256
-    assert port.rewinds == [(stop_at, 0)]
-    assert [row["step"] for row in port.metric_rows if "loss" in row] == list(range(1, 13))
-    evaluated = [row["step"] for row in port.metric_rows if "eval_accuracy" in row]
+    assert recorded.rewinds == [(stop_at, 0)]
+    assert [row["step"] for row in recorded.metric_rows if "loss" in row] == list(range(1, 13))
+    evaluated = [row["step"] for row in recorded.metric_rows if "eval_accuracy" in row]
     assert evaluated == [4, 8, 12]
 
 
 def test_lost_steps_are_repeated_and_said(tmp_path: Path) -> None:
     straight = run(tmp_path / "straight")
     run(tmp_path / "killed", control=StopAt(3))
-    port = RecordingPort(reached=9)
-    resumed = run(tmp_path / "killed", port=port)
-    assert port.rewinds == [(3, 6)]
+    recorded = RecordingCallback(reached=9)
+    resumed = run(tmp_path / "killed", callback=recorded)
+    assert recorded.rewinds == [(3, 6)]
     assert resumed.state_sha256 == straight.state_sha256
 
 
@@ -117,9 +118,9 @@ def test_damaged_newest_checkpoint_ends_in_the_same_bits(tmp_path: Path) -> None
     run(tmp_path / "run", control=StopAt(4))
     (damaged,) = (tmp_path / "run/checkpoints/step-000000000007").glob("*.safetensors")
     damaged.write_bytes(b"")
-    port = RecordingPort(reached=7)
-    resumed = run(tmp_path / "run", port=port)
-    assert port.rewinds == [(3, 4)]
+    recorded = RecordingCallback(reached=7)
+    resumed = run(tmp_path / "run", callback=recorded)
+    assert recorded.rewinds == [(3, 4)]
     assert resumed.state_sha256 == straight.state_sha256
     state = CheckpointStore(tmp_path / "run").load_latest()
     assert state is not None
@@ -159,22 +160,22 @@ def test_every_sample_once_per_epoch_at_the_loss(tmp_path: Path) -> None:
 
 
 def test_fraction_of_an_epoch_ends_there_and_is_evaluated(tmp_path: Path) -> None:
-    port = RecordingPort()
-    outcome = run(tmp_path, {"train.epochs": 1.3}, port=port)
+    recorded = RecordingCallback()
+    outcome = run(tmp_path, {"train.epochs": 1.3}, callback=recorded)
     assert outcome.progress.samples_committed == 66
-    assert [row["step"] for row in port.metric_rows if "eval_accuracy" in row] == [4, 5]
+    assert [row["step"] for row in recorded.metric_rows if "eval_accuracy" in row] == [4, 5]
 
 
 def test_target_accuracy_is_timed_and_can_end_the_run(tmp_path: Path) -> None:
-    port = RecordingPort()
+    recorded = RecordingCallback()
     changes = {"train.target_accuracy": 0.3, "train.stop_at_target": True}
-    outcome = run(tmp_path, changes, port=port)
+    outcome = run(tmp_path, changes, callback=recorded)
     progress = outcome.progress
     assert outcome.status == "finished" and progress.step < 12
     assert progress.time_to_accuracy_s is not None
     assert progress.train_time_to_accuracy_s is not None
     assert progress.train_time_to_accuracy_s <= progress.time_to_accuracy_s
-    assert [event["kind"] for event in port.events] == ["target_reached", "finished"]
+    assert [event["kind"] for event in recorded.events] == ["target_reached", "finished"]
 
 
 def test_nan_batch_is_an_error_that_names_the_step(tmp_path: Path) -> None:
@@ -265,7 +266,7 @@ def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     config = small_config()
     folder.write_config(config)
-    outcome = run(tmp_path, port=FolderPort(folder))
+    outcome = run(tmp_path, callback=FolderWriter(folder))
     feeds = memory_feeds()
     evaluation = evaluate_run(folder, feeds=feeds)
     last = [row for row in folder.metrics() if "eval_accuracy" in row][-1]
@@ -298,12 +299,12 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_and_resumes_in_the_same_bits(tmp_path: Path, precision: str) -> None:
     changes = {"train.precision": precision, "model.name": "mlp"}
-    port = RecordingPort()
-    straight = run(tmp_path / "straight", changes, port=port)
+    recorded = RecordingCallback()
+    straight = run(tmp_path / "straight", changes, callback=recorded)
     run(tmp_path / "parked", changes, control=StopAt(5))
     resumed = run(tmp_path / "parked", changes)
     assert resumed.state_sha256 == straight.state_sha256
-    losses = [row["loss"] for row in port.metric_rows if "loss" in row]
+    losses = [row["loss"] for row in recorded.metric_rows if "loss" in row]
     assert losses[-1] < losses[0]
 
 
@@ -339,20 +340,21 @@ def test_long_ledger_is_sealed_into_segments_and_read_back_whole(
 
 def test_evaluation_at_a_snapshot_boundary_is_reported_once(tmp_path: Path) -> None:
     changes = {"elastic.snapshot_interval_s": 1e-9}
-    port = RecordingPort()
+    recorded = RecordingCallback()
 
-    def crash_after_the_snapshot(moment: str, step: int) -> None:
-        if (moment, step) == ("step_begin", 5):
+    def crash_after_the_snapshot(point: Point, step: int) -> None:
+        if (point, step) == ("step_begin", 5):
             store.wait()
             raise RuntimeError("crash")
 
     store = CheckpointStore(tmp_path)
+    crashing = Callbacks(AtPoints(crash_after_the_snapshot), recorded)
     with pytest.raises(RuntimeError, match="crash"):
-        run(tmp_path, changes, store=store, port=port, moments=crash_after_the_snapshot)
+        run(tmp_path, changes, store=store, callback=crashing)
     assert store.steps()[-1] <= 4
-    run(tmp_path, changes, port=port)
-    (rewound_to, _) = port.rewinds[0]
-    before = [row for row in port.metric_rows if "eval_accuracy" in row and row["step"] == 4]
+    run(tmp_path, changes, callback=recorded)
+    (rewound_to, _) = recorded.rewinds[0]
+    before = [row for row in recorded.metric_rows if "eval_accuracy" in row and row["step"] == 4]
     assert len(before) == (1 if rewound_to == 4 else 2)
 
 
@@ -373,16 +375,16 @@ class OwnTask:
 
 def test_own_loss_and_metric_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support.training_problems, "OwnTask", OwnTask, raising=False)
-    port = RecordingPort()
-    run(tmp_path, {"train.loss": "support.training_problems:OwnTask"}, port=port)
+    recorded = RecordingCallback()
+    run(tmp_path, {"train.loss": "support.training_problems:OwnTask"}, callback=recorded)
     model = build_model(small_config().model, num_classes=3, image_shape=(1, 4, 4), seed=0)
     samples = MemoryFeed(50).read(0, 0, 16)
     task = OwnTask(None)
     outputs = model(samples.images).detach()
-    assert port.metric_rows[0]["loss"] == pytest.approx(
+    assert recorded.metric_rows[0]["loss"] == pytest.approx(
         float(task.loss(outputs, samples.labels)) / 16
     )
-    assert port.metric_rows[0]["accuracy"] == int(task.correct(outputs, samples.labels)) / 16
+    assert recorded.metric_rows[0]["accuracy"] == int(task.correct(outputs, samples.labels)) / 16
 
 
 def test_own_task_without_a_metric_is_refused(tmp_path: Path) -> None:

@@ -9,50 +9,46 @@ from typing import Any
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe, Values
-from elastic_kfac.training.port import KeepGoing
-from support.training_problems import RecordingPort, memory_feeds, small_config
+from support.training_problems import memory_feeds, small_config
 
 STEPS = 12
 """Three epochs of 50 samples in batches of 16."""
 
 
-class ProbedPort(RecordingPort):
-    """Has a probe watch the trainer, and asks it after every committed step."""
+class Measured:
+    """A probe that is read after every committed step."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.probe = RankProbe()
         self.said: list[Values] = []
         self.probe.after_commit = lambda: self.said.append(self.probe.of_the_run())
 
-    def watch(self, trainer: Any) -> None:
-        self.probe.watch(trainer)
 
-
-def trained(folder: Path, **changes: Any) -> ProbedPort:
-    port = ProbedPort()
+def trained(folder: Path, **changes: Any) -> Measured:
+    recorded = Measured()
     store = CheckpointStore(folder)
-    store.after_save = port.probe.checkpoint_written
+    store.after_save = recorded.probe.checkpoint_written
     run_rank(
         small_config({key.replace("__", "."): value for key, value in changes.items()}),
         Communicator.solo(),
         store=store,
-        port=port,
+        callback=recorded.probe,
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
-    return port
+    return recorded
 
 
-def total(port: ProbedPort, column: str, *labels: str) -> float:
-    return sum(values[column].get(labels, 0.0) for values in port.said if column in values)
+def total(recorded: Measured, column: str, *labels: str) -> float:
+    return sum(values[column].get(labels, 0.0) for values in recorded.said if column in values)
 
 
 def test_phases_of_a_run_are_all_seen_and_do_not_overlap(tmp_path: Path) -> None:
     begin = time.perf_counter()
-    port = trained(tmp_path, kfac__enabled=True, elastic__snapshot_interval_s=1e-9)
+    recorded = trained(tmp_path, kfac__enabled=True, elastic__snapshot_interval_s=1e-9)
     in_steps = (
         "forward_backward",
         "communication",
@@ -61,46 +57,46 @@ def test_phases_of_a_run_are_all_seen_and_do_not_overlap(tmp_path: Path) -> None
         "preconditioning",
         "optimizer",
     )
-    spent = {phase: total(port, "phase_time_s", phase) for phase in in_steps}
+    spent = {phase: total(recorded, "phase_time_s", phase) for phase in in_steps}
     assert all(elapsed > 0 for elapsed in spent.values()), spent
-    assert total(port, "phase_time_s", "evaluation") > 0
-    assert total(port, "phase_time_s", "snapshot") > 0
+    assert total(recorded, "phase_time_s", "evaluation") > 0
+    assert total(recorded, "phase_time_s", "snapshot") > 0
     # They never overlap.
     assert sum(spent.values()) <= time.perf_counter() - begin
 
 
 def test_decompositions_and_factor_updates_are_counted_per_layer(tmp_path: Path) -> None:
-    port = trained(tmp_path, kfac__enabled=True, kfac__inverse_update_steps=4)
-    assert total(port, "factor_updates") == STEPS
-    assert math.isclose(total(port, "inverse_updates"), STEPS / 4)
-    assert total(port, "skipped_steps") == 0
-    conditions = port.said[-1]["condition_number"]
+    recorded = trained(tmp_path, kfac__enabled=True, kfac__inverse_update_steps=4)
+    assert total(recorded, "factor_updates") == STEPS
+    assert math.isclose(total(recorded, "inverse_updates"), STEPS / 4)
+    assert total(recorded, "skipped_steps") == 0
+    conditions = recorded.said[-1]["condition_number"]
     assert set(conditions) == {(f, s) for f in "AG" for s in ("median", "max")}
     assert all(value >= 1 for value in conditions.values())
     assert conditions["A", "max"] >= conditions["A", "median"]
 
 
 def test_run_without_kfac_has_no_curvature(tmp_path: Path) -> None:
-    port = trained(tmp_path)
-    assert port.said[-1]["condition_number"] == {}
-    assert "factor_updates" not in port.said[-1]
-    assert total(port, "phase_time_s", "optimizer") > 0
-    assert "memory_bytes" not in port.probe.of_the_rank()
+    recorded = trained(tmp_path)
+    assert recorded.said[-1]["condition_number"] == {}
+    assert "factor_updates" not in recorded.said[-1]
+    assert total(recorded, "phase_time_s", "optimizer") > 0
+    assert "memory_bytes" not in recorded.probe.of_the_rank()
 
 
 def test_rank_tells_cpu_time_memory_and_its_checkpoints(tmp_path: Path) -> None:
-    port = trained(tmp_path, kfac__enabled=True)
-    with port.probe.own_cpu():
+    recorded = trained(tmp_path, kfac__enabled=True)
+    with recorded.probe.own_cpu():
         sum(range(10_000))
-    values = port.probe.of_the_rank()
+    values = recorded.probe.of_the_rank()
     assert values["step_cpu_s"][()] > values["telemetry_cpu_s"][()] > 0
     files = (tmp_path / "checkpoints").glob("step-*/state-*")
-    newest = port.probe.of_the_run()
+    newest = recorded.probe.of_the_run()
     assert newest["checkpoint_bytes"][()] == sum(file.stat().st_size for file in files)
     assert newest["checkpoint_time_s"][()] > 0
 
 
 def test_continued_run_counts_only_its_own_updates(tmp_path: Path) -> None:
     trained(tmp_path, kfac__enabled=True, train__epochs=2)
-    port = trained(tmp_path, kfac__enabled=True, train__epochs=3)
-    assert total(port, "factor_updates") == STEPS / 3
+    recorded = trained(tmp_path, kfac__enabled=True, train__epochs=3)
+    assert total(recorded, "factor_updates") == STEPS / 3

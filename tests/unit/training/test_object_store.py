@@ -15,10 +15,10 @@ from elastic_kfac.errors import ElasticKfacError, UsageError
 from elastic_kfac.runs.results import compact_ledger, read_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import Control, FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.port import Control, FolderPort, KeepGoing
 from support.object_server import Store, s3_server
-from support.training_problems import RecordingPort, StopAt, memory_feeds, small_config
+from support.training_problems import RecordingCallback, StopAt, memory_feeds, small_config
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_run_parks_resumes_and_compacts_its_ledger(bucket: str, tmp_path: Path) 
             small_config(),
             Communicator.solo(),
             store=FolderMaking(uri),
-            port=FolderPort(folder),
+            callback=FolderWriter(folder),
             control=control,
             feeds=memory_feeds(),
         )
@@ -107,7 +107,7 @@ def train(uri: str, control: Control, *, snapshot_interval_s: float = 1e9) -> Ou
             small_config({"elastic.snapshot_interval_s": snapshot_interval_s}),
             Communicator.solo(),
             store=store,
-            port=RecordingPort(),
+            callback=RecordingCallback(),
             control=control,
             feeds=memory_feeds(),
         )

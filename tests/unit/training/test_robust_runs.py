@@ -15,9 +15,9 @@ from elastic_kfac.runs.results import result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.attacks import check_attacks
+from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.port import FolderPort, KeepGoing
-from support.training_problems import RecordingPort, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_feeds, small_config
 
 DIGITS = Path(__file__).parents[3] / "jobs" / "configs" / "digits.yaml"
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, 
         config,
         Communicator.solo(),
         store=CheckpointStore(folder.uri),
-        port=FolderPort(folder),
+        callback=FolderWriter(folder),
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
@@ -102,7 +102,7 @@ def test_evaluations_count_attacked_samples_too(run: tuple[RunFolder, dict[str, 
 
 
 def test_growth_by_schedule_is_an_event_and_scales_the_rate(tmp_path: Path) -> None:
-    port = RecordingPort()
+    recorded = RecordingCallback()
     changes = {
         "batch.policy": "gg",
         "batch.max_batch_size": 40,
@@ -114,13 +114,13 @@ def test_growth_by_schedule_is_an_event_and_scales_the_rate(tmp_path: Path) -> N
         small_config(changes),
         Communicator.solo(),
         store=CheckpointStore(tmp_path),
-        port=port,
+        callback=recorded,
         control=KeepGoing(),
         feeds=memory_feeds(),
     )
-    (growth,) = [row for row in port.events if row["kind"] == "batch_growth"]
+    (growth,) = [row for row in recorded.events if row["kind"] == "batch_growth"]
     assert (growth["new_batch_size"], growth["reason"], growth["step"]) == (40, "schedule", 4)
-    rates = {row["global_batch_size"]: row["lr"] for row in port.metric_rows if "loss" in row}
+    rates = {row["global_batch_size"]: row["lr"] for row in recorded.metric_rows if "loss" in row}
     # What the cap cuts off the growth goes to the rate: ρ·b'/b = 0.2·40/16.
     assert rates[40] == pytest.approx(0.2 * 40 / 16 * rates[16])
 

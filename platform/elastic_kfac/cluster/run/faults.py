@@ -9,7 +9,7 @@ from typing import Any
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.progress import workers
 from elastic_kfac.errors import UsageError
-from elastic_kfac.training.port import event_row
+from elastic_kfac.training.callbacks import event_row
 
 
 @dataclass(frozen=True, order=True)

@@ -9,7 +9,7 @@ from typing import Any
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.recorder import Message, RunRecorder
 from elastic_kfac.cluster.run.world_change import Change, Group
-from elastic_kfac.training.port import event_row
+from elastic_kfac.training.callbacks import event_row
 
 LOST = "a member of the world was lost"
 RETURNED = "a replacement joined the world"

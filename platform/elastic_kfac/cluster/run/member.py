@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:
+    from elastic_kfac.training.callbacks import Control
     from elastic_kfac.training.membership import StoreMembership
-    from elastic_kfac.training.port import Control
 
 MEMBER_TIMEOUT_S = 60.0
 """For joining, and for collectives between members."""

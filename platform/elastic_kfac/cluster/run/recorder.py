@@ -17,7 +17,7 @@ from elastic_kfac.cluster.run.telemetry import RunTelemetry, TelemetryOptions
 from elastic_kfac.cluster.run.vault import VaultPlace
 from elastic_kfac.cluster.run.world_change import Change, Group
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.port import event_row
+from elastic_kfac.training.callbacks import event_row
 
 Phase = Literal["starting", "running", "parking", "waiting", "ended"]
 Message = tuple[Literal["metrics", "event", "progress", "rewound", "measured"], Mapping[str, Any]]

@@ -24,12 +24,11 @@ from ray.util.metrics import Gauge
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.observability.metric_names import METRICS, OTHER, Metric, label
 from elastic_kfac.observability.run_log import LogContext, begin_log, log_of
+from elastic_kfac.training.callbacks import Callback, Point, Trainer
 
 if TYPE_CHECKING:
     from elastic_kfac.cluster.run.vault import VaultPlace
     from elastic_kfac.training.measurement import Labels, RankProbe, Values
-    from elastic_kfac.training.port import RunPort
-    from elastic_kfac.training.rank import RankTrainer
 
 INTERVAL_S = 1.0
 """Between two exports of values that change at every step."""
@@ -378,35 +377,19 @@ class RankTelemetry:
             self.export()
 
 
-class Watcher(Protocol):
-    """Who wants to know the trainer of every new world."""
+class LogPosition(Callback):
+    """Keeps the rank and step of a process's log lines those of its trainer."""
 
-    def watch(self, trainer: RankTrainer) -> None: ...
+    def __init__(self, context: LogContext) -> None:
+        self._context = context
+        self._trainer: Trainer | None = None
 
+    def on_start(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._context.rank = trainer.communicator.rank
+        self._context.step = lambda: trainer.progress.step
 
-class WatchedPort:
-    """A port that shows others the trainer, too, and is otherwise the one behind it."""
-
-    def __init__(self, port: RunPort, *watchers: Watcher) -> None:
-        self._port = port
-        self._watchers = watchers
-
-    def watch(self, trainer: RankTrainer) -> None:
-        for watcher in self._watchers:
-            watcher.watch(trainer)
-        self._port.watch(trainer)
-
-    def metrics(self, row: Mapping[str, Any]) -> None:
-        self._port.metrics(row)
-
-    def event(self, row: Mapping[str, Any]) -> None:
-        self._port.event(row)
-
-    def progress(self, row: Mapping[str, Any]) -> None:
-        self._port.progress(row)
-
-    def last_step(self) -> int:
-        return self._port.last_step()
-
-    def rewound(self, step: int, lost_steps: int) -> None:
-        self._port.rewound(step, lost_steps)
+    def on_point(self, point: Point, step: int) -> None:
+        # In place, the rank may change with every world.
+        if point == "recovery" and self._trainer is not None:
+            self._context.rank = self._trainer.communicator.rank

@@ -22,16 +22,16 @@ from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.member import NeverAMember, membership_of
 from elastic_kfac.cluster.run.membership_host import listening_store
 from elastic_kfac.cluster.run.recorder import Message
-from elastic_kfac.cluster.run.telemetry import RankTelemetry, TelemetryOptions, WatchedPort
+from elastic_kfac.cluster.run.telemetry import LogPosition, RankTelemetry, TelemetryOptions
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.observability.run_log import LogContext, begin_log, log_of
+from elastic_kfac.training.callbacks import Callback, Callbacks, event_row
 
 if TYPE_CHECKING:
     import torch
 
     from elastic_kfac.communication.collectives import Communicator
     from elastic_kfac.config import Config
-    from elastic_kfac.training.rank import RankTrainer
 
 RANK_FUNCTION = "elastic_kfac.training.snapshots:run_rank_with_rescue"
 
@@ -99,8 +99,8 @@ def describe(rank: int, error: BaseException) -> RankError:
     )
 
 
-class RecorderPort:
-    """The loop's port to the recorder: rows leave in order, in batches, without waiting for it."""
+class RecorderPort(Callback):
+    """The loop's rows to the recorder: rows leave in order, in batches, without waiting for it."""
 
     def __init__(
         self, recorder: Any, attempt: int, last_step: int, *, interval_s: float = 0.05
@@ -116,22 +116,19 @@ class RecorderPort:
         self._thread = threading.Thread(target=self._send_all, name="recorder-port", daemon=True)
         self._thread.start()
 
-    def watch(self, trainer: RankTrainer) -> None:
-        return None
-
-    def metrics(self, row: Mapping[str, Any]) -> None:
+    def on_metrics(self, row: Mapping[str, Any]) -> None:
         self._put(("metrics", dict(row)))
 
-    def event(self, row: Mapping[str, Any]) -> None:
+    def on_event(self, row: Mapping[str, Any]) -> None:
         self._put(("event", dict(row)))
 
-    def progress(self, row: Mapping[str, Any]) -> None:
+    def on_step(self, row: Mapping[str, Any]) -> None:
         self._put(("progress", dict(row)))
 
     def last_step(self) -> int:
         return self._last_step
 
-    def rewound(self, step: int, lost_steps: int) -> None:
+    def on_rollback(self, step: int, lost_steps: int) -> None:
         self._put(("rewound", {"step": step, "lost_steps": lost_steps}))
 
     def measured(self, values: Mapping[str, Any]) -> None:
@@ -208,7 +205,6 @@ def _run(
     from elastic_kfac.state.checkpoint import CheckpointStore
     from elastic_kfac.training.in_place import run_member
     from elastic_kfac.training.measurement import RankProbe
-    from elastic_kfac.training.port import SilentPort, event_row
 
     config = settings.config
     options, log_context = settings.telemetry, LogContext(settings.run_uri.rpartition("/")[2], rank)
@@ -219,7 +215,7 @@ def _run(
     attempt = int(joined["attempt"])
     module_name, _, function_name = settings.rank_function.partition(":")
     rank_function = getattr(importlib.import_module(module_name), function_name)
-    port: RecorderPort | SilentPort = SilentPort()
+    port = Callback()
     if settings.membership_host is not None:
         port = MemberPort(settings.recorder, attempt, int(joined["last_step"]))
     elif rank == 0:
@@ -227,11 +223,11 @@ def _run(
 
     def warn(line: str) -> None:
         log_of("checkpoints").warning(line)
-        port.event(event_row("warning", int(joined["last_step"]), reason=line))
+        port.on_event(event_row("warning", int(joined["last_step"]), reason=line))
 
     def found(source: str, step: int) -> None:
         log_of("checkpoints").info(f"state found: {source}", extra={"fields": {"step": step}})
-        port.event(event_row("state_found", step, source=source))
+        port.on_event(event_row("state_found", step, source=source))
 
     def written(num_bytes: int, elapsed_s: float) -> None:
         fields = {"checkpoint_bytes": num_bytes, "checkpoint_time_s": round(elapsed_s, 3)}
@@ -261,7 +257,8 @@ def _run(
     )
     control = RecorderControl(settings.recorder, attempt, joined["stop_reason"])
     try:
-        watched = WatchedPort(port, log_context, *([probe] if telemetry is not None else []))
+        probes = [probe] if telemetry is not None else []
+        callback = Callbacks(LogPosition(log_context), *probes, port)
         if settings.membership_host is not None:
             backend = backend_of(config, device)
             membership = membership_of(settings.membership_host, joined, control, backend=backend)
@@ -269,7 +266,7 @@ def _run(
                 config,
                 membership,
                 store=store,
-                port=watched,
+                callback=callback,
                 control=control,
                 device=device,
                 repeat_rows=True,
@@ -277,7 +274,12 @@ def _run(
         else:
             with process_group(settings, rank, world_size, attempt, device) as communicator:
                 outcome = rank_function(
-                    config, communicator, store=store, port=watched, control=control, device=device
+                    config,
+                    communicator,
+                    store=store,
+                    callback=callback,
+                    control=control,
+                    device=device,
                 )
         store.close()
     finally:

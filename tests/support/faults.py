@@ -1,7 +1,6 @@
-"""Named moments of a step, and faults that are injected there.
+"""Faults at one point of one step: kill, stop, exception, NaN batch, full or slow disk, damaged files.
 
-The loop announces where it is; production ignores it, tests make something go wrong at exactly one
-place and then assert that it did.
+`Faults` is a callback; a test plans faults and afterwards asserts that they happened.
 """
 
 from __future__ import annotations
@@ -13,26 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
 from elastic_kfac.data.feeds import Feed, Samples, SomeSamples
+from elastic_kfac.training.callbacks import Callback, Point
 
-Moment = Literal[
-    "step_begin",
-    "backward_done",
-    "factor_exchange",
-    "gradients_exchanged",
-    "factor_update",
-    "decomposition",
-    "preconditioned",
-    "committed",
-    "evaluation",
-    "capture",
-    "manifest_rename",
-    "recovery",
-]
+FaultPoint = Point | Literal["manifest_rename"]
+"""Where a fault can happen: `manifest_rename` lies in the checkpoint writer."""
 
 FaultKind = Literal[
     "sigkill",
@@ -50,16 +38,6 @@ _QUOTA_BYTES = 64
 _SLOW_WRITE_S = 0.2
 
 
-class Moments(Protocol):
-    """Is told the moment and the step that is being computed (or was committed last)."""
-
-    def __call__(self, moment: Moment, step: int) -> None: ...
-
-
-def ignore_moments(moment: Moment, step: int) -> None:
-    """Nothing happens."""
-
-
 class InjectedFault(RuntimeError):
     """What the fault `exception` raises."""
 
@@ -69,12 +47,12 @@ class Fired:
     """A fault that happened."""
 
     kind: FaultKind
-    moment: Moment
+    point: FaultPoint
     step: int
 
 
 @dataclass
-class Faults:
+class Faults(Callback):
     """The faults of one process. Each fires once; `fired` counts, so that a test cannot pass idly."""
 
     rank: int = 0
@@ -90,19 +68,21 @@ class Faults:
     """What `slow_disk` adds to the writing of each manifest."""
     _planned: list[Fired] = field(default_factory=list)
 
-    def fail_at(self, rank: int, step: int, moment: Moment, kind: FaultKind = "sigkill") -> Faults:
-        """Plans a fault for the first time that `rank` reaches `moment` of `step`.
+    def fail_at(
+        self, rank: int, step: int, point: FaultPoint, kind: FaultKind = "sigkill"
+    ) -> Faults:
+        """Plans a fault for the first time that `rank` reaches `point` of `step`.
 
-        Several faults of the same moment happen in the order of their planning.
+        Several faults of the same point happen in the order of their planning.
         """
         if rank == self.rank:
-            self._planned.append(Fired(kind, moment, step))
+            self._planned.append(Fired(kind, point, step))
         return self
 
-    def __call__(self, moment: Moment, step: int) -> None:
-        if moment == "manifest_rename" and self.write_delay_s:
+    def on_point(self, point: FaultPoint, step: int) -> None:
+        if point == "manifest_rename" and self.write_delay_s:
             time.sleep(self.write_delay_s)
-        for planned in [p for p in self._planned if (p.moment, p.step) == (moment, step)]:
+        for planned in [p for p in self._planned if (p.point, p.step) == (point, step)]:
             self._planned.remove(planned)
             self.fired.append(planned)
             self.on_fire(planned)
