@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ class ProgressLine:
     def __init__(self, stream: TextIO | None = None, *, plain_interval_s: float = 5.0) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._plain_interval_s = plain_interval_s
-        self._last_plain = 0.0
+        self._last_plain = -math.inf  # a machine may have been up for less than the interval
         self._last_line = ""
         self._live: Live | None = None
         if self._console.is_terminal:
