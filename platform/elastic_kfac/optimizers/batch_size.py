@@ -1,9 +1,9 @@
-"""Batch-size policies: how batch, learning rate and adversarial share follow the course of a run.
+"""Batch-size policies: how batch, learning rate and adversarial share follow the progress of a run.
 
-`bl`, `fb` and `gg` are the fixed baselines, `abs` and `absa` follow the top Hessian eigenvalue (Yao et
-al. 2018), `warmup` follows a list. All are controllers without a model: they are told the epoch and an
-eigenvalue, and they know nothing of ranks, so that a run decides alike at every world size. Epochs are
-counted in completed epochs: a milestone of 30 acts from the first step of the 31st on.
+`bl`, `fb` and `gg` are fixed baselines, `abs` and `absa` follow the top Hessian eigenvalue (Yao et al.
+2018), `warmup` follows a list. Policies see only epochs and eigenvalues, neither model nor ranks, so a
+run takes the same decisions at every world size. Epochs are completed epochs: a milestone of 30 acts from
+the first step of the 31st on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from elastic_kfac.errors import ConfigError, StateError
@@ -21,19 +21,19 @@ PolicyName = Literal["bl", "fb", "gg", "abs", "absa", "warmup"]
 
 @dataclass(frozen=True)
 class BatchDecision:
-    """What is in force at a position of the run."""
+    """The values in force at a position of the run."""
 
     batch_size: int
     """Samples of an optimizer step over all ranks."""
     lr_multiplier: float
-    """Of the base rate, which belongs to the base batch; decay epochs are included."""
+    """Factor of the base rate, which belongs to the base batch; decay epochs are included."""
     adversarial_fraction: float = 0.0
-    """γ: share of each micro-batch that is attacked."""
+    """γ: attacked share of each micro-batch."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """An increase of the batch, and why."""
+    """An increase of the batch, and its reason."""
 
     epoch: int
     old_batch_size: int
@@ -44,7 +44,7 @@ class Growth:
 def wanted_workers(
     batch_size: int, samples_per_worker: int, *, min_workers: int = 1, max_workers: int
 ) -> int:
-    """N' = min(N_max, b' / n_target): the workers that a batch keeps busy (spec 5.5).
+    """N' = min(N_max, b' / n_target): the number of workers that a batch keeps busy.
 
     Raises:
         ConfigError: If `samples_per_worker` is not positive.
@@ -54,38 +54,37 @@ def wanted_workers(
     return max(min_workers, min(max_workers, batch_size // samples_per_worker))
 
 
+@dataclass
 class BatchSizePolicy(ABC):
-    """A controller: asked for a decision before a step, told an eigenvalue after an epoch."""
+    """Decides before a step; may react to an eigenvalue after an epoch.
 
-    name: PolicyName
+    Raises:
+        ConfigError: If a value is out of range.
+    """
 
-    def __init__(
-        self,
-        base_batch_size: int,
-        max_batch_size: int,
-        decay_epochs: Sequence[float] = (),
-        decay_factor: float = 0.2,
-    ) -> None:
-        if base_batch_size < 1:
-            raise ConfigError("the base batch size must be positive", given=base_batch_size)
-        if max_batch_size < base_batch_size:
+    base_batch_size: int
+    max_batch_size: int
+    decay_epochs: Sequence[float] = ()
+    decay_factor: float = 0.2
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.base_batch_size < 1:
+            raise ConfigError("the base batch size must be positive", given=self.base_batch_size)
+        if self.max_batch_size < self.base_batch_size:
             raise ConfigError(
                 "the batch cap is below the base batch",
-                given=max_batch_size,
-                allowed=f"{base_batch_size} or more",
+                given=self.max_batch_size,
+                allowed=f"{self.base_batch_size} or more",
             )
-        if not 0 < decay_factor <= 1:
+        if not 0 < self.decay_factor <= 1:
             raise ConfigError(
-                "decay_factor out of range", given=decay_factor, allowed="0 < factor <= 1"
+                "decay_factor out of range", given=self.decay_factor, allowed="0 < factor <= 1"
             )
-        self.base_batch_size = base_batch_size
-        self.max_batch_size = max_batch_size
-        self.decay_epochs = tuple(decay_epochs)
-        self.decay_factor = decay_factor
 
     @abstractmethod
     def at(self, epoch: float) -> BatchDecision:
-        """What is in force at a fractional epoch."""
+        """The decision at a fractional epoch."""
 
     @property
     def needs_eigenvalue(self) -> bool:
@@ -93,15 +92,15 @@ class BatchSizePolicy(ABC):
         return False
 
     def end_epoch(self, epoch: int, eigenvalue: float | None = None) -> Growth | None:
-        """Notes that `epoch` epochs are complete; returns the growth that follows from it."""
+        """Records that `epoch` epochs are complete; returns the growth that follows, if any."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a continued run needs; it names no world size."""
+        """State of a resumed run; independent of the world size."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`.
+        """Resumes from `state_dict()`.
 
         Raises:
             StateError: If it is the state of another kind of policy.
@@ -110,35 +109,38 @@ class BatchSizePolicy(ABC):
             raise StateError(
                 f"batch-size policy {self.name} has no state",
                 given=sorted(state),
-                change="go on with the policy that the run was started with",
+                change="continue with the policy that the run was started with",
             )
 
     def decays(self, epoch: float) -> int:
-        """How many decay epochs have passed."""
+        """Number of decay epochs passed."""
         return sum(epoch >= milestone for milestone in self.decay_epochs)
 
     def decay(self, epoch: float) -> float:
-        """Factor of the rate that the decay epochs leave."""
+        """Factor of the rate after the decay epochs passed."""
         return float(self.decay_factor) ** self.decays(epoch)
 
+    def proportional(self, epoch: float, batch: int) -> BatchDecision:
+        """A batch whose rate, before decay, is proportional to it."""
+        return BatchDecision(batch, self.decay(epoch) * batch / self.base_batch_size)
 
+
+@dataclass
 class LargeBatch(BatchSizePolicy):
-    """BL: the cap from the start, with the small batch's rate and schedule (spec 5.1)."""
+    """BL: the cap from the start, with the rate and schedule of the small batch."""
 
-    name: PolicyName = "bl"
+    name: str = field(default="bl", init=False)
 
     def at(self, epoch: float) -> BatchDecision:
         return BatchDecision(self.max_batch_size, self.decay(epoch))
 
 
+@dataclass
 class LinearScaling(BatchSizePolicy):
     """FB: the cap from the start, rate lr·B/b0 after a linear warm-up (Goyal et al. 2017)."""
 
-    name: PolicyName = "fb"
-
-    def __init__(self, *arguments: Any, warmup_epochs: float = 5.0, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.warmup_epochs = warmup_epochs
+    name: str = field(default="fb", init=False)
+    warmup_epochs: float = field(default=5.0, kw_only=True)
 
     def at(self, epoch: float) -> BatchDecision:
         scale = self.max_batch_size / self.base_batch_size
@@ -147,66 +149,54 @@ class LinearScaling(BatchSizePolicy):
         return BatchDecision(self.max_batch_size, scale * self.decay(epoch))
 
 
+@dataclass
 class GrowInsteadOfDecay(BatchSizePolicy):
     """GG: where the rate would decay by ρ the batch grows by 1/ρ (Smith et al. 2018).
 
-    Growth that the cap cuts off goes to the rate: lr ← lr·ρ·(b'/b).
+    The rate absorbs growth beyond the cap: lr ← lr·ρ·(b'/b).
     """
 
-    name: PolicyName = "gg"
+    name: str = field(default="gg", init=False)
 
     def at(self, epoch: float) -> BatchDecision:
-        batch = self.batch_after(self.decays(epoch))
-        return BatchDecision(batch, self.decay(epoch) * batch / self.base_batch_size)
-
-    def batch_after(self, decays: int) -> int:
-        """The batch once `decays` decay epochs have passed."""
         batch = self.base_batch_size
-        for _ in range(decays):
+        for _ in range(self.decays(epoch)):
             batch = min(round(batch / self.decay_factor), self.max_batch_size)
-        return batch
+        return self.proportional(epoch, batch)
 
 
+@dataclass
 class BatchWarmup(BatchSizePolicy):
     """A list of (from epoch, batch size), never falling; the rate is proportional to the batch."""
 
-    name: PolicyName = "warmup"
+    name: str = field(default="warmup", init=False)
+    stages: Sequence[tuple[float, int]] = field(kw_only=True)
 
-    def __init__(
-        self,
-        base_batch_size: int,
-        max_batch_size: int,
-        decay_epochs: Sequence[float] = (),
-        decay_factor: float = 0.2,
-        *,
-        stages: Sequence[tuple[float, int]],
-    ) -> None:
-        super().__init__(base_batch_size, max_batch_size, decay_epochs, decay_factor)
-        self.stages = tuple((float(epoch), int(batch)) for epoch, batch in stages)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.stages = tuple((float(epoch), int(batch)) for epoch, batch in self.stages)
         epochs = [epoch for epoch, _ in self.stages]
-        sizes = [base_batch_size, *(batch for _, batch in self.stages)]
-        if epochs != sorted(epochs) or sizes != sorted(sizes) or sizes[-1] > max_batch_size:
+        sizes = [self.base_batch_size, *(batch for _, batch in self.stages)]
+        if epochs != sorted(epochs) or sizes != sorted(sizes) or sizes[-1] > self.max_batch_size:
             raise ConfigError(
                 "batch-size warm-up needs ascending epochs and batches that never fall",
                 given=list(self.stages),
-                allowed=f"batches from {base_batch_size} to {max_batch_size}",
+                allowed=f"batches from {self.base_batch_size} to {self.max_batch_size}",
             )
 
     def at(self, epoch: float) -> BatchDecision:
-        batch = self.base_batch_size
-        for begin, size in self.stages:
-            if epoch >= begin:
-                batch = size
-        return BatchDecision(batch, self.decay(epoch) * batch / self.base_batch_size)
+        reached = [size for begin, size in self.stages if epoch >= begin]
+        return self.proportional(epoch, reached[-1] if reached else self.base_batch_size)
 
 
+@dataclass
 class HessianAdaptive(BatchSizePolicy):
-    """ABS and ABSA: the batch grows when the loss surface has flattened (spec 5.1).
+    """ABS and ABSA: the batch grows when the loss surface has flattened (Yao et al. 2018).
 
     The top eigenvalue is measured after every epoch until the cap is reached. When it has fallen by
-    `eigenvalue_ratio` since the last such growth, or when the batch has stood for `patience_epochs`,
-    the batch is multiplied by `growth`; the rate follows the batch. γ shrinks with every growth and
-    ends at the cap, or at `adversarial_stop_epoch`.
+    `eigenvalue_ratio` since the last such growth, or when the batch has not changed for
+    `patience_epochs`, the batch is multiplied by `growth`; the rate follows the batch. γ shrinks with
+    every growth and ends at the cap, or at `adversarial_stop_epoch`.
 
     Args:
         eigenvalue_ratio: α.
@@ -215,59 +205,45 @@ class HessianAdaptive(BatchSizePolicy):
         adversarial_fraction: γ at the start; 0 is ABS.
         adversarial_decay: ω.
         adversarial_stop_epoch: Epochs after which γ is 0; None keeps it.
-
-    Raises:
-        ConfigError: If a value is out of range.
     """
 
-    def __init__(
-        self,
-        base_batch_size: int,
-        max_batch_size: int,
-        decay_epochs: Sequence[float] = (),
-        decay_factor: float = 0.2,
-        *,
-        eigenvalue_ratio: float = 2.0,
-        growth: float = 2.0,
-        patience_epochs: int = 10,
-        adversarial_fraction: float = 0.0,
-        adversarial_decay: float = 2.0,
-        adversarial_stop_epoch: float | None = None,
-    ) -> None:
-        super().__init__(base_batch_size, max_batch_size, decay_epochs, decay_factor)
-        for name, value in (
-            ("eigenvalue_ratio", eigenvalue_ratio),
-            ("growth", growth),
-            ("adversarial_decay", adversarial_decay),
-        ):
-            if not value > 1:
-                raise ConfigError(f"{name} out of range", given=value, allowed="above 1")
-        if int(base_batch_size * growth) == base_batch_size:
-            raise ConfigError("growth leaves the base batch as it is", given=growth)
-        if patience_epochs < 1:
-            raise ConfigError("patience_epochs must be positive", given=patience_epochs)
-        if not 0 <= adversarial_fraction <= 1:
+    eigenvalue_ratio: float = field(default=2.0, kw_only=True)
+    growth: float = field(default=2.0, kw_only=True)
+    patience_epochs: int = field(default=10, kw_only=True)
+    adversarial_fraction: float = field(default=0.0, kw_only=True)
+    adversarial_decay: float = field(default=2.0, kw_only=True)
+    adversarial_stop_epoch: float | None = field(default=None, kw_only=True)
+    batch_size: int = field(init=False)
+    reference: float | None = field(default=None, init=False)
+    """λ_ref: the eigenvalue that the next one is compared with."""
+    duration: int = field(default=0, init=False)
+    """Epochs since the last growth."""
+    epochs: int = field(default=0, init=False)
+    """Epochs recorded; recording one again after a restart changes nothing."""
+    negative_curvature: int = field(default=0, init=False)
+    """Negative eigenvalues: measurements at a saddle."""
+    missing: int = field(default=0, init=False)
+    """Epochs without a usable eigenvalue."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eigenvalue_ratio", "growth", "adversarial_decay"):
+            if not getattr(self, name) > 1:
+                raise ConfigError(
+                    f"{name} out of range", given=getattr(self, name), allowed="above 1"
+                )
+        if int(self.base_batch_size * self.growth) == self.base_batch_size:
+            raise ConfigError("growth leaves the base batch as it is", given=self.growth)
+        if self.patience_epochs < 1:
+            raise ConfigError("patience_epochs must be positive", given=self.patience_epochs)
+        if not 0 <= self.adversarial_fraction <= 1:
             raise ConfigError(
-                "adversarial_fraction out of range", given=adversarial_fraction, allowed="0 to 1"
+                "adversarial_fraction out of range",
+                given=self.adversarial_fraction,
+                allowed="0 to 1",
             )
-        self.name = "absa" if adversarial_fraction > 0 else "abs"
-        self.eigenvalue_ratio = eigenvalue_ratio
-        self.growth = growth
-        self.patience_epochs = patience_epochs
-        self.adversarial_decay = adversarial_decay
-        self.adversarial_stop_epoch = adversarial_stop_epoch
-        self.batch_size = base_batch_size
-        self.adversarial_fraction = adversarial_fraction
-        self.reference: float | None = None
-        """λ_ref: the eigenvalue that the next one is compared with."""
-        self.duration = 0
-        """Epochs since the last growth."""
-        self.epochs = 0
-        """Epochs that were noted; one that is noted again after a restart changes nothing."""
-        self.negative_curvature = 0
-        """Eigenvalues that were negative: the measurement stood on a saddle."""
-        self.missing = 0
-        """Epochs without a usable eigenvalue."""
+        self.name = "absa" if self.adversarial_fraction > 0 else "abs"
+        self.batch_size = self.base_batch_size
 
     @property
     def needs_eigenvalue(self) -> bool:
@@ -295,17 +271,17 @@ class HessianAdaptive(BatchSizePolicy):
         if eigenvalue is None or not math.isfinite(eigenvalue):
             self.missing += 1
             return None
-        # Power iteration finds the largest |λ|; on a saddle its sign says nothing about sharpness.
+        # Power iteration finds the largest |λ|; on a saddle its sign does not measure sharpness.
         self.negative_curvature += eigenvalue < 0
-        size = abs(eigenvalue)
+        magnitude = abs(eigenvalue)
         grown = None
         if self.reference is None:
-            self.reference = size
-        elif size <= self.reference / self.eigenvalue_ratio:
-            self.reference = size
+            self.reference = magnitude
+        elif magnitude <= self.reference / self.eigenvalue_ratio:
+            self.reference = magnitude
             grown = self._grow(epoch, "eigenvalue")
         if self.duration >= self.patience_epochs and self.needs_eigenvalue:
-            # The published rule leaves the reference where it is (spec E-14).
+            # As published, this growth does not change the reference.
             grown = self._grow(epoch, "duration")
         return grown
 
@@ -323,7 +299,7 @@ class HessianAdaptive(BatchSizePolicy):
         return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`.
+        """Resumes from `state_dict()`.
 
         Raises:
             StateError: If it is not the state of such a policy, or its batch is outside the limits.
@@ -374,7 +350,7 @@ def make_policy(
 ) -> BatchSizePolicy:
     """The policy of a name; `options` are those of its class.
 
-    `absa` starts with γ = 0.2 and stops attacking after half of `total_epochs` unless told otherwise.
+    `absa` defaults to γ = 0.2 and to no attacks after half of `total_epochs`.
 
     Raises:
         ConfigError: If the name is unknown, an option does not fit, or a value is out of range.

@@ -1,15 +1,15 @@
-"""DistNewton: merge workers by the curvature that their own gradients show (Arnold and Wang 2017).
+"""DistNewton: merge workers by the curvature that their gradients reveal (Arnold and Wang 2017).
 
-Worker k brings parameters θ_k and the gradient g_k there. Differences of gradients are H times
-differences of parameters, so m workers know H on a space of m − 1 dimensions: the merge takes a Newton
-step on that space and a gradient step outside it. Only m×m matrices are ever decomposed, and vectors
-over the parameters are read in blocks: nothing of size n×m is made beyond what the workers bring.
+Worker k contributes parameters θ_k and the gradient g_k there. Differences of gradients are H times
+differences of parameters, so m workers determine H on a space of m − 1 dimensions: the merge takes a
+Newton step on that space and a gradient step outside it. Only m×m matrices are decomposed, and vectors
+over the parameters are read in blocks, so the merge allocates nothing of size n×m.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,28 +21,29 @@ from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 Mode = Literal["paper", "sym", "abs"]
 
 SMALLEST_RATIO = 1e-6
-"""Singular values below this part of the largest one are rounding, whatever λ says (spec 4.1)."""
+"""Singular values below this fraction of the largest one are rounding errors, for any λ."""
+_NONE_FINITE = "no worker contributed finite parameters and gradients to a merge"
 SMALLEST_SPREAD = 1e-12
-"""‖Θ‖/‖θ̄‖ at and below which the workers count as standing in one place (spec 4.2)."""
+"""‖Θ‖/‖θ̄‖ up to which the workers count as being at the same point."""
 
 
 @dataclass(frozen=True)
 class DistNewton:
-    """How to merge.
+    """Options of a merge.
 
-    `paper` is equations 3 and 4; `sym` uses the symmetrised curvature of the space; `abs` the absolute
-    values of its eigenvalues, so that a saddle repels.
+    `paper` is equations 3 and 4; `sym` uses the symmetrised curvature of the space; `abs` takes the
+    absolute values of its eigenvalues, so that a saddle repels.
     """
 
     lr: float
     """τ of equation 2, or τ_N on the Newton part when `gradient_lr` is set."""
     gradient_lr: float | None = None
-    """τ_S on what the workers know no curvature of; None takes `lr`."""
+    """τ_S of the gradient step outside the space; None takes `lr`."""
     ratio: float = 0.05
     """λ: directions with σ_k < λσ_1 are left to the gradient step."""
     mode: Mode = "paper"
     cap: bool = True
-    """Limit the gradient step to 1/σ̂, and with one τ the whole step (spec 4.2)."""
+    """Limit τ_S to 1/σ̂ (with one τ: the whole step)."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -59,7 +60,7 @@ class DistNewton:
 
 @dataclass(frozen=True)
 class Merge:
-    """The merged parameters, and how they came about."""
+    """Merged parameters with the facts of the merge."""
 
     parameters: Tensor
     """[n]."""
@@ -72,7 +73,7 @@ class Merge:
     gradient_lr: float
     """τ_S as used, after the cap."""
     workers: int
-    """Contributions that were finite and took part."""
+    """Finite contributions, which took part."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +132,16 @@ def merge(
     *,
     block_size: int = 1 << 20,
 ) -> Merge:
-    """Merges contributions that lie in this process.
+    """Merges contributions of this process.
 
     Args:
         parameters: θ_k [n] of each worker.
         gradients: g_k [n] of each worker, at its own θ_k.
         options: See `DistNewton`.
-        block_size: Elements that are worked on at a time.
+        block_size: Elements processed at a time.
 
     Raises:
-        UsageError: If the contributions do not fit together.
+        UsageError: If the contributions differ in length or number.
         NumericalError: If none is finite.
     """
     shapes = {tuple(t.shape) for t in (*parameters, *gradients)}
@@ -152,7 +153,7 @@ def merge(
     pairs = list(zip(parameters, gradients, strict=True))
     finite = [pair for pair in pairs if bool(torch.isfinite(pair[0].sum() + pair[1].sum()).item())]
     if not finite:
-        raise NumericalError("no worker brought finite parameters and gradients to a merge")
+        raise NumericalError(_NONE_FINITE)
     thetas, grads = [pair[0] for pair in finite], [pair[1] for pair in finite]
     coefficients = _solve(_grams(thetas, grads, block_size), options)
     rates = _rates(options, coefficients.sigma)
@@ -171,9 +172,9 @@ def merge_ranks(
 ) -> Merge:
     """Merges the contributions of all ranks; every rank gets the same parameters. Collective.
 
-    Each rank works on one shard of n for all workers: an all-to-all of 2n elements per rank, ONE
-    all-reduce of 3m² + m + 1 numbers, an all-gather of the result. A rank whose numbers are not finite
-    takes part in the collectives, not in the merge.
+    Each rank processes one shard of n for all workers: an all-to-all of 2n elements per rank, ONE
+    all-reduce of 3m² + m + 1 numbers, an all-gather of the result. A rank with non-finite numbers takes
+    part in the collectives but not in the merge.
 
     Args:
         parameters: This rank's θ [n].
@@ -195,7 +196,7 @@ def merge_ranks(
     received = communicator.all_to_all(payload, tag="distnewton")
     kept = [row for row in received if float(row[-1]) == 1.0]
     if not kept:
-        raise NumericalError("no worker brought finite parameters and gradients to a merge")
+        raise NumericalError(_NONE_FINITE)
     thetas = [row[:shard] for row in kept]
     grads = [row[shard : 2 * shard] for row in kept]
     flat = _grams(thetas, grads, block_size).flat()
@@ -238,7 +239,7 @@ def _grams(thetas: Sequence[Tensor], grads: Sequence[Tensor], block_size: int) -
 
 
 def _solve(grams: _Grams, options: DistNewton) -> _Coefficients:
-    """Small algebra that every rank does alike, on the CPU: m is the number of workers."""
+    """The m×m algebra of m workers, on the CPU; every rank computes the same."""
     device = grams.gradients.device
     cpu = _Grams.from_flat(grams.flat().cpu(), len(grams.mean_gradient))
     m = len(cpu.mean_gradient)
@@ -270,7 +271,7 @@ def _solve(grams: _Grams, options: DistNewton) -> _Coefficients:
 
 
 def _sigma_hat(grams: _Grams) -> float:
-    """σ̂ = max_c ‖Gc‖/‖Θc‖ over what the workers span: at most the largest singular value of H."""
+    """σ̂ = max_c ‖Gc‖/‖Θc‖ on the space of the workers: at most the largest singular value of H."""
     squares, vectors = torch.linalg.eigh(grams.parameters)
     largest = float(squares[-1])
     # Square roots of rounding are far from zero, hence the square of the smallest ratio.
@@ -308,69 +309,3 @@ def _apply(
         step = gradient * grad_mean + from_gradients @ (grad - grad_mean)
         step += newton * (coefficients.from_parameters @ (theta - theta_mean))
         out[part] = (theta_mean - step).to(out.dtype)
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """What a worker handed in, and of which version of the merged parameters it began."""
-
-    version: int
-    parameters: Tensor
-    """[n]."""
-    gradient: Tensor
-    """[n]."""
-
-
-@dataclass(frozen=True)
-class AsyncTable:
-    """The newest contribution of every worker, as a value; whoever holds it can merge (spec 4.2).
-
-    `version` counts merges. A worker that joins starts at the merged parameters; one that leaves is
-    forgotten once its contribution is older than `max_staleness` merges.
-    """
-
-    max_staleness: int
-    version: int = 0
-    entries: Mapping[str, Contribution] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.max_staleness < 0:
-            raise ConfigError("max_staleness must not be negative", given=self.max_staleness)
-
-    def put(self, worker: str, contribution: Contribution) -> AsyncTable:
-        """The table with a worker's contribution; an older one than it has changes nothing."""
-        if contribution.version > self.version:
-            raise UsageError(
-                "a contribution from the future",
-                given=contribution.version,
-                allowed=f"0 to {self.version}",
-            )
-        known = self.entries.get(worker)
-        if known is not None and known.version > contribution.version:
-            return self
-        return replace(self, entries={**self.entries, worker: contribution})
-
-    def fresh(self) -> dict[str, Contribution]:
-        """Contributions that are not too old, by worker in sorted order."""
-        return {
-            worker: self.entries[worker]
-            for worker in sorted(self.entries)
-            if self.version - self.entries[worker].version <= self.max_staleness
-        }
-
-    def merge(self, options: DistNewton, *, block_size: int = 1 << 20) -> tuple[AsyncTable, Merge]:
-        """Merges what is fresh; the new table is one version on and has dropped the rest.
-
-        Raises:
-            NumericalError: If no contribution is fresh and finite.
-        """
-        fresh = self.fresh()
-        if not fresh:
-            raise NumericalError("no worker's contribution is fresh enough to merge")
-        merged = merge(
-            [entry.parameters for entry in fresh.values()],
-            [entry.gradient for entry in fresh.values()],
-            options,
-            block_size=block_size,
-        )
-        return replace(self, version=self.version + 1, entries=fresh), merged

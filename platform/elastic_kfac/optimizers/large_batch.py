@@ -1,8 +1,7 @@
-"""First-order rules for large batches: LARS, LAMB, gradient descent with a velocity, linear scaling.
+"""First-order rules for large batches that torch lacks: LARS, LAMB, gradient descent with a velocity.
 
-torch and torchvision have none of them. State is per parameter and replicated: it names no world size
-and fits the trainer's optimizer state by parameter name. No rule looks at a number on the host, so
-that a step does not wait for the device.
+State is per parameter, replicated and independent of the world size. No rule reads a number on the host,
+so a step never waits for the device.
 """
 
 from __future__ import annotations
@@ -14,36 +13,13 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.optimizers.schedules import Schedule
 from elastic_kfac.optimizers.uncompiled import Uncompiled
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-def linear_scaling(
-    batch_size: int, reference_batch_size: int, *, warmup_epochs: float = 5.0
-) -> Schedule:
-    """Factor B/B_ref of the reference rate, reached linearly from 1 (Goyal et al. 2017, section 2).
-
-    Raises:
-        ConfigError: If a batch size is not positive.
-    """
-    if batch_size < 1 or reference_batch_size < 1:
-        raise ConfigError(
-            "batch sizes must be positive", given=f"{batch_size} and {reference_batch_size}"
-        )
-    scale = batch_size / reference_batch_size
-
-    def factor(epoch: float) -> float:
-        if warmup_epochs <= 0 or epoch >= warmup_epochs:
-            return scale
-        return 1 + (scale - 1) * max(epoch, 0.0) / warmup_epochs
-
-    return factor
-
-
 class _Rule(Uncompiled):
-    """A rule that updates each parameter on its own."""
+    """A rule that updates each parameter independently."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -173,11 +149,10 @@ class LAMB(_Rule):
 
 
 class VelocitySGD(_Rule):
-    """θ ← θ − lr·P + m·v with v = θ_t − θ_{t−1} (spec 3.3): the velocity contains the rate.
+    """θ ← θ − lr·P + m·v with v = θ_t − θ_{t−1}: the velocity contains the rate (Osawa et al. 2019).
 
-    Unlike in `torch.optim.SGD`, a rate that falls does not shrink the steps already on their way;
-    the momentum of `polynomial.tied_momentum` is made for this form. Weight rescaling after a step is
-    not part of the velocity.
+    Unlike in `torch.optim.SGD`, a falling rate does not shrink earlier steps in the velocity; use it with
+    `schedules.tied_momentum`. Weight rescaling after a step is not part of the velocity.
     """
 
     def __init__(
@@ -198,7 +173,7 @@ class VelocitySGD(_Rule):
 
 
 def _velocity(state: dict[str, Any], step: Tensor, momentum: float) -> Tensor:
-    """v ← μv + step, kept under torch's own name for such a buffer."""
+    """v ← μv + step, stored under torch's name for the buffer."""
     known = state.get("momentum_buffer")
     if known is None:
         state["momentum_buffer"] = step.clone()

@@ -1,23 +1,20 @@
-"""Learning-rate schedules as pure functions of the position in the run.
+"""Learning-rate schedules as pure functions of the position in a run; momentum that follows the rate.
 
-The position is a fractional epoch (samples seen / samples per epoch), never a step of some world
-size, so that a resize or another batch size cannot shift a schedule.
+The position is a fractional epoch (samples seen / samples per epoch), never a step, so that neither a
+resize nor another batch size shifts a schedule.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from elastic_kfac.errors import ConfigError
 
 Schedule = Callable[[float], float]
 """Maps a fractional epoch to a factor of the base learning rate."""
-
-
-def constant() -> Schedule:
-    """The base rate throughout."""
-    return lambda epoch: 1.0
+MomentumRule = Literal["ratio0", "ratio_prev"]
 
 
 def step_decay(decay_epochs: Sequence[float], factor: float) -> Schedule:
@@ -28,22 +25,19 @@ def step_decay(decay_epochs: Sequence[float], factor: float) -> Schedule:
 
 def cosine(total_epochs: float, end_fraction: float = 0.0) -> Schedule:
     """Half a cosine from 1 to `end_fraction` (Loshchilov and Hutter 2017, equation 5)."""
-
-    def factor(epoch: float) -> float:
-        progress = min(max(epoch / total_epochs, 0.0), 1.0)
-        return end_fraction + (1 - end_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return factor
+    return lambda epoch: (
+        end_fraction
+        + (1 - end_fraction) * 0.5 * (1 + math.cos(math.pi * _progress(epoch, total_epochs)))
+    )
 
 
 def linear(total_epochs: float, end_fraction: float = 0.0) -> Schedule:
     """A straight line from 1 to `end_fraction`."""
+    return lambda epoch: 1 - (1 - end_fraction) * _progress(epoch, total_epochs)
 
-    def factor(epoch: float) -> float:
-        progress = min(max(epoch / total_epochs, 0.0), 1.0)
-        return 1 - (1 - end_fraction) * progress
 
-    return factor
+def _progress(epoch: float, total_epochs: float) -> float:
+    return min(max(epoch / total_epochs, 0.0), 1.0)
 
 
 def polynomial_decay(start_epoch: float, end_epoch: float, power: float) -> Schedule:
@@ -74,8 +68,8 @@ def polynomial_decay(start_epoch: float, end_epoch: float, power: float) -> Sche
 def with_warmup(schedule: Schedule, warmup_epochs: float) -> Schedule:
     """Ramps linearly to the schedule's value at the end of the warm-up (Goyal et al. 2017).
 
-    The schedule itself is not shifted: its decay epochs stay where the person wrote them. At epoch
-    0 the factor is 0, so a caller passes the position at the end of the step.
+    The schedule is not shifted: its decay epochs keep their meaning. At epoch 0 the factor is 0, so
+    callers pass the position at the end of a step.
     """
     if warmup_epochs <= 0:
         return schedule
@@ -110,7 +104,7 @@ def make_schedule(
         ConfigError: If a polynomial decay is out of range.
     """
     if name == "constant":
-        schedule = constant()
+        schedule: Schedule = lambda epoch: 1.0  # noqa: E731
     elif name == "step":
         schedule = step_decay(decay_epochs, decay_factor)
     elif name == "cosine":
@@ -125,3 +119,22 @@ def make_schedule(
             f"unknown lr_schedule {name!r}: constant, step, cosine, linear or polynomial"
         )
     return with_warmup(schedule, warmup_epochs)
+
+
+def tied_momentum(
+    rule: MomentumRule, base_momentum: float, *, lr: float, base_lr: float, previous_lr: float
+) -> float:
+    """The momentum of a step, for a velocity that contains the rate (`VelocitySGD`).
+
+    `ratio0` is the paper's m0·lr/lr0; `ratio_prev` the released code's m0·lr/lr_prev while the rate
+    falls, which equals `torch.optim.SGD` with a constant m0.
+
+    Raises:
+        ConfigError: If the rule is unknown.
+    """
+    if rule == "ratio0":
+        return base_momentum * lr / base_lr
+    if rule == "ratio_prev":
+        falls = previous_lr > 0 and lr < previous_lr
+        return base_momentum * lr / previous_lr if falls else base_momentum
+    raise ConfigError("unknown momentum rule", given=rule, allowed="ratio0, ratio_prev")

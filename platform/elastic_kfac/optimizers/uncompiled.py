@@ -1,10 +1,9 @@
 """torch's first-order rules without torch's compiler.
 
 `Optimizer.__init__` and every `step` import `torch._dynamo` (some 900 modules with sympy and Triton:
-seconds of CPU and 100 MB) only to tell a compiler, which then nobody uses, where not to look. A worker
-that replaces another one is waited for during that time. The rules here call the same functions
-beneath those marks; what they compute and their state are torch's. To compile an optimizer's step, use
-torch's own classes.
+seconds of CPU and 100 MB) only to mark code that a compiler must skip; a run would wait that long for a
+replacement worker. The rules here call the same functions beneath those marks; results and state are
+torch's. To compile an optimizer's step, use torch's own classes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 
 class Uncompiled(torch.optim.Optimizer):
-    """First base of a rule that shall not import the compiler."""
+    """First base class of a rule that must not import the compiler."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
@@ -26,7 +25,7 @@ class Uncompiled(torch.optim.Optimizer):
 
 
 def _step_of(rule: type[torch.optim.Optimizer]) -> Callable[..., Any]:
-    # As `_use_grad_for_differentiable` does around it, for rules that are not differentiable.
+    # Replaces `_use_grad_for_differentiable` for rules that are not differentiable.
     return torch.no_grad()(inspect.unwrap(rule.step))
 
 

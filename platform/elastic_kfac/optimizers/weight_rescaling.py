@@ -1,4 +1,4 @@
-"""Weight rescaling after an update: what replaces weight decay in the large-batch K-FAC recipe."""
+"""Weight rescaling after an update, which replaces weight decay in the large-batch K-FAC recipe."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class WeightRescaling:
     """W ← W·√(2·d_out) / (‖W‖_F + 1e-9) for every convolution and linear layer (Osawa et al. 2019).
 
-    A layer followed by normalisation computes the same at every scale of its weight, but its effective
-    rate falls as the weight grows. Normalisation layers and biases are left alone; a weight that
-    layers share is rescaled once.
+    The output of a layer followed by normalisation does not depend on the scale of its weight, but its
+    effective rate falls as the weight grows. Normalisation layers and biases are left alone; a shared
+    weight is rescaled once.
 
     Args:
-        model: Whose weights.
+        model: Its weights are rescaled.
         rule: `shrink` rescales only where that makes the weight smaller, as the released code does;
             `always` as the paper writes.
 

@@ -1,13 +1,14 @@
-"""Layers packed onto ranks, and the search for the packing that moves the least.
+"""Packing layers onto ranks, and the search for the packing that moves the fewest elements.
 
-`Packing` holds whole-number loads; `settle` takes a balanced packing and looks, without ever raising
-its makespan, for one that leaves more decompositions where they are. Everything is deterministic: no
-clocks, no hashing order, so that all ranks come to the same result.
+`Packing` holds loads in whole units. `settle` takes a balanced packing and searches, without raising
+its makespan, for one that leaves more decompositions at their ranks. Both are deterministic (no clock,
+no hash order), so all ranks compute the same result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -15,13 +16,14 @@ _EXACT_LAYERS = 10
 _EXACT_PLACES = 40
 _EXACT_NODES = 20_000
 _SWAP_LAYERS = 80
+_SWAP_ROUNDS = 4
 
 Place = tuple[int, int, int]
 """(column, rank of A, rank of G)."""
 
 
 class Packing:
-    """Which rank has which layer's factors, with the loads that follow."""
+    """The place of every layer, with the resulting loads in whole units."""
 
     def __init__(
         self,
@@ -36,8 +38,7 @@ class Packing:
         self.g_units = g_units
         self.colocate = colocate
         self.placed: list[Place] = [(-1, -1, -1)] * len(a_units)
-        # Ranks row by row, so rank r is entry [r // P, r % P]; places of the last row that do not
-        # exist are infinitely loaded.
+        # Rank r is entry [r // P, r % P]; entries of the last row without a rank have an infinite load.
         num_columns = len(columns)
         rows = len(columns[0])
         self.loads = np.zeros((rows, num_columns), dtype=np.int64)
@@ -46,7 +47,7 @@ class Packing:
         self.column_loads = np.zeros(num_columns, dtype=np.int64)
 
     def copy_empty(self) -> Packing:
-        """The same problem with nothing placed."""
+        """The same problem without placed layers."""
         return Packing(self.columns, self.a_units, self.g_units, colocate=self.colocate)
 
     @property
@@ -60,12 +61,12 @@ class Packing:
         return int(self.loads[divmod(rank, len(self.columns))])
 
     def add(self, index: int, place: Place) -> None:
-        """Put layer `index` at `place`."""
+        """Places layer `index`."""
         self.placed[index] = place
         self._change(index, place, 1)
 
     def remove(self, index: int) -> Place:
-        """Take layer `index` away; returns where it was."""
+        """Removes layer `index`; returns its place."""
         place = self.placed[index]
         self._change(index, place, -1)
         self.placed[index] = (-1, -1, -1)
@@ -93,7 +94,7 @@ class Packing:
         larger = max(self.a_units[index], self.g_units[index])
         smaller = min(self.a_units[index], self.g_units[index])
         lowest = np.partition(self.loads, 1, axis=0)[:2]
-        # A column of one rank (its second place does not exist) takes both factors there.
+        # A column of one rank takes both factors.
         alone = np.array([len(ranks) == 1 for ranks in self.columns])
         ends = np.maximum(lowest[0] + larger, lowest[1] + smaller)
         ends = np.where(alone, lowest[0] + larger + smaller, ends)
@@ -119,8 +120,8 @@ class Packing:
             return column, first, second
         return column, second, first
 
-    def places(self, index: int) -> list[Place]:
-        """Every place that layer `index` may have."""
+    def places(self) -> list[Place]:
+        """All places of a layer."""
         found: list[Place] = []
         for column, ranks in enumerate(self.columns):
             if self.colocate or len(ranks) == 1:
@@ -130,7 +131,7 @@ class Packing:
         return found
 
     def fits(self, index: int, place: Place, limit: int) -> bool:
-        """Whether the loads stay within `limit` with layer `index` added at `place`."""
+        """Whether the loads stay within `limit` with layer `index` at `place`."""
         _, a_rank, g_rank = place
         a, g = self.a_units[index], self.g_units[index]
         if a_rank == g_rank:
@@ -138,7 +139,7 @@ class Packing:
         return self.load(a_rank) + a <= limit and self.load(g_rank) + g <= limit
 
     def allows(self, place: Place) -> bool:
-        """Whether a place obeys the rule for the two factors."""
+        """Whether a place follows `colocate`."""
         column, a_rank, g_rank = place
         return (a_rank == g_rank) == (self.colocate or len(self.columns[column]) == 1)
 
@@ -151,23 +152,26 @@ def settle(
 ) -> Packing:
     """The packing with no larger makespan than `balanced` that moves the fewest elements found.
 
+    Exact for few layers and places (up to a number of search nodes). Otherwise layers stay where they
+    are as far as the makespan allows; where that fails, pairs of layers of `balanced` are swapped.
+
     Args:
-        balanced: a complete packing; its makespan is the limit.
-        order: layers by decreasing cost.
-        moves: elements that move if layer i goes to column c [layers, columns].
-        stay: where each layer's factors are now, where that place still exists.
+        balanced: A complete packing; its makespan is the limit.
+        order: Layers by decreasing cost.
+        moves: Elements that move if layer i goes to column c [layers, columns].
+        stay: The present place of each layer, where that place still exists.
     """
     if not order:
         return balanced
-    # Each cost was rounded by half a unit at most (2e-10 of the largest), so makespans that differ by
+    # Each cost was rounded by at most half a unit (2e-10 of the largest), so makespans that differ by
     # less than this are equal.
     limit = balanced.makespan + 2 * len(order)
-    sticky = _sticky(balanced, order, moves, stay, limit)
-    found = [balanced] if sticky is None else [sticky, balanced]
-    for packing in found:
-        _improve(packing, order, moves, limit)
-    best = min(found, key=lambda packing: _moved(packing, moves))
-    if len(order) <= _EXACT_LAYERS and len(best.places(0)) <= _EXACT_PLACES:
+    best = _sticky(balanced, order, moves, stay, limit)
+    if best is None or _moved(best, moves) > _moved(balanced, moves):
+        best = balanced
+        if len(order) <= _SWAP_LAYERS:
+            _swap(best, order, moves, limit)
+    if len(order) <= _EXACT_LAYERS and len(best.places()) <= _EXACT_PLACES:
         best = _Exact(best, order, moves, stay, limit).run()
     return best
 
@@ -183,21 +187,19 @@ def _sticky(
     stay: Sequence[Place | None],
     limit: int,
 ) -> Packing | None:
-    """Leave layers where they are as far as the limit allows, then place the rest; may fail."""
+    """Keeps layers at their places as far as the limit allows, then places the rest; may fail."""
     packing = balanced.copy_empty()
     rest = []
     for index in order:
-        place = stay[index]
         cheapest = int(moves[index].argmin())
-        if (
-            place is not None
-            and packing.allows(place)
-            and moves[index, place[0]] == moves[index, cheapest]
-            and packing.fits(index, place, limit)
+        place = stay[index]
+        if place is not None and (
+            not packing.allows(place)
+            or moves[index, place[0]] > moves[index, cheapest]
+            or not packing.fits(index, place, limit)
         ):
-            packing.add(index, place)
-            continue
-        place = packing.best_place(index, cheapest)
+            place = None
+        place = place or packing.best_place(index, cheapest)
         if packing.fits(index, place, limit):
             packing.add(index, place)
         else:
@@ -207,35 +209,11 @@ def _sticky(
     return packing if packing.makespan <= limit else None
 
 
-def _improve(
-    packing: Packing,
-    order: Sequence[int],
-    moves: np.ndarray,
-    limit: int,
-) -> None:
-    """Single moves, and swaps of two layers where there are few, that lower what moves."""
-    cheapest = moves.argmin(axis=1)
-    for _ in range(4):
-        changed = False
-        for index in order:
-            changed |= _try_move(packing, index, int(cheapest[index]), moves, limit)
-        if len(order) <= _SWAP_LAYERS:
-            for position, first in enumerate(order):
-                for second in order[position + 1 :]:
-                    changed |= _try_swap(packing, first, second, moves, limit)
-        if not changed:
+def _swap(packing: Packing, order: Sequence[int], moves: np.ndarray, limit: int) -> None:
+    """Swaps the columns of two layers wherever that lowers the elements that move."""
+    for _ in range(_SWAP_ROUNDS):
+        if not sum(_try_swap(packing, *pair, moves, limit) for pair in combinations(order, 2)):
             return
-
-
-def _try_move(packing: Packing, index: int, column: int, moves: np.ndarray, limit: int) -> bool:
-    current = packing.placed[index]
-    if moves[index, column] >= moves[index, current[0]]:
-        return False
-    packing.remove(index)
-    place = packing.best_place(index, column)
-    fits = packing.fits(index, place, limit)
-    packing.add(index, place if fits else current)
-    return fits
 
 
 def _try_swap(packing: Packing, first: int, second: int, moves: np.ndarray, limit: int) -> bool:
@@ -259,7 +237,7 @@ def _try_swap(packing: Packing, first: int, second: int, moves: np.ndarray, limi
 
 
 class _Exact:
-    """Branch and bound over all places, for few layers; stops after a fixed number of nodes."""
+    """Branch and bound over all places; stops after a fixed number of nodes."""
 
     def __init__(
         self,
@@ -278,7 +256,7 @@ class _Exact:
         self.work = start.copy_empty()
         self.places = {
             index: sorted(
-                self.work.places(index),
+                self.work.places(),
                 key=lambda place, index=index: (  # type: ignore[misc]
                     int(moves[index, place[0]]),
                     place != stay[index],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from elastic_kfac.config import Config
-from elastic_kfac.optimizers.polynomial import tied_momentum
+from elastic_kfac.optimizers.schedules import tied_momentum
 from elastic_kfac.training.first_order import schedule_of
 
 

@@ -1,4 +1,4 @@
-"""Growth rules on scripted eigenvalues: the spec's pseudo-code, written down once more, is the oracle."""
+"""Growth rules on scripted eigenvalues, against a second implementation of the published pseudo-code."""
 
 from __future__ import annotations
 

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
-from elastic_kfac.optimizers.dist_newton import (
-    AsyncTable,
-    Contribution,
-    DistNewton,
-    Merge,
-    merge,
-)
+from elastic_kfac.optimizers.dist_newton import DistNewton, merge
 
 
 def quadratic(values: Tensor, seed: int = 0) -> Tensor:
@@ -298,42 +292,6 @@ def test_trend_repeated_merges_diverge_at_a_large_rate_unless_capped() -> None:
     begin = float(0.5 * start @ hessian @ start)
     assert after(12, DistNewton(lr=1.0, cap=False)) > 1e3 * begin
     assert after(12, DistNewton(lr=1.0)) < begin
-
-
-def contribution(version: int, value: float) -> Contribution:
-    return Contribution(version, torch.full((3,), value), torch.ones(3))
-
-
-def test_async_table_keeps_the_newest_and_drops_what_is_too_old() -> None:
-    table = AsyncTable(max_staleness=1)
-    table = table.put("b", contribution(0, 1.0)).put("a", contribution(0, 3.0))
-    assert list(table.fresh()) == ["a", "b"]
-    options = DistNewton(lr=0.5)
-    table, merged = table.merge(options)
-    assert merged.parameters.tolist() == [1.5] * 3  # equal gradients: mean 2 minus 0.5
-    table, _ = table.put("a", contribution(1, 5.0)).merge(options)
-    assert table.version == 2 and set(table.entries) == {"a", "b"}
-    assert list(table.fresh()) == ["a"]  # b's is two versions old
-    table, merged = table.merge(options)
-    assert set(table.entries) == {"a"} and merged.workers == 1
-    late = table.put("a", contribution(0, 9.0))
-    assert late.entries["a"].version == 1
-    with pytest.raises(UsageError, match="future"):
-        table.put("a", contribution(4, 0.0))
-    with pytest.raises(NumericalError, match="fresh"):
-        AsyncTable(max_staleness=0).merge(options)
-
-
-def test_async_table_of_current_contributions_is_the_synchronous_merge() -> None:
-    hessian = quadratic(SPECTRUM)
-    thetas = workers(5, 8)
-    grads = gradients_at(hessian, thetas, torch.zeros(8, dtype=torch.float64))
-    table = AsyncTable(max_staleness=0)
-    for index in (4, 2, 0, 1, 3):
-        table = table.put(f"w{index}", Contribution(0, thetas[index], grads[index]))
-    _, found = table.merge(DistNewton(lr=0.5))
-    expected: Merge = merge(thetas, grads, DistNewton(lr=0.5))
-    assert torch.equal(found.parameters, expected.parameters)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD, linear_scaling
-from elastic_kfac.optimizers.schedules import with_warmup
+from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
 from elastic_kfac.state.state import optimizer_by_name, restore_optimizer
 from elastic_kfac.state.tree import join_tree, split_tree
 
@@ -171,16 +170,6 @@ def test_closure_is_evaluated_with_gradients() -> None:
 
         assert optimizer.step(closure) == 4.0
         assert float(weight.detach()[0, 0]) < 1
-
-
-def test_linear_scaling_warms_up_from_the_reference_rate() -> None:
-    factor = linear_scaling(8192, 256, warmup_epochs=5)
-    assert [factor(e) for e in (0, 2.5, 5, 80)] == [1, 16.5, 32, 32]
-    assert linear_scaling(512, 256, warmup_epochs=0)(0) == 2
-    # The schedules' own warm-up begins at 0, this one at the reference rate.
-    assert with_warmup(lambda e: 32.0, 5)(2.5) == 16
-    with pytest.raises(ConfigError, match="positive"):
-        linear_scaling(0, 256)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elastic_kfac.optimizers.batch_size import make_policy
-from elastic_kfac.optimizers.update_counts import (
+from support.update_counts import (
     delivered_updates,
     expected_gap_bounds,
     fixed_batch_updates,

@@ -53,8 +53,8 @@ ROWS: dict[str, dict[str, str]] = {
     "DistNewton": {
         "merge and resize": "distributed/training/test_steps_apart.py"
         "::test_four_ranks_that_stepped_apart_rejoin_and_go_on_as_three",
-        "table": "unit/optimizers/test_dist_newton.py"
-        "::test_async_table_keeps_the_newest_and_drops_what_is_too_old",
+        "asynchronous": "ray/test_async_newton.py"
+        "::test_server_merges_what_is_fresh_and_drops_what_is_too_old",
     },
     "ABS": {"power": f"{COURSE}[abs]", "last layer": f"{COURSE}[abs-last-layer]"},
     "ABSA": {"attacks": f"{COURSE}[absa]", "K-FAC's eigenvalues": f"{COURSE}[absa-kfac]"},

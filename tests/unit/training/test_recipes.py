@@ -11,10 +11,10 @@ import pytest
 
 from elastic_kfac.config import Config, parse_config, read_config
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.optimizers.polynomial import IMAGENET_SAMPLES, PRESETS
 from elastic_kfac.training.batch_control import course_policy
 from elastic_kfac.training.first_order import schedule_of
 from elastic_kfac.training.rates import RateControl
+from support.recipes import IMAGENET_SAMPLES, PRESETS
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "configs" / "recipes"
 

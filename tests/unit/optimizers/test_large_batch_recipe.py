@@ -12,13 +12,9 @@ from torch import nn
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.large_batch import VelocitySGD
-from elastic_kfac.optimizers.polynomial import (
-    IMAGENET_SAMPLES,
-    PRESETS,
-    polynomial_decay,
-    tied_momentum,
-)
+from elastic_kfac.optimizers.schedules import polynomial_decay, tied_momentum
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
+from support.recipes import IMAGENET_SAMPLES, PRESETS
 
 
 def test_polynomial_decay_at_its_corners() -> None:

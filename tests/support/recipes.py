@@ -1,45 +1,19 @@
-"""Schedules and presets of the large-batch K-FAC recipe (Osawa et al. 2019): polynomial decay of the
-rate, momentum that follows the rate, and six batch sizes from 4,096 to 131,072 on ImageNet-1k."""
+"""The published large-batch K-FAC recipe (Osawa et al. 2019): six batch sizes on ImageNet-1k."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
-from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.schedules import Schedule, polynomial_decay
-
-__all__ = ["PRESETS", "LargeBatchPreset", "MomentumRule", "polynomial_decay", "tied_momentum"]
-
-MomentumRule = Literal["ratio0", "ratio_prev"]
 
 IMAGENET_SAMPLES = 1_281_167
 
 
-def tied_momentum(
-    rule: MomentumRule, base_momentum: float, *, lr: float, base_lr: float, previous_lr: float
-) -> float:
-    """The momentum of a step, for a velocity that contains the rate (`VelocitySGD`).
-
-    `ratio0` is the paper's m0·lr/lr0; `ratio_prev` the released code's m0·lr/lr_prev while the rate
-    falls, which equals `torch.optim.SGD` with a constant m0 (spec E-5).
-
-    Raises:
-        ConfigError: If the rule is unknown.
-    """
-    if rule == "ratio0":
-        return base_momentum * lr / base_lr
-    if rule == "ratio_prev":
-        falls = previous_lr > 0 and lr < previous_lr
-        return base_momentum * lr / previous_lr if falls else base_momentum
-    raise ConfigError("unknown momentum rule", given=rule, allowed="ratio0, ratio_prev")
-
-
 @dataclass(frozen=True)
 class LargeBatchPreset:
-    """One row of the recipe table (spec 3.3)."""
+    """One row of the recipe table."""
 
     batch_size: int
     mixup_alpha: float
@@ -51,9 +25,9 @@ class LargeBatchPreset:
     damping: float
     epochs: int
     printed_iterations: int
-    """What the poster says; 8,192 differs from the formula there (5,434 against 5,474)."""
+    """As printed on the poster; for 8,192 it differs from the formula (5,434 against 5,474)."""
     top1_percent: float
-    """Of the paper, ResNet-50."""
+    """Published for ResNet-50."""
 
     @property
     def iterations(self) -> int:

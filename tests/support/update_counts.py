@@ -34,7 +34,7 @@ def fixed_batch_updates(num_samples: int, epochs: int, batch_size: int) -> int:
 def growing_batch_updates(
     batch_stages: Sequence[tuple[int, int]], num_samples: int, micro_batch_size: int
 ) -> int:
-    """Published count of GG: ⌊Σ ⌊n/b0⌋·epochs·b0/b⌋ over its stages (spec 5.3).
+    """Published count of GG: ⌊Σ ⌊n/b0⌋·epochs·b0/b⌋ over its stages.
 
     A step of batch b is b/b0 accumulated micro-batches, of which an epoch has ⌊n/b0⌋.
     """
@@ -62,12 +62,12 @@ def run_seconds(
     hessian_s: float = 0.0,
     hessian_passes: int = 0,
 ) -> float:
-    """Cost model of a run: updates·(T_comp + T_comm) + passes·T_Hess (spec 5.3)."""
+    """Cost model of a run: updates·(T_comp + T_comm) + passes·T_Hess."""
     return updates * (computation_s + communication_s) + hessian_passes * hessian_s
 
 
 def largest_base_rate(smoothness: float, noise_growth: float, max_batch_size: int) -> float:
-    """η0 ≤ 1 / (L_g (M_v + B_max)): the condition of the convergence theorem (spec 5.1)."""
+    """η0 ≤ 1 / (L_g (M_v + B_max)): the condition of the convergence theorem."""
     return 1.0 / (smoothness * (noise_growth + max_batch_size))
 
 
@@ -83,7 +83,7 @@ def expected_gap_bounds(
     """Upper bounds on E[L(θ_{t+1})] − L* for t = 0, 1, … with steps b_t·η0 (Yao et al. 2018).
 
     Π_{k=1..t} (1 − b_k η0 c_s)·(gap_0 − floor) + floor, with floor = η0 L_g M / (2 c_s). The product
-    begins at k = 1 as published (spec E-20), which is valid but slightly loose.
+    begins at k = 1 as published, which is valid but slightly loose.
 
     Args:
         batch_sizes: b_0, b_1, …
