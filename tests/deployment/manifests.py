@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import yaml
 
 from elastic_kfac import __version__
 from elastic_kfac.cli.arguments import parse_arguments
+from elastic_kfac.cli.entry import job_arguments
 from elastic_kfac.config import Config, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -155,11 +155,7 @@ def training(entrypoint: str) -> Training:
     path = _in_repository(script)
     if python != "python" or path != ROOT / "jobs" / "train.py":
         raise ValueError(f"not a training job: {python} {script}")
-    spec = importlib.util.spec_from_file_location("jobs_train", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    arguments = parse_arguments(module.arguments_for(words, {}))
+    arguments = parse_arguments(job_arguments("train", words, {}))
     config = read_config(_in_repository(arguments.config), arguments.overrides)
     return Training(config, arguments.name, arguments.storage)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from elastic_kfac.cli.runs import locate_run, open_run, write_report
-from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -202,101 +201,3 @@ def _device(folder: RunFolder) -> torch.device:
 
     use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
     return torch.device("cuda" if use_gpu else "cpu")
-
-
-def parse_samples(text: str) -> int | str:
-    """`all`, or how many.
-
-    Raises:
-        UsageError: If it is neither.
-    """
-    if text == "all":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError("bad value for --samples", given=text, allowed="a number from 1, or all")
-    return int(text)
-
-
-def parse_images(text: str) -> int:
-    """How many images; a pass over them is one batch.
-
-    Raises:
-        UsageError: If it is not a number from 1 to 256.
-    """
-    if not text.isdecimal() or not 1 <= int(text) <= 256:
-        raise UsageError("bad value for --images", given=text, allowed="a number from 1 to 256")
-    return int(text)
-
-
-def add_options(parser: Any, names: Sequence[str]) -> None:
-    """The options of these commands by name; `parser` is that of the command line."""
-    options: dict[str, dict[str, Any]] = {
-        "--checkpoint": {
-            "type": int,
-            "metavar": "STEP",
-            "help": "step of a checkpoint (default: the newest)",
-        },
-        "--epoch": {"type": float, "metavar": "E", "help": "the last checkpoint up to epoch E"},
-        "--top-k": {
-            "type": int,
-            "default": 20,
-            "metavar": "K",
-            "help": "eigenvalues of the largest size (default: 20)",
-        },
-        "--samples": {
-            "type": parse_samples,
-            "default": 1024,
-            "metavar": "N",
-            "help": "samples to look at, or all (default: 1024)",
-        },
-        "--budget-s": {
-            "type": float,
-            "default": 120.0,
-            "metavar": "SECONDS",
-            "help": "stop after about this time and say what is missing (default: 120)",
-        },
-        "--memory-gib": {
-            "type": float,
-            "metavar": "GIB",
-            "help": "limit for the vectors (default: what is free)",
-        },
-        "--split": {"help": "split whose loss it is about (default: the training split)"},
-        "--seed": {
-            "type": int,
-            "default": 0,
-            "help": "which samples, start vectors and draws (default: 0)",
-        },
-        "--images": {
-            "type": parse_images,
-            "default": 64,
-            "metavar": "N",
-            "help": "images whose unrolled patches are looked at (default: 64)",
-        },
-        "--epsilon": {
-            "type": float,
-            "default": 1e-6,
-            "help": "singular values above this times the largest count (default: 1e-6)",
-        },
-        "--factor": {
-            "type": float,
-            "default": 1.0,
-            "metavar": "C",
-            "help": "C of loss + C·√(variance/n) (default: 1)",
-        },
-    }
-    for name in names:
-        parser.option(name, **options[name])
-
-
-ANALYZE = [
-    "--checkpoint",
-    "--epoch",
-    "--top-k",
-    "--samples",
-    "--budget-s",
-    "--memory-gib",
-    "--split",
-    "--seed",
-]
-LOWRANK = ["--checkpoint", "--epoch", "--images", "--epsilon"]
-BIAS_VARIANCE = ["--checkpoint", "--epoch", "--samples", "--factor"]

@@ -1,4 +1,4 @@
-"""The grammar of the command line: subcommands, options, and what is wrong with a mistyped one."""
+"""The grammar of the command line: one table of commands, one of options."""
 
 from __future__ import annotations
 
@@ -6,34 +6,271 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from elastic_kfac import __version__
-from elastic_kfac.cli.analyze import ANALYZE, BIAS_VARIANCE, LOWRANK, add_options
 from elastic_kfac.errors import UsageError
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-SOURCES = (
-    "digits | clusters10[:SEED] | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
-    "torchvision:NAME[:ROOT]"
+PROGRAM = "elastic-kfac"
+
+
+def _checked(
+    option: str, allowed: str, convert: Callable[[str], Any], example: str | None = None
+) -> Callable[[str], Any]:
+    """A converter whose ValueError becomes one line with what is allowed."""
+
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except ValueError:
+            change = None if example is None else f"for example {option} {example}"
+            raise UsageError(
+                f"bad value for {option}", given=text, allowed=allowed, change=change
+            ) from None
+
+    return parse
+
+
+def _whole(text: str, low: int = 1, high: int = 999_999) -> int:
+    if not re.fullmatch(r"\d{1,6}", text) or not low <= int(text) <= high:
+        raise ValueError
+    return int(text)
+
+
+def _step_and(text: str, low: int) -> tuple[int, int]:
+    step, _, value = text.partition(":")
+    return _whole(step), _whole(value, low)
+
+
+def _world_sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(_whole, text.split(",")))
+
+
+def _samples(text: str) -> int | str:
+    return text if text == "all" else _whole(text)
+
+
+def _run_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
+        raise ValueError
+    return text
+
+
+def _number(option: str, convert: Callable[[str], Any] = _whole) -> Callable[[str], Any]:
+    return _checked(option, "a whole number from 1", convert)
+
+
+NAME = _checked("--name", "letters, digits, '.', '_' and '-', at most 100", _run_name)
+KILLS = _checked(
+    "--kill-at", "STEP:RANK with step >= 1 and rank >= 0", lambda text: _step_and(text, 0), "60:1"
 )
+RESIZES = _checked(
+    "--resize-at",
+    "STEP:NODES with step >= 1 and nodes >= 1",
+    lambda text: _step_and(text, 1),
+    "60:1",
+)
+SIZES = _checked("--world-size", "whole numbers from 1, separated by commas", _world_sizes, "1,2,5")
+SAMPLES = _checked("--samples", "a whole number from 1, or all", _samples)
+IMAGES = _checked("--images", "a number from 1 to 256", lambda text: _whole(text, 1, 256))
 
 
-class Parser(argparse.ArgumentParser):
+def _of(text: str, **options: Any) -> dict[str, Any]:
+    if isinstance(options.get("default"), int | float | str):
+        text = (
+            f"{text} (default: {options['default']:{'g' if options.get('type') is float else ''}})"
+        )
+    return {"help": text, **options}
+
+
+def _repeated(text: str, **options: Any) -> dict[str, Any]:
+    return {"help": f"{text} (repeatable)", "action": "append", "default": [], **options}
+
+
+# Every argument; a command may replace one.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "CONFIG": _of("configuration (YAML), e.g. jobs/configs/digits.yaml"),
+    "NAMES": _of("section or key (default: all)", metavar="SECTION[.KEY]", nargs="*"),
+    "RUN": _of("folder of a run, or its name below --storage"),
+    "SPACE": _of("search space (YAML), e.g. tune_spaces/smoke.yaml"),
+    "STUDY": _of("study (YAML), e.g. benchmarks/studies/clusters10.yaml"),
+    "URI": _of("a shard set, or the root of several splits"),
+    "--address": _of(
+        "Ray cluster: auto, or HOST:PORT of its head (default: start a local cluster)"
+    ),
+    "--attack": _of("also evaluate attacked samples", choices=("fgsm", "pgd", "l2")),
+    "--budget-s": _of(
+        "stop after about SECONDS and list what is missing",
+        type=float,
+        default=120.0,
+        metavar="SECONDS",
+    ),
+    "--checkpoint": _of("step of the checkpoint (default: the newest)", type=int, metavar="STEP"),
+    "--contact-sheet": _of("also draw samples of every class to this file", metavar="PNG"),
+    "--epoch": _of("use the last checkpoint up to epoch E", type=float, metavar="E"),
+    "--epsilon": _of(
+        "count singular values above EPSILON times the largest", type=float, default=1e-6
+    ),
+    "--factor": _of("C in loss + C·√(variance/n)", type=float, default=1.0, metavar="C"),
+    "--images": _of(
+        "images whose unrolled patches are analysed", type=IMAGES, default=64, metavar="N"
+    ),
+    "--kill-at": _repeated(
+        "local cluster only: SIGKILL worker RANK when STEP is committed",
+        type=KILLS,
+        metavar="STEP:RANK",
+    ),
+    "--markdown": _of("print docs/configuration.md", action="store_true"),
+    "--memory-gib": _of(
+        "memory limit for vectors (default: the free memory)", type=float, metavar="GIB"
+    ),
+    "--name": _of(
+        "name of the run; an existing run is continued (default: from the file's name)", type=NAME
+    ),
+    "--parallelism": _of(
+        "cells to train at the same time (default: the file's)",
+        type=_number("--parallelism"),
+        metavar="N",
+    ),
+    "--quick": _of("check only that every shard exists and its size", action="store_true"),
+    "--radius": _of(
+        "radius of the attack in units of model inputs (default: the run's)", type=float
+    ),
+    "--resize-at": _repeated(
+        "local cluster only: resize it to NODES nodes when STEP is committed",
+        type=RESIZES,
+        metavar="STEP:NODES",
+    ),
+    "--samples": _of("samples to analyse, or all", type=SAMPLES, default=1024, metavar="N"),
+    "--seed": _of("seed of samples, start vectors and draws", type=int, default=0),
+    "--seeds": _of(
+        "override the number of seeds in the file", type=_number("--seeds"), metavar="N"
+    ),
+    "--set": _repeated(
+        "override one key; `elastic-kfac config` lists them",
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+    ),
+    "--source": _of(
+        "digits | clusters10[:SEED] | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
+        "torchvision:NAME[:ROOT]",
+        required=True,
+    ),
+    "--split": _of("split to analyse (default: the training split)"),
+    "--steps": _of("steps of pgd and l2 (default: the run's)", type=int),
+    "--storage": _of("folder or URI that holds the runs", default="./runs"),
+    "--top-k": _of(
+        "largest eigenvalues by magnitude to compute", type=int, default=20, metavar="K"
+    ),
+    "--world-size": _of(
+        "one or more numbers of workers", type=SIZES, required=True, metavar="N[,N...]"
+    ),
+}
+
+
+class Command(NamedTuple):
+    """A subcommand."""
+
+    function: str
+    """`module:function` below elastic_kfac.cli."""
+    help: str
+    arguments: str
+    """Names in ARGUMENTS."""
+    own: dict[str, dict[str, Any]] = {}  # noqa: RUF012
+    """Arguments of this command alone."""
+
+
+ON_A_CHECKPOINT = "RUN --storage --checkpoint --epoch"
+GROUPS = {
+    "shards": "Write, verify and describe Arrow shards.",
+    "probe": "Diagnose a run's checkpoint.",
+}
+COMMANDS: dict[str, Command] = {
+    "shards make": Command(
+        "shards:make",
+        "Write a data source as Arrow shards.",
+        "--source",
+        {
+            "--out": _of("folder, s3:// or gs://", required=True, metavar="URI"),
+            "--split": _of("split to write (default: every split of the source)"),
+            "--address": _of(
+                "Ray cluster that shares the work (default: RAY_ADDRESS, or this process alone)"
+            ),
+        },
+    ),
+    "shards verify": Command(
+        "shards:verify", "Read every byte and check it against the manifest.", "URI --quick"
+    ),
+    "shards describe": Command(
+        "shards:describe", "Print the manifests of a shard set as JSON.", "URI --contact-sheet"
+    ),
+    "train": Command(
+        "train:train",
+        "Train elastically under Ray Train.",
+        "CONFIG --set --name --storage --address --resize-at --kill-at",
+    ),
+    "tune": Command(
+        "tune:tune",
+        "Search for the configuration that reaches an accuracy fastest.",
+        "SPACE --set --name --storage --address",
+    ),
+    "compare": Command(
+        "compare:compare",
+        "Compare methods over batch sizes and seeds.",
+        "STUDY --set --name --storage --address --seeds --parallelism",
+    ),
+    "evaluate": Command(
+        "runs:evaluate",
+        "Compute loss and accuracy of a run's newest checkpoint.",
+        "RUN --storage --attack --radius --steps",
+    ),
+    "export": Command(
+        "runs:export",
+        "Write a run's weights as safetensors.",
+        "RUN --storage",
+        {"--out": _of("file to write (default: RUN/model.safetensors)", metavar="FILE")},
+    ),
+    "plan": Command(
+        "runs:plan",
+        "Show which worker computes what at given world sizes.",
+        "CONFIG --set --world-size",
+    ),
+    "audit": Command(
+        "runs:audit", "Verify that every sample was used exactly once.", "RUN --storage"
+    ),
+    "report": Command("runs:report", "Write report.html of a run or a search.", "RUN --storage"),
+    "analyze": Command(
+        "analyze:analyze",
+        "Analyse the curvature of the loss at a run's checkpoint.",
+        f"{ON_A_CHECKPOINT} --top-k --samples --budget-s --memory-gib --split --seed",
+    ),
+    "probe lowrank": Command(
+        "analyze:lowrank",
+        "Test whether low-rank approximation would compress a run's matrices.",
+        f"{ON_A_CHECKPOINT} --images --epsilon",
+    ),
+    "probe bias-variance": Command(
+        "analyze:bias_variance",
+        "Compute the loss and its variance over samples on both splits.",
+        f"{ON_A_CHECKPOINT} --samples --factor",
+    ),
+    "config": Command(
+        "configuration:config", "Explain every configuration key.", "NAMES --markdown"
+    ),
+    "doctor": Command(
+        "doctor:doctor",
+        "Check this machine and suggest fixes.",
+        "--storage",
+        {"--address": _of("Ray cluster to check (default: RAY_ADDRESS if set)")},
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
     """A parser that raises `UsageError` where argparse would print a page and exit."""
-
-    def __init__(self, **keywords: object) -> None:
-        super().__init__(allow_abbrev=False, **keywords)  # type: ignore[arg-type]
-        self.options: list[str] = ["-h", "--help"]
-        self.children: dict[str, Parser] = {}
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message.replace("argument ", "", 1), change=f"see `{self.prog} --help`")
-
-    def option(self, name: str, **keywords: object) -> None:
-        """Adds an option and remembers its name for suggestions."""
-        self.options.append(name)
-        self.add_argument(name, **keywords)  # type: ignore[arg-type]
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,269 +280,85 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         UsageError: For an unknown subcommand or option (with the nearest known one), a missing
             argument, or a value of the wrong form.
     """
-    parser = _build_parser()
-    _refuse_unknown_words(parser, argv)
-    return parser.parse_args(argv)
+    _refuse_unknown_words(argv)
+    return _build_parser().parse_args(argv)
 
 
-def _refuse_unknown_words(parser: Parser, argv: Sequence[str]) -> None:
+def _build_parser() -> _Parser:
+    root = _Parser(
+        prog=PROGRAM,
+        description="Second-order (K-FAC) training on clusters that grow and shrink.",
+        allow_abbrev=False,
+    )
+    root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    children = {"": root.add_subparsers(metavar="SUBCOMMAND", required=True)}
+    for path, command in COMMANDS.items():
+        group, _, name = path.rpartition(" ")
+        if group not in children:
+            parent = children[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            children[group] = parent.add_subparsers(metavar="SUBCOMMAND", required=True)
+        child = children[group].add_parser(
+            name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        child.set_defaults(command=f"elastic_kfac.cli.{command.function}")
+        for flag, options in {**_shared(command), **command.own}.items():
+            positional = {} if flag.startswith("-") else {"metavar": flag}
+            child.add_argument(flag.lower(), **{**positional, **options})
+    return root
+
+
+def _refuse_unknown_words(argv: Sequence[str]) -> None:
     # Before argparse looks: it would report what a misspelt option leaves missing, not the option.
-    current = parser
+    path = ""
     for word in argv:
+        program = f"{PROGRAM} {path}".rstrip()
         if word == "--":
-            return
+            break
         if word.startswith("--") or re.fullmatch(r"-[A-Za-z]", word):
-            name = word.split("=", 1)[0]
-            if name not in current.options:
+            name = word.partition("=")[0]
+            known = _options(path)
+            if name not in known:
                 raise UsageError(
-                    f"{current.prog} has no option {name}",
-                    allowed=", ".join(current.options[1:]),
-                    change=_suggestion(name, current.options),
+                    f"{program} has no option {name}",
+                    allowed=", ".join(known[1:]),
+                    change=_suggestion(name, known),
                 )
             if name in ("-h", "--help", "--version"):
                 return
-        elif current.children:
-            if word not in current.children:
+        elif path not in COMMANDS:
+            known = _children(path)
+            if word not in known:
                 raise UsageError(
-                    f"{current.prog} has no subcommand {word!r}",
-                    allowed=", ".join(current.children),
-                    change=_suggestion(word, list(current.children)),
+                    f"{program} has no subcommand {word!r}",
+                    allowed=", ".join(known),
+                    change=_suggestion(word, known),
                 )
-            current = current.children[word]
-    if current.children:
+            path = f"{path} {word}".lstrip()
+    if path not in COMMANDS:
+        program = f"{PROGRAM} {path}".rstrip()
         raise UsageError(
-            f"{current.prog} needs a subcommand",
-            allowed=", ".join(current.children),
-            change=f"see `{current.prog} --help`",
+            f"{program} needs a subcommand",
+            allowed=", ".join(_children(path)),
+            change=f"see `{program} --help`",
         )
+
+
+def _options(path: str) -> list[str]:
+    if path not in COMMANDS:
+        return ["-h", "--help", *([] if path else ["--version"])]
+    flags = (*_shared(COMMANDS[path]), *COMMANDS[path].own)
+    return ["-h", "--help", *(flag for flag in flags if flag.startswith("-"))]
+
+
+def _shared(command: Command) -> dict[str, dict[str, Any]]:
+    return {flag: ARGUMENTS[flag] for flag in command.arguments.split()}
+
+
+def _children(path: str) -> list[str]:
+    below = [name.removeprefix(path).split() for name in COMMANDS if name.startswith(path)]
+    return list(dict.fromkeys(words[0] for words in below))
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str | None:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else None
-
-
-def _build_parser() -> Parser:
-    parser = Parser(
-        prog="elastic-kfac",
-        description="Second-order (K-FAC) training on clusters that grow and shrink.",
-    )
-    parser.options.append("--version")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    groups = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-
-    def add(name: str, function: str, text: str) -> Parser:
-        child: Parser = groups.add_parser(name, help=text, description=text)
-        child.set_defaults(command=f"elastic_kfac.cli.{function}")
-        parser.children[name] = child
-        return child
-
-    _add_shards(parser, groups)
-    _add_train(add("train", "train:train", "Train elastically under Ray Train."))
-    _add_tune(add("tune", "tune:tune", "Search for the fastest way to an accuracy."))
-
-    _add_compare(add("compare", "compare:compare", "Compare methods over batch sizes and seeds."))
-
-    evaluate = add("evaluate", "runs:evaluate", "Loss and accuracy of a run's newest checkpoint.")
-    _add_run(evaluate)
-    evaluate.option("--attack", choices=("fgsm", "pgd", "l2"), help="also count attacked samples")
-    evaluate.option(
-        "--radius", type=float, help="of the attack, in model inputs (default: the run's)"
-    )
-    evaluate.option("--steps", type=int, help="of pgd and l2 (default: the run's)")
-
-    export = add("export", "runs:export", "Write a run's weights as safetensors.")
-    _add_run(export)
-    export.option("--out", help="file to write (default: RUN/model.safetensors)")
-
-    plan = add("plan", "runs:plan", "Show who would compute what at given world sizes.")
-    _add_config(plan)
-    plan.option(
-        "--world-size",
-        type=_world_sizes,
-        required=True,
-        metavar="N[,N...]",
-        help="one or more world sizes",
-    )
-
-    _add_run(add("audit", "runs:audit", "Prove that every sample was used exactly once."))
-    _add_run(add("report", "runs:report", "Write report.html of a run or a search."))
-
-    analyze = add("analyze", "analyze:analyze", "Curvature of the loss at a run's checkpoint.")
-    _add_run(analyze)
-    add_options(analyze, ANALYZE)
-    _add_probe(parser, groups)
-
-    doctor = add("doctor", "doctor:doctor", "Check this machine and say what to do.")
-    doctor.option("--storage", default="./runs", help="run storage to check (default: ./runs)")
-    doctor.option("--address", help="Ray cluster to check (default: RAY_ADDRESS if set)")
-    return parser
-
-
-def _add_shards(parser: Parser, groups: argparse._SubParsersAction[Parser]) -> None:
-    shards = groups.add_parser("shards", help="Make, check and describe Arrow shards.")
-    parser.children["shards"] = shards
-    verbs = shards.add_subparsers(metavar="VERB", required=True)
-
-    def add(name: str, text: str) -> Parser:
-        child: Parser = verbs.add_parser(name, help=text, description=text)
-        child.set_defaults(command=f"elastic_kfac.cli.shards:{name}")
-        shards.children[name] = child
-        return child
-
-    make = add("make", "Write a data source as Arrow shards.")
-    make.option("--source", required=True, help=SOURCES)
-    make.option("--out", required=True, metavar="URI", help="folder, s3:// or gs://")
-    make.option("--split", help="write only this split (default: all that the source has)")
-    make.option(
-        "--address",
-        help="Ray cluster to share the work among (`auto` or host:port; default: RAY_ADDRESS if "
-        "set, else this process alone)",
-    )
-    verify = add("verify", "Read every byte and check it against the manifest.")
-    verify.option(
-        "--quick", action="store_true", help="only check that every shard is there with its size"
-    )
-    describe = add("describe", "What a shard set holds.")
-    describe.option(
-        "--contact-sheet", metavar="PNG", help="also draw samples of every class to this file"
-    )
-    for verb in (verify, describe):
-        verb.add_argument("uri", metavar="URI", help="root or one split of a shard set")
-
-
-def _add_probe(parser: Parser, groups: argparse._SubParsersAction[Parser]) -> None:
-    probe = groups.add_parser("probe", help="Small diagnostics of a run's checkpoint.")
-    parser.children["probe"] = probe
-    verbs = probe.add_subparsers(metavar="VERB", required=True)
-    for name, function, options, text in (
-        ("lowrank", "lowrank", LOWRANK, "Would low-rank approximation compress its matrices?"),
-        ("bias-variance", "bias_variance", BIAS_VARIANCE, "Loss and spread over samples."),
-    ):
-        child: Parser = verbs.add_parser(name, help=text, description=text)
-        child.set_defaults(command=f"elastic_kfac.cli.analyze:{function}")
-        probe.children[name] = child
-        _add_run(child)
-        add_options(child, options)
-
-
-def _add_train(train: Parser) -> None:
-    _add_config(train)
-    train.option("--name", type=_run_name, help="run name; an existing one is continued")
-    train.option("--storage", default="./runs", help="folder or URI of runs (default: ./runs)")
-    train.option(
-        "--address", help="Ray cluster to use (`auto` or host:port); without it a local one starts"
-    )
-    train.option(
-        "--resize-at",
-        action="append",
-        default=[],
-        type=_pair("STEP:NODES", "--resize-at", smallest=(1, 1)),
-        metavar="STEP:NODES",
-        help="local cluster only: when STEP is committed, have NODES nodes (repeatable)",
-    )
-    train.option(
-        "--kill-at",
-        action="append",
-        default=[],
-        type=_pair("STEP:RANK", "--kill-at", smallest=(1, 0)),
-        metavar="STEP:RANK",
-        help="local cluster only: SIGKILL worker RANK when STEP is committed (repeatable)",
-    )
-
-
-def _add_tune(tune: Parser) -> None:
-    tune.add_argument("space", metavar="SPACE", help="YAML file, e.g. tune_spaces/smoke.yaml")
-    tune.option("--name", type=_run_name, help="name of the search; an existing one is continued")
-    tune.option("--storage", default="./runs", help="folder of searches (default: ./runs)")
-    tune.option(
-        "--address", help="Ray cluster to use (`auto` or host:port); without it a local one starts"
-    )
-    _add_overrides(tune)
-
-
-def _add_compare(compare: Parser) -> None:
-    compare.add_argument(
-        "study", metavar="STUDY", help="YAML file, e.g. benchmarks/studies/clusters10.yaml"
-    )
-    compare.option(
-        "--name", type=_run_name, help="name of its folder (default: the file's); continues it"
-    )
-    compare.option("--storage", default="./runs", help="folder or URI of runs (default: ./runs)")
-    compare.option(
-        "--address", help="Ray cluster to use (`auto` or host:port); without it a local one starts"
-    )
-    compare.option("--seeds", type=_positive("--seeds"), help="so many seeds, not the file's")
-    compare.option(
-        "--parallelism", type=_positive("--parallelism"), help="so many cells at the same time"
-    )
-    _add_overrides(compare)
-
-
-def _add_config(parser: Parser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. jobs/configs/digits.yaml")
-    _add_overrides(parser)
-
-
-def _add_overrides(parser: Parser) -> None:
-    parser.option(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="SECTION.KEY=VALUE",
-        help="replace one configuration value (repeatable)",
-    )
-
-
-def _add_run(parser: Parser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name below --storage")
-    parser.option("--storage", default="./runs", help="folder of runs (default: ./runs)")
-
-
-def _pair(form: str, option: str, smallest: tuple[int, int]) -> Callable[[str], tuple[int, int]]:
-    def parse(text: str) -> tuple[int, int]:
-        match = re.fullmatch(r"(\d+):(\d+)", text)
-        pair = (int(match[1]), int(match[2])) if match else (-1, -1)
-        if pair[0] < smallest[0] or pair[1] < smallest[1]:
-            names = form.lower().split(":")
-            raise UsageError(
-                f"bad value for {option}",
-                given=text,
-                allowed=f"{form} with {names[0]} >= {smallest[0]} and {names[1]} >= {smallest[1]}",
-                change=f"for example {option} 60:1",
-            )
-        return pair
-
-    return parse
-
-
-def _positive(option: str) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[1-9]\d{0,5}", text):
-            raise UsageError(f"bad value for {option}", given=text, allowed="whole numbers from 1")
-        return int(text)
-
-    return parse
-
-
-def _world_sizes(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(re.fullmatch(r"[1-9]\d{0,5}", part) for part in parts):
-        raise UsageError(
-            "bad value for --world-size",
-            given=text,
-            allowed="whole numbers from 1, separated by commas",
-            change="for example --world-size 1,2,5",
-        )
-    return tuple(int(part) for part in parts)
-
-
-def _run_name(text: str) -> str:
-    if not RUN_NAME.fullmatch(text):
-        raise UsageError(
-            "bad value for --name",
-            given=text,
-            allowed="letters, digits, '.', '_' and '-' (at most 100, the first a letter or digit)",
-        )
-    return text

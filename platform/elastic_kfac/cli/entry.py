@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from elastic_kfac.cli.arguments import parse_arguments
+from elastic_kfac.cli.arguments import PROGRAM, parse_arguments
 from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.errors import ElasticKfacError
 
-PROGRAM = "elastic-kfac"
 EXIT_INTERRUPTED = 130
 
 
@@ -30,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = command(arguments)
         sys.stdout.flush()
         if argv is None and function_name == "doctor":
-            # It has said all and holds nothing; to take torch and Ray down would cost seconds.
+            # Everything is printed and nothing is held; an orderly exit of torch and Ray takes seconds.
             os._exit(code)
         return code
     except ElasticKfacError as error:
@@ -45,3 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as finished:  # argparse after --help and --version
         return finished.code if isinstance(finished.code, int) else 0
+
+
+def main_of_job(command: str) -> int:
+    """`main` for the entry point of `ray job submit`, whose own words are those after `command`."""
+    return main(job_arguments(command, sys.argv[1:], os.environ))
+
+
+def job_arguments(command: str, argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The argument list of a job: in a Ray job `--address auto`, unless an address is given."""
+    given = any(word.partition("=")[0] == "--address" for word in argv)
+    address = ["--address", "auto"] if is_ray_job(environment) and not given else []
+    return [*command.split(), *argv, *address]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from elastic_kfac.cli import main
-from elastic_kfac.cli.arguments import parse_arguments
+from elastic_kfac.cli.arguments import COMMANDS, parse_arguments
+from elastic_kfac.cli.entry import job_arguments
 from elastic_kfac.errors import UsageError
 
 SOURCE_ROOT = Path(__file__).parents[3] / "platform"
@@ -69,6 +71,37 @@ def test_parse_twice_does_not_carry_repeats_over() -> None:
 
 def test_parse_world_sizes_with_list_returns_tuple() -> None:
     assert parse_arguments(["plan", "c", "--world-size", "1,2,5"]).world_size == (1, 2, 5)
+
+
+def test_job_uses_the_cluster_that_it_runs_on() -> None:
+    inside = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    assert job_arguments("train", ["c.yaml"], {}) == ["train", "c.yaml"]
+    assert job_arguments("shards make", [], inside) == ["shards", "make", "--address", "auto"]
+    for given in (["s.yaml", "--address=x:1"], ["s.yaml", "--address", "h:1"]):
+        assert job_arguments("tune", given, inside) == ["tune", *given]
+
+
+@pytest.mark.parametrize(
+    ("job", "command"),
+    [("train", "train"), ("tune", "tune"), ("compare", "compare"), ("make_shards", "shards make")],
+)
+def test_script_of_a_job_runs_its_command(job: str, command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, SOURCE_ROOT.parent / "jobs" / f"{job}.py", "--help"],
+        env={**os.environ, "PYTHONPATH": str(SOURCE_ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"usage: elastic-kfac {command} ")
+
+
+def test_every_command_exists_and_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, command in COMMANDS.items():
+        module, _, function = command.function.partition(":")
+        assert callable(getattr(importlib.import_module(f"elastic_kfac.cli.{module}"), function))
+        assert main([*name.split(), "--help"]) == 0
+        assert command.help in " ".join(capsys.readouterr().out.split())
 
 
 def test_usage_error_names_the_allowed_options() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -66,20 +64,3 @@ def test_every_cell_of_the_clusters_study_follows_its_policy() -> None:
     }
     assert policies == expected
     assert {cell.config.train.global_batch_size for cell in cells} == {32}
-
-
-def test_job_inside_ray_uses_the_cluster_of_the_job() -> None:
-    arguments_for = _job().arguments_for
-    assert arguments_for(["s.yaml"], {}) == ["compare", "s.yaml"]
-    inside = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
-    assert arguments_for(["s.yaml"], inside) == ["compare", "s.yaml", "--address", "auto"]
-    given = ["s.yaml", "--address", "h:1"]
-    assert arguments_for(given, inside) == ["compare", *given]
-
-
-def _job() -> Any:
-    spec = importlib.util.spec_from_file_location("jobs_compare", ROOT / "jobs" / "compare.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

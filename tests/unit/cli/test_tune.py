@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,30 +12,12 @@ from elastic_kfac.cli.entry import main
 ROOT = Path(__file__).parents[3]
 
 
-def job() -> Any:
-    spec = importlib.util.spec_from_file_location("tune_job", ROOT / "jobs" / "tune.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tune_takes_what_train_takes() -> None:
     words = ["tune", "s.yaml", "--name", "a", "--storage", "b", "--address", "auto"]
     found = parse_arguments([*words, "--set", "optimizer.lr=1"])
     assert (found.space, found.name, found.storage, found.address) == ("s.yaml", "a", "b", "auto")
     assert found.overrides == ["optimizer.lr=1"]
     assert found.command == "elastic_kfac.cli.tune:tune"
-
-
-def test_job_uses_the_cluster_that_it_runs_on() -> None:
-    arguments_for = job().arguments_for
-    assert arguments_for(["s.yaml"], {}) == ["tune", "s.yaml"]
-    inside = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
-    assert arguments_for(["s.yaml"], inside) == ["tune", "s.yaml", "--address", "auto"]
-    given = ["s.yaml", "--address=x:1"]
-    assert arguments_for(given, inside) == ["tune", *given]
 
 
 def test_impossible_space_ends_with_one_line_and_exit_code_2(
