@@ -55,7 +55,7 @@ def test_job_with_bad_configuration_fails_with_one_line(head: RayHead, folder: P
     assert "Job entrypoint command failed with exit code 2" in job.stdout + job.stderr
     first, second, *_ = own_lines(job.stdout)
     assert FIRST_LINE.fullmatch(first), first
-    assert second.startswith("elastic-kfac: error: unknown configuration key train.epoch")
+    assert second.startswith("elastic-kfac: error: unknown key train.epoch in the configuration")
     assert "Traceback" not in job.stdout
 
 

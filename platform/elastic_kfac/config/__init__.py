@@ -20,11 +20,12 @@ from elastic_kfac.config.reader import (
     apply_overrides,
     parse_config,
     read_config,
+    read_yaml,
     split_override,
+    validate,
     write_config,
 )
-from elastic_kfac.config.rules import steps_apart
-from elastic_kfac.config.run import Config
+from elastic_kfac.config.run import Config, steps_apart
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.train import ModelConfig, TrainConfig
 
@@ -49,7 +50,9 @@ __all__ = [
     "apply_overrides",
     "parse_config",
     "read_config",
+    "read_yaml",
     "split_override",
     "steps_apart",
+    "validate",
     "write_config",
 ]

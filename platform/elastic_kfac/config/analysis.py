@@ -10,34 +10,37 @@ from elastic_kfac.config.section import Section
 
 
 class AnalysisConfig(Section):
-    """What is computed about the Hessian: during training, and by `elastic-kfac analyze`.
+    """Hessian analysis during training, and defaults of `elastic-kfac analyze`.
 
-    All of it is about the mean loss of samples that are not augmented, in evaluation mode and without
-    weight decay. Training itself does not notice.
+    The loss is the mean over samples without augmentation, in evaluation mode and without weight decay.
+    Analysis does not change training.
     """
 
     every_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Analyse after this many epochs, again and again, and at the end; None: not during training."""
+    """Epochs between analyses during training (and one at the end); null means none."""
     samples: Annotated[int, Field(ge=1)] | None = 512
-    """The same samples throughout; None takes the whole split."""
+    """Samples of the loss, always the same ones; null means the whole split."""
     top_k: Annotated[int, Field(ge=1)] = 1
-    """Eigenvalues of the largest size, of the whole Hessian and of the last layer's block."""
+    """Largest eigenvalues by magnitude to compute, of the Hessian and of the last layer's block."""
     lanczos_steps: Annotated[int, Field(ge=2)] = 100
-    """At most this many Hessian products, and as many vectors in memory, per spectrum."""
+    """Upper bound on Hessian products, and on vectors in memory, per spectrum."""
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-3
-    """Relative residual at which an eigenvalue counts as converged."""
+    """Relative residual at which an eigenvalue has converged."""
     one_samples: Annotated[int, Field(ge=0)] = 0
-    """Over how many single samples the spectrum of one sample's Hessian is averaged."""
+    """Single samples whose spectra are averaged; 0 skips them."""
     trace_draws: Annotated[int, Field(ge=0)] = 0
+    """Random vectors of the trace estimate; 0 skips it."""
     density_draws: Annotated[int, Field(ge=0)] = 0
+    """Random vectors of the spectral density; 0 skips it."""
     landscape_points: Annotated[int, Field(ge=0)] = 0
-    """Losses along the dominant eigenvector, on both splits; an odd number looks at the middle."""
+    """Points of the loss along the dominant eigenvector on both splits; an odd number includes the
+    current weights, 0 skips it."""
     budget_s: Annotated[float, Field(gt=0)] | None = None
-    """Stop after about this many seconds and say what is missing; None: take the time it takes. With
-    a budget, how far it gets depends on the machine; without one every world gives equal numbers."""
+    """Stop after about this many seconds and list what is missing; null means no limit. With a limit
+    the results depend on the machine's speed."""
     batch_size: Annotated[int, Field(ge=1)] = 128
-    """Samples per pass; what a product takes besides the vectors grows with it."""
+    """Samples per worker and pass; affects memory and speed only."""
     memory_gib: Annotated[float, Field(gt=0)] | None = None
-    """Limit for the vectors on each worker; None: what is free."""
+    """Limit in GiB per worker for vectors; null means the free memory."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which samples, start vectors and draws."""
+    """Seed of samples, start vectors and draws."""

@@ -1,10 +1,10 @@
-"""Workers: how many, what they exchange and what each asks of Ray."""
+"""Workers: how many there are, what they exchange and what each requests from Ray."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from elastic_kfac.config.section import Section
 
@@ -13,103 +13,95 @@ class ElasticConfig(Section):
     """How the run follows a cluster that grows and shrinks."""
 
     min_workers: Annotated[int, Field(ge=1)] = 1
+    """The run waits while fewer workers fit on the cluster."""
     max_workers: Annotated[int, Field(ge=1)] = 2
+    """Largest number of workers; without `--address` also the number of local nodes."""
     batch_policy: Literal["keep_global", "keep_local", "abs"] = "keep_global"
-    """What a resize does to the batch: nothing, or scale it with the workers; with `abs` the batch
-    does not follow the workers, but its growth (`batch.policy`) asks for more of them."""
+    """What a resize does to the global batch: nothing (`keep_global`), or scale it with the workers
+    (`keep_local`). With `abs` a batch that grows (`batch.policy`) requests more workers."""
     merge: Literal["average", "distnewton"] = "average"
-    """How ranks that stepped apart come together: by averaging, or by a quasi-Newton step."""
+    """How local SGD merges the workers' weights: average, or a quasi-Newton step (`distnewton`)."""
     merge_every_steps: Annotated[int, Field(ge=1)] = 1
-    """Steps that ranks take apart, each on its own share; 1 with `average` sums gradients instead."""
+    """Local steps between merges. 1 with `merge: average` is ordinary training: gradients are averaged
+    in every step."""
     snapshot_interval_s: Annotated[float, Field(gt=0)] = 2.0
-    """At most this much stepping time is redone after an unplanned loss; more where a snapshot takes
-    over 2 % of the CPU time of the steps between two of them."""
+    """Upper bound in seconds on training time to redo after an unplanned loss. Exceeded by large
+    models, where a snapshot would take more than 2 % of the CPU time of the steps since the last."""
     checkpoint_interval_s: Annotated[float, Field(gt=0)] = 60.0
-    """Between durable checkpoints while snapshots go to vaults; parking and the end always save one."""
+    """Seconds between checkpoints in the run's storage while snapshots go to the memory of other nodes.
+    A drain and the end of the run always save one."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 3
+    """Newest checkpoints to keep."""
     resize_poll_s: Annotated[float, Field(gt=0)] = 1.0
-    """How often Ray Train looks for capacity to grow into."""
+    """Seconds between looks for capacity to grow into."""
     in_place: bool = False
-    """Survivors of a loss keep their processes and step on while the lost ranks are replaced."""
+    """After a loss, survivors keep their processes and continue training while lost workers are
+    replaced."""
     in_place_wait_s: Annotated[float, Field(gt=0)] = 30.0
-    """How long they go on without a place for the lost ranks before the group is started again."""
+    """Seconds for which survivors continue without capacity for the lost workers; then all restart."""
     reproducible: bool = False
-    """Every bit of the final state is the same for any number of workers, resizes and kills."""
+    """Make every bit of the final state independent of the number of workers, resizes and kills (CPUs
+    of one type)."""
     logical_shards: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Fixed parts of every batch in the reproducible mode, a power of two; fewer are faster."""
+    """Fixed parts of every batch in reproducible mode; a power of two. Fewer are faster."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ElasticConfig:
-        if self.min_workers > self.max_workers:
-            raise ValueError(
-                f"min_workers={self.min_workers} is above max_workers={self.max_workers}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _shards_are_enough(self) -> ElasticConfig:
-        if self.logical_shards & (self.logical_shards - 1):
-            raise ValueError(f"logical_shards={self.logical_shards} is not a power of two")
-        if self.reproducible and self.max_workers > self.logical_shards:
-            raise ValueError(
-                f"max_workers={self.max_workers} is above logical_shards={self.logical_shards}, "
-                "so that workers would have nothing to do"
-            )
-        return self
+    @property
+    def takes_local_steps(self) -> bool:
+        """Whether workers step on their own between merges (local SGD)."""
+        return self.merge == "distnewton" or self.merge_every_steps > 1
 
 
 class CommunicationConfig(Section):
-    """How gradients travel (not with `optimizer.name: sharded_kfac`, which has its own way)."""
+    """How gradients are summed over workers (except with `optimizer.name: sharded_kfac`)."""
 
     algorithm: Literal["native", "ring", "rabenseifner", "hierarchical"] = "native"
+    """All-reduce: the backend's own, or one of ours, for comparison."""
     wire_format: Literal["fp32", "bf16", "fp16", "int8", "topk"] = "fp32"
+    """Type in which gradients are sent; `topk` sends the largest entries only."""
     topk_ratio: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Fraction of entries that `topk` sends."""
     error_feedback: bool | None = None
-    """Carry what an encoding lost into the next step; None means for int8 and topk."""
+    """Add what compression lost to the next step's gradient; null means yes for `int8` and `topk`."""
 
 
 class DistNewtonConfig(Section):
-    """How ranks that stepped apart are merged (`elastic.merge: distnewton`)."""
+    """Quasi-Newton merge of local SGD (`elastic.merge: distnewton`)."""
 
     lr: Annotated[float, Field(gt=0)] | None = None
-    """τ, or τ_N of the Newton part when `gradient_lr` is set; None is the step's rate."""
+    """Step size τ, or τ_N of the Newton part if `gradient_lr` is set; null means the current rate."""
     gradient_lr: Annotated[float, Field(gt=0)] | None = None
-    """τ_S on what the ranks know no curvature of."""
+    """Step size τ_S on the complement of the space whose curvature is measured; null means `lr`."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """λ: directions with σ_k < λσ_1 are left to the gradient step."""
+    """λ: directions with σ_k < λ·σ_1 take a gradient step."""
     mode: Literal["paper", "sym", "abs"] = "paper"
+    """Curvature as published, symmetrised, or with absolute eigenvalues (repelled by saddles)."""
     cap: bool = True
-    """Limit τ to 1/σ̂."""
+    """Limit τ to 1/σ̂, the inverse of the largest measured curvature."""
     common_batch: bool = True
-    """Take all gradients on the same samples, so that their differences are curvature, not noise."""
+    """Evaluate all gradients of a merge on the same samples, so that they differ by curvature and not
+    by sampling noise."""
 
 
 class PlanConfig(Section):
-    """What the planner may change."""
+    """Inputs of the planner, which decides who decomposes and preconditions each layer."""
 
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = None
+    """Limit in GiB per worker for factors and decompositions with `kfac.grad_worker_frac: auto`; null
+    means no limit."""
     calibrate: bool = False
-    """Measure decompositions on rank 0 at every start (about a second) instead of taking stored costs."""
-    retune: bool = False
-    """Allow a resize to change intervals and damping (with an event)."""
+    """Measure decomposition times on rank 0 at every start (about 1 s) instead of using stored ones."""
 
 
 class ResourcesConfig(Section):
-    """What each worker asks of Ray."""
+    """What each worker requests from Ray."""
 
     use_gpu: bool = False
+    """Train on GPUs, one per worker; a worker without a usable GPU fails the run."""
     per_worker: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=lambda: {"CPU": 1.0}
     )
-
-    @model_validator(mode="after")
-    def _gpus_are_wanted(self) -> ResourcesConfig:
-        if "GPU" in self.per_worker and not self.use_gpu:
-            raise ValueError(
-                "per_worker names GPU, but use_gpu is false; set resources.use_gpu=true"
-            )
-        return self
+    """Ray resources of a worker, for example `{CPU: 4, GPU: 1}`."""
 
     def of_a_worker(self) -> dict[str, float]:
-        """Every resource of one worker: `use_gpu` alone means one GPU."""
+        """All resources of one worker: `use_gpu` alone means one GPU."""
         return {**({"GPU": 1.0} if self.use_gpu else {}), **self.per_worker}

@@ -4,94 +4,85 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from elastic_kfac.config.section import Section
 
 
 class OptimizerConfig(Section):
-    """The first-order rule that applies the (preconditioned) gradient."""
+    """The rule that applies the (preconditioned) gradient, and its learning rate."""
 
     name: Literal["sgd", "adam", "adamw", "lars", "lamb", "velocity_sgd", "sharded_kfac"] = "sgd"
-    """`velocity_sgd` is gradient descent whose velocity θ_t − θ_{t−1} contains the rate; `sharded_kfac`
-    is Osawa's pipeline: it takes damping, method, intervals and scales from `kfac`, momentum from here
-    and the rest from `sharded`; factors and momentum live at one owner each."""
+    """`velocity_sgd` is SGD whose velocity θ_t − θ_{t−1} contains the learning rate. `sharded_kfac` is
+    the sharded K-FAC of Osawa et al. (2019), in which one owner per layer keeps factors and momentum;
+    its options are in `kfac` and `sharded`."""
     lr: Annotated[float, Field(gt=0)] = 0.1
+    """Base learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Also the first β of adam, adamw and lamb."""
+    """Momentum; also β1 of `adam`, `adamw` and `lamb`."""
     momentum_rule: Literal["constant", "ratio0", "ratio_prev"] = "constant"
-    """How momentum follows the rate in `velocity_sgd` and `sharded_kfac`: m0·lr/lr0, or m0·lr/lr_prev
-    while the rate falls."""
+    """How momentum follows the learning rate in `velocity_sgd` and `sharded_kfac`: not, as
+    momentum·lr/lr_0, or as momentum·lr/lr_previous while the rate falls."""
     nesterov: bool = False
+    """Nesterov momentum (`sgd` and `sharded_kfac`)."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay: decoupled in `adamw` and `lamb`, added to the (preconditioned) gradient elsewhere."""
     decay_norm_and_bias: bool = False
-    """Whether weight decay also covers normalisation layers and biases."""
+    """Also decay normalisation layers and biases."""
     trust: Annotated[float, Field(gt=0)] = 1e-3
-    """η of `lars`."""
+    """Trust coefficient η of `lars` (You et al. 2017)."""
     rescale_weights: Literal["none", "shrink", "always"] = "none"
-    """Bring weights to norm sqrt(2·d_out) after each update (`shrink`: only larger ones); replaces
-    weight decay in the large-batch K-FAC recipe."""
+    """Rescale each weight to norm √(2·d_out) after every update (`shrink`: only if its norm is larger);
+    replaces weight decay in the large-batch K-FAC recipe (Osawa et al. 2019)."""
     lr_schedule: Literal["constant", "step", "cosine", "linear", "polynomial"] = "constant"
+    """Shape of the learning rate after warm-up."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0
+    """Epochs of linear warm-up from 0 to `lr`."""
     decay_epochs: tuple[float, ...] = ()
-    """Of `step`; with a batch policy they are the policy's milestones."""
+    """Epochs at which `step` multiplies the rate by `decay_factor`; with a batch policy they are the
+    policy's milestones."""
     decay_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of `step`."""
     end_lr_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Where cosine and linear schedules end, as a fraction of `lr`."""
+    """Last rate of `cosine` and `linear`, as a fraction of `lr`."""
     decay_start_epoch: Annotated[float, Field(ge=0)] = 0
-    """Where `polynomial` begins to fall."""
+    """Epoch at which `polynomial` begins to fall."""
     decay_end_epoch: Annotated[float, Field(gt=0)] | None = None
-    """Where `polynomial` reaches 0, perhaps after the end of training; None is `train.epochs`."""
+    """Epoch at which `polynomial` reaches 0, possibly after the end of the run; null means
+    `train.epochs`."""
     decay_power: Annotated[float, Field(gt=0)] = 2.0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> OptimizerConfig:
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum > 0")
-        if self.nesterov and self.name not in ("sgd", "sharded_kfac"):
-            raise ValueError(f"nesterov=true does not go with name={self.name}")
-        if self.momentum_rule != "constant" and self.name not in ("velocity_sgd", "sharded_kfac"):
-            raise ValueError(
-                f"momentum_rule={self.momentum_rule} needs a velocity that contains the rate: "
-                f"name=velocity_sgd or sharded_kfac, not {self.name}"
-            )
-        end = self.decay_end_epoch
-        if end is not None and end <= self.decay_start_epoch:
-            raise ValueError(
-                f"decay_end_epoch={end:g} is not after decay_start_epoch={self.decay_start_epoch:g}"
-            )
-        return self
+    """Exponent of `polynomial`."""
 
 
 class BatchConfig(Section):
-    """How batch and rate follow the course of a run, from `train.global_batch_size` = b0 on."""
+    """How batch size and learning rate change during a run, starting from b0 =
+    `train.global_batch_size`."""
 
     policy: Literal["constant", "bl", "fb", "gg", "abs", "absa", "warmup"] = "constant"
-    """`bl`: the cap with the small batch's rate; `fb`: the cap with linear scaling and warm-up; `gg`:
-    grow where the rate would decay; `abs` / `absa`: grow when the top Hessian eigenvalue falls, without
-    and with adversarial samples; `warmup`: follow `stages`. Decay epochs are those of `optimizer` with
-    `lr_schedule: step`; any other schedule multiplies the policy's rate."""
+    """`bl`: the maximum with the small batch's rate; `fb`: the maximum with linear scaling and warm-up
+    (Goyal et al. 2017); `gg`: grow where the rate would decay; `abs`, `absa`: grow when the top Hessian
+    eigenvalue falls, without and with adversarial samples (Yao et al. 2018); `warmup`: follow `stages`.
+    Decay epochs are those of `optimizer` with `lr_schedule: step`; other schedules multiply the
+    policy's rate."""
     max_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """The cap; every policy but `constant` needs it."""
+    """Largest batch; required by every policy except `constant`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 5
-    """Of `fb`: from lr to lr·B/b0."""
+    """Epochs in which `fb` raises the rate from lr to lr·B/b0."""
     stages: tuple[tuple[float, int], ...] = ()
-    """Of `warmup`: (from epoch, batch size)."""
+    """Stages of `warmup` as (first epoch, batch size)."""
     growth: Annotated[float, Field(gt=1)] = 2.0
-    """β of `abs` and `absa`."""
+    """Growth factor β of the batch in `abs` and `absa`."""
     eigenvalue_ratio: Annotated[float, Field(gt=1)] = 2.0
-    """α: the batch grows when the eigenvalue has fallen by this factor."""
+    """Grow when the eigenvalue has fallen by this factor α."""
     patience_epochs: Annotated[int, Field(ge=1)] = 10
-    """κ: the batch grows after this many epochs in any case."""
+    """Grow after κ epochs at the latest."""
     eigenvalue: Literal["power", "last_layer", "kfac"] = "power"
-    """Where the eigenvalue comes from: power iteration on the Hessian, on its last-layer block, or
-    max(d_A)·max(d_G) of the factors that K-FAC has anyway."""
+    """Source of the eigenvalue: power iteration on the Hessian or on its last layer's block, or the
+    largest max(d_A)·max(d_G) of the Kronecker factors, which costs nothing."""
     report_both: bool = False
-    """With `eigenvalue: kfac`, also measure the Hessian's, for the correlation in the metrics."""
+    """With `eigenvalue: kfac`, also measure the Hessian's eigenvalue and log the correlation."""
     hessian_samples: Annotated[int, Field(ge=1)] = 128
-    """Training samples, not augmented and the same throughout, that the Hessian is taken over."""
-    power_iterations: Annotated[int, Field(ge=1)] = 10
-    power_tolerance: Annotated[float, Field(gt=0)] = 1e-2
+    """Training samples, without augmentation, over which the Hessian is taken; always the same ones."""
     samples_per_worker: Annotated[int, Field(ge=1)] | None = None
-    """With `elastic.batch_policy: abs`, how many samples of a batch ask for one worker; None is
+    """Samples of a batch per requested worker with `elastic.batch_policy: abs`; null means
     b0 / elastic.min_workers."""

@@ -1,17 +1,31 @@
-"""Configuration files: YAML plus `--set section.key=value`."""
+"""Configuration files: YAML, `--set section.key=value`, and one line for whatever is wrong with them."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from elastic_kfac.config.run import Config
+from elastic_kfac.config.run import Config, shown
 from elastic_kfac.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+REMOVED = {
+    "plan.retune": "delete it; a resize keeps intervals and damping",
+    "batch.power_iterations": "delete it; power iteration takes at most 10 iterations",
+    "batch.power_tolerance": "delete it; power iteration stops at a relative change of 1e-2",
+    "mixing.erasing_area": "delete it; erased boxes cover 2 to 25 % of an image",
+    "mixing.erasing_aspect": "delete it; erased boxes have an aspect ratio of 0.3 to 1",
+}
+"""Keys of earlier versions, and what to do about each."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -21,26 +35,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: If the file is missing or not YAML, an override has no value, or a key or
             value is not allowed.
     """
-    file = Path(path).expanduser()
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            "no such configuration file",
-            given=path,
-            change="name a YAML file, for example jobs/configs/digits.yaml",
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file: {error}", given=path) from None
-    values = _load_yaml(text, what=str(path))
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            "a configuration file holds sections",
-            given=f"{path} with a {type(values).__name__} at the top",
-            allowed="train:, model:, kfac:, …",
-        )
+    values = read_yaml(path, "configuration file", "jobs/configs/digits.yaml")
     return parse_config(apply_overrides(values, [split_override(text) for text in overrides]))
 
 
@@ -54,18 +49,46 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     """Validates a mapping.
 
     Raises:
-        ConfigError: With the first offending field, its value, and what is allowed.
+        ConfigError: With the first offending key, its value, and what is allowed.
+    """
+    return validate(Config, values, "the configuration")
+
+
+def read_yaml(path: str | Path, what: str, example: str) -> dict[str, Any]:
+    """Reads a YAML file of sections; an empty file is an empty mapping.
+
+    Args:
+        path: The file.
+        what: What kind of file it is, for errors.
+        example: Path of an example, for errors.
+
+    Raises:
+        ConfigError: If the file is missing, unreadable, not YAML or not a mapping.
     """
     try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise _readable(error) from None
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no such {what}", given=path, change=f"name a YAML file, for example {example}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the {what}: {error}", given=path) from None
+    values = _load_yaml(text, what=str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"a {what} is a mapping of sections",
+            given=f"{path} with a {type(values).__name__} at the top level",
+            change=f"see {example}",
+        )
+    return values
 
 
 def apply_overrides(
     values: Mapping[str, Any], overrides: Sequence[tuple[str, Any]]
 ) -> dict[str, Any]:
-    """Returns `values` with `section.key` paths replaced; unknown paths are refused by validation.
+    """Returns `values` with `section.key` paths replaced; validation refuses unknown paths.
 
     Raises:
         ConfigError: If a path has no section or runs through something that is not a section.
@@ -76,9 +99,7 @@ def apply_overrides(
     for path, value in overrides:
         *sections, key = path.split(".")
         if not sections or not key:
-            raise ConfigError(
-                "--set needs section.key=value", given=path, allowed="for example kfac.damping=1e-3"
-            )
+            raise _no_override(path)
         node = result
         for section in sections:
             child = node.setdefault(section, {})
@@ -95,25 +116,21 @@ def split_override(override: str) -> tuple[str, Any]:
     Raises:
         ConfigError: Without a value, or if it is not YAML.
     """
-    path, equals, value = override.partition("=")
+    path, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(
-            "--set needs section.key=value",
-            given=override,
-            allowed="for example kfac.damping=1e-3",
-        )
-    return path.strip(), _scalar(value, override)
-
-
-def _scalar(value: str, override: str) -> Any:
-    parsed = _load_yaml(value, what=f"--set {override}")
-    if isinstance(parsed, str):
+        raise _no_override(override)
+    value = _load_yaml(text, what=f"--set {override}")
+    if isinstance(value, str):
         # YAML 1.1 reads 1e-3 (no dot) as text; people mean the number.
-        try:
-            return float(parsed)
-        except ValueError:
-            return parsed
-    return parsed
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return path.strip(), value
+
+
+def _no_override(given: str) -> ConfigError:
+    return ConfigError(
+        "bad override", given=given, allowed="section.key=value, for example kfac.damping=1e-3"
+    )
 
 
 def _load_yaml(text: str, *, what: str) -> Any:
@@ -126,50 +143,74 @@ def _load_yaml(text: str, *, what: str) -> Any:
         raise ConfigError(f"bad YAML{where}: {detail}", given=what) from None
 
 
-def _readable(error: ValidationError) -> ConfigError:
+def validate(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
+    """Validates a mapping against a model.
+
+    Args:
+        model: The model.
+        values: What a file holds.
+        what: What the mapping is, for errors (`the configuration`).
+
+    Raises:
+        ConfigError: With the first offending key, its value, and what is allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _one_line(error, model, what) from None
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], what: str) -> ConfigError:
     # Unknown keys first: a misspelt key often makes others look missing.
     problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
     problem = problems[0]
-    # Pydantic appends the branch of a union to the location; people know section.key only.
-    path = ".".join(str(part) for part in problem["loc"][:2])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 and _distinct(problems) else ""
+    path = _path(problem)
+    others = len({_path(p) for p in problems}) - 1
+    more = f" (and {others} more)" if others else ""
     if problem["type"] == "extra_forbidden":
-        allowed = _known_keys(problem["loc"])
-        key = str(problem["loc"][-1])
-        close = difflib.get_close_matches(key, allowed, n=1)
+        if path in REMOVED:
+            return ConfigError(f"{path} has been removed{more}", change=REMOVED[path])
+        known = sorted(_model_at(model, problem["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return ConfigError(
-            f"unknown configuration key {path}{more}",
-            allowed=", ".join(allowed),
+            f"unknown key {path} in {what}{more}",
+            allowed=", ".join(known),
             change=f"did you mean {close[0]}?" if close else "remove it or correct its name",
         )
+    if problem["type"] == "missing":
+        return ConfigError(f"{path} is missing in {what}{more}", change="add it")
     given = problem["input"]
-    unions = [p for p in problems if p["input"] == given and p["loc"][:2] == problem["loc"][:2]]
-    allowed_text = " or ".join(dict.fromkeys(_message(p) for p in unions))
+    # A union reports a problem for each of its branches.
+    messages = [_message(p) for p in problems if _path(p) == path and p["input"] == given]
     return ConfigError(
-        f"bad value for {path or 'the configuration'}{more}",
-        given=None if isinstance(given, dict) and len(problem["loc"]) < 2 else repr(given),
-        allowed=allowed_text,
+        f"bad value for {path or what}{more}",
+        given=None if not path else shown(given) if given is None else repr(given),
+        allowed=" or ".join(dict.fromkeys(messages)),
     )
 
 
+def _path(problem: Any) -> str:
+    # Pydantic appends the branch of a union (`float`, `literal['auto']`) to the location.
+    types = {"str", "int", "float", "bool", "dict", "list", "tuple"}
+    parts = [str(part) for part in problem["loc"]]
+    return ".".join(p for p in parts if re.fullmatch(r"[\w.]+", p) and p not in types)
+
+
 def _message(problem: Any) -> str:
-    text = str(problem["msg"])
-    if problem["type"] == "value_error":
-        return "consistent values (" + text.removeprefix("Value error, ") + ")"
-    return text.removeprefix("Input should be ")
+    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
 
 
-def _distinct(problems: Sequence[Any]) -> bool:
-    return len({p["loc"][:2] for p in problems}) > 1
-
-
-def _known_keys(location: Sequence[Any]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in location[:-1]:
+def _model_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel]:
+    """The model that a location leads to, through lists and mappings of models."""
+    for part in location:
         field = model.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            return []
-        if not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return sorted(model.model_fields)
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
+    return model
+
+
+def _models_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in typing.get_args(annotation):
+        yield from _models_in(argument)

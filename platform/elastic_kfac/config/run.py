@@ -1,6 +1,9 @@
-"""The whole configuration of a run: frozen sections, validated at construction."""
+"""The whole configuration of a run, and the one table of rules between its settings."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from pydantic import model_validator
 
@@ -15,9 +18,9 @@ from elastic_kfac.config.elastic import (
 )
 from elastic_kfac.config.kfac import KfacConfig, ShardedConfig
 from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
-from elastic_kfac.config.rules import conflicts, reproducible_conflicts
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.train import ModelConfig, TrainConfig
+from elastic_kfac.errors import ConfigError
 
 
 class Config(Section):
@@ -40,51 +43,294 @@ class Config(Section):
     resources: ResourcesConfig = ResourcesConfig()
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        micro = self.train.micro_batch_size
-        if micro is not None and micro > self.train.global_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size={micro} is above "
-                f"train.global_batch_size={self.train.global_batch_size}"
-            )
-        if self.communication.algorithm != "native" and self.communication.wire_format != "fp32":
-            raise ValueError(
-                f"communication.algorithm={self.communication.algorithm} sends fp32 only; "
-                f"set communication.wire_format=fp32 or communication.algorithm=native"
-            )
-        if self.optimizer.name == "sharded_kfac":
-            if self.train.precision == "fp16":
-                raise ValueError("optimizer.name=sharded_kfac runs in fp32 or bf16, not in fp16")
-            if self.kfac.fisher != "empirical":
-                raise ValueError("optimizer.name=sharded_kfac uses kfac.fisher=empirical")
-        for problem in conflicts(self):
-            raise ValueError(problem)
+    def _obeys_the_rules(self) -> Config:
+        for rule in RULES:
+            if rule.is_broken(self):
+                # Not a ValueError, so that pydantic lets it through as it is.
+                raise rule.error(self)
         return self
 
-    @model_validator(mode="after")
-    def _can_be_reproducible(self) -> Config:
-        if not self.elastic.reproducible:
-            return self
-        largest_shard = -(-self.train.global_batch_size // self.elastic.logical_shards)
-        micro = self.train.micro_batch_size
-        obstacles = {
-            "optimizer.name=sharded_kfac": self.optimizer.name == "sharded_kfac",
-            f"communication.wire_format={self.communication.wire_format}": (
-                self.communication.wire_format != "fp32"
-            ),
-            f"communication.algorithm={self.communication.algorithm}": (
-                self.communication.algorithm != "native"
-            ),
-            f"elastic.batch_policy={self.elastic.batch_policy}": (
-                self.elastic.batch_policy == "keep_local"
-            ),
-            "plan.retune=true": self.plan.retune,
-            f"train.micro_batch_size={micro} (a shard has {largest_shard} samples)": (
-                micro is not None and micro < largest_shard
-            ),
-            **dict.fromkeys(reproducible_conflicts(self), True),
-        }
-        for setting, is_in_the_way in obstacles.items():
-            if is_in_the_way:
-                raise ValueError(f"elastic.reproducible=true does not go with {setting}")
-        return self
+
+def steps_apart(config: Config) -> bool:
+    """`elastic.takes_local_steps`."""
+    return config.elastic.takes_local_steps
+
+
+class Rule(NamedTuple):
+    """Settings that exclude each other, and the line that refuses them."""
+
+    text: str
+    """The rule as a sentence."""
+    keys: tuple[str, ...]
+    """Keys that the error shows with their values."""
+    is_broken: Callable[[Config], bool]
+    change: str
+
+    def error(self, config: Config) -> ConfigError:
+        """The refusal of a configuration that breaks the rule."""
+        given = ", ".join(f"{key}={shown(_value(config, key))}" for key in self.keys)
+        return ConfigError(self.text, given=given, change=self.change)
+
+
+class Values(NamedTuple):
+    """A set of values and its text behind a key, such as `=fp32` or ` > 0`."""
+
+    holds: Callable[[Any], bool]
+    text: str
+
+
+def shown(value: object) -> str:
+    """A value as YAML writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {shown(each)}' for key, each in value.items())}}}"
+    return str(value)
+
+
+def is_(*values: object) -> Values:
+    """One of these values."""
+    names = [shown(value) for value in values]
+    text = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+    return Values(lambda value: value in values, f"={text}")
+
+
+def is_not(value: object) -> Values:
+    """Any other value."""
+    return Values(lambda given: given != value, f" other than {shown(value)}")
+
+
+def needs(mode: str, when: Values, key: str, allowed: Values) -> Rule:
+    """The rule that `mode` with such a value needs such a value of `key`."""
+    return Rule(
+        f"{mode}{when.text} needs {key}{allowed.text}",
+        (mode, key),
+        lambda c: when.holds(_value(c, mode)) and not allowed.holds(_value(c, key)),
+        f"change {key} or {mode}",
+    )
+
+
+def _value(config: Config, path: str) -> Any:
+    section, key = path.split(".")
+    return getattr(getattr(config, section), key)
+
+
+SET = Values(lambda value: value is not None and value != (), "")
+ABOVE_0 = Values(lambda value: value > 0, " > 0")
+FULL_RANGE = is_("fp32", "bf16")
+NOT_PER_WORKER = is_("keep_global", "abs")
+
+# A mode, when it is on, and the values that other keys must then have.
+_NEEDS: list[tuple[str, Values, dict[str, Values]]] = [
+    ("train.sync_batch_norm_group", SET, {"train.sync_batch_norm": is_(True)}),
+    ("optimizer.nesterov", is_(True), {"optimizer.momentum": ABOVE_0}),
+    ("optimizer.nesterov", is_(True), {"optimizer.name": is_("sgd", "sharded_kfac")}),
+    (
+        "optimizer.momentum_rule",
+        is_not("constant"),
+        {
+            "optimizer.name": is_("velocity_sgd", "sharded_kfac"),
+            "sharded.gather": is_("weights"),
+            "batch.policy": is_("constant"),
+            "elastic.batch_policy": NOT_PER_WORKER,
+        },
+    ),
+    (
+        "optimizer.name",
+        is_("sharded_kfac"),
+        {"train.precision": FULL_RANGE, "kfac.fisher": is_("empirical")},
+    ),
+    ("communication.algorithm", is_not("native"), {"communication.wire_format": is_("fp32")}),
+    ("elastic.batch_policy", is_("abs"), {"batch.policy": is_("gg", "abs", "absa", "warmup")}),
+    (
+        "batch.policy",
+        is_not("constant"),
+        {"batch.max_batch_size": SET, "elastic.batch_policy": NOT_PER_WORKER},
+    ),
+    (
+        "batch.policy",
+        is_("gg"),
+        {"optimizer.lr_schedule": is_("step"), "optimizer.decay_epochs": SET},
+    ),
+    # fb has a warm-up of its own, batch.warmup_epochs.
+    ("batch.policy", is_("fb"), {"optimizer.warmup_epochs": is_(0)}),
+    ("batch.policy", is_("abs"), {"adversarial.attack": is_("none")}),
+    (
+        "batch.policy",
+        is_("absa"),
+        {"adversarial.attack": is_not("none"), "adversarial.fraction": ABOVE_0},
+    ),
+    ("adversarial.attack", is_("fgsm"), {"adversarial.steps": is_(1)}),
+    ("adversarial.eval_attack", is_("fgsm"), {"adversarial.eval_steps": is_(1)}),
+    *(
+        # Workers that take local steps exchange nothing in between.
+        (
+            mode,
+            when,
+            {
+                "kfac.enabled": is_(False),
+                "optimizer.name": is_not("sharded_kfac"),
+                "train.precision": FULL_RANGE,
+                "train.sync_batch_norm": is_(False),
+                "communication.algorithm": is_("native"),
+                "communication.wire_format": is_("fp32"),
+            },
+        )
+        for mode, when in (
+            ("elastic.merge", is_("distnewton")),
+            ("elastic.merge_every_steps", Values(lambda value: value > 1, " > 1")),
+        )
+    ),
+    (
+        # With other values the bits depend on the number of workers.
+        "elastic.reproducible",
+        is_(True),
+        {
+            "optimizer.name": is_not("sharded_kfac"),
+            "communication.algorithm": is_("native"),
+            "communication.wire_format": is_("fp32"),
+            "elastic.batch_policy": NOT_PER_WORKER,
+            "elastic.merge": is_("average"),
+            "elastic.merge_every_steps": is_(1),
+            "batch.policy": is_("constant", "bl", "fb", "gg", "warmup"),
+            "adversarial.attack": is_("none"),
+            "mixing.mixup": is_("none"),
+            "train.sync_batch_norm": is_(False),
+        },
+    ),
+]
+
+
+def _largest_shard(config: Config) -> int:
+    return -(-config.train.global_batch_size // config.elastic.logical_shards)
+
+
+def _stages_fall(config: Config) -> bool:
+    epochs = [epoch for epoch, _ in config.batch.stages]
+    sizes = [config.train.global_batch_size, *(size for _, size in config.batch.stages)]
+    cap = config.batch.max_batch_size or 0
+    ordered = epochs == sorted(epochs) and sizes == sorted(sizes)
+    return config.batch.policy == "warmup" and not (epochs and ordered and sizes[-1] <= cap)
+
+
+def _leaves_the_data(config: Config) -> bool:
+    attacks = config.adversarial
+    if attacks.data_range is None:
+        return False
+    low, high = attacks.data_range
+    radii = ((attacks.attack, attacks.radius), (attacks.eval_attack, attacks.evaluation_radius))
+    return any(kind in ("fgsm", "pgd") and radius > high - low for kind, radius in radii)
+
+
+_ORDER = (
+    Rule(
+        "train.micro_batch_size must be at most train.global_batch_size",
+        ("train.micro_batch_size", "train.global_batch_size"),
+        lambda c: (c.train.micro_batch_size or 0) > c.train.global_batch_size,
+        "lower train.micro_batch_size",
+    ),
+    Rule(
+        "elastic.min_workers must be at most elastic.max_workers",
+        ("elastic.min_workers", "elastic.max_workers"),
+        lambda c: c.elastic.min_workers > c.elastic.max_workers,
+        "raise elastic.max_workers or lower elastic.min_workers",
+    ),
+    Rule(
+        "elastic.logical_shards must be a power of two",
+        ("elastic.logical_shards",),
+        lambda c: c.elastic.logical_shards.bit_count() != 1,
+        "set elastic.logical_shards to 1, 2, 4, 8, ... 1024",
+    ),
+    Rule(
+        "elastic.reproducible=true needs elastic.max_workers of at most elastic.logical_shards",
+        ("elastic.max_workers", "elastic.logical_shards"),
+        lambda c: c.elastic.reproducible and c.elastic.max_workers > c.elastic.logical_shards,
+        "raise elastic.logical_shards, or the other workers would idle",
+    ),
+    Rule(
+        "elastic.reproducible=true needs train.micro_batch_size of a whole logical shard "
+        "(train.global_batch_size / elastic.logical_shards, rounded up)",
+        ("train.micro_batch_size", "train.global_batch_size", "elastic.logical_shards"),
+        lambda c: (
+            c.elastic.reproducible
+            and c.train.micro_batch_size is not None
+            and c.train.micro_batch_size < _largest_shard(c)
+        ),
+        "raise train.micro_batch_size or elastic.logical_shards",
+    ),
+    Rule(
+        "optimizer.decay_start_epoch must be before optimizer.decay_end_epoch (null: train.epochs)",
+        ("optimizer.decay_start_epoch", "optimizer.decay_end_epoch", "train.epochs"),
+        lambda c: (
+            (c.optimizer.lr_schedule == "polynomial" or c.optimizer.decay_end_epoch is not None)
+            and c.optimizer.decay_start_epoch >= (c.optimizer.decay_end_epoch or c.train.epochs)
+        ),
+        "lower optimizer.decay_start_epoch or raise the end",
+    ),
+    Rule(
+        "batch.max_batch_size must be at least train.global_batch_size",
+        ("batch.max_batch_size", "train.global_batch_size"),
+        lambda c: (
+            c.batch.policy != "constant"
+            and (c.batch.max_batch_size or 0) < c.train.global_batch_size
+        ),
+        "raise batch.max_batch_size",
+    ),
+    Rule(
+        "batch.policy=warmup needs batch.stages with ascending epochs and batch sizes that never "
+        "fall, from train.global_batch_size to at most batch.max_batch_size",
+        ("batch.stages", "train.global_batch_size", "batch.max_batch_size"),
+        _stages_fall,
+        "list at least one stage as [first epoch, batch size]",
+    ),
+    Rule(
+        "batch.growth must enlarge a batch of train.global_batch_size by at least one sample",
+        ("batch.growth", "train.global_batch_size"),
+        lambda c: (
+            c.batch.policy in ("abs", "absa")
+            and int(c.train.global_batch_size * c.batch.growth) == c.train.global_batch_size
+        ),
+        "raise batch.growth",
+    ),
+    Rule(
+        "batch.eigenvalue=kfac needs kfac.enabled=true and optimizer.name other than sharded_kfac",
+        ("batch.eigenvalue", "kfac.enabled", "optimizer.name"),
+        lambda c: (
+            c.batch.policy in ("abs", "absa")
+            and c.batch.eigenvalue == "kfac"
+            and not (c.kfac.enabled and c.optimizer.name != "sharded_kfac")
+        ),
+        "set batch.eigenvalue=last_layer",
+    ),
+    Rule(
+        "adversarial.data_range must be [low, high] with low < high",
+        ("adversarial.data_range",),
+        lambda c: (r := c.adversarial.data_range) is not None and r[0] >= r[1],
+        "swap the two, or set null for the range of pixels",
+    ),
+    Rule(
+        "the radius of fgsm and pgd must be at most the width of adversarial.data_range",
+        ("adversarial.radius", "adversarial.eval_radius", "adversarial.data_range"),
+        _leaves_the_data,
+        "lower the radius",
+    ),
+    Rule(
+        "GPU in resources.per_worker needs resources.use_gpu=true",
+        ("resources.per_worker", "resources.use_gpu"),
+        lambda c: "GPU" in c.resources.per_worker and not c.resources.use_gpu,
+        "set resources.use_gpu=true",
+    ),
+)
+
+RULES: tuple[Rule, ...] = (
+    *(
+        needs(mode, when, key, allowed)
+        for mode, when, keys in _NEEDS
+        for key, allowed in keys.items()
+    ),
+    *_ORDER,
+)

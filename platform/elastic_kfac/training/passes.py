@@ -58,9 +58,7 @@ class Passes:
             )
         self._erasing: RandomErasing | None = None
         if mixing.erasing > 0:
-            self._erasing = RandomErasing(
-                seed, mixing.erasing, mixing.erasing_area, mixing.erasing_aspect
-            )
+            self._erasing = RandomErasing(seed, mixing.erasing)
 
     def drop_mixed(self) -> None:
         """Forgets the last mixed batch: after a resize or a restore the next one is unmixed."""

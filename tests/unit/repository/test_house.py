@@ -32,7 +32,6 @@ MOST_PARAMETERS = 12
 MOST_UNREACHED_LINES = 100
 
 CIRCLES = (
-    {"config.rules", "config.run"},
     {"kfac.sharded_kfac", "kfac.sharded_state"},
     {"reports.analysis", "reports.run_page"},
 )
@@ -50,7 +49,6 @@ UNREACHED = {
     "cluster": 40,
     "communication": 30,
     "curvature": 20,
-    "experiments": 30,
     "kfac": 3,
     "observability": 10,
     "optimizers": 131,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from elastic_kfac.config import Config, parse_config, read_config
-from elastic_kfac.errors import ConfigError
 from elastic_kfac.training.batch_control import course_policy
 from elastic_kfac.training.first_order import schedule_of
 from elastic_kfac.training.rates import RateControl
@@ -59,65 +58,6 @@ def _config(**changes: Any) -> Config:
 
 ABS: dict[str, Any] = {"batch__policy": "abs", "batch__max_batch_size": 64}
 ABSA: dict[str, Any] = {**ABS, "batch__policy": "absa"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"batch__policy": "adabatch"}, "'constant'"),
-        ({"batch__policy": "abs"}, "needs batch.max_batch_size"),
-        ({**ABS, "batch__max_batch_size": 16}, "below train.global_batch_size=32"),
-        ({**ABS, "batch__growth": 1.01}, "leaves a batch of 32 as it is"),
-        ({**ABS, "elastic__batch_policy": "keep_local"}, "keep_local"),
-        ({**ABS, "adversarial__attack": "fgsm"}, "use absa"),
-        ({**ABS, "elastic__reproducible": True}, "batch.policy=abs"),
-        ({**ABS, "batch__eigenvalue": "kfac", "kfac__enabled": False}, "needs kfac.enabled"),
-        (ABSA, "needs adversarial.attack"),
-        ({**ABS, "batch__policy": "gg"}, "lr_schedule=step"),
-        ({**ABS, "batch__policy": "warmup"}, "batch.stages"),
-        ({**ABS, "batch__policy": "warmup", "batch__stages": ((1, 48), (2, 40))}, "never fall"),
-        ({**ABS, "batch__policy": "fb", "optimizer__warmup_epochs": 1}, "warmup_epochs=0"),
-        ({"elastic__batch_policy": "abs"}, "needs a batch that grows"),
-        (
-            {
-                "adversarial__attack": "fgsm",
-                "adversarial__radius": 2.0,
-                "adversarial__data_range": (0.0, 1.0),
-            },
-            "outside the data range: 0 to 1",
-        ),
-        ({"adversarial__attack": "fgsm", "adversarial__steps": 3}, "use pgd"),
-        ({"adversarial__attack": "deepfool"}, "'fgsm'"),
-        ({"adversarial__data_range": (1.0, 0.0)}, "is empty"),
-        ({"mixing__alpha": 1.5}, "less than or equal to 1"),
-        ({"mixing__erasing_area": (0.5, 0.2)}, "erasing_area"),
-        ({"mixing__mixup": "running", "elastic__reproducible": True}, "mixing.mixup=running"),
-        ({"train__sync_batch_norm_group": 2}, "needs train.sync_batch_norm=true"),
-        ({"optimizer__momentum_rule": "ratio0"}, "velocity_sgd or sharded_kfac"),
-        ({"optimizer__name": "lars", "optimizer__nesterov": True}, "nesterov"),
-        (
-            {"optimizer__lr_schedule": "polynomial", "optimizer__decay_start_epoch": 10},
-            "decay_start_epoch=10",
-        ),
-        ({"elastic__merge": "distnewton"}, "does not go with kfac.enabled=true"),
-        ({"elastic__merge_every_steps": 4}, "merge_every_steps=4 does not go with"),
-        (
-            {
-                "elastic__merge_every_steps": 4,
-                "kfac__enabled": False,
-                "train__sync_batch_norm": True,
-            },
-            "train.sync_batch_norm=true",
-        ),
-    ],
-)
-def test_settings_that_do_not_go_together_are_one_clear_line(
-    changes: dict[str, Any], says: str
-) -> None:
-    with pytest.raises(ConfigError) as refused:
-        _config(**changes)
-    assert says in refused.value.line()
-    assert "\n" not in refused.value.line()
 
 
 def test_absa_begins_with_the_configured_share_and_stops_half_way() -> None:
