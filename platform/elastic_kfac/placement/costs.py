@@ -1,4 +1,4 @@
-"""What a layer costs: seconds to decompose, elements to keep, elements to send.
+"""Costs of a layer: seconds to decompose, elements to keep, elements to send.
 
 Symbols of the traffic model (Pauloski et al., KAISA, SC'21), for layers with weight [g, a]:
 
@@ -26,7 +26,7 @@ Method = Literal["eigen", "inverse"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The sizes of one K-FAC layer, all that placement needs to know about it."""
+    """The sizes of one K-FAC layer that placement depends on."""
 
     name: str
     a_dim: int
@@ -40,11 +40,11 @@ class LayerShape:
 
     @property
     def diagonal_elements(self) -> int:
-        """Elements of the factors that are not dense.
+        """Elements of diagonal and block-diagonal factors.
 
-        A diagonal A beside a dense G (embedding) has one entry per weight row; a G as wide as the
-        weight is the only factor (full Fisher of a normalisation). With neither dense the layer is a
-        normalisation with one 2x2 block per channel, which has two weights.
+        A diagonal A with a dense G (embedding) has one entry per weight row. A G as wide as the weight
+        is the only factor (full Fisher of a normalisation). With neither dense the layer is a
+        normalisation with one 2x2 block per channel of two weights.
         """
         if (self.a_dim and self.g_dim) or self.g_dim == self.weight_elements:
             return 0
@@ -67,7 +67,7 @@ def factor_elements(layers: Iterable[LayerShape], *, packed: bool = False) -> in
 def second_order_elements(
     layers: Iterable[LayerShape], *, method: Method = "eigen", precompute: bool = True
 ) -> int:
-    """e: what a gradient worker keeps of the decompositions of these layers."""
+    """e: elements that a gradient worker keeps of the decompositions of these layers."""
     total = 0
     for x in layers:
         dense = x.copies * (x.a_dim**2 + x.g_dim**2) + x.diagonal_elements
@@ -121,23 +121,23 @@ class CostModel:
 
 
 COMPUTE = CostModel(c0=0.0, c1=1.0, p=3.0)
-"""Cost in cubes: balances arithmetic."""
+"""Cubic cost: balances arithmetic."""
 MEMORY = CostModel(c0=0.0, c1=1.0, p=2.0)
-"""Cost in squares: balances what inverse workers hold."""
+"""Quadratic cost: balances the memory of inverse workers."""
 EIGH_ONE_CORE = CostModel(c0=3.0e-4, c1=5.3e-10, p=2.85)
-"""`eigh` on one AVX2 core (65 to 2304 wide: 0.4 ms to 2.1 s); used where nothing was calibrated."""
+"""`eigh` on one AVX2 core (widths 65 to 2304: 0.4 ms to 2.1 s); the default without calibration."""
 CHOLESKY_ONE_CORE = CostModel(c0=6.1e-5, c1=4.6e-10, p=2.65)
-"""Cholesky inverse on one AVX2 core (65 to 2304 wide: 0.1 ms to 0.39 s)."""
+"""Cholesky inverse on one AVX2 core (widths 65 to 2304: 0.1 ms to 0.39 s)."""
 
 
 def default_costs(method: Method) -> CostModel:
-    """The stored measurement for a decomposition, for use before a calibration."""
+    """The stored measurement of a method, used before a calibration."""
     return EIGH_ONE_CORE if method == "eigen" else CHOLESKY_ONE_CORE
 
 
 @dataclass(frozen=True)
 class CostFit:
-    """A calibrated model and how far the measurements lie from it."""
+    """A calibrated model and its residuals."""
 
     model: CostModel
     relative_residuals: tuple[float, ...]
@@ -147,11 +147,11 @@ class CostFit:
 def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostFit:
     """Fit c0 + c1 d^p to measured times, in relative error.
 
-    Relative, because the widest factor would otherwise decide alone. For every p of a grid c0 and c1
-    are the non-negative least squares solution; the p with the least error wins.
+    Absolute error would let the widest factor decide alone. For every p of a grid c0 and c1 are the
+    non-negative least-squares solution; the p with the least error wins.
 
     Raises:
-        UsageError: fewer than two different widths, or a time that is not positive.
+        UsageError: If there are fewer than two different widths, or a time is not positive.
     """
     d = np.asarray(dims, dtype=np.float64)
     t = np.asarray(seconds, dtype=np.float64)

@@ -1,11 +1,11 @@
-"""A plan: which rank computes, keeps and sends what. A frozen value.
+"""The placement plan: which rank computes, keeps and sends each layer. A frozen value.
 
-Ranks stand in a grid with P columns, row by row: rank r is in column r mod P. A layer belongs to one
-column, whose ranks are its gradient workers: they hold its decomposition and precondition its
-gradient. Inside the column one or two inverse workers decompose its factors. Every other rank
-receives the preconditioned gradient from one assigned gradient worker: where P divides the world
-size that is the worker in its own row (KAISA, Pauloski et al., SC'21); where it does not, columns
-differ by at most one rank, and receivers are spread so that workers serve equally many, up to one.
+Ranks form a grid with P columns, row by row: rank r is in column r mod P. Each layer is assigned to one
+column, whose ranks are its gradient workers: they hold its decomposition and precondition its gradient.
+One or two inverse workers of the column decompose its factors. Every other rank receives the
+preconditioned gradient from one gradient worker. Where P divides the world size that is the worker in its
+row (KAISA, Pauloski et al., SC'21); otherwise column sizes differ by at most one, and so do the numbers
+of receivers per worker.
 
 MEM-OPT is P = world size, COMM-OPT is P = 1.
 """
@@ -26,13 +26,14 @@ from elastic_kfac.errors import ConfigError, StateError, UsageError
 def columns_for_fraction(world_size: int, grad_worker_frac: float) -> int:
     """P, the number of columns, for a share of gradient workers.
 
-    The integer nearest to 1 / grad_worker_frac (a tie goes to the larger, which needs less memory),
-    at least 1 and at most world_size. So m / world_size gives exactly columns of m ranks where m
-    divides the world size, the same fraction means the same P at every world size that has so many
-    ranks, and more workers are never given for a smaller fraction.
+    The integer nearest to 1 / grad_worker_frac (ties go to the larger, which needs less memory), limited
+    to 1 … world_size. So m / world_size gives columns of exactly m ranks where m divides the world size,
+    a fraction gives the same P at every world size with at least P ranks, and a smaller fraction never
+    gives more workers.
 
     Raises:
-        ConfigError: a fraction outside (0, 1], or no ranks.
+        ConfigError: If the fraction is outside (0, 1].
+        UsageError: If there are no ranks.
     """
     if world_size < 1:
         raise UsageError("a plan needs ranks", given=world_size, allowed="world_size >= 1")
@@ -45,7 +46,7 @@ def columns_for_fraction(world_size: int, grad_worker_frac: float) -> int:
         )
     if grad_worker_frac * world_size <= 1.0:
         return world_size
-    # A fraction such as 2/3 is not a float; without this its tie would be decided by rounding.
+    # 2/3 has no exact float; without this, rounding would decide its tie.
     inverse = 1 / Fraction(grad_worker_frac).limit_denominator(1 << 20)
     nearest = (2 * inverse.numerator + inverse.denominator) // (2 * inverse.denominator)
     return min(max(nearest, 1), world_size)
@@ -57,10 +58,10 @@ def grid_columns(world_size: int, num_columns: int) -> tuple[tuple[int, ...], ..
 
 
 def assign_receivers(world_size: int, num_columns: int, column: int) -> tuple[int, ...]:
-    """For every rank the worker of `column` that it receives from; workers serve themselves.
+    """The worker of `column` that each rank receives from, by rank; workers serve themselves.
 
-    A receiver takes the worker of its row while that one serves no more than its even share; the
-    rest goes to the workers that serve fewest.
+    A receiver takes the worker of its row while that worker serves fewer than its even share; the
+    remaining receivers go to the workers that serve fewest.
     """
     workers = range(column, world_size, num_columns)
     share = (world_size - len(workers)) // len(workers)
@@ -88,7 +89,7 @@ def assign_receivers(world_size: int, num_columns: int, column: int) -> tuple[in
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """One layer: its column and the ranks that decompose its two factors."""
+    """A layer's column and the ranks that decompose its two factors."""
 
     name: str
     column: int
@@ -98,7 +99,7 @@ class LayerPlacement:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who decomposes, preconditions and receives; equal on all ranks (compare `sha256`)."""
+    """Which ranks decompose, precondition and receive; equal on all ranks (compare `sha256`)."""
 
     world_size: int
     grad_worker_frac: float
@@ -116,10 +117,8 @@ class Plan:
         return {}
 
     def placement(self, name: str) -> LayerPlacement:
-        """Where the layer lies.
-
-        Raises:
-            UsageError: the plan has no such layer.
+        """Raises:
+        UsageError: If the plan has no such layer.
         """
         try:
             return self._by_name[name]
@@ -133,19 +132,19 @@ class Plan:
         return self.columns[self.placement(name).column]
 
     def worker_group(self, name: str) -> tuple[int, ...]:
-        """The ranks among which the decomposition is broadcast: the gradient workers."""
+        """The ranks of the broadcast of the decomposition: the gradient workers."""
         return self.gradient_workers(name)
 
     def is_gradient_worker(self, name: str, rank: int) -> bool:
-        """Whether `rank` preconditions the layer itself."""
+        """Whether `rank` preconditions the layer."""
         return rank % len(self.columns) == self.placement(name).column
 
     def source(self, name: str, rank: int) -> int:
-        """The rank that `rank` gets the preconditioned gradient from; itself if it is a worker."""
+        """The rank that `rank` receives the preconditioned gradient from; a worker's own rank."""
         return self._column_sources(self.placement(name).column)[rank]
 
     def receiver_group(self, name: str, rank: int) -> tuple[int, ...]:
-        """(source, receivers …) of the broadcast that `rank` takes part in; () if in none."""
+        """(source, receivers …) of the broadcast that includes `rank`; () if there is none."""
         source = self.source(name, rank)
         sources = self._column_sources(self.placement(name).column)
         receivers = tuple(r for r, s in enumerate(sources) if s == source and r != source)
@@ -158,10 +157,6 @@ class Plan:
             if rank != source:
                 groups[source].append(rank)
         return tuple((source, *ranks) for source, ranks in groups.items() if ranks)
-
-    def inverse_layers(self, rank: int) -> tuple[str, ...]:
-        """The layers of which `rank` decomposes at least one factor, in registration order."""
-        return tuple(x.name for x in self.layers if rank in (x.a_worker, x.g_worker))
 
     def _column_sources(self, column: int) -> tuple[int, ...]:
         if column not in self._sources:
@@ -179,7 +174,7 @@ class Plan:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the whole plan, for comparing it between ranks."""
+        """Hash of the plan, to compare it between ranks."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -193,10 +188,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote.
+        """The plan of `to_dict`.
 
         Raises:
-            StateError: it is not a plan, or one that cannot be.
+            StateError: If it is not a valid plan.
         """
         try:
             world_size, num_columns = int(stored["world_size"]), int(stored["columns"])
@@ -240,7 +235,7 @@ class Plan:
         return "\n".join([title, *(line.rstrip() for line in lines)])
 
     def diff(self, other: Plan) -> str:
-        """What changes from this plan to `other`, one line per change."""
+        """The changes from this plan to `other`, one per line."""
         lines = []
         if self.world_size != other.world_size:
             lines.append(f"world_size: {self.world_size} -> {other.world_size}")

@@ -1,13 +1,12 @@
-"""Make a plan: balanced, the same on every rank, and close to the plan before it.
+"""Makes plans: balanced, equal on every rank, and close to the previous plan.
 
-Longest processing time first: layers by decreasing cost (ties by name), each to the rank with the
-least load; its column becomes the layer's column. Among ranks of equal load the one whose column has
-the least load is taken, then the lowest. With the two factors of a layer on different ranks
-(`colocate=False`) the column is the one whose two least loaded ranks end lowest. The makespan stays
-within 4/3 of the optimum (Graham 1969).
+Longest processing time first: layers by decreasing cost (ties by name), each to the least loaded rank,
+whose column becomes the layer's column. Ties go to the column with the least load, then to the lowest
+rank. With the two factors of a layer on different ranks (`colocate=False`) the column is the one whose
+two least loaded ranks end lowest. The makespan is within 4/3 of the optimum (Graham 1969).
 
-Costs become whole numbers before anything is compared, so that loads are exact sums and the result
-depends neither on the order of additions nor on the machine.
+Costs are rounded to whole units first: loads are exact sums, and the result depends neither on the order
+of additions nor on the machine.
 """
 
 from __future__ import annotations
@@ -26,24 +25,13 @@ from elastic_kfac.placement.costs import (
     second_order_elements,
     weight_elements,
 )
-from elastic_kfac.placement.packing_search import Packing, settle
+from elastic_kfac.placement.packing_search import Packing, Place, settle
 from elastic_kfac.placement.plan import (
     LayerPlacement,
     Plan,
     columns_for_fraction,
     grid_columns,
 )
-
-__all__ = [
-    "LayerShape",
-    "Plan",
-    "auto_fraction",
-    "columns_for_fraction",
-    "make_plan",
-    "max_second_order_elements",
-    "moved_elements",
-    "rank_loads",
-]
 
 _COST_UNITS = 1 << 32
 
@@ -61,35 +49,35 @@ def make_plan(
     """Assign every layer to a column and its factors to inverse workers.
 
     Args:
-        layers: all K-FAC layers in registration order.
-        world_size: number of ranks.
-        grad_worker_frac: share of ranks that precondition a layer; see `columns_for_fraction`.
-        colocate: decompose A and G of a layer on one rank; else on two where the column has two.
-        costs: seconds per factor, the same on all ranks; the stored measurement when None.
-        previous: the plan in use. Among plans with the same makespan the one that moves the fewest
-            bytes of decompositions is searched (exactly for few layers and ranks, else locally);
-            `previous` itself is kept where it is at least as balanced.
-        previous_ranks: for every rank the rank that it had in `previous`, None for a joiner. By
-            default ranks keep their numbers.
+        layers: All K-FAC layers in registration order.
+        world_size: Number of ranks.
+        grad_worker_frac: Share of ranks that precondition a layer; see `columns_for_fraction`.
+        colocate: Whether one rank decomposes both factors of a layer; otherwise two ranks of a column do.
+        costs: Seconds per factor, equal on all ranks; by default the stored measurement.
+        previous: The plan in use. The new plan moves few elements of decompositions without a larger
+            makespan (the fewest for few layers and ranks, otherwise by local search).
+        previous_ranks: The rank in `previous` of every rank, None for a joiner. By default ranks keep
+            their numbers.
 
     Raises:
-        UsageError: two layers with one name, or previous_ranks of another length.
-        ConfigError: a fraction outside (0, 1].
+        UsageError: If two layers share a name, or `previous_ranks` has another length.
+        ConfigError: If the fraction is outside (0, 1].
     """
     num_columns = columns_for_fraction(world_size, grad_worker_frac)
     names = [layer.name for layer in layers]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError("layer names must differ", given=", ".join(twice))
-    order = _by_cost(layers, costs or default_costs("eigen"))
     columns = grid_columns(world_size, num_columns)
     a_units, g_units = _units(layers, costs or default_costs("eigen"))
+    order = sorted(range(len(layers)), key=lambda i: (-a_units[i] - g_units[i], layers[i].name))
     packing = Packing(columns, a_units, g_units, colocate=colocate)
     for index in order:
         packing.place_least_loaded(index)
     if previous is not None:
-        moves = _move_costs(layers, columns, previous, _old_ranks(world_size, previous_ranks))
-        stay = _stay(layers, columns, previous, _new_ranks(world_size, previous, previous_ranks))
+        old_ranks = _old_ranks(world_size, previous, previous_ranks)
+        moves = _move_costs(layers, columns, previous, old_ranks)
+        stay = _stay(layers, num_columns, previous, old_ranks)
         packing = settle(packing, order, moves, stay)
     placed = tuple(
         LayerPlacement(layer.name, *packing.placed[index]) for index, layer in enumerate(layers)
@@ -98,7 +86,7 @@ def make_plan(
 
 
 def rank_loads(plan: Plan, layers: Sequence[LayerShape], costs: CostModel) -> list[float]:
-    """Seconds that every rank decomposes per inverse update; the largest is the makespan."""
+    """Seconds of decompositions per inverse update, by rank; the largest is the makespan."""
     loads = [0.0] * plan.world_size
     for layer in layers:
         placement = plan.placement(layer.name)
@@ -110,7 +98,7 @@ def rank_loads(plan: Plan, layers: Sequence[LayerShape], costs: CostModel) -> li
 def max_second_order_elements(
     plan: Plan, layers: Sequence[LayerShape], *, method: Method = "eigen", precompute: bool = True
 ) -> int:
-    """Decomposition elements on the fullest rank; all ranks of a column hold the same."""
+    """Decomposition elements on the rank that holds most; ranks of a column hold the same."""
     held = [0] * len(plan.columns)
     for layer in layers:
         held[plan.placement(layer.name).column] += second_order_elements(
@@ -125,8 +113,9 @@ def moved_elements(
     layers: Sequence[LayerShape],
     previous_ranks: Sequence[int | None] | None = None,
 ) -> int:
-    """Decomposition elements that ranks of `plan` hold and did not hold under `previous`."""
-    moves = _move_costs(layers, plan.columns, previous, _old_ranks(plan.world_size, previous_ranks))
+    """Decomposition elements that ranks hold under `plan` but not under `previous`."""
+    old_ranks = _old_ranks(plan.world_size, previous, previous_ranks)
+    moves = _move_costs(layers, plan.columns, previous, old_ranks)
     return sum(
         int(moves[index, plan.placement(layer.name).column]) for index, layer in enumerate(layers)
     )
@@ -146,21 +135,21 @@ def auto_fraction(
     """The fraction for `grad_worker_frac: auto`.
 
     Traffic per step, w (1 - f) + e (f - 1/N) / t_i, is linear in f, so its optimum is an end point:
-    1 where e / t_i < w, else 1/N. Where 1 does not fit the budget the largest fraction that does is
-    taken. The memory of a fraction is s plus the decompositions on the fullest rank of its plan.
+    1 where e / t_i < w, else 1/N. If 1 does not fit the budget, the largest fraction that fits. Memory
+    is s plus the largest decompositions of a rank.
 
     Args:
-        layers: all K-FAC layers.
-        world_size: number of ranks.
+        layers: All K-FAC layers.
+        world_size: Number of ranks.
         inverse_update_steps: t_i.
-        precompute: whether gradient workers keep the precomputed eigenvalue product.
-        memory_budget_bytes: for factors and decompositions together, per rank.
-        method: which decompositions are kept.
-        element_bytes: of factors and decompositions.
-        costs: as in `make_plan`.
+        precompute: Whether gradient workers keep the precomputed eigenvalue product.
+        memory_budget_bytes: Budget per rank for factors and decompositions together.
+        method: Kind of the decompositions.
+        element_bytes: Bytes per element of factors and decompositions.
+        costs: As in `make_plan`.
 
     Raises:
-        ConfigError: not even one gradient worker per layer fits the budget.
+        ConfigError: If not even one gradient worker per layer fits the budget.
     """
     e = second_order_elements(layers, method=method, precompute=precompute)
     s = factor_elements(layers)
@@ -170,7 +159,7 @@ def auto_fraction(
     budget_elements = memory_budget_bytes / element_bytes
     least = None
     for num_columns in range(best_traffic, world_size + 1):
-        # On average a rank holds at least this much; most fractions need no plan to be ruled out.
+        # The average rank holds at least this much, which rules out most fractions without a plan.
         if s + e * (world_size // num_columns) / world_size > budget_elements:
             continue
         plan = make_plan(layers, world_size, 1.0 / num_columns, costs=costs)
@@ -199,33 +188,18 @@ def _units(layers: Sequence[LayerShape], costs: CostModel) -> tuple[list[int], l
     )
 
 
-def _by_cost(layers: Sequence[LayerShape], costs: CostModel) -> list[int]:
-    a, g = _units(layers, costs)
-    return sorted(range(len(layers)), key=lambda i: (-(a[i] + g[i]), layers[i].name))
-
-
 def _old_ranks(
-    world_size: int, previous_ranks: Sequence[int | None] | None
-) -> Sequence[int | None]:
-    if previous_ranks is None:
-        return range(world_size)
-    if len(previous_ranks) != world_size:
+    world_size: int, previous: Plan, previous_ranks: Sequence[int | None] | None
+) -> list[int | None]:
+    """The rank in `previous` of every rank; None where it had none."""
+    ranks = range(world_size) if previous_ranks is None else previous_ranks
+    if len(ranks) != world_size:
         raise UsageError(
             "previous_ranks names one old rank (or None) per rank",
-            given=f"{len(previous_ranks)} entries",
+            given=f"{len(ranks)} entries",
             allowed=world_size,
         )
-    return previous_ranks
-
-
-def _new_ranks(
-    world_size: int, previous: Plan, previous_ranks: Sequence[int | None] | None
-) -> dict[int, int]:
-    return {
-        old: new
-        for new, old in enumerate(_old_ranks(world_size, previous_ranks))
-        if old is not None and old < previous.world_size
-    }
+    return [rank if rank is not None and rank < previous.world_size else None for rank in ranks]
 
 
 def _move_costs(
@@ -235,11 +209,10 @@ def _move_costs(
     old_ranks: Sequence[int | None],
 ) -> np.ndarray:
     """Elements that move if layer i goes to column c, [layers, columns]."""
-    old_columns = len(previous.columns)
-    kept = np.zeros((old_columns, len(columns)), dtype=np.int64)
+    kept = np.zeros((len(previous.columns), len(columns)), dtype=np.int64)
     for rank, old in enumerate(old_ranks):
-        if old is not None and old < previous.world_size:
-            kept[old % old_columns, rank % len(columns)] += 1
+        if old is not None:
+            kept[old % len(previous.columns), rank % len(columns)] += 1
     sizes = np.array([len(column) for column in columns], dtype=np.int64)
     known = {layer.name: layer.column for layer in previous.layers}
     moves = np.empty((len(layers), len(columns)), dtype=np.int64)
@@ -252,18 +225,18 @@ def _move_costs(
 
 def _stay(
     layers: Sequence[LayerShape],
-    columns: tuple[tuple[int, ...], ...],
+    num_columns: int,
     previous: Plan,
-    new_ranks: dict[int, int],
-) -> list[tuple[int, int, int] | None]:
+    old_ranks: Sequence[int | None],
+) -> list[Place | None]:
+    """The place of every layer in `previous`, in new ranks; None where it no longer exists."""
+    new_rank = {old: rank for rank, old in enumerate(old_ranks) if old is not None}
     known = {layer.name: layer for layer in previous.layers}
-    stays: list[tuple[int, int, int] | None] = []
+    stays: list[Place | None] = []
     for layer in layers:
         old = known.get(layer.name)
-        a = new_ranks.get(old.a_worker) if old else None
-        g = new_ranks.get(old.g_worker) if old else None
-        if a is None or g is None or a % len(columns) != g % len(columns):
-            stays.append(None)
-        else:
-            stays.append((a % len(columns), a, g))
+        a = new_rank.get(old.a_worker) if old else None
+        g = new_rank.get(old.g_worker) if old else None
+        in_one_column = a is not None and g is not None and a % num_columns == g % num_columns
+        stays.append((a % num_columns, a, g) if in_one_column else None)  # type: ignore[operator,arg-type]
     return stays

@@ -3,10 +3,10 @@
     T = T_fb(n) accum + T_fac(n) accum / t_f + max_r Σ_owned (c0 + c1 d^p) / t_i
         + max_r T_precondition + Σ collectives (alpha steps + beta bytes) + T_hess / t_h
 
-Everything is a pure function of measurements, so that all ranks (given the same calibration) and a
-laptop planning for 1024 ranks come to the same answer. `choose_plan` picks the number of columns and
-the micro-batch with the least time at a fixed global batch under a memory budget; `cross_over` says
-from how many ranks on it pays to divide the decompositions, and up to how many it helps.
+Everything is a pure function of measurements, so all ranks with the same calibration, and a laptop
+planning for 1024 ranks, compute the same result. `choose_plan` finds the number of columns and the
+micro-batch with the least time at a fixed global batch under a memory budget. `cross_over` finds the
+number of ranks from which dividing the decompositions pays, and the one beyond which it no longer helps.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured on a kind of host; kept across resizes under the host's name."""
+    """Measured costs of a kind of host and its network."""
 
     costs: CostModel
     """Seconds per decomposition."""
     seconds_per_flop: float
-    """Of the products that precondition a gradient."""
+    """Time per floating-point operation of the products that precondition a gradient."""
     network: Line
-    """Seconds per message of that many bytes between nodes (alpha, beta)."""
+    """Seconds of a message of x bytes between nodes (alpha + beta x)."""
     inside_node: Line | None = None
-    """The same between ranks of one node; `network` if None."""
+    """The same inside a node; `network` if None."""
     ranks_per_node: int = 1
 
     def all_reduce_seconds(self, world_size: int, size: float) -> float:
@@ -80,7 +80,7 @@ class Calibration:
         return seconds + _exchange(self.network, rounds, 2 * (nodes - 1) / nodes * size / inside)
 
     def broadcast_seconds(self, group_size: int, size: float) -> float:
-        """A tree over the network: as many latencies as levels, every byte once."""
+        """A tree over the network: one latency per level, every byte once."""
         if group_size <= 1:
             return 0.0
         return _exchange(self.network, math.ceil(math.log2(group_size)), size)
@@ -96,7 +96,7 @@ def _exchange(line: Line, rounds: float, size: float) -> float:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and its training options, as far as time and memory depend on them."""
+    """The properties of a model and its training options that time and memory depend on."""
 
     layers: tuple[LayerShape, ...]
     parameter_elements: int
@@ -139,11 +139,6 @@ class StepTime:
         """Seconds per step."""
         return float(sum(getattr(self, field.name) for field in fields(self)))
 
-    @property
-    def model_parallel(self) -> float:
-        """The part that shrinks with ranks: decompositions and preconditioning."""
-        return self.decompositions + self.precondition
-
 
 def predict_step(
     workload: Workload,
@@ -153,7 +148,7 @@ def predict_step(
     global_batch_size: int,
     micro_batch_size: int,
 ) -> StepTime:
-    """Seconds of the average step under a plan, the slowest rank deciding each phase."""
+    """Seconds of the average step under a plan; the slowest rank determines each phase."""
     n = plan.world_size
     share = -(-global_batch_size // n)
     passes = -(-share // micro_batch_size)
@@ -203,7 +198,7 @@ def predict_step(
 
 
 def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:
-    """Device memory of the fullest rank: base, activations, factors and decompositions."""
+    """Device memory of the rank that holds most: base, activations, factors and decompositions."""
     held = max(
         memory_elements(
             plan, workload.layers, method=workload.method, precompute=workload.precompute
@@ -221,7 +216,7 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
 
 @dataclass(frozen=True)
 class Choice:
-    """What the planner decided, and what it expects of it."""
+    """A suggested plan and micro-batch, with their predicted time and memory."""
 
     plan: Plan
     micro_batch_size: int
@@ -250,24 +245,24 @@ def choose_plan(
 ) -> Choice:
     """The number of columns and the micro-batch with the least predicted time per step.
 
-    The global batch is fixed, so least time per step is least time per sample. Up to 64 ranks every
-    number of columns is tried, beyond that one for every size of column. Intervals and damping are
-    never changed here; a better t_i is only reported.
+    With a fixed global batch the least time per step is the least time per sample. Up to 64 ranks every
+    number of columns is tried, beyond that one per column size. Intervals and damping never change; a
+    better t_i is only reported.
 
     Args:
-        workload: the model and its options.
-        calibration: measured costs, the same on all ranks.
-        world_size: number of ranks.
-        global_batch_size: samples per step over all ranks.
-        memory_budget_bytes: per device.
-        num_columns: fixes P where the user has given a fraction; only the micro-batch is chosen then.
-        max_micro_batch_size: upper bound by the user.
-        current: the choice in use: kept (its P) unless the gain is above `hysteresis` or it no longer
+        workload: The model and its options.
+        calibration: Measured costs, equal on all ranks.
+        world_size: Number of ranks.
+        global_batch_size: Samples per step over all ranks.
+        memory_budget_bytes: Budget per device.
+        num_columns: Fixes P; only the micro-batch is chosen then.
+        max_micro_batch_size: Upper bound of the micro-batch.
+        current: The choice in use. Its P is kept unless the gain exceeds `hysteresis` or it no longer
             fits.
-        hysteresis: relative gain in time below which nothing changes.
+        hysteresis: Relative gain in time below which P does not change.
 
     Raises:
-        ConfigError: nothing fits the budget, not even one sample at a time.
+        ConfigError: If nothing fits the budget, not even one sample at a time.
     """
     candidates = [num_columns] if num_columns is not None else _column_candidates(world_size)
     if current is not None and num_columns is None and current.num_columns <= world_size:
@@ -334,7 +329,7 @@ def _column_candidates(world_size: int) -> list[int]:
 def _best_micro_batch(
     workload: Workload, share: int, room_bytes: float, upper: int | None
 ) -> int | None:
-    """The size whose passes over a rank's share take least; the largest of equals."""
+    """The size whose passes over a rank's share take the least time; the largest of equals."""
     slope = workload.activation_bytes.slope
     largest = share if upper is None else min(share, upper)
     if slope > 0:
@@ -370,19 +365,20 @@ def _suggested_interval(workload: Workload, step: StepTime) -> int:
 
 @dataclass(frozen=True)
 class CrossOver:
-    """From data-parallel to model-parallel decompositions, and where that stops to help."""
+    """From data-parallel to model-parallel decompositions."""
 
     divide_from: int | None
-    """N*: fewest ranks where dividing the layers and exchanging results beats everybody doing all."""
+    """N*: fewest ranks where dividing the layers and exchanging the results is faster than decomposing
+    every layer on every rank; None if no tried number is."""
     flat_from: int
-    """N**: ranks beyond which the longest share no longer shrinks (within one percent)."""
+    """N**: ranks beyond which the longest share no longer shrinks (within 1 %)."""
 
 
 def cross_over(workload: Workload, calibration: Calibration, *, max_ranks: int = 1024) -> CrossOver:
-    """N* and N** of a model on a cluster, by trying every number of ranks up to the work units.
+    """N* and N** of a model on a cluster.
 
-    Beyond as many ranks as layers nothing changes but the exchange, so only powers of two are tried
-    there.
+    Tries every number of ranks up to the number of work units; beyond it only the exchange changes, so
+    only powers of two are tried.
     """
     layers, costs = workload.layers, calibration.costs
     units = len(layers) * (1 if workload.colocate else 2)

@@ -1,12 +1,12 @@
-"""Memory and traffic of a plan, in elements: the model that counted runs are compared with.
+"""Memory and traffic of a plan, in elements; tests compare counted runs with this model.
 
 With N ranks, a share f of gradient workers and the sums s, e, w of `costs` (KAISA, Pauloski et al.,
 SC'21), the average rank holds s + f e and receives per step
 
     w (1 - f)  +  e (f - 1/N) / t_i  +  2 (N-1)/N s_packed / t_f  +  2 (N-1)/N |theta|
 
-where columns are of equal size. The functions here sum over the actual columns of a plan, which gives
-the same where the formulas hold and is exact where they do not.
+for columns of equal size. The functions here sum over the columns of a plan, which is exact for unequal
+columns too.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def traffic_per_step(
     precompute: bool = True,
     symmetric: bool = True,
 ) -> TrafficModel:
-    """What the average rank receives per step under a plan.
+    """Elements that the average rank receives per step under a plan.
 
     Args:
-        plan: who computes and receives.
-        layers: all K-FAC layers.
+        plan: The placement.
+        layers: All K-FAC layers.
         factor_update_steps: t_f.
         inverse_update_steps: t_i.
-        parameter_elements: of the whole model, for the gradient all-reduce; the K-FAC weights if None.
-        method: which decompositions travel.
-        precompute: whether the eigenvalue product travels instead of the eigenvalues.
-        symmetric: whether factors travel as triangles.
+        parameter_elements: Elements of the gradient all-reduce; the K-FAC weights if None.
+        method: Kind of the decompositions.
+        precompute: Whether the eigenvalue product travels instead of the eigenvalues.
+        symmetric: Whether factors travel as triangles.
     """
     n = plan.world_size
     received_gradients = received_second_order = 0
@@ -86,7 +86,7 @@ def traffic_per_step(
 def memory_elements(
     plan: Plan, layers: Sequence[LayerShape], *, method: Method = "eigen", precompute: bool = True
 ) -> list[int]:
-    """Factors and decompositions that every rank keeps, by rank; their mean is s + f e."""
+    """Elements of factors and decompositions on each rank; their mean is s + f e."""
     held = [factor_elements(layers)] * plan.world_size
     for layer in layers:
         elements = second_order_elements([layer], method=method, precompute=precompute)

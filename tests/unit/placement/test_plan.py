@@ -117,10 +117,6 @@ def test_worker_group_is_the_column_that_holds_both_inverse_workers() -> None:
         group = plan.worker_group(placement.name)
         assert {placement.a_worker, placement.g_worker} <= set(group)
         assert placement.a_worker != placement.g_worker
-        assert placement.name in plan.inverse_layers(placement.a_worker)
-        assert placement.name in plan.inverse_layers(placement.g_worker)
-    owned = [plan.inverse_layers(rank) for rank in range(8)]
-    assert sum(map(len, owned)) == 2 * len(LAYERS)
 
 
 @pytest.mark.parametrize(
