@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint soak chaos studies bench test-tools audit clean
+.PHONY: help install train test test-fast lint soak chaos studies bench test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -38,6 +38,9 @@ train: $(STAMP) ## The main job: K-FAC on digits, losing a node and getting it b
 
 test: lint ## Linters, types and the whole test suite
 	@$(BIN)/pytest -m "not soak and not tools"
+
+test-fast: $(STAMP) ## Unit tests without Ray and without further processes (under 2 minutes)
+	@$(BIN)/pytest -m "not soak and not tools and not slow" tests/unit
 
 lint: $(STAMP) ## Formatting, lint rules and types only
 	@$(BIN)/ruff check $(CODE)

@@ -176,7 +176,7 @@ def test_tracked_files_name_no_machine_and_no_registry() -> None:
 
 def test_top_level_holds_what_the_architecture_says() -> None:
     allowed = {"pyproject.toml", "README.md", "platform", "jobs", "tune_spaces", "tests"}
-    allowed |= {"dashboards", "k8s", "Makefile", "LICENSE", "CONTRIBUTING.md"}
+    allowed |= {"dashboards", "k8s", "Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"}
     allowed |= {"constraints.txt", "benchmarks", "docs"}
     top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
     assert {name for name in top if not name.startswith(".")} <= allowed
@@ -193,8 +193,18 @@ def test_yaml_configurations_of_jobs_are_valid() -> None:
 
 def test_makefile_targets_are_documented() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):.*## ", text, re.MULTILINE))
-    assert {"train", "test", "lint", "soak", "studies", "bench", "clean", "help"} <= targets
+    targets = set(re.findall(r"^([a-z-]+):.*## ", text, re.MULTILINE))
+    assert {
+        "train",
+        "test",
+        "test-fast",
+        "lint",
+        "soak",
+        "studies",
+        "bench",
+        "clean",
+        "help",
+    } <= targets
     phony = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split())  # type: ignore[index]
     assert targets <= phony
 
