@@ -1,1 +1,1 @@
-"""What the Hessian says: products, eigenvalues, trace, density, landscape, probes."""
+"""Hessian products, eigenvalues, trace, density, loss landscape, probes."""

@@ -1,15 +1,14 @@
-"""Hessian-vector products of the mean loss over samples that lie in chunks on any number of ranks.
+"""Hessian-vector products of the mean loss over samples in chunks on any number of ranks.
 
-What a product is does not depend on chunks or ranks: every sample has the same weight, the model is in
-evaluation mode (so no sample sees another one through BatchNorm, and no running statistic moves), and
-one sum over ranks gives every rank the same bits to go on with.
+Products do not depend on chunks or ranks: every sample has the same weight, the model is in evaluation
+mode (BatchNorm does not couple samples, and no running statistic moves), and one sum over ranks
+gives every rank the same bits.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,22 +17,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.tasks.models import evaluating
+from elastic_kfac.tasks.tasks import SumLoss
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, labels), samples first."""
 
-SumLoss = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, labels) to the SUM of the samples' losses."""
-
 _Rows = tuple[Tensor, Sequence[Tensor | None]]
-"""The loss of a chunk, and what is summed of it for each parameter (None is zero)."""
+"""The loss of a chunk and its summed derivative for each parameter (None is zero)."""
 
 SumOverRanks = Callable[[Tensor], object]
-"""Sums a tensor over all ranks in place, and returns when that is done."""
+"""Sums a tensor over all ranks in place; complete on return."""
 
 
 def alone(tensor: Tensor) -> None:
-    """The sum over ranks of a world of one."""
+    """The sum over the ranks of a world of one."""
 
 
 class Operator(Protocol):
@@ -50,7 +48,7 @@ class Operator(Protocol):
 
     @property
     def expired(self) -> bool:
-        """Whether the time budget is spent; the same on every rank after a product."""
+        """Whether the time budget is spent; equal on every rank after a product."""
         ...
 
     def product(self, vector: Tensor) -> Tensor:
@@ -58,20 +56,8 @@ class Operator(Protocol):
         ...
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def last_layer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable parameters of the last registered layer with a weight matrix (spec 6.1, block).
+    """Trainable parameters of the last registered layer with a weight matrix.
 
     Raises:
         UsageError: If there is no such layer.
@@ -89,9 +75,9 @@ def last_layer_parameters(model: nn.Module) -> list[nn.Parameter]:
 def check_request(
     parameters: Sequence[nn.Parameter], *, vectors: int, limit_bytes: float | None
 ) -> int:
-    """Bytes that `vectors` vectors over `parameters` take.
+    """Bytes of `vectors` vectors over `parameters`.
 
-    A spectrum of k eigenvectors keeps k + 3, a Lanczos run of s steps s + 3.
+    A spectrum of k eigenvectors keeps k + 3 vectors, a Lanczos run of s steps s + 3.
 
     Raises:
         ConfigError: If they are more than `limit_bytes`.
@@ -128,15 +114,15 @@ class Hessian:
     Products are collective: every rank calls them with the same vector, also a rank without samples.
 
     Args:
-        model: Evaluated in evaluation mode; modes are restored after each product.
+        model: In any mode; modes are restored after each product.
         loss_sum: The SUM of the losses of a batch.
-        batches: This rank's samples in chunks; gone through once per product.
-        parameters: Which block; None takes all trainable parameters.
+        batches: This rank's samples in chunks, iterated once per product.
+        parameters: The block to differentiate; None takes all trainable parameters.
         sum_over_ranks: `alone` in a world of one.
-        time_budget_s: Counted from the first product; a product that has begun is finished.
+        time_budget_s: Counted from the first product; a started product is finished.
 
     Raises:
-        UsageError: If `batches` can be gone through only once, or no parameter is trainable.
+        UsageError: If `batches` can be iterated only once, or no parameter is trainable.
     """
 
     def __init__(
@@ -151,9 +137,9 @@ class Hessian:
     ) -> None:
         if iter(batches) is batches:
             raise UsageError(
-                "Hessian products go through the samples many times",
+                "Hessian products iterate over the samples many times",
                 given=type(batches).__name__,
-                change="pass a list, or an iterable that starts anew each time",
+                change="pass a list, or an iterable that starts over each time",
             )
         chosen = list(model.parameters()) if parameters is None else list(parameters)
         self.parameters = [p for p in chosen if p.requires_grad]
@@ -192,7 +178,7 @@ class Hessian:
         return self._expired
 
     def product(self, vector: Tensor) -> Tensor:
-        """Hv = ∇(∇L·v), weighted by samples (spec 6.1) [size]."""
+        """Hv = ∇(∇L·v), the mean over samples [size] (Pearlmutter 1994)."""
         directions = self.split(vector)
 
         def rows(inputs: Tensor, labels: Tensor) -> _Rows:
@@ -224,7 +210,7 @@ class Hessian:
         return self._mean_over_samples(rows)
 
     def split(self, vector: Tensor) -> list[Tensor]:
-        """A flat vector as views of the parameters' shapes and types."""
+        """Views of a flat vector in the shapes and types of the parameters."""
         parts = vector.split(self._sizes)
         return [
             part.view(p.shape).to(p.dtype) for part, p in zip(parts, self.parameters, strict=True)
@@ -233,9 +219,10 @@ class Hessian:
     def _differentiable_gradients(
         self, inputs: Tensor, labels: Tensor
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """The loss of a chunk and its gradients, with the graph that a product goes back through.
+        """The loss of a chunk and its gradients, with the graph for the second derivative.
 
-        That of a lone chunk serves all products at the same point: two passes of five are saved.
+        The graph of a lone chunk is reused for all products at the same point, which saves two of
+        five passes.
         """
         point = [t._version for t in (*self.model.parameters(), *self.model.buffers())]
         if self._kept is None or self._kept[0] != point:

@@ -1,8 +1,8 @@
-"""What the Hessian says about a point of a run (spec 6), with the same numbers for any world size.
+"""Hessian analysis of a model, with the same numbers for any world size.
 
-One function answers one `AnalysisConfig`, for the loop after an epoch and for `analyze` on a
-checkpoint. Each rank brings its share of a fixed set of samples; sums over ranks do the rest. The
-result is JSON: what could not be had in the time is named in `notes`, not made up.
+`analyse` answers an `AnalysisConfig`: for the training loop after an epoch, and for `analyze` on a
+checkpoint. Each rank holds its shard of a fixed set of samples. The result is JSON; parts that the time
+budget left out are named in `notes`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.analysis.fixed_samples import FixedSamples, open_plain
-from elastic_kfac.analysis.hessian import (
-    Hessian,
-    SumLoss,
-    check_request,
-    last_layer_parameters,
-)
+from elastic_kfac.analysis.hessian import Hessian, check_request, last_layer_parameters
 from elastic_kfac.analysis.landscape import loss_along
 from elastic_kfac.analysis.spectral_estimates import density, one_sample_eigenvalues, trace
 from elastic_kfac.analysis.spectrum import Eigenpairs, spectrum, top_by_lanczos
@@ -34,12 +29,13 @@ from elastic_kfac.config import AnalysisConfig, Config
 from elastic_kfac.data.feeds import Feeds
 from elastic_kfac.errors import NumericalError, UsageError
 from elastic_kfac.tasks.models import create_model
+from elastic_kfac.tasks.tasks import SumLoss
 
 FORMAT = 1
 _DENSITY_STEPS = 30
 _MOST_HALVINGS = 8
 _LAST_LAYER_SHARE, _HALF = 0.3, 0.5
-"""Of the time that is left, what a part may take; what it does not use is there for the next one."""
+"""Shares of the remaining time that a part may take; unused time is left to the next part."""
 
 
 def check_fits(model: nn.Module, request: AnalysisConfig, *, free_bytes: float | None) -> int:
@@ -47,7 +43,7 @@ def check_fits(model: nn.Module, request: AnalysisConfig, *, free_bytes: float |
 
     Args:
         model: On any device, also `meta`.
-        free_bytes: What there is; `request.memory_gib` goes before it. None: unknown.
+        free_bytes: Available memory, None if unknown; `request.memory_gib` overrides it.
 
     Raises:
         ConfigError: If they do not fit.
@@ -59,12 +55,12 @@ def check_fits(model: nn.Module, request: AnalysisConfig, *, free_bytes: float |
         raise UsageError("too many eigenvalues", given=request.top_k, allowed=f"1 to {size}")
     limit = free_bytes if request.memory_gib is None else request.memory_gib * 2**30
     steps = min(request.lanczos_steps, size)
-    # The block of Lanczos vectors, the eigenvectors made of them and both ends', three to compute with.
-    return check_request(parameters, vectors=steps + request.top_k + 5, limit_bytes=limit)
+    # The block of Lanczos vectors, the eigenvectors made from them, and three to compute with.
+    return check_request(parameters, vectors=steps + request.top_k + 3, limit_bytes=limit)
 
 
 def free_bytes(device: torch.device) -> float | None:
-    """Memory that this process may still take on a device; None when nobody says."""
+    """Memory that this process may still allocate on a device; None if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     found = []
@@ -94,11 +90,10 @@ def analyse(
     *,
     landscape: Mapping[str, FixedSamples] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the request asks for, as JSON. Collective; the model is left as it was.
+    """The requested analysis as JSON. Collective; the model is unchanged on return.
 
     Args:
-        landscape: By name of the split, the samples whose loss is followed along the dominant
-            eigenvector; None: none.
+        landscape: Samples by split whose loss is computed along the dominant eigenvector.
 
     Raises:
         ConfigError: If the vectors do not fit into memory.
@@ -110,7 +105,7 @@ def analyse(
         check_fits(model, request, free_bytes=free_bytes(device))
     except UsageError as error:
         problem = error
-    # One rank without room stops all of them, or the others would wait for it.
+    # One rank without memory stops all of them; otherwise the others would wait for it.
     for found in communicator.all_gather_object(problem, tag="hessian"):
         if found is not None:
             raise found
@@ -120,9 +115,9 @@ def analyse(
 def analysis_row(
     model: nn.Module, loss_sum: SumLoss, feeds: Feeds, config: Config, communicator: Communicator
 ) -> dict[str, Any]:
-    """The analysis of `config.analysis` as a row of `metrics.jsonl`. Collective.
+    """The analysis of `config.analysis` as columns of `metrics.jsonl`. Collective.
 
-    A measurement must not end a run: why there is none is then all that the row says.
+    A failed measurement must not end a run: `analysis_problem` then holds the reason.
     """
     request, data = config.analysis, config.data
     begin = time.monotonic()
@@ -156,11 +151,11 @@ def analysis_row(
 
 
 def check_before_start(config: Config, *, workers_here: int | None) -> None:
-    """Refuses analyses during training whose vectors cannot fit, before any worker starts.
+    """Checks before any worker starts that the vectors of an analysis during training fit.
 
     Args:
-        config: Its shards are there.
-        workers_here: How many workers share this machine's memory; None: they run elsewhere.
+        config: Its shards must exist.
+        workers_here: Number of workers that share this machine's memory; None if they run elsewhere.
 
     Raises:
         ConfigError: If they do not fit.
@@ -239,7 +234,7 @@ class _Analysis:
         }
 
     def _left_s(self) -> float | None:
-        """Seconds of the budget that are left by rank 0's clock, so that all ranks agree."""
+        """Remaining seconds of the budget by rank 0's clock, so that all ranks agree."""
         if self._request.budget_s is None:
             return None
         left = self._request.budget_s - (time.monotonic() - self._began)
@@ -347,8 +342,8 @@ class _Analysis:
         )
 
     def _reach(self, slope: float, curvature: float) -> float:
-        """How far to look: to where the parabola has risen by 1, or half as far as θ is long; nearer
-        where the loss leaves the parabola far below, so that both can be seen in one figure."""
+        """Half-width of the landscape: where the parabola has risen by 1, at most ‖θ‖/2; halved while
+        the loss rises far above the parabola, so that one figure shows both."""
         with torch.no_grad():
             squares = [float(p.double().square().sum()) for p in self._model.parameters()]
         reach = math.sqrt(math.fsum(squares)) / 2 or 1.0

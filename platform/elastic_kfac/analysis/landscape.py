@@ -1,4 +1,4 @@
-"""The loss around a point: along a direction, and how sure a mean over samples is."""
+"""The loss around a point: along a direction, and its variance over samples."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import Batch, SumLoss, SumOverRanks, alone, evaluating
+from elastic_kfac.analysis.hessian import Batch, SumOverRanks, alone
 from elastic_kfac.errors import UsageError
+from elastic_kfac.tasks.models import evaluating
+from elastic_kfac.tasks.tasks import SumLoss
 
 
 @torch.no_grad()
@@ -21,19 +23,17 @@ def loss_along(
     direction: Tensor,
     distances: Sequence[float],
     *,
-    parameters: Sequence[nn.Parameter] | None = None,
     sum_over_ranks: SumOverRanks = alone,
 ) -> list[float]:
     """Mean loss L(θ + δv) over all samples of all ranks for each distance δ. Collective.
 
-    The parameters are restored from a copy, so that not a bit of them changes.
+    The parameters are restored from a copy, so no bit of them changes.
 
     Args:
-        direction: v [size], over `parameters` (None: all trainable ones) in order.
+        direction: v [size], over all trainable parameters in order.
         distances: δ, for example symmetric around 0.
     """
-    chosen = list(model.parameters()) if parameters is None else list(parameters)
-    chosen = [p for p in chosen if p.requires_grad]
+    chosen = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in chosen]
     if sum(sizes) != direction.numel():
         raise UsageError(
@@ -64,7 +64,7 @@ def loss_along(
 
 @dataclass(frozen=True)
 class BiasVariance:
-    """Training loss and the spread of the samples' losses (spec 9)."""
+    """Mean and variance of single samples' losses."""
 
     mean: float
     variance: float
@@ -72,7 +72,7 @@ class BiasVariance:
     count: int
 
     def bound(self, factor: float = 1.0) -> float:
-        """Training loss + C·√(Var f / n): a diagnostic of what is expected on new samples."""
+        """Mean + C·√(Var f / n): a diagnostic estimate of the loss on new samples."""
         return self.mean + factor * math.sqrt(self.variance / self.count)
 
 
@@ -102,7 +102,7 @@ def bias_variance(
     if count < 2:
         raise UsageError("a variance needs at least two samples", given=int(count))
     mean = total / count
-    # A second sum around the mean: the difference of two large moments would lose digits.
+    # Summed around the mean: the difference of two large moments would lose digits.
     spread = (values - mean).square().sum().reshape(1)
     sum_over_ranks(spread)
     return BiasVariance(mean, float(spread) / (count - 1), int(count))

@@ -1,9 +1,9 @@
-"""Would hierarchical low-rank approximation compress the matrices of a trained network? (spec 9)
+"""Would hierarchical low-rank approximation compress the matrices of a trained network?
 
-The source reports that it does not: off-diagonal blocks of kernel matrices have a numerical rank far
+Three claims say that it would not: off-diagonal blocks of kernel matrices have a numerical rank far
 below their size, but the matrices of a convolutional network are tall and skinny with nearly full
-rank, and a matrix that changes in every step leaves no time to earn back its compression. The probe
-measures all three claims on one checkpoint and says which of them hold there.
+rank, and a matrix that changes in every step leaves no time to amortise its compression. The probe
+checks all three on one checkpoint.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import evaluating
 from elastic_kfac.errors import UsageError
+from elastic_kfac.tasks.models import evaluating
 
 KERNEL_POINTS = 512
 MAX_ROWS = 4096
-"""Of an im2col matrix: more rows cannot raise its rank above its columns, only the time to find it."""
+"""Of an im2col matrix: more rows cannot raise its rank above its columns, only cost time."""
 FULL_SHARE = 0.5
-"""The source's trend: at least this share of the smaller side."""
+"""A rank of at least this share of the smaller side counts as nearly full."""
 _REPEATS = 3
 
 
 @dataclass(frozen=True)
 class MatrixRank:
-    """One matrix: its ε-rank, and what compressing it takes."""
+    """One matrix: its ε-rank and the cost of compressing it."""
 
     layer: str
     kind: str
@@ -40,9 +40,9 @@ class MatrixRank:
     columns: int
     rank: int
     compress_s: float
-    """One truncated singular value decomposition."""
+    """Time of one truncated singular value decomposition, s."""
     product_s: float
-    """The dense product that a compressed matrix would make cheaper."""
+    """Time of the dense product that compression would make cheaper, s."""
 
     @property
     def share(self) -> float:
@@ -51,18 +51,18 @@ class MatrixRank:
 
     @property
     def saving(self) -> float:
-        """What two factors of that rank would save of the entries; negative: they take more."""
+        """Share of the entries that two factors of that rank save; negative if they take more."""
         return 1 - self.rank * (self.rows + self.columns) / (self.rows * self.columns)
 
     @property
     def products_to_amortise(self) -> float:
-        """Dense products that the compression costs in time, at the saving; inf where none is saved."""
+        """Dense products after which compression has paid off; inf if it saves nothing."""
         gained = self.product_s * self.saving
         return self.compress_s / gained if gained > 0 else math.inf
 
 
 def epsilon_rank(matrix: Tensor, epsilon: float) -> int:
-    """Singular values above ε times the largest one; 0 for a zero matrix.
+    """Number of singular values above ε times the largest; 0 for a zero matrix.
 
     In double precision: single precision alone would end every spectrum near 1e-7.
     """
@@ -81,8 +81,8 @@ def gaussian_kernel_block(points: int = KERNEL_POINTS, width: float = 0.1) -> Te
 
 
 def matrices(model: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Tensor, Tensor]]:
-    """(layer, kind, matrix, what it is multiplied with) of every Linear and ungrouped Conv2d: its
-    weights [d_out, d_in], and its inputs, of a convolution unrolled [batch·positions, d_in]."""
+    """(layer, kind, matrix, its factor in the product) for every Linear and ungrouped Conv2d: the
+    weights [d_out, d_in], and the inputs, unrolled for a convolution [batch·positions, d_in]."""
     seen: dict[str, Tensor] = {}
     layers = {
         name: layer
@@ -107,7 +107,7 @@ def matrices(model: nn.Module, images: Tensor) -> Iterator[tuple[str, str, Tenso
         weight = layer.weight.detach().flatten(1)
         if name in seen:
             inputs = seen[name]
-            # Equal steps through all samples and positions, not the corner of the first image.
+            # Evenly spread over samples and positions, not the corner of the first image.
             inputs = inputs[:: -(-len(inputs) // MAX_ROWS)]
             yield name, "weights", weight, inputs.T.contiguous()
             yield name, "im2col" if isinstance(layer, nn.Conv2d) else "inputs", inputs, weight.T
@@ -117,8 +117,8 @@ def probe(model: nn.Module, images: Tensor, *, epsilon: float = 1e-6) -> dict[st
     """Ranks and times of a Gaussian kernel's block and of a network's matrices, as JSON.
 
     Args:
-        model: Left as it was.
-        images: Inputs whose unrolled patches are looked at [batch, …].
+        model: Unchanged on return.
+        images: Inputs whose unrolled patches are measured [batch, …].
         epsilon: Relative to the largest singular value.
 
     Raises:
@@ -181,7 +181,7 @@ def _unrolled(layer: nn.Module, inputs: Tensor) -> Tensor:
         return inputs.detach().flatten(0, -2)
     padding = layer.padding
     if isinstance(padding, str):
-        # `same`: what torch pads by itself, one more behind where the kernel is even.
+        # `same` as torch pads it: one more at the end where the kernel is even.
         total = [
             d * (k - 1) if padding == "same" else 0
             for d, k in zip(layer.dilation, layer.kernel_size, strict=True)

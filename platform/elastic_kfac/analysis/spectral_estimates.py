@@ -1,4 +1,4 @@
-"""Trace, density, single samples, and the eigenvalue that K-FAC has for free (spec 5.2, 6.1)."""
+"""Estimates from Hessian products (trace, density, single samples) and from K-FAC's factors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import Batch, Hessian, Operator, SumLoss, SumOverRanks, alone
+from elastic_kfac.analysis.hessian import Batch, Hessian, Operator, SumOverRanks, alone
 from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczos
 from elastic_kfac.curvature.block import Block
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.errors import UsageError
+from elastic_kfac.tasks.tasks import SumLoss
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class TraceEstimate:
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Stochastic Lanczos quadrature: point masses that approximate the density of eigenvalues."""
+    """Point masses that approximate the density of eigenvalues (stochastic Lanczos quadrature)."""
 
     nodes: tuple[tuple[float, ...], ...]
     """Ritz values of each draw."""
     weights: tuple[tuple[float, ...], ...]
-    """Their masses, which add up to 1 in each draw."""
+    """Masses of the Ritz values; they add up to 1 in each draw."""
     size: int
 
     def moment(self, order: int) -> float:
@@ -50,8 +51,8 @@ class SpectralDensity:
         return self.size * self.moment(1)
 
     def curve(self, points: int = 200, width: float | None = None) -> tuple[Tensor, Tensor]:
-        """Grid and density [points], the masses widened to Gaussians of standard deviation `width`
-        (None: a hundredth of the range); its integral is 1."""
+        """Grid and density [points]: the masses as Gaussians of standard deviation `width` (None: a
+        hundredth of the range). The integral is 1."""
         nodes = torch.tensor([x for part in self.nodes for x in part], dtype=torch.float64)
         masses = torch.tensor([w for part in self.weights for w in part], dtype=torch.float64)
         masses /= len(self.nodes)
@@ -71,8 +72,8 @@ def trace(
     max_draws: int = 100,
     tolerance: float = 1e-3,
 ) -> TraceEstimate:
-    """Hutchinson's estimate with Rademacher vectors; stops when the mean changes relatively by less
-    than `tolerance`."""
+    """Hutchinson's estimate with Rademacher vectors; stops when the relative change of the mean is
+    below `tolerance`."""
     samples: list[float] = []
     mean = math.nan
     while len(samples) < max_draws:
@@ -112,7 +113,6 @@ def one_sample_eigenvalues(
     samples: int,
     *,
     top: int = 20,
-    parameters: Sequence[nn.Parameter] | None = None,
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: SumOverRanks = alone,
@@ -123,15 +123,14 @@ def one_sample_eigenvalues(
     """Top eigenvalues of the Hessian of each of `samples` single samples [samples, top].
 
     By Lanczos, because such a Hessian has pairs of nearly ±λ that stop power iteration early. Ranks
-    share the samples; every rank gets the whole table. `sample(i)` is a batch of one, or empty for a
-    sample that does not count. Samples that a rank's time budget has no room for are left out.
+    share the samples; every rank gets the whole table. `sample(i)` is a batch of one, or empty to skip
+    it. Samples beyond a rank's time budget are left out.
     """
     if samples < 1:
         raise UsageError("one-sample spectra need at least one sample")
     began = time.monotonic()
-    chosen = None if parameters is None else list(parameters)
     device = next(model.parameters()).device
-    # The last column says which rows count.
+    # The last column marks the rows that count.
     table = torch.zeros(samples, top + 1, dtype=torch.float64, device=device)
     for index in range(rank, samples, world_size):
         if time_budget_s is not None and time.monotonic() - began > time_budget_s:
@@ -139,9 +138,9 @@ def one_sample_eigenvalues(
         batch = sample(index)
         if not len(batch[1]):
             continue
-        hessian = Hessian(model, loss_sum, [batch], parameters=chosen)
+        hessian = Hessian(model, loss_sum, [batch])
         found = top_by_lanczos(hessian, top, seed=index, max_steps=max_steps, tolerance=tolerance)
-        # A Hessian of low rank has fewer eigenvalues that are not 0 than were asked for.
+        # A Hessian of low rank may have fewer nonzero eigenvalues than requested.
         values = torch.tensor(found.values, dtype=torch.float64)
         table[index, : len(values)] = values
         table[index, -1] = 1
@@ -157,10 +156,10 @@ def kfac_eigenvalue(
     world_size: int = 1,
     sum_over_ranks: SumOverRanks = alone,
 ) -> float:
-    """λ̂ = max_i max(d_A)·max(d_G): the top eigenvalue that K-FAC has anyway (spec 5.2). Collective.
+    """λ̂ = max_i max(d_A)·max(d_G), the top eigenvalue of K-FAC's curvature. Collective.
 
-    `blocks` are those of a `KFAC`; `inverse` keeps no eigenvalues, so its factors are decomposed here,
-    shared out over the ranks. NaN before the first factor update.
+    `blocks` are those of a `KFAC`. The `inverse` method keeps no eigenvalues, so its factors are
+    decomposed here, distributed over the ranks. NaN before the first factor update.
     """
     layers = [block for block in blocks if isinstance(block, KroneckerBlock)]
     table = torch.zeros(world_size, max(len(layers), 1), dtype=torch.float64)

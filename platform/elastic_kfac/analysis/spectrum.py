@@ -1,7 +1,7 @@
-"""Eigenvalues of a symmetric operator from its products alone (spec 6.1).
+"""Eigenvalues of a symmetric operator from its products alone: power iteration and Lanczos.
 
-Start vectors are functions of a seed, and every rank does the same arithmetic on the same products, so
-that all ranks agree and every world size gives the same numbers.
+Start vectors are functions of a seed, and every rank does the same arithmetic on the same products:
+all ranks agree, and every world size gives the same numbers.
 """
 
 from __future__ import annotations
@@ -19,45 +19,43 @@ from elastic_kfac.errors import NumericalError, UsageError
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues of the largest size first, with their unit vectors."""
+    """The top eigenvalues by magnitude, largest first, with their unit vectors."""
 
     values: tuple[float, ...]
-    """With sign: on a saddle the largest |λ| may be negative."""
+    """Signed: at a saddle point the largest |λ| may be negative."""
     vectors: Tensor
     """[k, size]."""
     residuals: tuple[float, ...]
-    """‖Hv − λv‖: some eigenvalue lies this close to λ, whatever the stopping rule said."""
+    """‖Hv − λv‖: some eigenvalue lies this close to λ, converged or not."""
     converged: tuple[bool, ...]
     products: int
 
 
 @dataclass(frozen=True)
 class Extremes:
-    """Both ends of the spectrum."""
+    """The largest and the smallest eigenvalue, signed."""
 
     largest: float
     smallest: float
-    largest_vector: Tensor
-    smallest_vector: Tensor
     converged: bool
-    products: int
+    """Whether both residuals are below tolerance times the larger magnitude."""
 
 
 @dataclass(frozen=True)
 class Tridiagonal:
-    """What Lanczos iterations leave: T = basis · H · basisᵀ."""
+    """The result of Lanczos iterations: T = basis · H · basisᵀ."""
 
     diagonal: tuple[float, ...]
     off_diagonal: tuple[float, ...]
     """One shorter than the diagonal."""
     residual: float
-    """Size of what H adds to the space that the basis spans; 0 when the space is invariant."""
+    """Norm of the next, unnormalised Lanczos vector; 0 when the basis spans an invariant space."""
     basis: Tensor
     """[steps, size], orthonormal rows."""
 
     @property
     def is_finite(self) -> bool:
-        """Whether every product was."""
+        """Whether every product was finite."""
         return all(map(math.isfinite, (*self.diagonal, self.residual)))
 
     def eigen(self) -> tuple[Tensor, Tensor]:
@@ -93,12 +91,12 @@ def top_eigenvalues(
     max_iterations: int = 100,
     tolerance: float = 1e-3,
 ) -> Eigenpairs:
-    """The eigenvalues of the largest size by power iteration with deflation.
+    """Top `count` eigenvalues by magnitude, by power iteration with deflation.
 
-    Stops at |λ − λ_old| < tolerance·(|λ_old| + 1e-6), the published rule; where two eigenvalues have
-    nearly the same size and opposite signs it stops too early, which the residual shows and
-    `top_by_lanczos` avoids. When the time budget of the operator is spent it returns what it has, not
-    converged. A non-finite product gives NaN.
+    Stops at |λ − λ_old| < tolerance·(|λ_old| + 1e-6), the rule of Yao et al. (2018). For two
+    eigenvalues of nearly equal magnitude and opposite sign that is too early: the residual shows it, and
+    `top_by_lanczos` avoids it. Returns unconverged values when the operator's time budget is spent,
+    and NaN after a non-finite product.
 
     Raises:
         UsageError: If more eigenvalues are asked for than there are.
@@ -140,11 +138,11 @@ def top_by_lanczos(
     max_steps: int = 100,
     tolerance: float = 1e-3,
 ) -> Eigenpairs:
-    """The eigenvalues of the largest size by Lanczos iterations (one product each).
+    """Top `count` eigenvalues by magnitude, by Lanczos iterations (one product each).
 
-    Goes on until every residual is below tolerance·|λ|. Far fewer products than power iteration for
-    many eigenvalues, and it tells +λ from −λ; it keeps one vector per step, and of an eigenvalue with
-    several eigenvectors it may show one only.
+    Stops when every residual is below tolerance·|λ|. Takes far fewer products than power iteration
+    for many eigenvalues and separates +λ from −λ, but keeps one vector per step and may return only one
+    copy of a multiple eigenvalue.
 
     Raises:
         UsageError: If more eigenvalues are asked for than there are.
@@ -167,7 +165,7 @@ def spectrum(
     max_steps: int = 100,
     tolerance: float = 1e-3,
 ) -> tuple[Eigenpairs, Extremes]:
-    """The eigenvalues of the largest size and both ends, from one and the same Lanczos run.
+    """Top `count` eigenvalues by magnitude and both ends of the spectrum, from one Lanczos run.
 
     Raises:
         UsageError: If more eigenvalues are asked for than there are.
@@ -183,7 +181,7 @@ def spectrum(
 
 
 def _is_enough(so_far: Tridiagonal, count: int, tolerance: float) -> bool:
-    # A look costs a small eigenproblem, so not after every step.
+    # Checking costs a small eigenproblem, so not after every step.
     steps = len(so_far.diagonal)
     return steps >= count and steps % 5 == 0 and all(_settled(so_far, count, tolerance)[1])
 
@@ -202,7 +200,7 @@ def _largest(result: Tridiagonal, count: int, tolerance: float) -> Eigenpairs:
 
 
 def _settled(result: Tridiagonal, count: int, tolerance: float) -> tuple[list[int], list[bool]]:
-    """Indices of the largest Ritz values by size, and whether each residual is small enough."""
+    """Indices of the top Ritz values by magnitude, and whether each has converged."""
     values, mixes = result.eigen()
     order = values.abs().argsort(descending=True)[:count].tolist()
     residuals = (result.residual * mixes[-1]).abs()
@@ -215,7 +213,7 @@ def _check_count(operator: Operator, count: int) -> None:
 
 
 def _eigenpairs(found: Sequence[tuple[float, Tensor, float, bool]], products: int) -> Eigenpairs:
-    # Not a number sorts first: it is what the caller has to see.
+    # NaN sorts first, so that the caller sees it.
     ranked = sorted(found, key=lambda pair: -abs(pair[0]) if pair[0] == pair[0] else -math.inf)
     return Eigenpairs(
         values=tuple(pair[0] for pair in ranked),
@@ -226,75 +224,12 @@ def _eigenpairs(found: Sequence[tuple[float, Tensor, float, bool]], products: in
     )
 
 
-class Affine:
-    """`scale·H + shift·I`: what power iteration needs to find one end of an indefinite spectrum."""
-
-    def __init__(self, operator: Operator, scale: float, shift: float) -> None:
-        self._operator, self._scale, self._shift = operator, scale, shift
-
-    @property
-    def size(self) -> int:
-        return self._operator.size
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._operator.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._operator.device
-
-    @property
-    def expired(self) -> bool:
-        return self._operator.expired
-
-    def product(self, vector: Tensor) -> Tensor:
-        """scale·Hv + shift·v."""
-        return self._operator.product(vector).mul_(self._scale).add_(vector, alpha=self._shift)
-
-
-def extremes_by_shift(
-    operator: Operator, *, seed: int = 0, max_iterations: int = 100, tolerance: float = 1e-3
-) -> Extremes:
-    """Both ends by power iteration on H, H + |λ|I and |λ|I − H (spec 6.1)."""
-    settings = {"seed": seed, "max_iterations": max_iterations}
-    largest_size = top_eigenvalues(operator, tolerance=tolerance, **settings)
-    size = abs(largest_size.values[0])
-    up = top_eigenvalues(Affine(operator, 1.0, size), tolerance=tolerance, **settings)
-    down = top_eigenvalues(Affine(operator, -1.0, size), tolerance=tolerance, **settings)
-    return Extremes(
-        largest=up.values[0] - size,
-        smallest=size - down.values[0],
-        largest_vector=up.vectors[0],
-        smallest_vector=down.vectors[0],
-        converged=up.converged[0] and down.converged[0],
-        products=largest_size.products + up.products + down.products,
-    )
-
-
-def extremes(
-    operator: Operator, *, seed: int = 0, steps: int = 40, tolerance: float = 1e-3
-) -> Extremes:
-    """Both ends at once by Lanczos iterations; converged when both residuals are below
-    tolerance times the larger end."""
-    return _ends(lanczos(operator, steps, random_vector(operator, seed, 0)), tolerance)
-
-
 def _ends(result: Tridiagonal, tolerance: float) -> Extremes:
     values, mixes = result.eigen()
-    ends = [0, -1]
-    residual = max(abs(result.residual * float(mixes[-1, end])) for end in ends)
-    scale = max(abs(float(values[end])) for end in ends)
-    basis_mixes = mixes[:, ends].to(result.basis)
-    smallest_vector, largest_vector = (_unit(v) for v in basis_mixes.T @ result.basis)
-    return Extremes(
-        largest=float(values[-1]),
-        smallest=float(values[0]),
-        largest_vector=largest_vector,
-        smallest_vector=smallest_vector,
-        converged=residual <= tolerance * scale,
-        products=len(result.diagonal),
-    )
+    smallest, largest = float(values[0]), float(values[-1])
+    residual = result.residual * max(abs(float(mixes[-1, end])) for end in (0, -1))
+    scale = max(abs(smallest), abs(largest))
+    return Extremes(largest, smallest, converged=residual <= tolerance * scale)
 
 
 def lanczos(
@@ -306,7 +241,7 @@ def lanczos(
 ) -> Tridiagonal:
     """Lanczos iterations with full re-orthogonalisation, twice, from `start` [size].
 
-    Ends after `steps`, when the space is invariant, or when `enough` says so.
+    Stops after `steps`, when the space is invariant, or when `enough` returns True.
     """
     if steps < 1:
         raise UsageError("Lanczos needs at least one step", given=steps)
@@ -325,7 +260,7 @@ def lanczos(
         image = _without(image, done_rows)
         norm = float(torch.linalg.vector_norm(image))
         scale = max(scale, abs(diagonal[-1]), norm)
-        # Below rounding there is nothing left but noise: the space is invariant.
+        # Below rounding only noise is left: the space is invariant.
         if norm <= torch.finfo(operator.dtype).eps * operator.size**0.5 * scale:
             norm = 0.0
         result = Tridiagonal(tuple(diagonal), tuple(off_diagonal), norm, done_rows)
@@ -345,7 +280,7 @@ def _unit(vector: Tensor) -> Tensor:
 
 
 def _without(vector: Tensor, found: Tensor) -> Tensor:
-    """`vector` minus its parts along orthonormal rows; twice, because once leaves rounding."""
+    """`vector` minus its projections on orthonormal rows; twice, because once leaves rounding."""
     if len(found):
         for _ in range(2):
             vector = vector - found.T @ (found @ vector)

@@ -179,7 +179,7 @@ def bias_variance_of_run(
     device: torch.device | None = None,
     feeds: Feeds | None = None,
 ) -> dict[str, Any]:
-    """Loss + C·√(Var f / n) on the training split beside the loss on the other one (spec 9).
+    """Loss + C·√(Var f / n) on the training split next to the loss on the evaluation split.
 
     Writes `analysis/bias-variance.json`.
 

@@ -1,1 +1,1 @@
-"""What is learned: models, losses and metrics, inputs, attacks and mixing."""
+"""Models, losses and metrics, input preprocessing, attacks and mixing."""

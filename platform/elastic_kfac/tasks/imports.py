@@ -1,4 +1,4 @@
-"""Loads what people bring: `package.module:name`."""
+"""References to user code: `package.module:name`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from elastic_kfac.errors import ConfigError
 
 
 def is_reference(name: str) -> bool:
-    """Whether `name` points at a person's own code instead of a built-in."""
+    """Whether `name` refers to user code instead of a built-in."""
     return ":" in name
 
 
 def load_reference(reference: str, *, key: str) -> Callable[..., Any]:
-    """Imports `package.module:attribute`; `key` is the configuration key, for the error.
+    """Imports `package.module:attribute`; `key` is the configuration key for error messages.
 
     Raises:
         ConfigError: If the module cannot be imported or has no such callable.

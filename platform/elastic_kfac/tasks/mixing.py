@@ -1,8 +1,8 @@
-"""Mixup, running mixup and random erasing, with randomness that belongs to the sample.
+"""Mixup, running mixup and random erasing, with randomness per sample.
 
-Every draw is a function of (seed, epoch, sample id): the same sample of the same epoch gets the same λ
-and the same erased box on every rank and after every resize. Only the partner of running mixup comes
-from what this rank mixed last; that buffer never leaves the rank (spec 3.3, 10.2).
+Every draw is a function of (seed, epoch, sample id): a sample gets the same λ and the same erased box
+in an epoch on every rank and after every resize. Only the partner in mixup is the last batch of this
+rank; that buffer never leaves the rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from elastic_kfac.errors import ConfigError
 
 Ids = npt.NDArray[np.integer]
 
-# What draws are made for; purposes below 5 belong to the data room, 7 to random starts of attacks.
+# Purposes of counter-based draws; below 5 belong to the data room, 7 to random starts of attacks.
 MIXUP: Final = 5
 ERASING: Final = 6
 
@@ -32,10 +32,10 @@ _MAX_ALPHA: Final = 1.0
 def mixing_weights(
     alpha: float, *, seed: int, epoch: int, ids: Ids, fold: bool = True
 ) -> npt.NDArray[np.float64]:
-    """λ ~ Beta(α, α) for each sample [n]; `fold` gives max(λ, 1 − λ) as the released code does.
+    """λ ~ Beta(α, α) for each sample [n]; `fold` returns max(λ, 1 − λ), as chainerkfac does.
 
-    By Jöhnk's rejection method on the logarithms of uniform numbers, which needs at most two attempts
-    in the mean for α ≤ 1.
+    Jöhnk's rejection method on the logarithms of uniform numbers; it needs at most two attempts on
+    average for α ≤ 1.
 
     Raises:
         ConfigError: If α is not in (0, 1], the range of the recipes.
@@ -52,30 +52,26 @@ def mixing_weights(
 
 
 def check_alpha(alpha: float) -> None:
-    """Refuses an α outside (0, 1].
-
-    Raises:
-        ConfigError: If it is.
-    """
+    """Raises a ConfigError for an α outside (0, 1]."""
     if not 0 < alpha <= _MAX_ALPHA:
         raise ConfigError("mixup alpha out of range", given=alpha, allowed="0 < alpha <= 1")
 
 
 class Mixup:
-    """Mixes each batch with the one before it on this rank.
+    """Mixes each batch with the previous one on this rank.
 
-    `running` mixes with the last MIXED batch, x̃_t = λx_t + (1 − λ)x̃_{t−1} (Osawa et al. 2019), which
-    needs no second batch and mixes with all the past; without it the partner is the last plain batch.
-    Labels become probabilities [n, classes] and are mixed alike. The first batch is unmixed, and so is
-    one whose size the buffer does not fit.
+    `running` mixes with the last MIXED batch, x̃_t = λx_t + (1 − λ)x̃_{t−1} (Osawa et al. 2019), so a batch
+    mixes with all earlier ones; otherwise the partner is the last plain batch. Labels become
+    probabilities [n, classes] and are mixed alike. The first batch is unmixed, and so is a batch
+    whose size does not fit the buffer.
 
     Args:
-        alpha: Of the Beta distribution.
-        num_classes: Of the labels.
-        seed: Of the run.
-        running: See above.
-        on_smaller: What happens to a batch smaller than the buffer: `reset` leaves it unmixed,
-            `subsample` uses the first part of the buffer.
+        alpha: α of the Beta distribution.
+        num_classes: Number of classes.
+        seed: Seed of the run.
+        running: Mix with the last mixed batch instead of the last plain one.
+        on_smaller: For a batch smaller than the buffer, `reset` leaves it unmixed and `subsample` uses
+            the first part of the buffer.
 
     Raises:
         ConfigError: If α or `on_smaller` is not allowed.
@@ -103,7 +99,7 @@ class Mixup:
         self._buffer: tuple[Tensor, Tensor] | None = None
 
     def drop(self) -> None:
-        """Forgets the buffer: after a resize or a restore the next batch is unmixed."""
+        """Clears the buffer, after a resize or a restore: the next batch is unmixed."""
         self._buffer = None
 
     def __call__(
@@ -115,7 +111,7 @@ class Mixup:
             images: [n, ...], floating point.
             labels: [n] classes, or [n, classes] probabilities.
             ids: Sample ids [n].
-            epoch: Of the batch.
+            epoch: Epoch of the batch.
         """
         targets = labels.to(images.dtype)
         if labels.dim() == 1:
@@ -127,7 +123,7 @@ class Mixup:
             share = torch.from_numpy(weights).to(images)
             mixed = (_blend(images, partner[0], share), _blend(targets, partner[1], share))
         kept = mixed if self.running else (images, targets)
-        # A copy: erasing works in place on what is returned and must not reach the buffer.
+        # A copy: the caller may change the returned tensors in place.
         self._buffer = (kept[0].detach().clone(), kept[1].detach().clone())
         return mixed
 
@@ -149,10 +145,10 @@ def _blend(new: Tensor, old: Tensor, share: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Erases a box of some images (Zhong et al. 2020, with the ranges of spec 3.3).
+    """Erases a box of some images (Zhong et al. 2020), after mixup.
 
-    Comes after mixup. The erased area is uniform in `area` (a share of the image), height / width
-    uniform in `aspect` with the two swapped half of the time.
+    The erased share of the image is uniform in `area`; height / width is uniform in `aspect`, inverted
+    half of the time.
     """
 
     seed: int
@@ -172,7 +168,7 @@ class RandomErasing:
             raise ConfigError("erased aspect out of range", given=self.aspect, allowed="above 0")
 
     def boxes(self, height: int, width: int, ids: Ids, epoch: int) -> npt.NDArray[np.int64]:
-        """(top, left, bottom, right) of each sample [n, 4]; empty where nothing is erased."""
+        """(top, left, bottom, right) for each sample [n, 4]; an empty box erases nothing."""
         draws = uniforms(stream_key(self.seed, epoch, ERASING), ids, 6)
         area = (self.area[0] + (self.area[1] - self.area[0]) * draws[:, 1]) * height * width
         ratio = self.aspect[0] + (self.aspect[1] - self.aspect[0]) * draws[:, 2]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -167,12 +168,12 @@ def zoo() -> dict[str, Callable[..., nn.Module]]:
 def create_model(
     name: str, num_classes: int, image_shape: ImageShape, **arguments: Any
 ) -> nn.Module:
-    """Builds a zoo model, or a person's own from `package.module:factory`.
+    """Builds a zoo model, or a user's model from `package.module:factory`.
 
     A factory is called as `factory(num_classes, image_shape, **arguments)`.
 
     Raises:
-        ConfigError: If the name is unknown, the arguments do not fit, or it returns no module.
+        ConfigError: If the name is unknown, the arguments do not fit, or the factory returns no module.
     """
     if is_reference(name):
         factory = load_reference(name, key="model.name")
@@ -202,9 +203,9 @@ def create_model(
 def build_model(
     config: ModelConfig, *, num_classes: int, image_shape: ImageShape, seed: int
 ) -> nn.Module:
-    """The configured model with its initial weights: made on the CPU from `seed` alone.
+    """The configured model with its initial weights, created on the CPU from `seed` alone.
 
-    The global random state is left as it was.
+    The global random state is unchanged on return.
 
     Raises:
         ConfigError: If the model or its initial weights do not fit.
@@ -217,11 +218,23 @@ def build_model(
     return model
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode; on exit every module is back in its previous mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def load_weights(model: nn.Module, path: str) -> None:
-    """Loads a safetensors file, as `elastic-kfac export` writes it.
+    """Loads a safetensors file as written by `elastic-kfac export`.
 
     Raises:
-        ConfigError: If the file is missing, damaged, or of another model.
+        ConfigError: If the file is missing, damaged, or belongs to another model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""What is minimised and what is counted: the loss and metric hooks of the loop.
+"""Losses and accuracy.
 
 A loss is a SUM over samples. The loop divides by the global batch size before the backward pass, so
 that gradients summed over micro-batches and ranks are the gradient of the global mean.
@@ -6,6 +6,7 @@ that gradients summed over micro-batches and ranks are the gradient of the globa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,11 +18,14 @@ from elastic_kfac.config import TrainConfig
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.imports import is_reference, load_reference
 
+SumLoss = Callable[[Tensor, Tensor], Tensor]
+"""(outputs, labels) to the SUM of the samples' losses."""
+
 
 class Task(Protocol):
-    """A person's own task has these two methods; its factory gets the `train` section.
+    """A loss and its accuracy; user tasks implement it, and their factory gets the `train` section.
 
-    Labels are classes [batch], or probabilities [batch, classes] where mixup is on.
+    Labels are classes [batch], or probabilities [batch, classes] under mixup.
     """
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -29,7 +33,7 @@ class Task(Protocol):
         ...
 
     def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """How many samples are right, a scalar; `accuracy` is this over the sample count."""
+        """The number of correct samples, a scalar."""
         ...
 
 
@@ -40,7 +44,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        # Half-precision logits lose the small differences that a confident model lives on.
+        # Half-precision logits lose the small differences between confident predictions.
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
         if labels.dim() == 2:
             labels = labels.to(logits.dtype)
@@ -66,7 +70,7 @@ class MeanSquaredError:
 
 
 def _right(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Of probabilities the largest counts."""
+    # The class of a probability vector is its largest entry.
     classes = labels.argmax(dim=1) if labels.dim() == 2 else labels
     return (outputs.argmax(dim=1) == classes).sum()
 
@@ -75,7 +79,7 @@ def make_task(train: TrainConfig) -> Task:
     """The task of `train.loss`.
 
     Raises:
-        ConfigError: If the name is unknown, or a person's own task lacks `loss` or `correct`.
+        ConfigError: If the name is unknown, or a user task lacks `loss` or `correct`.
     """
     if is_reference(train.loss):
         task = load_reference(train.loss, key="train.loss")(train)

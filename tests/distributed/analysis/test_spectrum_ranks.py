@@ -17,7 +17,7 @@ from elastic_kfac.analysis.spectral_estimates import (
     one_sample_eigenvalues,
     trace,
 )
-from elastic_kfac.analysis.spectrum import extremes, top_eigenvalues
+from elastic_kfac.analysis.spectrum import spectrum, top_eigenvalues
 from elastic_kfac.communication.collectives import Communicator
 from support.gloo import run_ranks
 
@@ -52,7 +52,7 @@ def analyse(world: Communicator, ranks: int) -> dict[str, Any] | None:
     own: list[Batch] = list(zip(x[mine].split(5), y[mine].split(5), strict=True))
     hessian = Hessian(model, loss_sum, own, sum_over_ranks=add)
     top = top_eigenvalues(hessian, 3, max_iterations=40, tolerance=1e-9)
-    ends = extremes(hessian, steps=20)
+    _, ends = spectrum(hessian, max_steps=20, tolerance=0.0)
     share = {"rank": part.rank, "world_size": part.world_size, "sum_over_ranks": add}
     spread = bias_variance(model, loss_sum, own, sum_over_ranks=add)
 

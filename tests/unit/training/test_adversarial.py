@@ -12,18 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import TrainConfig
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.tasks.adversarial import (
+from elastic_kfac.tasks.attacks import (
     Attack,
     adversarial_mask,
     mix_adversarial,
     perturbed,
-    robustness,
-    worst_column_perturbation,
 )
+from elastic_kfac.tasks.inputs import InputMaker
 from elastic_kfac.tasks.tasks import CrossEntropy
+from elastic_kfac.training.evaluation import evaluate_split
+from support.training_problems import MemoryFeed, MemorySamples
 
 WIDE = {"low": -100.0, "high": 100.0}
+
+
+class Vectors(MemoryFeed):
+    """Given inputs in their order."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+        super().__init__(len(labels))
+        self._inputs, self._given = inputs, labels
+
+    def read(self, epoch: int, first_position: int, count: int) -> MemorySamples:
+        part = slice(first_position, first_position + count)
+        ids = np.arange(len(self._given), dtype=np.uint64)[part]
+        return MemorySamples(self._inputs[part], self._given[part], ids, torch.ones(len(ids)))
 
 
 def logistic_sum(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -194,7 +210,7 @@ def test_mixing_replaces_exactly_the_masked_samples() -> None:
         assert torch.equal(mixed[~mask], images[~mask])
 
 
-def test_robustness_counts_clean_and_attacked_samples() -> None:
+def test_evaluation_counts_clean_and_attacked_samples() -> None:
     model, inputs, labels = linear_problem()
 
     class Binary:
@@ -204,17 +220,35 @@ def test_robustness_counts_clean_and_attacked_samples() -> None:
         def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
             return (outputs[:, 0] * labels > 0).sum()
 
-    parts = [slice(0, 8), slice(8, 8), slice(8, 20)]
-    batches = [(inputs[part], labels[part], np.arange(20)[part]) for part in parts]
-    found = robustness(model, Binary(), batches, Attack("fgsm", 0.3, **WIDE))
+    found = evaluate_split(
+        model,
+        Binary(),
+        feed := Vectors(inputs, labels),
+        InputMaker(feed, torch.float64, torch.device("cpu")),
+        Communicator.solo(),
+        TrainConfig(eval_batch_size=8),
+        attack=Attack("fgsm", 0.3, **WIDE),
+    )
     margin = (labels * model(inputs)[:, 0]).detach()
     worst = margin - 0.3 * float(model.weight.detach().abs().sum())
-    assert found.count == 20
+    attacked = found.attacked
+    assert attacked is not None and found.count == attacked.count == 20
     assert found.accuracy == float((margin > 0).double().mean())
-    assert found.adversarial_accuracy == float((worst > 0).double().mean())
-    assert found.adversarial_accuracy < found.accuracy
+    assert attacked.accuracy == float((worst > 0).double().mean())
+    assert attacked.accuracy < found.accuracy
     assert found.loss == pytest.approx(float(F.softplus(-margin).mean()), rel=1e-12)
-    assert found.adversarial_loss == pytest.approx(float(F.softplus(-worst).mean()), rel=1e-12)
+    assert attacked.loss == pytest.approx(float(F.softplus(-worst).mean()), rel=1e-12)
+
+
+def worst_column_perturbation(
+    matrix: Tensor, solution: Tensor, target: Tensor, rho: float
+) -> Tensor:
+    """The ΔA with columns of norm ≤ ρ that maximises ‖(A + ΔA)x − b‖: ρ·(r/‖r‖)·sign(x)ᵀ, r = Ax − b."""
+    residual = matrix @ solution - target
+    if not float(residual.norm()):
+        # All directions are equally bad.
+        residual = torch.ones_like(residual)
+    return rho * torch.outer(residual / residual.norm(), solution.sign())
 
 
 def test_robust_least_squares_is_least_squares_with_an_l1_penalty() -> None:
