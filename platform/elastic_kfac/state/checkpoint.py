@@ -1,11 +1,11 @@
-"""Durable checkpoints: content hashes, the manifest last, the next older one when one is damaged.
+"""Durable checkpoints: content hashes, the manifest last, fallback to the next older one if damaged.
 
     checkpoints/step-000000000120/state-<hash>.safetensors   tensors and the ledger's tail
     checkpoints/step-000000000120/state-<hash>.json          everything else
     checkpoints/step-000000000120/manifest.json              names, sizes and hashes of the two
 
-A folder without a manifest is unfinished and does not count. Files carry their hash in the name, so
-that two writers of the same step (a fenced-off process that woke up) cannot mix their files.
+A folder without a manifest is unfinished and ignored. File names contain the hash, so two writers of the
+same step (a fenced-off process that woke up) cannot mix their files.
 """
 
 from __future__ import annotations
@@ -28,35 +28,38 @@ _MANIFEST = "manifest.json"
 
 
 class StateStore(Protocol):
-    """Where the loop keeps states: durable checkpoints, or a vault in the memory of other nodes."""
+    """Stores states: durable checkpoints, or replicas in the memory of other nodes."""
 
     snapshot_cpu_s: float
-    """CPU time in s that the newest snapshot took beside the loop; 0 where nobody counts it."""
+    """CPU time in s of the newest snapshot outside the loop; 0 if not measured."""
 
     def save(self, state: TrainingState) -> None:
-        """Keeps `state` and does not return before it is safe."""
+        """Stores `state`; returns when it is safe."""
         ...
 
     def save_async(self, state: TrainingState) -> Future[bool] | None:
-        """Starts to keep `state`; the future says whether it is safe.
+        """Starts to store `state`; the future is True once it is safe, False if it failed.
 
-        None when an earlier one is still being written.
+        None while an earlier state is being written.
         """
         ...
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more."""
+        """Returns when no write is in progress."""
         ...
 
     def load_latest(self) -> TrainingState | None:
-        """The newest state that verifies; None when there is none."""
+        """The newest valid state; None if there is none."""
         ...
 
 
 class CheckpointStore:
     """The checkpoints of one run, below its folder.
 
-    `on_warning` is told, in one line, about every checkpoint that is skipped or could not be written.
+    Args:
+        uri: The run's folder.
+        keep: Number of complete checkpoints to retain.
+        on_warning: Called with one line for every checkpoint that is skipped or could not be written.
     """
 
     snapshot_cpu_s = 0.0
@@ -72,9 +75,9 @@ class CheckpointStore:
         self.keep = keep
         self._warn = on_warning or (lambda line: None)
         self.before_manifest: Callable[[int], None] = lambda step: None
-        """Is told the step right before its manifest, the last file, appears."""
+        """Called with the step before its manifest, the last file, is written."""
         self.after_save: Callable[[int, float], None] = lambda num_bytes, elapsed_s: None
-        """Is told the size of each complete checkpoint and how long its writing took, in s."""
+        """Called with the bytes of each complete checkpoint and the seconds that writing it took."""
         self._lock = threading.Lock()
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[bool] | None = None
@@ -83,13 +86,13 @@ class CheckpointStore:
         """Writes a checkpoint and applies the retention.
 
         Raises:
-            OSError: If the storage refuses (full, read-only, unreachable).
+            OSError: If the storage is full, read-only or unreachable.
         """
         self.wait()
         self._save(state)
 
     def save_async(self, state: TrainingState) -> Future[bool] | None:
-        """Writes in the background; a failure is a warning, because the next one may succeed."""
+        """Writes in the background; a failure is a warning because the next write may succeed."""
         if self._pending is not None and not self._pending.done():
             return None
         if self._writer is None:
@@ -103,13 +106,13 @@ class CheckpointStore:
             self._pending.result()
 
     def close(self) -> None:
-        """Waits for the background writer and ends its thread."""
+        """Waits for the background writer and stops its thread."""
         if self._writer is not None:
             self._writer.shutdown(wait=True)
             self._writer = None
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, oldest first (finished does not mean undamaged)."""
+        """Steps of the finished checkpoints, oldest first; they may be damaged."""
         return [step for step in self._folders() if self._has_manifest(step)]
 
     def load(self, step: int) -> TrainingState:
@@ -136,15 +139,15 @@ class CheckpointStore:
                 raise StateError(f"{entry['name']} is damaged (its hash differs)", given=folder)
             contents[kind] = content
         state = TrainingState.from_parts(json.loads(contents["meta"]), contents["tensors"])
-        # The ledger's older rows are a part of the state that lies elsewhere.
+        # The ledger's older rows are part of the state and stored elsewhere.
         state.ledger.rows(self.storage)
         return state
 
     def load_latest(self) -> TrainingState | None:
-        """The newest checkpoint that verifies; what is skipped is said aloud.
+        """The newest valid checkpoint; every skipped one is a warning.
 
         Raises:
-            StateError: If there are finished checkpoints but none verifies, or the newest was
+            StateError: If there are finished checkpoints but none is valid, or the newest was
                 written by a newer version.
         """
         self.wait()
@@ -211,7 +214,7 @@ class CheckpointStore:
         kept = finished[len(finished) - self.keep + 1 :] if self.keep > 1 else []
         for step in older:
             if step not in kept:
-                # Manifest first: half of a deleted checkpoint must not look like a damaged one.
+                # Manifest first: a partly deleted checkpoint must not look like a damaged one.
                 self.storage.delete(f"{_folder(step)}/{_MANIFEST}")
                 self.storage.delete(_folder(step))
 
@@ -248,7 +251,7 @@ class CheckpointStore:
 
 
 class _NewerFormat(StateError):
-    """Not damage: an older checkpoint must not silently take its place."""
+    """No damage: an older checkpoint must not silently replace it."""
 
 
 def _folder(step: int) -> str:

@@ -1,4 +1,4 @@
-"""Hashes that name things: a configuration, and the counter that randomness is a function of."""
+"""Identities: the hash of a configuration, seeds from counters, the machine type."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ def config_sha256(config: Config) -> str:
 
 
 def counter_seed(*counters: int) -> int:
-    """A seed that is a function of counters only (seed, step, sample id), so that it survives
-    every resize and restart."""
+    """A seed from counters only (seed, step, sample id): independent of resizes and restarts."""
     text = ":".join(str(counter) for counter in counters)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
 def machine_type(device: torch.device) -> str:
-    """The processor that computes, and the instructions that kernels may use."""
+    """The processor and the instruction set of its kernels."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,9 +1,9 @@
-"""The ledger: which samples each committed step was made of.
+"""The ledger: the samples of every committed step.
 
 The rows since the last sealed segment are part of the training state, so ledger and state cannot
-disagree: a run that falls back to an older checkpoint also falls back to that checkpoint's rows.
-Older rows lie in immutable files `ledger/<first step>-<last step>.parquet`, which are written before
-the manifest of the checkpoint that names them. `ledger.parquet` is the whole, made at the end.
+disagree: a run that falls back to an older checkpoint also falls back to its rows. Older rows are in
+immutable files `ledger/<first step>-<last step>.parquet`, written before the manifest of the checkpoint
+that references them. `ledger.parquet`, with all rows, is written at the end.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class LedgerValue:
-    """The ledger at a step boundary, as a part of the training state."""
+    """The ledger at a step boundary: part of the training state."""
 
     segments: tuple[Segment, ...] = ()
     tail: Rows = field(default_factory=lambda: np.empty(0, ROW))
     world_sizes: tuple[int, ...] = ()
-    """World sizes of all rows, segments included, without repetitions in a row."""
+    """World sizes of all rows, segments included, without consecutive repetitions."""
     unwritten: tuple[tuple[Segment, bytes], ...] = field(default=(), compare=False)
-    """Content of sealed segments that may not lie in the run's folder yet."""
+    """Content of sealed segments that may not be in the run's folder yet."""
 
     def write_segments(self, storage: Storage) -> None:
         """Writes the sealed segments that are not in the run's folder yet."""
@@ -69,7 +69,7 @@ class LedgerValue:
         """All rows, segments first.
 
         Raises:
-            StateError: If a segment is missing or not what the state says.
+            StateError: If a segment is missing or its hash differs.
         """
         pending = dict(self.unwritten)
         parts = [
@@ -80,7 +80,7 @@ class LedgerValue:
 
 
 class Ledger:
-    """The growing ledger of a run; every rank keeps the same one."""
+    """The growing ledger of a run, equal on every rank."""
 
     def __init__(self, value: LedgerValue | None = None) -> None:
         value = value or LedgerValue()
@@ -101,13 +101,13 @@ class Ledger:
         world_size: int,
         id_hash: int,
     ) -> None:
-        """Adds the row of a step that is being committed."""
+        """Adds the row of a committed step."""
         self._tail.append((step, epoch, first_position, num_samples, world_size, id_hash))
         if self._world_sizes[-1:] != [world_size]:
             self._world_sizes.append(world_size)
 
     def seal(self, minimum_rows: int = SEGMENT_ROWS) -> None:
-        """Turns the tail into a segment when it is long enough."""
+        """Turns the tail into a segment if it is long enough."""
         if not self._tail or len(self._tail) < minimum_rows:
             return
         rows = np.array(self._tail, ROW)
@@ -120,7 +120,7 @@ class Ledger:
         self._tail.clear()
 
     def written(self, count: int) -> None:
-        """Forgets the content of the first `count` segments, which lie in the run's folder."""
+        """Drops the content of the first `count` segments, which are in the run's folder."""
         for segment in self._segments[:count]:
             self._unwritten.pop(segment, None)
 
@@ -134,12 +134,12 @@ class Ledger:
         )
 
     def world_sizes(self) -> list[int]:
-        """The world sizes that committed steps so far, without repetitions in a row."""
+        """World sizes of the committed steps, without consecutive repetitions."""
         return list(self._world_sizes)
 
 
 def to_parquet(rows: Rows) -> bytes:
-    """The rows as the bytes of a Parquet file."""
+    """The rows as a Parquet file."""
     table = pa.table({name: pa.array(np.ascontiguousarray(rows[name])) for name in ROW.names or ()})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -147,7 +147,7 @@ def to_parquet(rows: Rows) -> bytes:
 
 
 def from_parquet(content: bytes) -> Rows:
-    """Reads what `to_parquet` wrote."""
+    """The rows of `to_parquet`."""
     table = pq.read_table(pa.BufferReader(content))
     rows = np.empty(table.num_rows, ROW)
     for name in ROW.names or ():
@@ -156,7 +156,7 @@ def from_parquet(content: bytes) -> Rows:
 
 
 def world_sizes(rows: Rows) -> list[int]:
-    """The world sizes that committed steps, in order, without repetitions in a row."""
+    """World sizes of the rows, in order, without consecutive repetitions."""
     sizes = rows["world_size"]
     if not len(sizes):
         return []

@@ -1,4 +1,4 @@
-"""A run's folder: the files that people, reports and `audit` read.
+"""A run's folder, which users, reports and `audit` read.
 
 `config.yaml`, `metrics.jsonl`, `events.jsonl`, `ledger.parquet`, `result.json`, `checkpoints/`.
 """
@@ -31,7 +31,7 @@ class RunFolder:
         """Opens the folder of a run that was started before.
 
         Raises:
-            UsageError: If there is no `config.yaml`, so that it cannot be a run.
+            UsageError: If there is no `config.yaml`.
         """
         folder = cls(uri)
         if not folder.storage.exists("config.yaml"):
@@ -51,7 +51,7 @@ class RunFolder:
         """The configuration of the run.
 
         Raises:
-            ConfigError: If it is no plain YAML or does not validate.
+            ConfigError: If it is not plain YAML or not valid.
         """
         try:
             values = yaml.safe_load(self.storage.read("config.yaml"))
@@ -82,11 +82,11 @@ class RunFolder:
         """Drops metric rows of later steps, which a restart from `step` repeats.
 
         Returns:
-            How many rows were dropped.
+            The number of dropped rows.
         """
         if not self.storage.exists("metrics.jsonl"):
             return 0
-        # Rows lie in the order of their steps: only the end of a long run's file is looked at.
+        # Rows are ordered by step: only the end of a long file is parsed.
         content = self.storage.read("metrics.jsonl")
         end, dropped = len(content), 0
         while end > 0:
@@ -104,7 +104,7 @@ class RunFolder:
         self.storage.write("result.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def result(self) -> dict[str, Any] | None:
-        """`result.json`, or None while the run has not ended."""
+        """`result.json`; None until the run has ended."""
         if not self.storage.exists("result.json"):
             return None
         content = json.loads(self.storage.read("result.json"))
@@ -123,7 +123,7 @@ class RunFolder:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    # A writer that was killed leaves at most one torn line each time; the restart repeats it.
+    # A killed writer leaves at most one torn line; the restart repeats it.
     try:
         return dict(json.loads(line))
     except ValueError:

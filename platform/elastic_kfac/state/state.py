@@ -1,8 +1,8 @@
-"""The whole state of a run as one value that does not know the world size.
+"""The state of a run as one value that is independent of the world size.
 
-Whoever holds it can go on with any number of ranks: parameters, buffers, optimizer, K-FAC, position
-in the data, clocks and the ledger's tail. Randomness is counter-based (functions of seed, epoch,
-step and sample), so there is no generator state to save.
+It continues with any number of ranks: parameters, buffers, optimizer, K-FAC, position in the data, clocks
+and the ledger's tail. Randomness is counter-based (functions of seed, epoch, step and sample), so there
+is no generator state.
 """
 
 from __future__ import annotations
@@ -32,38 +32,36 @@ Buffer = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, and what it took."""
+    """Progress and costs of a run."""
 
     step: int = 0
     """Committed optimizer steps."""
     epoch: int = 0
     consumed: int = 0
-    """Positions of the current epoch's order that are committed."""
+    """Committed positions of the current epoch's order."""
     samples_committed: int = 0
     started_at: float = 0.0
-    """Unix time of the run's very first start, so that wall times include downtime."""
+    """Unix time of the run's first start; wall times include downtime."""
     train_time_s: float = 0.0
-    """Stepping time: no evaluation, no downtime."""
+    """Stepping time, without evaluation and downtime."""
     computation_s: float = 0.0
-    """Of the stepping time, what rank 0 spent on neither the others nor the data."""
+    """Stepping time of rank 0 without communication and waiting for data."""
     communication_s: float = 0.0
-    """Of the stepping time, what it spent inside collectives."""
+    """Stepping time of rank 0 inside collectives."""
     hessian_s: float = 0.0
-    """Time of Hessian work: eigenvalues for the batch policy, and analyses; not part of the stepping
-    time."""
+    """Time of eigenvalues for the batch policy and of analyses; not part of the stepping time."""
     worker_seconds: float = 0.0
     gpu_seconds: float = 0.0
     evaluations: int = 0
-    """Evaluation points that were passed."""
+    """Evaluation points passed."""
     analyses: int = 0
-    """Analysis points that were passed."""
+    """Analysis points passed."""
     best_accuracy: float | None = None
     time_to_accuracy_s: float | None = None
     train_time_to_accuracy_s: float | None = None
 
     def evaluated(self, accuracy: float, points: int, target: float | None) -> Progress:
-        """After an evaluation, `points` of which are due until here; the first one at `target` stops
-        the clock."""
+        """Progress after evaluation number `points`; the first accuracy at `target` stops the clock."""
         best = accuracy if self.best_accuracy is None else max(accuracy, self.best_accuracy)
         progress = replace(self, best_accuracy=best, evaluations=points)
         if target is None or accuracy < target or progress.time_to_accuracy_s is not None:
@@ -77,20 +75,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """State at a step boundary. Tensors are on the CPU and owned by this value."""
+    """State at a step boundary. Its tensors are on the CPU and shared with nothing."""
 
     progress: Progress
     tensors: Mapping[str, Tensor]
     """`model/…`, `optimizer/…`, `kfac/…` by name."""
     skeleton: Mapping[str, Any]
-    """What is not a tensor: JSON."""
+    """The nested state without its tensors, as JSON."""
     ledger: LedgerValue = field(default_factory=LedgerValue)
     seed: int = 0
     data_sha256: str = ""
     config_sha256: str = ""
 
     def part(self, name: str) -> Any:
-        """The nested state of one part: `optimizer`, `kfac`, …; None when it has none."""
+        """The nested state of one part: `optimizer`, `kfac`, …; None if there is none."""
         return join_tree(self.skeleton.get(name), dict(self.tensors))
 
     def model_tensors(self) -> dict[str, Tensor]:
@@ -103,11 +101,11 @@ class TrainingState:
         }
 
     def sha256(self) -> str:
-        """`final_state_sha256`: every tensor of the state, by name in sorted order."""
+        """`final_state_sha256`: hash of all tensors, by name in sorted order."""
         return tensors_sha256(self.tensors)
 
     def meta(self) -> dict[str, Any]:
-        """Everything but the tensors, as JSON."""
+        """Everything except the tensors, as JSON."""
         return {
             "progress": asdict(self.progress),
             "skeleton": dict(self.skeleton),
@@ -119,7 +117,7 @@ class TrainingState:
         }
 
     def payload(self) -> bytes:
-        """The tensors and the ledger's tail as the bytes of a safetensors file."""
+        """The tensors and the ledger's tail as a safetensors file."""
         tail = torch.frombuffer(bytearray(self.ledger.tail.tobytes() or b"\0"), dtype=torch.uint8)
         if not len(self.ledger.tail):
             tail = tail[:0]
@@ -132,7 +130,7 @@ class TrainingState:
         """Rebuilds a state from `meta()` and `payload()`.
 
         Raises:
-            StateError: If they do not belong together or are damaged.
+            StateError: If they are damaged or do not belong together.
         """
         try:
             tensors = load(payload)
@@ -142,10 +140,10 @@ class TrainingState:
             raise StateError(f"a training state cannot be read: {error!r}") from None
 
     def to_buffers(self) -> list[Buffer]:
-        """The whole state, unwritten ledger segments included, for a peer or a vault.
+        """The state, unwritten ledger segments included, for a peer or an in-memory replica.
 
         One-dimensional uint8 arrays: a head (its length in 8 bytes, then JSON), the memory of every
-        tensor, which is not copied, and the ledger's tail. One after the other they are `to_bytes`.
+        tensor without a copy, and the ledger's tail. Concatenated they are `to_bytes`.
         """
         meta = self.meta()
         meta["unwritten"] = [[asdict(s), content.hex()] for s, content in self.ledger.unwritten]
@@ -161,12 +159,12 @@ class TrainingState:
         ]
 
     def to_bytes(self) -> bytearray:
-        """`to_buffers` as one."""
+        """`to_buffers`, concatenated."""
         return bytearray().join(buffer.data for buffer in self.to_buffers())
 
     @classmethod
     def from_bytes(cls, content: bytes | bytearray | memoryview) -> TrainingState:
-        """Reads what `to_bytes` wrote; copies it.
+        """Rebuilds a state from `to_bytes`, copying it.
 
         Raises:
             StateError: If the bytes are damaged.
@@ -206,7 +204,7 @@ class TrainingState:
 
 
 def _memory(tensor: Tensor) -> Buffer:
-    """The memory of a tensor, or of a copy where that has gaps."""
+    """The memory of a tensor, or of a contiguous copy."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
@@ -221,14 +219,14 @@ def capture(
     data_sha256: str,
     config_sha256: str,
 ) -> TrainingState:
-    """Copies the state of a live run into a value; `parts` is nested state such as K-FAC's."""
+    """Copies the state of a running training; `parts` are further nested states, such as K-FAC's."""
     tensors: dict[str, Tensor] = {
         f"model/{name}": tensor.detach() for name, tensor in model.state_dict().items()
     }
     skeleton = {"optimizer": split_tree(optimizer_by_name(model, optimizer), "optimizer", tensors)}
     for name, tree in parts.items():
         skeleton[name] = split_tree(tree, name, tensors)
-    # A copy, not a view: training goes on while a background thread writes this value.
+    # A copy: training continues while a background thread writes this value.
     owned = {
         name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -267,7 +265,7 @@ def optimizer_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, by_name: Mapping[str, Any]
 ) -> None:
-    """Writes what `optimizer_by_name` gave back.
+    """Restores the state of `optimizer_by_name`.
 
     Raises:
         StateError: If it names a parameter that the model does not have.
@@ -289,7 +287,7 @@ def restore_optimizer(
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and bits."""
+    """Hash of names, types, shapes and bits."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Hands the training state from one rank to all others and checks that it arrived whole."""
+"""Broadcasts the training state from one rank and verifies what arrived."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def share_state(
     """Rank `src` loads a state; every rank returns the same one. Collective.
 
     Raises:
-        ElasticKfacError: What `load` raised on rank `src`, on every rank.
-        CommunicationError: If the ranks did not receive equal bytes.
+        ElasticKfacError: On every rank, if `load` raised it on rank `src`.
+        CommunicationError: If the ranks received different bytes.
     """
     state: TrainingState | None = None
     failure: ElasticKfacError | None = None
@@ -55,9 +55,9 @@ def share_state(
 
 
 def state_held_by_all(communicator: Communicator, held: TrainingState) -> TrainingState | None:
-    """The state that every rank holds already; None where tensors are not equal to the bit. Collective.
+    """The state that every rank already holds; None if any bit of the tensors differs. Collective.
 
-    Clocks and counters, which no tensor depends on, become those of rank 0.
+    Clocks and counters become those of rank 0.
     """
     if communicator.world_size == 1:
         return held

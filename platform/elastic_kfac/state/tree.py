@@ -14,10 +14,10 @@ _ITEMS = "__items__"
 
 
 def split_tree(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Moves the tensors of `tree` into `tensors` under names that begin with `prefix`.
+    """Moves the tensors of `tree` into `tensors`, under names that begin with `prefix`.
 
     Returns:
-        A JSON skeleton that `join_tree` turns back, with the name where each tensor was.
+        A JSON skeleton for `join_tree`, with a name in place of each tensor.
 
     Raises:
         StateError: If the tree holds something that is neither a tensor nor plain data.
@@ -43,7 +43,7 @@ def split_tree(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def join_tree(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
-    """The tree that `split_tree` took apart.
+    """The tree of `split_tree`.
 
     Raises:
         StateError: If a tensor is missing.
