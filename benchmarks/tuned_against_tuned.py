@@ -24,9 +24,9 @@ import matplotlib
 import pyarrow.parquet as pq
 
 from elastic_kfac.data.shards import make_shards
+from elastic_kfac.experiments.search_runner import search
 from elastic_kfac.experiments.search_space import read_space
-from elastic_kfac.experiments.tuning import search
-from elastic_kfac.reports.search_report import write_experiment_report
+from elastic_kfac.reports.search_page import write_search_page
 from elastic_kfac.state.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -152,7 +152,7 @@ def main() -> int:
         found = search(
             space,
             name=f"{arguments.name}-{method}",
-            write_page=write_experiment_report,
+            write_page=write_search_page,
             storage=arguments.storage,
         )
         if found.exit_code:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from elastic_kfac.config import apply_overrides, parse_config
 from elastic_kfac.errors import DataError
-from elastic_kfac.experiments.tuning_rounds import run_in_rounds
+from elastic_kfac.experiments.rounds import run_in_rounds
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.snapshots import run_rank_with_rescue

@@ -19,10 +19,12 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.study import load_study
 from elastic_kfac.experiments.study_cell import LOCK_FILE
-from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED, Outcome
-from elastic_kfac.experiments.study_runner import StudyLine, compare
-from elastic_kfac.reports.study_page import render_comparison
+from elastic_kfac.experiments.study_outcome import Outcome
+from elastic_kfac.experiments.study_runner import compare
+from elastic_kfac.experiments.trials import DIVERGED, FAILED, FINISHED
+from elastic_kfac.reports.study_page import render_study
 from elastic_kfac.state.run_folder import RunFolder
+from support.lines import SilentLine
 
 DRIVER = """
 import sys
@@ -111,7 +113,7 @@ def test_study_killed_in_the_middle_keeps_finished_cells_and_goes_on_with_the_ot
 
 
 def page(outcome: Outcome) -> str:
-    return render_comparison(outcome, {})
+    return render_study(outcome, {})
 
 
 def snapshots(cell: Path) -> bool:
@@ -141,8 +143,8 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
         display=SilentLine(lines),
         cluster=cluster,
     )
-    status = {cell.place.method: cell.status for cell in done.outcome.cells}
-    assert status == {"broken": FAILED, "wild": DIVERGED, "SGD": FINISHED}
+    status = {trial.point: trial.status for trial in done.outcome.trials.values()}
+    assert status == {"broken@128": FAILED, "wild@128": DIVERGED, "SGD@128": FINISHED}
     assert done.exit_code == 1
     said = "\n".join(lines)
     assert "broken@128 seed 0 failed: model.arguments do not fit" in said
@@ -158,19 +160,3 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
         assert "train.epochs" in error.line()
     else:
         raise AssertionError("a changed study went on with the cells of another one")
-
-
-class SilentLine(StudyLine):
-    """Shows nothing, and remembers what would have stayed."""
-
-    def __init__(self, lines: list[str] | None = None) -> None:
-        self.lines = [] if lines is None else lines
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def show(self, line: str) -> None:
-        return None
-
-    def close(self) -> None:
-        return None

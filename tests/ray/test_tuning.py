@@ -25,13 +25,14 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides, read_config
 from elastic_kfac.errors import UsageError
+from elastic_kfac.experiments.resource_broker import shares
+from elastic_kfac.experiments.search_runner import SearchResult, search
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
-from elastic_kfac.experiments.tuning import SearchResult, search
-from elastic_kfac.experiments.tuning_desk import shares
-from elastic_kfac.experiments.tuning_search import planned_points
-from elastic_kfac.reports.search_report import write_experiment_report
+from elastic_kfac.experiments.searcher import planned_points
+from elastic_kfac.reports.search_page import write_search_page
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from support.lines import SilentLine
 
 Make = Callable[[int], Config]
 
@@ -87,10 +88,10 @@ def story(
     result = search(
         story_space,
         name="story",
-        write_page=write_experiment_report,
+        write_page=write_search_page,
         storage=str(tmp_path_factory.mktemp("search")),
         cluster=session_cluster,
-        say=said.append,
+        display=SilentLine(said),
         rank_function="recording_ranks:ends_once_grown",
     )
     return result, said
@@ -181,10 +182,10 @@ def test_search_called_again_after_its_end_starts_nothing(
     ended = search(
         story_space,
         name="story",
-        write_page=write_experiment_report,
+        write_page=write_search_page,
         storage=str(result.folder.parent),
         cluster=session_cluster,
-        say=again.append,
+        display=SilentLine(again),
     )
     assert (ended.status, ended.best) == ("finished", result.best)
     rows = rows_of(result.folder).values()
@@ -204,7 +205,7 @@ def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]])
 
 _DRIVER = """
 import json, sys
-from elastic_kfac.experiments.tuning import search
+from elastic_kfac.experiments.search_runner import search
 from elastic_kfac.experiments.search_space import parse_space
 if __name__ == "__main__":
     space = parse_space(json.loads(open(sys.argv[1]).read()))
@@ -265,7 +266,7 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
             write_page=_no_page,
             storage=str(tmp_path),
             cluster=cluster,
-            say=_hush,
+            display=SilentLine(),
             rank_function=ranks,
         )
 
@@ -285,7 +286,7 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
     (folder / "finish").touch()
     result = again(space)
 
-    assert [row.status for row in result.rows] == ["finished", "finished"]
+    assert [row.status for row in result.trials] == ["finished", "finished"]
     after = rows_of(folder)
     assert after["t000"] == before["t000"]
     after_kill, *after_interrupts = _restored(trial)
@@ -318,10 +319,6 @@ def signal_once(number: signal.Signals, condition: Callable[[], Any]) -> Iterato
         watcher.join()
 
 
-def _hush(line: str) -> None:
-    return None
-
-
 def _no_page(folder: Path) -> None:
     return None
 
@@ -347,25 +344,25 @@ def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
     result = search(
         space,
         name="pb2",
-        write_page=write_experiment_report,
+        write_page=write_search_page,
         storage=str(tmp_path),
         cluster=cluster,
-        say=_hush,
+        display=SilentLine(),
         rank_function="recording_ranks:records_what_it_restores",
     )
 
-    [clone] = [row for row in result.rows if row.parent]
-    [donor] = [row for row in result.rows if not row.parent]
-    assert clone.parent == donor.trial_id
-    own = result.folder / "trials" / clone.trial_id
+    [clone] = [row for row in result.trials if row.parent]
+    [donor] = [row for row in result.trials if not row.parent]
+    assert clone.parent == donor.id
+    own = result.folder / "trials" / clone.id
     [event] = [row for row in RunFolder(own).events() if row["kind"] == "cloned"]
     # Both waited at the evaluation that they were judged by; parking takes one step.
     step = event["step"]
     assert step == 2 * 45 + 1
 
     restored = load_file(own / f"restored-{step:06d}.safetensors")
-    given = _checkpoint_of(result.folder, donor.trial_id, step)
-    former = _checkpoint_of(result.folder, clone.trial_id, step)
+    given = _checkpoint_of(result.folder, donor.id, step)
+    former = _checkpoint_of(result.folder, clone.id, step)
     assert {name.split("/")[0] for name in given} >= {"model", "optimizer", "kfac"}
     assert restored.keys() == given.keys()
     for name, tensor in given.items():

@@ -10,7 +10,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from elastic_kfac.experiments.search_folder import NUMBERS
+from elastic_kfac.experiments.trials import NUMBERS
 
 PARAMETERS = ("kfac.damping", "kfac.inverse_update_steps", "kfac.kl_clip_rule")
 TARGET = 0.95

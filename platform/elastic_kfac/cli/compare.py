@@ -30,7 +30,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
     from elastic_kfac.experiments.study_outcome import outcome_text
     from elastic_kfac.experiments.study_runner import compare as compare_on_ray
-    from elastic_kfac.reports.study_page import render_comparison
+    from elastic_kfac.reports.study_page import render_study
 
     made_with = provenance(loaded.cells[0].config.resources.use_gpu)
     result = compare_on_ray(
@@ -38,7 +38,7 @@ def compare(arguments: argparse.Namespace) -> int:
         name=name,
         storage=arguments.storage,
         address=arguments.address,
-        render=lambda outcome: render_comparison(outcome, made_with),
+        render=lambda outcome: render_study(outcome, made_with),
         provenance=made_with,
     )
     print(f"\n{outcome_text(result.outcome)}")

@@ -29,6 +29,8 @@ def is_ray_job(environment: Mapping[str, str]) -> bool:
 
 def provenance(use_gpu: bool) -> dict[str, str]:
     """Versions and hardware of this process: the driver's, which may not be the workers'."""
+    from elastic_kfac.state.identity import processor_name
+
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -36,21 +38,12 @@ def provenance(use_gpu: bool) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     found["system"] = f"{platform.system()} {platform.release()} {platform.machine()}"
-    found["processor"] = f"{_processor()}, {os.cpu_count()} cores seen"
+    found["processor"] = f"{processor_name()}, {os.cpu_count()} cores seen"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     found["memory"] = f"{memory / 2**30:.0f} GiB"
     if use_gpu:
         found["gpus of the driver"] = _gpus()
     return found
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
 
 
 def _gpus() -> str:

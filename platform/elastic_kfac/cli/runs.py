@@ -66,13 +66,10 @@ def report(arguments: argparse.Namespace) -> int:
         write_report_and_summary(uri)
         return 0
     from elastic_kfac.experiments.search_folder import read_experiment
-    from elastic_kfac.reports.run_page import write_page
-    from elastic_kfac.reports.search_report import render_experiment
-    from elastic_kfac.reports.search_words import headline
+    from elastic_kfac.reports.search_page import headline, write_search_page
 
-    experiment = read_experiment(Path(uri))
-    path = write_page(Path(uri) / "report.html", render_experiment(experiment))
-    print(f"{headline(experiment)}\n\nReport: {path}")
+    path = write_search_page(Path(uri))
+    print(f"{headline(read_experiment(Path(uri)))}\n\nReport: {path}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`elastic-kfac tune`: check the space, make shards if needed, search, say what was found."""
+"""`elastic-kfac tune`: check the space, make shards if needed, search, print the best configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elastic_kfac.cli.train import fresh_name
 
 def tune(arguments: argparse.Namespace) -> int:
     """Runs the search that a file describes; the same name continues it."""
-    from elastic_kfac.experiments.search_space import METRICS, read_space
+    from elastic_kfac.experiments.search_space import read_space
 
     space = read_space(arguments.space, arguments.overrides)
     name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
@@ -23,25 +23,25 @@ def tune(arguments: argparse.Namespace) -> int:
 
     make_missing_shards(space.base)
 
-    from elastic_kfac.experiments.tuning import search
-    from elastic_kfac.reports.search_report import write_experiment_report
+    from elastic_kfac.experiments.search_runner import search
+    from elastic_kfac.reports.search_page import write_search_page
 
     result = search(
         space,
         name=name,
-        write_page=write_experiment_report,
+        write_page=write_search_page,
         storage=arguments.storage,
         address=arguments.address,
     )
-    reached = sum(row.stage == "search" and bool(row.reached) for row in result.rows)
-    tried = sum(row.stage == "search" for row in result.rows)
-    print(f"\n{reached} of {tried} trials reached {space.objective.target_accuracy:.4g}.")
+    tried = [trial for trial in result.trials if trial.stage == "search"]
+    reached = sum(bool(trial.reached) for trial in tried)
+    print(f"\n{reached} of {len(tried)} trials reached {space.objective.target_accuracy:.4g}.")
     if result.best is not None:
         values = ", ".join(f"{key}={value}" for key, value in result.best.parameters.items())
         value = result.best.numbers.get("objective")
-        unit = METRICS[space.objective.metric]
-        took = f"{value:.4g} {unit}" if value is not None else "target not reached"
-        print(f"Best: {result.best.trial_id} ({took}): {values}")
+        missed = "target not reached"
+        took = missed if value is None else f"{value:.4g} {space.objective.unit}"
+        print(f"Best: {result.best.id} ({took}): {values}")
         print(f"Train with it: elastic-kfac train {result.folder / 'best_config.yaml'}")
     if result.status == "interrupted":
         print(f"Interrupted; the same command with --name {name} continues.")

@@ -1,9 +1,8 @@
-"""Seconds per step on links that are not there: measured computation, emulated network.
+"""Seconds per step on an emulated network, with measured computation.
 
-On one machine all ranks share its cores and its memory bus, so that a placement costs nothing that a
-cluster would charge. A search over placements therefore counts the steps of a real training and
-multiplies them by the simulator's prediction of a step, from costs measured once on this machine and
-from the latency and bandwidth that the search space states.
+On one machine a placement has none of the communication costs of a cluster. A search over placements
+therefore counts the steps of a real training and multiplies them by the simulator's prediction of a
+step, from costs measured once on this machine and the latency and bandwidth in the search space.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from elastic_kfac.placement.simulator import Calibration, Line, Workload, fit_li
 from elastic_kfac.runs.feasibility import imagined_paths
 
 _BATCHES = (8, 32)
-"""Sizes at which passes are measured."""
+"""Batch sizes of the measured passes."""
 
 
 class Emulator:
-    """Predicts the average step of any configuration; measures a model, and a method, only once."""
+    """Predicts the average step of a configuration; measures every model and method once."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
@@ -92,7 +91,7 @@ class Emulator:
 
 
 def _measure_passes(config: Config) -> tuple[Line, Line]:
-    """Seconds of a pass over x samples: forward and backward, and what statistics add."""
+    """Seconds of a pass over x samples: forward and backward, and statistics on top."""
     shards = ShardSet.open(f"{config.data.shards.rstrip('/')}/{config.data.train_split}")
     shape = SampleStream(shards, seed=config.train.seed).image_shape
     on = config.model_copy(update={"kfac": config.kfac.model_copy(update={"enabled": True})})

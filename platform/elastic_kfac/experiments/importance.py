@@ -1,10 +1,10 @@
-"""How much of a search's outcome each parameter explains by itself.
+"""The share of a search's outcome that each parameter explains by itself.
 
 The measure is Kruskal and Wallis' (1952) H as a share: points are ranked by the objective, those that
 missed the target behind all others, and eta squared is the part of the ranks' variance that lies
 between groups of equal or neighbouring values of the parameter. Ranks need no time for a censored
 trial, and groups see an optimum in the middle of a range, which a correlation does not. Chance alone
-gives (k - 1) / (n - 1) for k groups of n points; a share near that says nothing.
+gives (k - 1) / (n - 1) for k groups of n points; a share near that means nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from elastic_kfac.experiments.search_folder import Experiment, is_real
+from elastic_kfac.experiments.search_folder import Experiment
+from elastic_kfac.experiments.trials import is_real
 
 FEWEST = 4
 """Points below which no share is given."""
@@ -31,19 +32,19 @@ class Importance:
     share: float
     """Eta squared of the ranks, 0 to 1."""
     chance: float
-    """What a parameter without any effect would get on average."""
+    """The mean share of a parameter without any effect."""
     groups: int
 
 
 def importances(experiment: Experiment) -> tuple[list[Importance], int]:
-    """The shares, largest first, and the number of points that they rest on.
+    """The shares, largest first, and the number of points they are computed from.
 
-    Failed and refused points are left out: why they ended says nothing about time.
+    Failed and refused points are left out: the way they ended is no measure of time.
     """
     points = [point for point in experiment.points if point.tried]
     if len(points) < FEWEST:
         return [], len(points)
-    ranks = midranks([experiment.score(point.representative) for point in points])
+    ranks = midranks([point.rank for point in points])
     found = []
     for name in experiment.parameters:
         labels = groups_of([point.parameters.get(name) for point in points])

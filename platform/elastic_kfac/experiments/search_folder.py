@@ -1,148 +1,206 @@
-"""What the folder of a search says: its trials, its points with their repeats, who won.
+"""The folder of a search, `<storage>/<name>/`: its memory, which `tune` writes and every page is made of.
 
-The folder is written by a search that may still be going, may have been killed, or may have failed in
-every trial; all of this module works on what there is. `cluster/tuning.py` describes the files.
+One process writes, and it replaces every file as a whole; a search that was killed continues from them.
+
+`experiment.json`
+    `name`; `space`: the resolved search space (a mapping, as `SearchSpace.model_dump(mode="json")`);
+    `objective`: `{metric, mode: "min", unit}`; `target_accuracy`; `rule_for_censored`: a sentence;
+    `started`: Unix time of the first call; `updated`; `status`: `running | finished | interrupted |
+    failed`; `hardware` and `versions`: mappings of strings; `n_repeats`: seeds per point;
+    `references`: name -> `{config: resolved configuration, rows: [trials.csv rows as mappings]}`, of
+    which `default` is the base configuration (also at the top as `default`), and others such as `sgd`
+    are those that the space names; `best`: trial id of the best finished search trial (the median
+    seed of the best point) or null; `best_point`: number of that point or null; `parameters`: the
+    searched `section.key` names; `confirmation`: null, or `{n, rows: {best: [...], <reference>:
+    [...]}}`: the winner and the references once more with seeds that the search did not use.
+`trials.csv`
+    One row per trial: `trial_id`, `stage` (`reference | search | confirm`), `point` (number of the
+    searched point, or name of the reference), `status` (`running | finished | stopped | failed |
+    refused | pending`), `reason`, `seed`, one column per parameter (`section.key`), `objective`,
+    `reached` (`true`/`false`/empty), `train_time_to_accuracy_s`, `time_to_accuracy_s`, `steps`,
+    `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_accuracy`, `peak_memory_bytes`, `started`,
+    `ended` (Unix time), `run_folder` (relative to the experiment's folder), `parent` (trial whose
+    state a PB2 clone continued from). Unknown values are empty.
+`trials/<trial_id>/`
+    An ordinary run folder: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `result.json`, …; absent
+    for refused and pending trials.
+`best_config.yaml`
+    A configuration for `elastic-kfac train`; there once a search trial has finished.
+`tune/`
+    Ray Tune's own files; TensorBoard events of every trial (`tensorboard --logdir <folder>`).
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import statistics
+import os
+import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
+import yaml
+
+import elastic_kfac
+from elastic_kfac.config import Config
 from elastic_kfac.errors import UsageError
+from elastic_kfac.experiments.search_space import SearchSpace
+from elastic_kfac.experiments.trials import (
+    ENDED,
+    FINISHED,
+    RUNNING,
+    Evaluation,
+    Point,
+    Resize,
+    Scoring,
+    Trial,
+    TrialTable,
+    as_row,
+    read_trials,
+    trials_csv,
+)
 from elastic_kfac.runs.history import number
+from elastic_kfac.state.identity import processor_name
 
 EXPERIMENT = "experiment.json"
-ENDED = ("finished", "stopped", "failed", "refused")
-"""States of trials that a search does not run again."""
-TRIED = ("finished", "stopped")
-"""States of trials whose outcome says something about their configuration."""
 BEST = "best"
 
-NUMBERS = (
-    "objective",
-    "train_time_to_accuracy_s",
-    "time_to_accuracy_s",
-    "steps",
-    "train_time_s",
-    "worker_seconds",
-    "cpu_seconds",
-    "best_accuracy",
-    "peak_memory_bytes",
-    "started",
-    "ended",
-)
-"""Columns of `trials.csv` that hold a number, or nothing where it is not known."""
 
+class SearchFolder:
+    """The trial table of a running search, and the files that hold it."""
 
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation of a run."""
+    def __init__(self, folder: Path, name: str, space: SearchSpace) -> None:
+        """Opens the folder; the trials of an earlier call are continued.
 
-    step: float
-    seconds: float
-    """Training seconds where the run recorded them, else wall-clock seconds."""
-    accuracy: float
+        Raises:
+            UsageError: If the folder holds a search of another space, or something else.
+        """
+        self.folder = folder
+        self.name = name
+        self.space = space
+        self.scoring = space.objective.scoring
+        self.trials = TrialTable()
+        self.ended_before = 0
+        """Trials that an earlier call has ended."""
+        self.hardware: dict[str, str] = {}
+        self.started = time.time()
+        self.status = RUNNING
+        if is_experiment(folder):
+            stored = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8"))
+            if stored.get("space") != json.loads(space.model_dump_json()):
+                raise UsageError(
+                    "this search exists with another space",
+                    given=f"--name {name}",
+                    change="use another name, or the space that it was started with",
+                )
+            self.started = float(stored["started"])
+            text = _text_of(folder / "trials.csv") or ""
+            self.trials = read_trials(text, list(space.parameters))
+            self.ended_before = self.trials.count(*ENDED)
+        elif (folder / "config.yaml").exists():
+            raise UsageError("this name belongs to a run", given=name, change="use another name")
+        folder.mkdir(parents=True, exist_ok=True)
 
+    def run_folder(self, trial_id: str) -> Path:
+        """The folder of a trial's run."""
+        return self.folder / "trials" / trial_id
 
-@dataclass(frozen=True)
-class Change:
-    """The group of workers of a trial changed."""
+    def seeds_of(self, trial: Trial) -> Point:
+        """The point of a trial with all its seeds."""
+        return Point(trial.point, self.trials.of(trial.stage, trial.point), self.scoring)
 
-    time: float
-    before: int
-    after: int
+    def first_seeds(self) -> list[Trial]:
+        """The trial of every searched point that decides whether its other seeds run."""
+        first = self.space.base.train.seed
+        return [t for t in self.trials.values() if t.stage == "search" and t.seed == first]
 
+    def score_of(self, trial: Trial) -> float | None:
+        """The score of a trial's point, that of its median seed; None until it is decided."""
+        point = self.seeds_of(trial)
+        decided = point.is_decided(self.space.repeats)
+        return self.scoring.score(point.representative) if decided else None
 
-@dataclass(frozen=True)
-class Trial:
-    """One row of `trials.csv`, with what its run folder adds."""
+    def best(self) -> Trial | None:
+        """The median seed of the best decided point, if it finished."""
+        points = [self.seeds_of(first) for first in self.first_seeds()]
+        decided = [
+            point
+            for point in points
+            if point.is_decided(self.space.repeats) and point.representative.status == FINISHED
+        ]
+        return min(decided, key=lambda p: p.rank).representative if decided else None
 
-    index: int
-    """Position among all trials; names the trial in the page."""
-    id: str
-    stage: str
-    point: str
-    status: str
-    reason: str
-    seed: str
-    parameters: Mapping[str, Any]
-    reached: bool
-    numbers: Mapping[str, float]
-    run_folder: str = ""
-    parent: str = ""
-    evaluations: Sequence[Evaluation] = ()
-    changes: Sequence[Change] = ()
+    def config_of(self, trial: Trial) -> Config:
+        """The configuration of a trial."""
+        return self.space.config(self.values_of(trial), trial.seed)
 
-    @property
-    def value(self) -> float | None:
-        """The objective; None for a trial that did not reach the target (censored)."""
-        return self.numbers.get("objective") if self.reached else None
+    def values_of(self, trial: Trial) -> dict[str, Any]:
+        """A trial's values, those of a reference that are not searched included."""
+        reference = trial.point.removeprefix("confirm-")
+        if trial.stage == "search" or reference not in self.space.references:
+            return dict(trial.parameters)
+        return {**trial.parameters, **self.space.references[reference]}
 
-    @property
-    def ended(self) -> bool:
-        return self.status in ENDED
+    def write(self) -> None:
+        """Replaces all files."""
+        best = self.best()
+        table = trials_csv(self.trials.values(), list(self.space.parameters))
+        _replace(self.folder / "trials.csv", table)
+        if best is not None:
+            shipped = self.space.shipped_config(self.values_of(best)).model_dump(mode="json")
+            _replace(self.folder / "best_config.yaml", yaml.safe_dump(shipped, sort_keys=False))
+        _replace(self.folder / EXPERIMENT, json.dumps(self._about(best), indent=1) + "\n")
 
-
-@dataclass(frozen=True)
-class Point:
-    """One configuration with all its repeats; the median repeat stands for it."""
-
-    name: str
-    trials: Sequence[Trial]
-    order: Sequence[int]
-    """Indices of `trials`, the best first."""
-
-    @property
-    def representative(self) -> Trial:
-        """The median repeat; of an even number the worse of the two in the middle."""
-        return self.trials[self.order[len(self.order) // 2]]
-
-    @property
-    def value(self) -> float | None:
-        """Objective of the median repeat; None when that one is censored."""
-        return self.representative.value
-
-    @property
-    def values(self) -> list[float]:
-        """Objectives of the repeats that reached the target, ascending."""
-        return sorted(value for trial in self.trials if (value := trial.value) is not None)
-
-    @property
-    def ended(self) -> bool:
-        """Whether every repeat has ended."""
-        return all(trial.ended for trial in self.trials)
-
-    @property
-    def tried(self) -> bool:
-        """Whether its outcome says something about the configuration."""
-        return self.ended and any(trial.status in TRIED for trial in self.trials)
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        return self.trials[0].parameters
-
-    def median(self, column: str) -> float | None:
-        """Median of a column over the repeats that have it."""
-        found = [trial.numbers[column] for trial in self.trials if column in trial.numbers]
-        return statistics.median(found) if found else None
+    def _about(self, best: Trial | None) -> dict[str, Any]:
+        space, objective = self.space, self.space.objective
+        references = {
+            name: {
+                "config": space.config(
+                    {**space.default_point(), **point}, space.base.train.seed
+                ).model_dump(mode="json"),
+                "rows": [as_row(trial) for trial in self.trials.of("reference", name)],
+            }
+            for name, point in space.references.items()
+        }
+        confirmed: dict[str, list[dict[str, Any]]] = {}
+        for trial in self.trials.values():
+            if trial.stage == "confirm":
+                name = trial.point.removeprefix("confirm-")
+                confirmed.setdefault(name, []).append(as_row(trial))
+        return {
+            "name": self.name,
+            "status": self.status,
+            "started": self.started,
+            "updated": time.time(),
+            "objective": {"metric": objective.metric, "mode": "min", "unit": objective.unit},
+            "target_accuracy": objective.target_accuracy,
+            "rule_for_censored": objective.censoring_rule,
+            "n_repeats": space.repeats,
+            "parameters": list(space.parameters),
+            "best": None if best is None else best.id,
+            "best_point": None if best is None else int(best.point),
+            "default": references.get("default"),
+            "references": references,
+            "confirmation": {"n": space.confirm, "rows": confirmed} if confirmed else None,
+            "hardware": self.hardware,
+            "versions": _versions(),
+            "space": json.loads(space.model_dump_json()),
+        }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole search, read once."""
+    """A search as its folder holds it: running, ended, killed, or failed in every trial."""
 
     location: str
     about: Mapping[str, Any]
-    trials: Sequence[Trial]
+    """Content of `experiment.json`."""
+    trials: TrialTable
     parameters: Sequence[str]
     csv: str = ""
     best_config: str | None = None
@@ -155,28 +213,22 @@ class Experiment:
     @property
     def status(self) -> str:
         """`running`, `finished`, `interrupted` or `failed`."""
-        return str(self.about.get("status", "running"))
+        return str(self.about.get("status", RUNNING))
 
     @property
     def target(self) -> float | None:
-        """The accuracy that a trial is to reach."""
+        """The accuracy to reach."""
         return number(self.about, "target_accuracy")
 
     @property
     def metric(self) -> str:
-        """Name of what is minimised."""
-        given = self.about.get("objective")
-        if isinstance(given, Mapping):
-            return str(given.get("metric", "objective"))
-        return str(given or "train_time_to_accuracy_s")
+        """Name of the minimised column."""
+        return str(mapping(self.about.get("objective")).get("metric", "train_time_to_accuracy_s"))
 
     @property
     def unit(self) -> str:
-        """Unit of the objective, for people."""
-        given = self.about.get("objective")
-        if isinstance(given, Mapping) and given.get("unit"):
-            return str(given["unit"])
-        return "seconds"
+        """Unit of the objective in words."""
+        return str(mapping(self.about.get("objective")).get("unit") or "seconds")
 
     @property
     def space(self) -> Mapping[str, Any]:
@@ -189,24 +241,27 @@ class Experiment:
         return max(1, int(number(self.about, "n_repeats") or 1))
 
     @cached_property
+    def scoring(self) -> Scoring:
+        """The order of trials."""
+        rule = mapping(self.space.get("objective")).get("censored", "by_distance")
+        return Scoring(self.target, str(rule))
+
+    @cached_property
     def points(self) -> list[Point]:
-        """Every searched configuration: the best first, then what is not decided yet."""
-        found = self._points("search")
-        return sorted(found, key=lambda p: (not p.tried, p.ended, self.score(p.representative)))
+        """Every searched configuration: the best first, then undecided ones."""
+        found = self.trials.points("search", self.scoring)
+        return sorted(found, key=lambda point: (not point.tried, point.ended, point.rank))
 
     @cached_property
     def references(self) -> dict[str, Point]:
-        """Configurations that the search is compared with, by name."""
-        return {point.name: point for point in self._points("reference")}
+        """Configurations to compare with, by name."""
+        return {point.name: point for point in self.trials.points("reference", self.scoring)}
 
     @cached_property
     def confirmed(self) -> dict[str, Point]:
-        """The winner (`best`) and the references once more, with seeds that the search never saw."""
-        return {
-            point.name.removeprefix("confirm-"): point
-            for point in self._points("confirm")
-            if point.ended
-        }
+        """The winner (`best`) and the references once more, with seeds unseen by the search."""
+        points = self.trials.points("confirm", self.scoring)
+        return {p.name.removeprefix("confirm-"): p for p in points if p.ended}
 
     @cached_property
     def best(self) -> Point | None:
@@ -215,18 +270,18 @@ class Experiment:
         for point in self.points:
             if chosen and any(trial.id == chosen for trial in point.trials):
                 return point
-        finished = (p for p in self.points if p.tried and p.representative.status == "finished")
+        finished = (p for p in self.points if p.tried and p.representative.status == FINISHED)
         return next(finished, None)
 
     @property
     def done(self) -> int:
-        """Trials that have ended in one way or another."""
-        return sum(trial.ended for trial in self.trials)
+        """Trials that have ended, in whatever way."""
+        return sum(trial.ended for trial in self.trials.values())
 
     @property
     def total(self) -> int:
-        """Trials that there will be, as far as is known."""
-        if self.status == "finished":
+        """Trials that will have run at the end, as far as is known."""
+        if self.status == FINISHED:
             return len(self.trials)
         space, planned = self.space, 0
         points = number(space, "num_trials")
@@ -238,30 +293,6 @@ class Experiment:
             planned = (int(points) + references) * self.repeats
             planned += int(number(space, "confirm") or 0) * (1 + references)
         return max(len(self.trials), planned)
-
-    def count(self, status: str) -> int:
-        """Trials in a state."""
-        return sum(trial.status == status for trial in self.trials)
-
-    def score(self, trial: Trial) -> tuple[int, float]:
-        """What trials are ordered by: who arrived by the objective, the others behind them."""
-        if trial.value is not None:
-            return 0, trial.value
-        rule = mapping(self.space.get("objective")).get("censored", "by_distance")
-        accuracy, target = trial.numbers.get("best_accuracy"), self.target
-        if rule == "equal" or accuracy is None or not target:
-            return 1, 1.0
-        return 1, min(max((target - accuracy) / target, 0.0), 1.0)
-
-    def _points(self, stage: str) -> list[Point]:
-        groups: dict[str, list[Trial]] = {}
-        for trial in self.trials:
-            if trial.stage == stage:
-                groups.setdefault(trial.point, []).append(trial)
-        return [
-            Point(name, trials, sorted(range(len(trials)), key=lambda i: self.score(trials[i])))
-            for name, trials in groups.items()
-        ]
 
 
 def is_experiment(folder: Path) -> bool:
@@ -287,15 +318,16 @@ def read_experiment(folder: Path) -> Experiment:
     if not isinstance(about, dict):
         raise UsageError("a damaged folder of a search", given=folder / EXPERIMENT, change=problem)
     text = _text_of(folder / "trials.csv") or ""
-    cells = list(csv.DictReader(io.StringIO(text)))
     named = about.get("parameters")
-    columns = list(cells[0]) if cells else []
-    parameters = [
-        str(key)
-        for key in (named if isinstance(named, list) else columns)
-        if isinstance(named, list) or "." in str(key)
-    ]
-    trials = [_trial(index, row, parameters, folder) for index, row in enumerate(cells)]
+    parameters = [str(name) for name in named] if isinstance(named, list) else None
+    trials = read_trials(text, parameters)
+    for trial in trials.values():
+        run = _inside(folder, trial.run_folder)
+        if run is not None:
+            trial.evaluations = list(_evaluations(run / "metrics.jsonl"))
+            trial.resizes = list(_resizes(run / "events.jsonl"))
+    if parameters is None:
+        parameters = list(next(iter(trials.values())).parameters) if trials else []
     return Experiment(
         location=str(folder),
         about=about,
@@ -319,35 +351,28 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def is_real(value: Any) -> TypeGuard[int | float]:
-    """Whether a parameter's value is a number; a truth value is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def hardware_of(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The machines of a cluster in words, from `ray.nodes()`."""
+    alive = [node for node in nodes if node.get("Alive")]
+    hosts = {node.get("NodeManagerHostname") for node in alive}
+    return {
+        "processor": processor_name(),
+        "cores": str(os.cpu_count()),
+        "machines": str(len(hosts)),
+        "nodes": str(len(alive)),
+        "logical_cpus": f"{sum(node['Resources'].get('CPU', 0) for node in alive):g}",
+        "logical_gpus": f"{sum(node['Resources'].get('GPU', 0) for node in alive):g}",
+    }
 
 
-def _trial(
-    index: int, cells: Mapping[str, str | None], parameters: Sequence[str], folder: Path
-) -> Trial:
-    def cell(name: str) -> str:
-        return str(cells.get(name) or "")
-
-    numbers = {name: value for name in NUMBERS if (value := _finite(cell(name))) is not None}
-    run = _inside(folder, cell("run_folder"))
-    return Trial(
-        index=index,
-        id=cell("trial_id") or f"#{index}",
-        stage=cell("stage") or "search",
-        point=cell("point") or cell("trial_id"),
-        status=cell("status") or "pending",
-        reason=cell("reason"),
-        seed=cell("seed"),
-        parameters={name: _parsed(cell(name)) for name in parameters},
-        reached=cell("reached").lower() == "true" and "objective" in numbers,
-        numbers=numbers,
-        run_folder=cell("run_folder"),
-        parent=cell("parent"),
-        evaluations=[] if run is None else list(_evaluations(run / "metrics.jsonl")),
-        changes=[] if run is None else list(_changes(run / "events.jsonl")),
-    )
+def _versions() -> dict[str, str]:
+    found = {"elastic-kfac": elastic_kfac.__version__, "python": platform.python_version()}
+    for package in ("torch", "ray", "optuna"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _inside(folder: Path, relative: str) -> Path | None:
@@ -369,12 +394,12 @@ def _evaluations(path: Path) -> Iterator[Evaluation]:
             yield Evaluation(*known)
 
 
-def _changes(path: Path) -> Iterator[Change]:
+def _resizes(path: Path) -> Iterator[Resize]:
     for row in _rows(path, "to_world_size"):
-        time = number(row, "time")
+        time_s = number(row, "time")
         before, after = number(row, "from_world_size"), number(row, "to_world_size")
-        if time is not None and before and after:
-            yield Change(time, int(before), int(after))
+        if time_s is not None and before and after:
+            yield Resize(time_s, int(before), int(after))
 
 
 def _rows(path: Path, needle: str) -> Iterable[Mapping[str, Any]]:
@@ -396,16 +421,7 @@ def _text_of(path: Path) -> str | None:
         return None
 
 
-def _finite(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,4 +1,4 @@
-"""A search space: what a search may change, what it aims at, and what it may cost.
+"""A search space: parameters, objective and budget of a search.
 
     base: ../jobs/configs/digits.yaml          # relative to this file
     set: {train.global_batch_size: 64}         # of every trial
@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
-import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from elastic_kfac.config import (
@@ -29,9 +28,12 @@ from elastic_kfac.config import (
     apply_overrides,
     parse_config,
     read_config,
+    read_yaml,
     split_override,
+    validate,
 )
 from elastic_kfac.errors import ConfigError
+from elastic_kfac.experiments.trials import Scoring
 
 Point = Mapping[str, Any]
 """One value for every parameter, by `section.key`."""
@@ -44,7 +46,7 @@ METRICS = {
     "cpu_seconds_to_accuracy": "CPU seconds",
     "emulated_time_to_accuracy_s": "seconds on emulated links",
 }
-"""What can be minimised, with its unit; `training` seconds leave out evaluation and downtime."""
+"""Metrics to minimise, with units; `training` seconds leave out evaluation and downtime."""
 
 OWNED = {
     "train.seed": "repeats",
@@ -52,15 +54,15 @@ OWNED = {
     "train.target_accuracy": "objective.target_accuracy",
     "train.stop_at_target": "objective",
 }
-"""Keys that the search itself sets, and where the space says what they become."""
+"""Keys that the search itself sets, with the key of the space that controls them."""
 
 
 class Parameter(Section):
-    """Where one value comes from; exactly one of the five."""
+    """The values of a parameter; exactly one of the five."""
 
     choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
     grid: tuple[Any, ...] | None = Field(default=None, min_length=1)
-    """Every value, in combination with every other grid."""
+    """Every value, combined with those of every other grid."""
     uniform: tuple[float, float] | None = None
     loguniform: tuple[float, float] | None = None
     randint: tuple[int, int] | None = None
@@ -87,7 +89,7 @@ class Parameter(Section):
 
     @property
     def kind(self) -> str:
-        """The name of the field that is set."""
+        """Name of the field that is set."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
@@ -101,7 +103,7 @@ class Parameter(Section):
         return self.uniform or self.loguniform or self.randint
 
     def probes(self) -> tuple[Any, ...]:
-        """Values that must be allowed if all are: the ends and, of reals, one in between."""
+        """Values to check in place of all: the ends and, for reals, one in between."""
         if self.values is not None:
             return self.values
         assert self.interval is not None
@@ -112,7 +114,7 @@ class Parameter(Section):
 
 
 class Objective(Section):
-    """What is minimised."""
+    """The metric to minimise."""
 
     metric: Literal[
         "train_time_to_accuracy_s",
@@ -127,9 +129,49 @@ class Objective(Section):
     """How trials that miss the target rank behind all that reach it: by the accuracy they lack, or
     all alike."""
 
+    @property
+    def unit(self) -> str:
+        """Unit of the metric in words."""
+        return METRICS[self.metric]
+
+    @property
+    def scoring(self) -> Scoring:
+        """The order of trials."""
+        return Scoring(self.target_accuracy, self.censored)
+
+    @property
+    def censoring_rule(self) -> str:
+        """The order of trials in one sentence."""
+        by_distance = "by how far their best accuracy is below it"
+        how = by_distance if self.censored == "by_distance" else "all alike"
+        return (
+            f"Trials that reach {self.target_accuracy:.4g} rank by {self.unit}; those that do not "
+            f"(budget used up, stopped early or failed) rank behind all of them, {how}, and are "
+            "never given a time."
+        )
+
+    def value_of(self, result: Mapping[str, Any]) -> float | None:
+        """The metric of a run that reached its target, from `result.json`; None if it did not.
+
+        Args:
+            result: Also holds `cpu_seconds` and `emulated_step_s`, where they are known.
+        """
+        if result.get("train_time_to_accuracy_s") is None:
+            return None
+        if self.metric == "emulated_time_to_accuracy_s":
+            step_s = result.get("emulated_step_s")
+            return None if step_s is None else float(result["steps"]) * float(step_s)
+        column = {
+            "steps_to_accuracy": "steps",
+            "worker_seconds_to_accuracy": "worker_seconds",
+            "cpu_seconds_to_accuracy": "cpu_seconds",
+        }.get(self.metric, self.metric)
+        value = result.get(column)
+        return None if value is None else float(value)
+
 
 class Links(Section):
-    """The cluster that `emulated_time_to_accuracy_s` predicts the steps of."""
+    """The cluster that `emulated_time_to_accuracy_s` emulates."""
 
     world_size: Annotated[int, Field(ge=2)] = 16
     ranks_per_node: Annotated[int, Field(ge=1)] = 1
@@ -138,7 +180,7 @@ class Links(Section):
 
 
 class Budget(Section):
-    """The most that one trial may take; it ends sooner when it reaches the target."""
+    """The limit of one trial; it ends sooner when it reaches the target."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
     train_seconds: Annotated[float, Field(gt=0)] | None = None
@@ -151,17 +193,17 @@ class Budget(Section):
 
 
 class Scheduler(Section):
-    """Ray Tune's schedulers: who is stopped early, and who continues another trial's state."""
+    """Ray Tune's schedulers: which trials stop early, and which continue another trial's state."""
 
     name: Literal["none", "asha", "pb2"] = "none"
     grace: Annotated[float, Field(gt=0)] | None = None
-    """ASHA: no trial is stopped sooner, in units of the budget; None is an eighth of it."""
+    """ASHA: earliest stop, in units of the budget; None is an eighth of it."""
     reduction_factor: Annotated[float, Field(gt=1)] = 3
-    """ASHA: one of so many trials goes on at every rung."""
+    """ASHA: at every rung one in this many trials continues."""
     interval: Annotated[float, Field(gt=0)] | None = None
     """PB2: between two exploits, in units of the budget; None is a quarter of it."""
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
-    """PB2: this part of the population takes the state of the best part."""
+    """PB2: the worst trials, this share of the population, take the state of the best."""
 
 
 class Searcher(Section):
@@ -186,7 +228,7 @@ class SearchSpace(Section):
     scheduler: Scheduler = Scheduler()
     searcher: Searcher = Searcher()
     num_trials: Annotated[int, Field(ge=1)] = 8
-    """Points to try (PB2: size of the population); a grid has as many as it has."""
+    """Points to try (PB2: size of the population); unused for a grid."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Seeds per point; the median counts, of an even number the worse of the two in the middle. The
     first seed runs alone; the others follow when it has finished, and no scheduler stops those."""
@@ -230,7 +272,7 @@ class SearchSpace(Section):
 
     @property
     def progress_measure(self) -> Literal["epoch", "train_time_s"]:
-        """What schedulers compare trials at: the unit of the budget, as results name it."""
+        """Column of results in the unit of the budget, at which schedulers compare trials."""
         return "epoch" if self.budget.epochs is not None else "train_time_s"
 
     @property
@@ -272,7 +314,7 @@ class SearchSpace(Section):
         return config
 
     def shipped_config(self, point: Point) -> Config:
-        """What `best_config.yaml` holds: the point, trained on to the end of the budget."""
+        """The content of `best_config.yaml`: the point, trained to the end of the budget."""
         config = self.config(point, self.base.train.seed)
         values = apply_overrides(
             config.model_dump(mode="json"),
@@ -300,16 +342,7 @@ def read_space(path: str | Path, overrides: Sequence[str] = ()) -> SearchSpace:
         ConfigError: With the field that is missing, misspelt or impossible.
     """
     file = Path(path).expanduser()
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(
-            "no such search space", given=path, change="for example tune_spaces/smoke.yaml"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the search space: {error}", given=path) from None
-    if not isinstance(values, dict):
-        raise ConfigError("a search space is a mapping", given=f"{path}: {type(values).__name__}")
+    values = read_yaml(file, "search space", "tune_spaces/smoke.yaml")
     base = values.get("base")
     if isinstance(base, str):
         values["base"] = read_config(file.parent / base).model_dump(mode="json")
@@ -334,10 +367,7 @@ def parse_space(values: Mapping[str, Any]) -> SearchSpace:
         ConfigError: With the field that is missing, misspelt or impossible.
     """
     base = parse_config(values.get("base") or {})
-    try:
-        space = SearchSpace.model_validate({**values, "base": base})
-    except ValidationError as error:
-        raise _readable(error) from None
+    space = validate(SearchSpace, {**values, "base": base}, "the search space")
     for key, parameter in space.parameters.items():
         _refuse_owned(key, "parameters")
         for value in parameter.probes():
@@ -408,32 +438,6 @@ def _unknown(key: str, part: str, known: list[str]) -> ConfigError:
         allowed=", ".join(known),
         change=f"did you mean {close[0]}?" if close else None,
     )
-
-
-def _readable(error: ValidationError) -> ConfigError:
-    problem = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")[0]
-    parts = [str(part) for part in problem["loc"]]
-    where = ".".join(parts) or "the search space"
-    if problem["type"] == "extra_forbidden":
-        models: dict[str, type[BaseModel]] = {
-            "objective": Objective,
-            "budget": Budget,
-            "scheduler": Scheduler,
-            "searcher": Searcher,
-            "links": Links,
-            "parameters": Parameter,
-        }
-        model = models.get(parts[0], SearchSpace) if parts[1:] else SearchSpace
-        known = list(model.model_fields)
-        close = difflib.get_close_matches(parts[-1], known, n=1)
-        return ConfigError(
-            f"unknown key {where} in the search space",
-            allowed=", ".join(known),
-            change=f"did you mean {close[0]}?" if close else "remove it or correct its name",
-        )
-    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    given = None if isinstance(problem["input"], dict) else repr(problem["input"])
-    return ConfigError(f"bad value for {where} in the search space", given=given, allowed=message)
 
 
 def log_scaled(parameter: Parameter, value: float) -> float:

@@ -1,4 +1,4 @@
-"""A study file: methods × batch sizes × seeds, what is measured, and what is claimed about it.
+"""A study file: methods × batch sizes × seeds, columns to measure, and claims about them.
 
 Data only: nothing here trains. A cell is one method at one batch size with one seed, and its whole
 configuration is a function of the file: base, then the study's changes, then the batch size, then the
@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from elastic_kfac.config import Config, Section, apply_overrides, parse_config
+from elastic_kfac.config import (
+    Config,
+    Section,
+    apply_overrides,
+    parse_config,
+    read_yaml,
+    split_override,
+    validate,
+)
 from elastic_kfac.errors import ConfigError
 
 Overrides = dict[str, Any]
@@ -37,7 +44,7 @@ class Column:
     help: str
     form: Literal["percent", "count", "number", "seconds"]
     needs: Literal["run", "state"] = "run"
-    """Whether it comes from the run itself, or is measured on its final state."""
+    """`run`: recorded by the run itself; `state`: measured on its final state."""
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -57,7 +64,7 @@ COLUMNS: Mapping[str, Column] = {
         Column(
             "lambda_1",
             "top Hessian eigenvalue λ₁",
-            "Largest eigenvalue (by size) of the final state's Hessian of the mean loss over the "
+            "Largest eigenvalue (by magnitude) of the final state's Hessian of the mean loss over the "
             "first `measure.hessian_samples` training samples, in evaluation mode.",
             "number",
             "state",
@@ -72,29 +79,29 @@ COLUMNS: Mapping[str, Column] = {
         Column("time_s", "training time", "Seconds spent in training steps.", "seconds"),
     )
 }
-"""What a study can show, by name."""
+"""Columns of studies, by name."""
 
 
 class Method(Section):
     """One way to train."""
 
     title: str = ""
-    """What it is, for the report."""
+    """Description for the report."""
     set: Overrides = Field(default_factory=dict)
     """`section.key: value` changes of the base configuration."""
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = None
-    """Where it is run; None is at every batch size of the study."""
+    """Batch sizes it runs at; None is every batch size of the study."""
     at: dict[int, Overrides] = Field(default_factory=dict)
-    """Further changes at single batch sizes, for example a rate that was tuned for each."""
+    """Further changes at single batch sizes, for example a tuned learning rate."""
 
 
 class Measure(Section):
     """How the final state of a cell is measured."""
 
     hessian_samples: Annotated[int, Field(ge=1)] = 512
-    """The first training samples; λ₁ is taken over the same ones for every cell."""
+    """First training samples that λ₁ is computed on, the same for every cell."""
     hessian_steps: Annotated[int, Field(ge=5)] = 60
-    """At most so many Lanczos steps."""
+    """Most Lanczos steps."""
     attack: Literal["fgsm", "pgd", "l2"] = "fgsm"
     adversarial_radius: Annotated[float, Field(ge=0)] = 0.1
     """ε of `adversarial_accuracy`, in units of the model's inputs (after normalisation)."""
@@ -112,7 +119,7 @@ class Measure(Section):
 class Assertion(Section):
     """A claim about differences (`A@32 - B@256`) or ratios (`A@32 / B@256`) of one column.
 
-    `*` stands for every batch size at which the side is run. Bounds may be combined.
+    `*` stands for every batch size that the side runs at. Bounds may be combined.
     """
 
     says: Annotated[str, Field(min_length=1)]
@@ -124,7 +131,7 @@ class Assertion(Section):
     below: float | None = None
     at_most: float | None = None
     over: Literal["each", "mean"] = "each"
-    """Whether every comparison has to be within the bounds, or their mean over each seed."""
+    """Whether every comparison has to be within the bounds, or their mean."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Assertion:
@@ -182,7 +189,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.place.method}-B{self.place.batch_size}-s{self.seed}"
 
     def __str__(self) -> str:
@@ -190,19 +197,19 @@ class Cell:
 
 
 class Study(Section):
-    """What to compare."""
+    """Methods, batch sizes and seeds to compare."""
 
     title: str = ""
     about: str = ""
-    """What is compared and where the claims come from, for the report."""
+    """Background and sources of the claims, for the report."""
     base: str | dict[str, Any]
     """A configuration file, relative to the study file, or the sections themselves."""
     set: Overrides = Field(default_factory=dict)
-    """Changes of the base for all methods."""
+    """Changes to the base for all methods."""
     methods: Annotated[dict[str, Method], Field(min_length=1)]
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     batch_key: str = "train.global_batch_size"
-    """What a batch size sets; `batch.max_batch_size` for policies that grow up to it."""
+    """Key that a batch size sets; `batch.max_batch_size` for policies that grow up to it."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     columns: Annotated[tuple[str, ...], Field(min_length=1)] = ("accuracy", "updates", "time_s")
     measure: Measure = Measure()
@@ -245,7 +252,7 @@ class Study(Section):
         return [Place(name, size) for size in self.batch_sizes for name in self.methods_at(size)]
 
     def methods_at(self, batch_size: int) -> list[str]:
-        """Names of the methods that are run at a batch size, in the file's order."""
+        """Names of the methods that run at a batch size, in the file's order."""
         return [
             name
             for name, method in self.methods.items()
@@ -253,7 +260,7 @@ class Study(Section):
         ]
 
     def is_run(self, place: Place) -> bool:
-        """Whether the study has such cells."""
+        """Whether the study has cells there."""
         return (
             place.batch_size in self.batch_sizes
             and place.method in self.methods
@@ -261,7 +268,7 @@ class Study(Section):
         )
 
     def wanted_columns(self) -> list[str]:
-        """Columns that are shown or claimed about."""
+        """Columns that tables or claims need."""
         claimed = (assertion.column for assertion in self.assertions)
         return list(dict.fromkeys((*self.columns, *claimed)))
 
@@ -331,43 +338,25 @@ def load_study(
     Args:
         path: A YAML file.
         overrides: `section.key=value` changes of the configuration of every cell.
-        seeds: That many seeds (0, 1, …) instead of those of the file.
-        parallelism: Instead of the file's.
+        seeds: Overrides the number of seeds in the file (0, 1, …).
+        parallelism: Overrides the file.
 
     Raises:
         ConfigError: If the file is missing or not YAML, or a key or value is not allowed, in the study
             or in the configuration of some cell (it names the method and the batch size).
     """
     file = Path(path).expanduser()
-    values = _read_yaml(file, "study file", "benchmarks/studies/clusters10.yaml")
+    values = read_yaml(file, "study file", "benchmarks/studies/clusters10.yaml")
     if seeds is not None:
         values["seeds"] = seeds
     if parallelism is not None:
         values["parallelism"] = parallelism
-    try:
-        study = Study.model_validate(values)
-    except ValidationError as error:
-        raise _readable(error, file) from None
+    study = validate(Study, values, f"study {file.name}")
     base = study.base
     if isinstance(base, str):
-        base = _read_yaml(
-            file.parent / base, "base configuration", "../../jobs/configs/digits.yaml"
-        )
-    changes = [_override(text) for text in overrides]
+        base = read_yaml(file.parent / base, "base configuration", "jobs/configs/digits.yaml")
+    changes = [split_override(text) for text in overrides]
     return LoadedStudy(file.stem, study, tuple(_cells(study, base, changes)))
-
-
-def _override(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        equals = ""
-    if not equals:
-        raise ConfigError(
-            "--set needs section.key=value", given=text, allowed="for example train.epochs=2"
-        )
-    return path.strip(), parsed
 
 
 def _cells(
@@ -395,59 +384,8 @@ def _cells(
                 ) from None
 
 
-def _read_yaml(file: Path, what: str, example: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no such {what}", given=file, change=f"name a YAML file, for example {example}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the {what}: {error}", given=file) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        detail = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"bad YAML{where}: {detail}", given=file) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"the {what} holds no keys at its top", given=file)
-    return values
-
-
 def _known(where: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{where}: {name!r} is not one of {', '.join(known)}{hint}")
-
-
-def _readable(error: ValidationError, file: Path) -> ConfigError:
-    # A misspelt key often makes others look missing.
-    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    union_branches = {"str", "dict[str,any]"}
-    path = ".".join(str(p) for p in problem["loc"] if str(p) not in union_branches)
-    where = f" in {path}" if path else ""
-    if problem["type"] == "extra_forbidden":
-        return ConfigError(
-            f"unknown key {path} in study {file.name}",
-            allowed=", ".join(_keys_beside(problem["loc"])),
-            change="remove it or correct its name",
-        )
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "missing":
-        return ConfigError(f"study {file.name} lacks {path}", allowed="see the committed studies")
-    given = problem["input"]
-    is_small = not isinstance(given, dict | list) and problem["type"] != "value_error"
-    return ConfigError(
-        f"bad study {file.name}{where}: {message}", given=repr(given) if is_small else None
-    )
-
-
-def _keys_beside(location: Sequence[int | str]) -> list[str]:
-    models: dict[str, type[Section]] = {
-        "methods": Method,
-        "measure": Measure,
-        "assertions": Assertion,
-    }
-    model = models.get(str(location[0]), Study) if len(location) > 1 else Study
-    return sorted(model.model_fields)

@@ -1,7 +1,7 @@
 """One cell of a study as a Ray task: train alone, in a run folder of its own, and measure the end.
 
-A cell that is interrupted goes on from its last snapshot; one that has a result is only measured, and
-only what is missing.
+An interrupted cell continues from its last snapshot; a finished one is only measured, and only for the
+columns that it lacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from elastic_kfac.cluster.ray.devices import device_of_task
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, NumericalError, RunError
-from elastic_kfac.experiments.study_outcome import DIVERGED, FAILED, FINISHED
+from elastic_kfac.experiments.trials import DIVERGED, FAILED, FINISHED
 from elastic_kfac.runs.final_state import FinalMeasures, measure_final_state
 from elastic_kfac.runs.results import compact_ledger, result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
@@ -33,21 +33,21 @@ from elastic_kfac.training.loop import run_rank
 Row = Mapping[str, Any]
 
 LOCK_FILE = ".lock"
-"""Of a cell's folder on this machine: a worker of a driver that was killed may live a moment longer."""
+"""File of a cell's folder: a worker may outlive its killed driver for a moment."""
 
 LOCK_TIMEOUT_S = 60.0
-TELL_INTERVAL_S = 0.5
+REPORT_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
 class CellTask:
-    """What a worker needs to train a cell; running it twice is harmless."""
+    """The work on a cell; running it twice is harmless."""
 
     name: str
     uri: str
     config: Config
     columns: tuple[str, ...]
-    """What has to be measured on the final state."""
+    """Columns to measure on the final state."""
     measures: FinalMeasures
 
 
@@ -56,17 +56,17 @@ def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
 
     Args:
         task: The cell.
-        board: Handle of the actor that is told how far the cell is; None for nobody.
+        board: Handle of the `StudyBoard`; None reports no progress.
 
     Returns:
-        `status` and what was measured; of a cell that went wrong `error` and `traceback` instead.
+        `status` and measured values, or `status`, `error` and `traceback`.
     """
     folder = RunFolder(task.uri)
     try:
         with _alone_in(folder):
             return _finished(task, folder, board)
     except NumericalError as error:
-        # That a method diverges is a result: it would do so again.
+        # Divergence is a result: training again would diverge again.
         result: dict[str, Any] = {"status": DIVERGED, "error": error.line()}
         result["steps"] = max((int(row.get("step", 0)) for row in folder.metrics()), default=0)
         folder.write_result(result)
@@ -77,7 +77,7 @@ def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
 
 
 def missing_measures(result: Row, task: CellTask) -> tuple[str, ...]:
-    """Columns that a finished cell lacks, because they were not asked for before or differently."""
+    """Columns that a finished cell lacks, or has measured with other settings."""
     if result.get("measured") != asdict(task.measures):
         return task.columns
     return tuple(name for name in task.columns if name not in result)
@@ -92,7 +92,7 @@ def _finished(task: CellTask, folder: RunFolder, board: Any) -> dict[str, Any]:
     if wanted:
         result.update(measure_final_state(folder, wanted, task.measures, device=device))
     result["measured"] = asdict(task.measures)
-    # Only now: what has a result is not trained again.
+    # Last, because a cell with a result is not trained again.
     folder.write_result(result)
     return result
 
@@ -107,7 +107,7 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
             config,
             Communicator.solo(),
             store=store,
-            callback=_TellingPort(folder, task.name, config.train.epochs, board),
+            callback=_ReportingWriter(folder, task.name, config.train.epochs, board),
             control=KeepGoing(),
             device=device,
         )
@@ -126,18 +126,18 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
     }
 
 
-class _TellingPort(FolderWriter):
-    """Writes the run's folder and tells the board how far the cell is."""
+class _ReportingWriter(FolderWriter):
+    """Writes the run's folder and reports the progress of the cell."""
 
     def __init__(self, folder: RunFolder, name: str, epochs: float, board: Any) -> None:
         super().__init__(folder)
         self._name, self._epochs, self._board = name, epochs, board
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     def on_step(self, row: Row) -> None:
         now = time.monotonic()
-        if self._board is not None and now - self._told_at >= TELL_INTERVAL_S:
-            self._told_at = now
+        if self._board is not None and now - self._reported_at >= REPORT_INTERVAL_S:
+            self._reported_at = now
             self._board.note.remote(self._name, float(row["epoch"]) / self._epochs)
 
 
@@ -163,13 +163,13 @@ def _first_line(error: BaseException) -> str:
 
 
 class StudyBoard:
-    """The actor that running cells tell how far they are."""
+    """The actor that collects the progress of running cells."""
 
     def __init__(self) -> None:
         self._done: dict[str, float] = {}
 
     def note(self, name: str, fraction: float) -> None:
-        """A cell has done this part of its training."""
+        """Records the share of a cell's training that is done."""
         self._done[name] = fraction
 
     def view(self) -> dict[str, float]:
@@ -178,7 +178,7 @@ class StudyBoard:
 
 
 def cell_function(config: Config) -> Any:
-    """The Ray task with the resources of a cell; a lost node makes Ray run it again elsewhere."""
+    """The Ray task with the resources of a cell; Ray runs it again if its node is lost."""
     resources = config.resources.of_a_worker()
     cpus, gpus = resources.pop("CPU", 1.0), resources.pop("GPU", 0.0)
     return ray.remote(run_cell).options(

@@ -1,15 +1,21 @@
-"""The outcome of a study: cells, tables in the published form, and what became of the claims."""
+"""The outcome of a study: tables in the published form, judged claims, and files."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from elastic_kfac.experiments.study import COLUMNS, Assertion, Column, Place, Study, expand
+from elastic_kfac.experiments.study import (
+    COLUMNS,
+    Assertion,
+    Cell,
+    Column,
+    Place,
+    Study,
+    expand,
+)
 from elastic_kfac.experiments.study_statistics import (
     TEST,
     Bounds,
@@ -21,42 +27,43 @@ from elastic_kfac.experiments.study_statistics import (
     paired_interval,
     summarise,
 )
+from elastic_kfac.experiments.trials import (
+    DIVERGED,
+    FAILED,
+    FINISHED,
+    WAITING,
+    Trial,
+    TrialTable,
+    csv_text,
+)
 from elastic_kfac.runs.summary import duration
-
-FINISHED: Final = "finished"
-DIVERGED: Final = "diverged"
-"""Training met a loss or a matrix that is not finite: a result, which is not tried again."""
-FAILED: Final = "failed"
-"""Something else went wrong; the next call tries again."""
-WAITING: Final = "waiting"
 
 _SOURCES = {"updates": "steps", "time_s": "train_time_s"}
 """Columns that have another name in `result.json`."""
 
 
-@dataclass(frozen=True)
-class CellResult:
-    """What became of one cell."""
+def trial_of_cell(cell: Cell, result: Mapping[str, Any] | None) -> Trial:
+    """A cell as a row of the trial table.
 
-    place: Place
-    seed: int
-    status: str
-    values: Mapping[str, float] = field(default_factory=dict)
-    """By column; of a cell that went wrong what there is."""
-    error: str | None = None
+    Args:
+        cell: The cell.
+        result: Content of its `result.json`; None while there is none.
+    """
+    trial = Trial(cell.name, str(cell.place), cell.seed, "study", status=WAITING)
+    take_result(trial, result)
+    return trial
 
-    @classmethod
-    def of(cls, place: Place, seed: int, result: Mapping[str, Any] | None) -> CellResult:
-        """From the content of a cell's `result.json`, None while there is none."""
-        if result is None:
-            return cls(place, seed, WAITING)
-        values = {}
-        if result["status"] == FINISHED:
-            for name in COLUMNS:
-                value = result.get(_SOURCES.get(name, name))
-                if isinstance(value, int | float) and math.isfinite(value):
-                    values[name] = float(value)
-        return cls(place, seed, str(result["status"]), values, result.get("error"))
+
+def take_result(trial: Trial, result: Mapping[str, Any] | None) -> None:
+    """Records the result of a cell; one that failed or diverged has a reason instead of values."""
+    if result is None:
+        return
+    trial.status, trial.reason = str(result["status"]), str(result.get("error") or "")
+    if trial.status == FINISHED:
+        for name in COLUMNS:
+            value = result.get(_SOURCES.get(name, name))
+            if isinstance(value, int | float) and math.isfinite(value):
+                trial.numbers[name] = float(value)
 
 
 @dataclass(frozen=True)
@@ -75,45 +82,46 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Claim:
-    """What became of an assertion."""
+    """A judged assertion."""
 
     assertion: Assertion
     comparisons: tuple[Comparison, ...]
     verdict: Verdict
     pooled: Interval | None = None
-    """Of the mean over the comparisons, where the assertion is about that."""
+    """Interval of the mean over the comparisons, for assertions about that mean."""
 
 
 class Outcome:
-    """A study and its cells."""
+    """A study and its trials."""
 
-    def __init__(self, name: str, study: Study, cells: Iterable[CellResult]) -> None:
+    def __init__(self, name: str, study: Study, trials: TrialTable) -> None:
         self.name = name
         self.study = study
-        self.cells = tuple(cells)
-        self._by_place: dict[Place, list[CellResult]] = {}
-        for cell in self.cells:
-            self._by_place.setdefault(cell.place, []).append(cell)
+        self.trials = trials
+        self.count = trials.count
+        self._by_place: dict[str, list[Trial]] = {}
+        for trial in trials.values():
+            self._by_place.setdefault(trial.point, []).append(trial)
 
     def values(self, place: Place, column: str) -> dict[int, float]:
-        """A column by seed, of the cells that have it."""
-        cells = self._by_place.get(place, [])
-        return {cell.seed: cell.values[column] for cell in cells if column in cell.values}
+        """A column by seed, for the cells that have it."""
+        trials = self._by_place.get(str(place), [])
+        return {t.seed: t.numbers[column] for t in trials if column in t.numbers}
 
     def summary(self, place: Place, column: str) -> Summary | None:
         """Mean and spread over seeds."""
         return summarise(list(self.values(place, column).values()))
 
-    def count(self, status: str) -> int:
-        """Cells with that status."""
-        return sum(cell.status == status for cell in self.cells)
-
     def of(self, place: Place, status: str) -> int:
         """Cells of a place with that status."""
-        return sum(cell.status == status for cell in self._by_place.get(place, []))
+        return sum(trial.status == status for trial in self._by_place.get(str(place), []))
+
+    def failures(self) -> list[Trial]:
+        """Cells that ended without values."""
+        return [trial for trial in self.trials.values() if trial.reason]
 
     def claims(self) -> list[Claim]:
-        """Every assertion, judged."""
+        """Every assertion with its verdict."""
         return [self._judge(assertion) for assertion in self.study.assertions]
 
     def _judge(self, assertion: Assertion) -> Claim:
@@ -140,7 +148,7 @@ class Outcome:
     def _pooled(
         self, pairs: Sequence[tuple[Place, Place]], column: str, ratio: bool
     ) -> Interval | None:
-        """The interval of the mean over comparisons, over the seeds that have all of them."""
+        """Interval of the mean over comparisons, from the seeds that have all of them."""
         sides = [
             [self.values(place, column) for place in side] for side in zip(*pairs, strict=True)
         ]
@@ -192,7 +200,7 @@ def _decimals(value: float) -> int:
 
 
 def cell_text(outcome: Outcome, place: Place, columns: Sequence[Column]) -> str:
-    """The entry of a table: summaries of some columns with ` / ` between, and what went wrong."""
+    """The entry of a table: summaries of some columns joined by ` / `, and counts of unfinished cells."""
     if not outcome.study.is_run(place):
         return "–"
     text = " / ".join(summary_text(c, outcome.summary(place, c.name)) for c in columns)
@@ -216,7 +224,7 @@ class Table:
 
 
 def tables(outcome: Outcome) -> list[Table]:
-    """The first with accuracy and updates in one entry, as published; then one per other column."""
+    """A table with accuracy and updates in one entry, as published, then one per other column."""
     wanted = [COLUMNS[name] for name in outcome.study.columns]
     names = [column.name for column in wanted]
     groups = [[column] for column in wanted]
@@ -283,7 +291,7 @@ def _difference_text(assertion: Assertion, value: float) -> str:
 
 
 def claims_text(claims: Sequence[Claim]) -> str:
-    """The claims for the terminal, the verdict first."""
+    """The claims for the terminal, verdicts first."""
     lines = []
     for number, claim in enumerate(claims, start=1):
         assertion = claim.assertion
@@ -305,11 +313,11 @@ def outcome_text(outcome: Outcome) -> str:
     parts = [table_text(table) for table in tables(outcome)]
     if outcome.study.assertions:
         parts.append(claims_text(outcome.claims()))
-    wrong = [cell for cell in outcome.cells if cell.error]
-    if wrong:
-        told = "\n".join(f"  {c.place} seed {c.seed} {c.status}: {c.error}" for c in wrong[:10])
-        more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        parts.append(f"Cells without values:\n{told}{more}")
+    if failures := outcome.failures():
+        lines = [f"  {t.point} seed {t.seed} {t.status}: {t.reason}" for t in failures[:10]]
+        if len(failures) > 10:
+            lines.append(f"  … and {len(failures) - 10} more")
+        parts.append("\n".join(["Cells without values:", *lines]))
     return "\n\n".join(parts)
 
 
@@ -321,15 +329,14 @@ def cells_csv(outcome: Outcome) -> str:
     columns = outcome.study.wanted_columns()
     rows = [
         [
-            cell.place.method,
-            cell.place.batch_size,
-            cell.seed,
-            cell.status,
-            *(_exact(cell.values.get(column)) for column in columns),
+            *trial.point.rsplit("@", 1),
+            trial.seed,
+            trial.status,
+            *(_exact(trial.numbers.get(column)) for column in columns),
         ]
-        for cell in outcome.cells
+        for trial in outcome.trials.values()
     ]
-    return _csv(["method", "batch_size", "seed", "status", *columns], rows)
+    return csv_text(["method", "batch_size", "seed", "status", *columns], rows)
 
 
 def summary_csv(outcome: Outcome) -> str:
@@ -349,11 +356,11 @@ def summary_csv(outcome: Outcome) -> str:
                 else [_exact(summary.mean), _exact(summary.deviation), summary.count]
             )
         rows.append(row)
-    return _csv(head, rows)
+    return csv_text(head, rows)
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
-    """Everything that the report shows, as one value."""
+    """The content of `comparison.json`."""
     return {
         "study": outcome.name,
         "title": outcome.study.title,
@@ -381,18 +388,10 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
             for claim in outcome.claims()
         ],
         "errors": {
-            f"{cell.place} seed {cell.seed}": cell.error for cell in outcome.cells if cell.error
+            f"{trial.point} seed {trial.seed}": trial.reason for trial in outcome.failures()
         },
     }
 
 
 def _exact(value: float | None) -> str:
     return "" if value is None else f"{value:.10g}"
-
-
-def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return buffer.getvalue()

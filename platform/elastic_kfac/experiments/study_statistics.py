@@ -1,4 +1,4 @@
-"""Means over seeds, and what seeds say about a claim.
+"""Means over seeds, and paired intervals that judge claims.
 
 Cells with the same seed start from the same weights and see the samples in the same order, so they are
 compared in pairs: the differences d_s = left_s − right_s over the seeds that both sides have are taken as
@@ -29,7 +29,7 @@ class Summary:
 
     mean: float
     deviation: float | None
-    """Sample standard deviation; None of a single seed."""
+    """Sample standard deviation; None for a single seed."""
     count: int
 
 
@@ -98,7 +98,7 @@ def _exponential(interval: Interval) -> Interval:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where a claim says that a mean is."""
+    """The range of a mean that a claim asserts."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -106,7 +106,7 @@ class Bounds:
     high_is_inside: bool = True
 
     def judge(self, interval: Interval | None) -> Verdict:
-        """What an interval says about the claim; without an interval nothing is decided."""
+        """The verdict of an interval; without one the claim is undecided."""
         if interval is None or interval.low is None or interval.high is None:
             return "undecided"
         low, high = interval.low, interval.high
@@ -120,7 +120,7 @@ class Bounds:
 
 
 def joint(verdicts: Sequence[Verdict]) -> Verdict:
-    """Of a claim that is several: holds if all do, fails if one does.
+    """The verdict of several comparisons: holds if all hold, fails if one fails.
 
     No correction for their number: a conjunction of tests at a level has that level (the
     intersection-union test), and a single failure is shown with its own interval.

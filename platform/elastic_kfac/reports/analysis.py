@@ -1,8 +1,7 @@
-"""What `analyze`, the probes and the analyses during training have found, as figures and a section.
+"""Figures and tables of `analyze`, of the probes, and of analyses during training.
 
-The figures are those of the source (spec 6): the largest eigenvalues of the whole and of one sample,
-the loss along the dominant eigenvector on both splits, the spectral density, and the dominant
-eigenvalue beside the gradient norm over epochs.
+The largest eigenvalues of the whole set and of one sample, the loss along the dominant eigenvector on
+both splits, the spectral density, and the dominant eigenvalue beside the gradient norm over epochs.
 """
 
 from __future__ import annotations
@@ -11,82 +10,70 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from elastic_kfac.reports.figures import (
     ACCENT,
     EVALUATION,
+    GREEN,
     INK,
     SOFT,
-    STYLE,
+    drawn,
     plain_log_scale,
-    svg_text,
+    plot_points,
 )
-from elastic_kfac.reports.run_page import escaped, section
+from elastic_kfac.reports.pages import Table, part
 from elastic_kfac.runs.history import Run, first_number, number
 
 Found = Mapping[str, Any]
-GREEN = "#5b8c5a"
-_SIZE = (5.5, 3.4)
 _SHOWN_RANGE = 1e6
 """Decades below the largest eigenvalue that are rounding, not curvature."""
 
 
-def figures(found: Found) -> dict[str, str]:
-    """SVG texts of one analysis, by name; a probe has none."""
-    drawn: dict[str, str] = {}
+def figures(found: Found) -> dict[str, Markup]:
+    """Figures of one analysis by name; a probe has none."""
     if found.get("kind") != "curvature":
-        return drawn
+        return {}
+    parts: dict[str, Callable[[Axes, Found], None]] = {}
     if len(found.get("spectrum", {}).get("eigenvalues", ())) > 1:
-        drawn["spectrum"] = _drawn("spectrum", lambda axes: _draw_spectrum(axes, found))
+        parts["spectrum"] = _draw_spectrum
     if found.get("landscape"):
-        drawn["landscape"] = _drawn("landscape", lambda axes: _draw_landscape(axes, found))
+        parts["landscape"] = _draw_landscape
     if found.get("density"):
-        drawn["density"] = _drawn("density", lambda axes: _draw_density(axes, found))
-    return drawn
+        parts["density"] = _draw_density
+    return {name: _figure(name, draw, found) for name, draw in parts.items()}
 
 
-def course_figure(run: Run) -> str | None:
+def training_figure(run: Run) -> Markup | None:
     """λ_1 and the gradient norm over epochs; None when they were not measured during training."""
-    largest = _column(run, "top_eigenvalue", "hessian_eigenvalue")
-    if not largest:
+    if not _column(run, "top_eigenvalue", "hessian_eigenvalue"):
         return None
-    return _drawn("course", lambda axes: _draw_course(axes, run, largest))
+    return _figure("course", _draw_training, run)
 
 
-def analysis_sections(run: Run) -> list[str]:
+def analysis_section(run: Run) -> Markup:
     """The part of a run's page about its loss surface; empty when nothing was analysed."""
     newest = _newest_of_each(run.analyses)
-    panels = []
-    course = course_figure(run)
-    if course is not None:
-        panels.append(course)
-    parts = []
-    notes: list[str] = []
+    during_training = training_figure(run)
+    panels = [] if during_training is None else [("Curvature and gradient", during_training)]
+    notes, tables = [], []
     for found in newest:
-        if found.get("kind") == "curvature":
-            panels += figures(found).values()
+        kind = found.get("kind")
+        if kind == "curvature":
+            panels += figures(found).items()
             notes.append(_caption(found))
-    if panels:
-        boxes = "".join(section("", panel) for panel in panels)
-        parts.append(
-            section(
-                "Loss surface", "".join(f'<p class="note">{note}</p>' for note in notes) or _COURSE
-            )
-            + f'<div class="pair">{boxes}</div>'
-        )
-    for found in newest:
-        if found.get("kind") == "bias_variance":
-            parts.append(section("Bias and variance", _bias_variance(found)))
-        elif found.get("kind") == "low_rank":
-            parts.append(section("Low-rank probe", _low_rank(found)))
-    return parts
+        elif kind == "bias_variance":
+            tables.append((_bias_variance(found), ""))
+        elif kind == "low_rank":
+            tables.append(_low_rank(found))
+    tables.sort(key=lambda pair: pair[0].caption)
+    return part("analysis.html", panels=panels, notes=notes, tables=tables)
 
 
-_COURSE = '<p class="note">Measured during training, on samples that are not augmented.</p>'
+def _figure(name: str, draw: Callable[[Axes, Any], None], what: Any) -> Markup:
+    return drawn(f"analysis-{name}", lambda figure: draw(figure.subplots(), what))
 
 
 def _newest_of_each(analyses: Sequence[Found]) -> list[Found]:
@@ -97,13 +84,6 @@ def _newest_of_each(analyses: Sequence[Found]) -> list[Found]:
         if key not in newest or found.get("step", 0) >= newest[key].get("step", 0):
             newest[key] = found
     return list(newest.values())
-
-
-def _drawn(name: str, draw: Callable[[Axes], None]) -> str:
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"analysis-{name}"}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        draw(figure.subplots())
-        return svg_text(figure)
 
 
 def _draw_spectrum(axes: Axes, found: Found) -> None:
@@ -120,17 +100,16 @@ def _draw_spectrum(axes: Axes, found: Found) -> None:
     series = [(whole, EVALUATION, "all samples")]
     if found.get("last_layer"):
         series.append((found["last_layer"], GREEN, "last layer's block"))
-    for part, colour, label in series:
-        values = part["eigenvalues"]
+    for block, colour, label in series:
+        values = block["eigenvalues"]
         ranks = range(1, len(values) + 1)
         axes.plot(ranks, [abs(v) for v in values], color=colour, lw=1.4, label=label)
         for sign, face in ((1, colour), (-1, "white")):
             points = [(r, abs(v)) for r, v in zip(ranks, values, strict=True) if v * sign > 0]
-            if points:
-                axes.plot(*zip(*points, strict=True), "o", ms=4, mfc=face, mec=colour, zorder=3)
+            plot_points(axes, points, "o", ms=4, mfc=face, mec=colour, zorder=3)
     axes.set_title("Largest eigenvalues of the Hessian")
-    axes.set_xlabel("rank by size (open circle: negative)")
-    axes.set_ylabel("size")
+    axes.set_xlabel("rank by magnitude (open circle: negative)")
+    axes.set_ylabel("magnitude")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
     if biggest > 0:
         plain_log_scale(axes)
@@ -142,12 +121,9 @@ def _draw_landscape(axes: Axes, found: Found) -> None:
     seen = found["landscape"]
     distances = seen["distances"]
     colours = dict(zip(seen["losses"], (EVALUATION, ACCENT, GREEN), strict=False))
-    tops = []
     for name, losses in seen["losses"].items():
         points = [(d, v) for d, v in zip(distances, losses, strict=True) if v is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colours[name], lw=1.6, label=name)
-            tops.append(max(v for _, v in points))
+        plot_points(axes, points, color=colours[name], lw=1.6, label=name)
     own = seen["losses"].get(found.get("split"), [])
     middle = own[len(own) // 2] if len(own) % 2 else None
     if middle is not None and seen["curvature"] is not None:
@@ -182,22 +158,23 @@ def _draw_density(axes: Axes, found: Found) -> None:
         axes.set_ylim(floor, peak * 3)
 
 
-def _draw_course(axes: Axes, run: Run, largest: Sequence[tuple[float, float]]) -> None:
-    curves = [
-        (largest, EVALUATION, "o", "size of the dominant eigenvalue λ₁"),
-        (_column(run, "last_layer_eigenvalue"), GREEN, "s", "of the last layer's block"),
-        (_column(run, "kfac_eigenvalue"), SOFT, "v", "of the K-FAC factors"),
-        (_column(run, "gradient_norm"), ACCENT, "^", "gradient norm"),
-    ]
-    drawn = False
-    for points, colour, marker, label in curves:
-        sizes = [(x, abs(y)) for x, y in points if y and math.isfinite(y)]
-        if sizes:
-            drawn = True
-            axes.plot(
-                *zip(*sizes, strict=True), color=colour, marker=marker, ms=3.2, lw=1.3, label=label
-            )
-    if drawn:
+def _draw_training(axes: Axes, run: Run) -> None:
+    curves = (
+        (
+            "o",
+            EVALUATION,
+            "dominant eigenvalue λ₁, magnitude",
+            "top_eigenvalue",
+            "hessian_eigenvalue",
+        ),
+        ("s", GREEN, "last layer's block", "last_layer_eigenvalue"),
+        ("v", SOFT, "K-FAC factors", "kfac_eigenvalue"),
+        ("^", ACCENT, "gradient norm", "gradient_norm"),
+    )
+    for marker, colour, label, *names in curves:
+        points = [(x, abs(y)) for x, y in _column(run, *names) if y and math.isfinite(y)]
+        plot_points(axes, points, f"-{marker}", color=colour, ms=3.2, lw=1.3, label=label)
+    if axes.lines:
         plain_log_scale(axes)
         axes.legend(loc="best")
     axes.set_title("Curvature and gradient by epoch")
@@ -227,44 +204,47 @@ def _caption(found: Found) -> str:
         if trace["standard_error"] is not None:
             text += f" ± {trace['standard_error']:.2g}"
     missing = "; ".join(found.get("notes", ()))
-    return escaped(text + "." + (f" Missing: {missing}." if missing else ""))
+    return text + "." + (f" Missing: {missing}." if missing else "")
 
 
-def _bias_variance(found: Found) -> str:
-    head = (
-        '<th>split</th><th class="n">loss</th><th class="n">standard deviation of a sample</th>'
-        f'<th class="n">samples</th><th class="n">loss + {found["factor"]:g}·√(Var/n)</th>'
-    )
-    rows = "".join(
-        f'<tr><td>{escaped(name)}</td><td class="n">{_short(row["loss"])}</td>'
-        f'<td class="n">{_short(math.sqrt(row["variance"]))}</td>'
-        f'<td class="n">{row["samples"]:,}</td><td class="n">{_short(row["bound"])}</td></tr>'
+def _bias_variance(found: Found) -> Table:
+    head = "split|#loss|#standard deviation of a sample|#samples|"
+    rows = [
+        [
+            name,
+            _short(row["loss"]),
+            _short(math.sqrt(row["variance"])),
+            f"{row['samples']:,}",
+            _short(row["bound"]),
+        ]
         for name, row in found["splits"].items()
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
+    ]
+    bound = f"#loss + {found['factor']:g}·√(Var/n)"
+    return Table.of("Bias and variance", head + bound, rows)
 
 
-def _low_rank(found: Found) -> str:
-    head = (
-        '<th>matrix</th><th class="n">size</th><th class="n">rank</th><th class="n">of full</th>'
-        '<th class="n">entries saved</th><th class="n">products that earn it back</th>'
-    )
+def _low_rank(found: Found) -> tuple[Table, str]:
+    head = "matrix|#size|#rank|#of full|#entries saved|#products that amortise it"
     rows = []
     for row in (found["kernel"], *found["matrices"]):
         back = row["products_to_amortise"]
         rows.append(
-            f"<tr><td>{escaped(row['kind'])} {escaped(row['layer'])}</td>"
-            f'<td class="n">{row["rows"]} × {row["columns"]}</td><td class="n">{row["rank"]}</td>'
-            f'<td class="n">{row["share"]:.0%}</td><td class="n">{max(row["saving"], 0):.0%}</td>'
-            f'<td class="n">{"never" if back is None else format(back, ",.0f")}</td></tr>'
+            [
+                f"{row['kind']} {row['layer']}",
+                f"{row['rows']} × {row['columns']}",
+                row["rank"],
+                f"{row['share']:.0%}",
+                f"{max(row['saving'], 0):.0%}",
+                "never" if back is None else format(back, ",.0f"),
+            ]
         )
     agreed = sum(bool(value) for value in found["claims"].values())
     note = (
         f"Singular values above {found['epsilon']:g} of the largest, at step {found['step']:,}. "
         f"{agreed} of {len(found['claims'])} claims of the negative result hold here: kernel blocks "
-        "compress, the network's matrices do not, and compression is not earned back in a step."
+        "compress, the network's matrices do not, and one step does not amortise the compression."
     )
-    return f'<table><tr>{head}</tr>{"".join(rows)}</table><p class="note">{escaped(note)}</p>'
+    return Table.of("Low-rank probe", head, rows), note
 
 
 def _short(value: float | None) -> str:

@@ -1,36 +1,25 @@
-"""Figures of a run as SVG text for a page: equal input gives equal bytes."""
+"""What all figures share: style, colours, axes, and SVG text that is equal for equal input."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import math
 import re
-import statistics
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import (
-    FuncFormatter,
-    LogLocator,
-    MaxNLocator,
-    NullFormatter,
-    PercentFormatter,
-)
-
-from elastic_kfac.runs.history import Row, Run, Segment, first_number, number
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-TRAINING, EVALUATION, ACCENT = "#9fb3c8", "#0b69a3", "#c4580f"
-BAND = ("#f0e2c8", "#cfe3d4", "#c6dbef", "#dccfe8", "#f3cfd0", "#d5d8dc")
-MAX_POINTS = 1500
+TRAINING, EVALUATION, ACCENT, GREEN = "#9fb3c8", "#0b69a3", "#c4580f", "#5b8c5a"
+HALF = (5.5, 3.4)
+"""Size of a figure that has another one beside it, in inches."""
 
-Horizontal = Literal["step", "wall_time_s"]
-Points = list[tuple[float, float]]
 STYLE = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans", "sans-serif"],
@@ -51,184 +40,52 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "legend.labelcolor": INK,
+    "text.parse_math": False,
 }
+"""Names come from users: a $ in one begins no formula."""
 
 
-def learning_figure(run: Run) -> str:
-    """Accuracy and loss, over steps and over wall time, above a band of the world size."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "learning"}):
-        figure = Figure(figsize=(11, 6.2), layout="constrained")
-        rows = figure.subplots(
-            3, 2, sharex="col", sharey="row", height_ratios=(3, 3, 0.45), squeeze=True
-        )
-        for column, horizontal in enumerate(_horizontals()):
-            accuracy, loss, band = (row[column] for row in rows)
-            _draw_accuracy(accuracy, run, horizontal)
-            _draw_loss(loss, run, horizontal)
-            _draw_band(band, run, horizontal)
-            for axes in (accuracy, loss):
-                _mark_changes(axes, run, horizontal)
-            accuracy.set_title("Accuracy by step" if column == 0 else "Accuracy by wall time")
-            loss.set_title("Training loss by step" if column == 0 else "Training loss by wall time")
-        return svg_text(figure)
+def drawn(
+    name: str,
+    draw: Callable[[Figure], object],
+    size: tuple[float, float] = HALF,
+    **style: Any,
+) -> Markup:
+    """A figure as an `<svg>` element; empty if `draw` returns False.
+
+    Args:
+        name: Makes identifiers differ between the figures of a page.
+        draw: Draws on the figure.
+        size: Width and height in inches.
+        style: Further settings of matplotlib, with `__` for a dot.
+    """
+    settings = {key.replace("__", "."): value for key, value in style.items()}
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name, **settings}):
+        figure = Figure(figsize=size, layout="constrained")
+        if draw(figure) is False:
+            return Markup("")
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    # The names of groups repeat from figure to figure, and nothing refers to them.
+    return Markup(re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :]).strip())
 
 
-def throughput_figure(run: Run) -> str:
-    """Samples per second over wall time."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "throughput"}):
-        figure = Figure(figsize=(5.5, 3.3), layout="constrained")
-        top, band = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.7))
-        speed = [_samples_per_s(row) for row in run.steps]
-        _line_and_trend(top, run, "wall_time_s", speed, TRAINING, EVALUATION)
-        top.set_ylim(bottom=0)
-        top.set_title("Throughput, samples per second")
-        _mark_changes(top, run, "wall_time_s")
-        _draw_band(band, run, "wall_time_s")
-        return svg_text(figure)
+def titled(svg: Markup, titles: dict[str, tuple[int, str]]) -> Markup:
+    """Connects marks with trials: `data-t` holds the trial's index, `<title>` what a pointer shows.
 
-
-def curvature_figure(run: Run) -> str:
-    """Damping, learning rate and the KL clip's factor by step, with the updates as ticks."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "curvature"}):
-        figure = Figure(figsize=(5.5, 3.3), layout="constrained")
-        top, ticks = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.9))
-        steps = [float(row["step"]) for row in run.steps]
-        curves = (
-            ("damping", "damping", EVALUATION),
-            ("lr", "learning rate", ACCENT),
-            ("kl_clip_scale", "KL clip factor", "#5b8c5a"),
-        )
-        for key, label, colour in curves:
-            values = [number(row, key) for row in run.steps]
-            points = [(x, y) for x, y in zip(steps, values, strict=True) if y is not None and y > 0]
-            if points:
-                top.plot(*zip(*_thin(points), strict=True), color=colour, lw=1.3, label=label)
-        if top.lines:
-            plain_log_scale(top)
-            # A schedule that ends at zero would press everything else together.
-            low, high = top.get_ylim()
-            top.set_ylim(bottom=max(low, high * 1e-6))
-            top.legend(loc="best")
-        top.set_title("K-FAC by step")
-        _mark_changes(top, run, "step")
-        _draw_updates(ticks, run)
-        return svg_text(figure)
-
-
-def _horizontals() -> tuple[Horizontal, Horizontal]:
-    return ("step", "wall_time_s")
-
-
-def _draw_accuracy(axes: Axes, run: Run, horizontal: Horizontal) -> None:
-    training = [number(row, "accuracy") for row in run.steps]
-    _line_and_trend(axes, run, horizontal, training, None, TRAINING, label="training batches")
-    if run.evaluations:
-        index = 0 if horizontal == "step" else 1
-        points = [(evaluation[index], evaluation[2]) for evaluation in run.evaluations]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=EVALUATION,
-            lw=1.8,
-            marker="o",
-            ms=3.2,
-            label="test set",
-        )
-    if run.target_accuracy is not None:
-        axes.axhline(run.target_accuracy, color=ACCENT, lw=1, ls=(0, (4, 3)))
-        axes.annotate(
-            f"target {run.target_accuracy:.1%}",
-            (0.995, run.target_accuracy),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            xytext=(0, -4),
-            ha="right",
-            va="top",
-            color=ACCENT,
-            fontsize=8,
-        )
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if axes.lines:
-        axes.set_ylim(top=1.02)
-    if axes.get_legend_handles_labels()[0] and horizontal == "step":
-        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.02))
-
-
-def _draw_loss(axes: Axes, run: Run, horizontal: Horizontal) -> None:
-    loss = [number(row, "loss") for row in run.steps]
-    _line_and_trend(axes, run, horizontal, loss, TRAINING, EVALUATION)
-    if any(value is not None and value > 0 for value in loss):
-        plain_log_scale(axes)
-
-
-def _draw_band(axes: Axes, run: Run, horizontal: Horizontal) -> None:
-    sizes = sorted({segment.world_size for segment in run.segments})
-    spans = [_span(segment, horizontal) for segment in run.segments]
-    whole = max((end for _, end in spans), default=0.0) or 1.0
-    for segment, (start, end) in zip(run.segments, spans, strict=True):
-        colour = BAND[sizes.index(segment.world_size) % len(BAND)]
-        axes.axvspan(start, end, color=colour, lw=0)
-        share = (end - start) / whole
-        text = f"{segment.world_size} worker" + ("s" if segment.world_size > 1 else "")
-        if share > 0.04:
-            axes.text(
-                (start + end) / 2,
-                0.47,
-                text if share > 0.16 else str(segment.world_size),
-                transform=axes.get_xaxis_transform(),
-                ha="center",
-                va="center",
-                color=INK,
-                fontsize=8,
-            )
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    axes.spines[["left"]].set_visible(False)
-    axes.set_xlabel("step" if horizontal == "step" else "seconds since the start")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-
-
-def _draw_updates(axes: Axes, run: Run) -> None:
-    labels = ["inverse updates", "factor updates"]
-    for height, key in enumerate(("inverse_updates", "factor_updates")):
-        at = _update_steps(run, key)
-        if at:
-            axes.eventplot(
-                [x for x, _ in _thin([(x, 0.0) for x in at])],
-                lineoffsets=height,
-                linelengths=0.7,
-                linewidths=0.7,
-                colors=SOFT if height else EVALUATION,
-            )
-    axes.set_ylim(-0.6, 1.6)
-    axes.set_yticks([0, 1], labels)
-    axes.grid(visible=False)
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-
-
-def _update_steps(run: Run, key: str) -> list[float]:
-    counts = [(float(row["step"]), number(row, key)) for row in run.steps]
-    if any(count is not None for _, count in counts):
-        known = [(step, count) for step, count in counts if count is not None]
-        return [b[0] for a, b in itertools.pairwise(known) if b[1] > a[1]]
-    # The run did not count them: the configured interval says when they were due.
-    kfac = run.config.get("kfac")
-    interval = number(kfac, key.replace("updates", "update_steps")) if kfac else None
-    if not interval:
-        return []
-    return [step for step, _ in counts if (step - 1) % interval == 0]
-
-
-def _mark_changes(axes: Axes, run: Run, horizontal: Horizontal) -> None:
-    for before, after in zip(run.segments, run.segments[1:], strict=False):
-        start, end = _span(before, horizontal)[1], _span(after, horizontal)[0]
-        if horizontal == "wall_time_s":
-            axes.axvspan(start, end, color=GRID, lw=0, zorder=0)
-        axes.axvline(end, color=SOFT, lw=0.9, ls=(0, (2, 2)), zorder=1)
+    Args:
+        svg: A figure.
+        titles: Index and words by the `gid` of a mark.
+    """
+    for mark, (index, words) in titles.items():
+        group = f'<g id="{mark}" data-t="{index}"><title>{escape(words)}</title>'
+        svg = Markup(str(svg).replace(f'<g id="{mark}">', group, 1))
+    return svg
 
 
 def plain_log_scale(axes: Axes) -> None:
-    """A logarithmic axis with plain numbers."""
+    """A logarithmic vertical axis with plain numbers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     narrow = high / low < 100
@@ -237,80 +94,41 @@ def plain_log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _span(segment: Segment, horizontal: Horizontal) -> tuple[float, float]:
-    if horizontal == "step":
-        return segment.first_step - 0.5, segment.last_step + 0.5
-    return segment.first_wall_s, segment.last_wall_s
+def horizontal_log_scale(axes: Axes) -> None:
+    """A logarithmic horizontal axis with plain numbers."""
+    low, high = axes.get_xlim()
+    axes.set_xscale("log")
+    if low <= 0:
+        positive = [
+            x for line in axes.lines for x in map(float, np.asarray(line.get_xdata())) if x > 0
+        ]
+        axes.set_xlim(min(positive) * 0.9, high)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _line_and_trend(
-    axes: Axes,
-    run: Run,
-    horizontal: Horizontal,
-    values: Sequence[float | None],
-    line_colour: str | None,
-    trend_colour: str,
-    *,
-    label: str | None = None,
-) -> None:
-    lines, trends = [], []
-    for stretch in _stretches(run, horizontal, values):
-        # A point that is not a number ends the line: nothing is drawn across time without steps.
-        gap = (stretch[-1][0], math.nan)
-        lines += [*stretch, gap]
-        trends += [*_centred_median(stretch), gap]
-    if not lines:
+def mark_target(axes: Axes, target: float | None, *, at_left: bool = False) -> None:
+    """A dashed line at the target accuracy, with its value."""
+    if target is None:
         return
-    if line_colour is not None:
-        axes.plot(*zip(*_thin(lines), strict=True), color=line_colour, lw=0.7)
-    axes.plot(*zip(*_thin(trends), strict=True), color=trend_colour, lw=1.6, label=label)
+    colour = SOFT if at_left else ACCENT
+    axes.axhline(target, color=colour, lw=1, ls=(0, (4, 3)), zorder=1)
+    axes.annotate(
+        f"target {target:.1%}",
+        (0.01 if at_left else 0.995, target),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(0, 3 if at_left else -4),
+        ha="left" if at_left else "right",
+        va="bottom" if at_left else "top",
+        color=colour,
+        fontsize=8,
+    )
 
 
-def _stretches(run: Run, horizontal: Horizontal, values: Sequence[float | None]) -> list[Points]:
-    found: list[Points] = []
-    size: object = None
-    for row, value in zip(run.steps, values, strict=True):
-        x = number(row, horizontal)
-        if x is None or value is None:
-            continue
-        if not found or row.get("world_size") != size:
-            found.append([])
-        size = row.get("world_size")
-        found[-1].append((x, value))
-    return found
-
-
-def _centred_median(points: Points) -> Points:
-    # Centred, because a look at the past alone lies above every falling loss; a median, because
-    # one bad batch moves a mean by decades on a logarithmic axis.
-    reach = min(30, len(points) // 25)
-    smooth: Points = []
-    for index, (x, _) in enumerate(points):
-        near = points[max(0, index - reach) : index + reach + 1]
-        window = [y for _, y in near if math.isfinite(y)]
-        smooth.append((x, statistics.median(window) if window else math.nan))
-    return smooth
-
-
-def _thin(points: Points) -> Points:
-    stride = -(-len(points) // MAX_POINTS)
-    if stride <= 1:
-        return points
-    return [*points[:-1:stride], points[-1]]
-
-
-def _samples_per_s(row: Row) -> float | None:
-    given = number(row, "samples_per_s")
-    if given is not None:
-        return given
-    size, seconds = first_number(row, "global_batch_size"), first_number(row, "step_time_s")
-    return size / seconds if size is not None and seconds else None
-
-
-def svg_text(figure: Figure) -> str:
-    """The figure as an `<svg>` element."""
-    buffer = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    # The names of groups repeat from figure to figure, and nothing refers to them.
-    return re.sub(r' id="[\w.]+_\d+"', "", text[text.index("<svg") :]).strip()
+def plot_points(
+    axes: Axes, points: Sequence[tuple[float, float]], *marker: str, **how: Any
+) -> None:
+    """`axes.plot` of (x, y) pairs; nothing without any."""
+    if points:
+        axes.plot(*zip(*points, strict=True), *marker, **how)

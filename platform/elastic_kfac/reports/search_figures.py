@@ -1,25 +1,37 @@
-"""Figures of a search as SVG text: equal input gives equal bytes.
+"""Figures of a search.
 
-What belongs to one trial carries `data-t` (the trial's index) and a `<title>`, so that a page can show
-the same trial in all figures, and a pointer finds out what a mark is.
+The marks of a trial carry `data-t` (the trial's index) and a `<title>`, so that a page can highlight
+the same trial in all figures, and a pointer shows which trial a mark belongs to.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from elastic_kfac.experiments.importance import Importance
-from elastic_kfac.experiments.search_folder import Experiment, Point, Trial, is_real
-from elastic_kfac.reports import figures
-from elastic_kfac.reports.figures import ACCENT, EVALUATION, GRID, INK, SOFT, TRAINING, svg_text
+from elastic_kfac.experiments.search_folder import Experiment
+from elastic_kfac.experiments.trials import Point, Trial, is_real
+from elastic_kfac.reports.figures import (
+    ACCENT,
+    EVALUATION,
+    GREEN,
+    GRID,
+    INK,
+    SOFT,
+    TRAINING,
+    drawn,
+    horizontal_log_scale,
+    mark_target,
+    plot_points,
+    titled,
+)
 from elastic_kfac.runs.summary import duration
 
 MIB = 2**20
@@ -30,75 +42,64 @@ REFERENCES = ("#1f2933", "#8d4a97", "#5b8c5a", "#b7950b")
 DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))
 STATUS: Mapping[str, str] = {
     "finished": EVALUATION,
-    "running": "#5b8c5a",
+    "running": GREEN,
     "stopped": TRAINING,
     "failed": "#b83280",
     "pending": GRID,
 }
 _LOG_FROM = 8.0
-
-STYLE = {**figures.STYLE, "text.parse_math": False}
-"""Names come from people: a $ in one begins no formula."""
+_SIZE = (5.6, 3.7)
 
 Axis = Literal["seconds", "step"]
-"""What a curve goes over: a field of `Evaluation`."""
+"""The horizontal axis of a curve: a field of `Evaluation`."""
 
 Titles = dict[str, tuple[int, str]]
 
 
-def curves_figure(experiment: Experiment, axis: Axis) -> str:
+def curves_figure(experiment: Experiment, axis: Axis) -> Markup:
     """Test accuracy of the best point, the references and the others; empty if there is none."""
     titles: Titles = {}
-    best, drawn = experiment.best, 0
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"curves-{axis}"}):
-        figure = Figure(figsize=(5.6, 3.7), layout="constrained")
-        axes = figure.subplots()
+    best = experiment.best
+
+    def draw(figure: Figure) -> bool:
+        axes, count = figure.subplots(), 0
         others = [p.representative for p in experiment.points if p is not best]
         for trial in [t for t in others if t.evaluations][:MOST_OTHERS]:
-            label = None if drawn else "other trials"
-            drawn += _curve(axes, experiment, trial, axis, titles, TRAINING, 0.8, label=label)
+            label = None if count else "other trials"
+            count += _curve(axes, trial, axis, titles, TRAINING, 0.8, label=label)
         for index, (name, point) in enumerate(experiment.references.items()):
             colour = REFERENCES[index % len(REFERENCES)]
             dashes = DASHES[index % len(DASHES)]
-            drawn += _curves(axes, experiment, point, axis, titles, colour, name, dashes)
+            count += _curves(axes, point, axis, titles, colour, name, dashes)
         if best is not None:
             label = f"best ({best.representative.id})"
-            drawn += _curves(axes, experiment, best, axis, titles, ACCENT, label, "solid")
-        if not drawn:
-            return ""
-        if experiment.target is not None:
-            axes.axhline(experiment.target, color=SOFT, lw=1, ls=(0, (4, 3)), zorder=1)
-            axes.annotate(
-                f"target {experiment.target:.1%}",
-                (0.01, experiment.target),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(0, 3),
-                color=SOFT,
-                fontsize=8,
-            )
+            count += _curves(axes, best, axis, titles, ACCENT, label, "solid")
+        mark_target(axes, experiment.target, at_left=True)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        horizontal = [x for line in axes.lines for x in _numbers(line.get_xdata()) if x > 0]
-        ends = [getattr(t.evaluations[-1], axis) for t in experiment.trials if t.evaluations]
-        if horizontal and ends and min(ends) > 0 and max(ends) / min(ends) > _LOG_FROM:
-            _log_axis(axes)
+        trials = experiment.trials.values()
+        ends = [getattr(t.evaluations[-1], axis) for t in trials if t.evaluations]
+        if ends and min(ends) > 0 and max(ends) / min(ends) > _LOG_FROM:
+            horizontal_log_scale(axes)
         axes.set_xlabel("training seconds" if axis == "seconds" else "steps")
         axes.set_title("Accuracy by time" if axis == "seconds" else "Accuracy by step")
-        axes.legend(loc="lower right")
-        return _marked(svg_text(figure), titles)
+        if count:
+            axes.legend(loc="lower right")
+        return bool(count)
+
+    return titled(drawn(f"curves-{axis}", draw, _SIZE), titles)
 
 
-def pareto_figure(experiment: Experiment) -> str:
+def pareto_figure(experiment: Experiment) -> Markup:
     """Peak memory over the objective, with the front; empty if no point has both."""
     named = [(point, "") for point in experiment.points if point.tried]
     named += [(p, name) for name, p in experiment.references.items() if p.tried]
     both = [(*at, p, name) for p, name in named if (at := _cost(p)) is not None]
     if not both:
-        return ""
+        return Markup("")
     titles: Titles = {}
     front = pareto_front([(x, y) for x, y, _, _ in both])
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "pareto"}):
-        figure = Figure(figsize=(5.6, 3.7), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         axes.step(*zip(*front, strict=True), where="post", color=EVALUATION, lw=1.4, label="front")
         for x, y, point, name in both:
@@ -119,14 +120,15 @@ def pareto_figure(experiment: Experiment) -> str:
                 )
         across = [x for x, *_ in both]
         if min(across) > 0 and max(across) / min(across) > _LOG_FROM:
-            _log_axis(axes)
+            horizontal_log_scale(axes)
         axes.margins(0.14)
-        axes.set_xlabel(f"{experiment.unit} to the target (median of the repeats)")
+        axes.set_xlabel(f"{experiment.unit} to the target (median of the seeds)")
         axes.set_title("Peak memory, MiB")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.legend(loc="best")
-        return _marked(svg_text(figure), titles)
+
+    return titled(drawn("pareto", draw, _SIZE), titles)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -138,17 +140,18 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def parallel_figure(experiment: Experiment, shown: Sequence[str]) -> str:
+def parallel_figure(experiment: Experiment, shown: Sequence[str]) -> Markup:
     """One line per point through its parameters to its objective; empty for fewer than two."""
     points = [point for point in experiment.points if point.tried]
     if len(points) < 2 or not shown:
-        return ""
+        return Markup("")
     titles: Titles = {}
     columns: list[list[Any]] = [[p.parameters.get(name) for p in points] for name in shown]
     columns.append([point.value for point in points])
     names = [*shown, experiment.unit]
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "parallel", "axes.grid": False}):
-        figure = Figure(figsize=(max(6.4, 1.75 * len(names)), 4.0), layout="constrained")
+    size = (max(6.4, 1.75 * len(names)), 4.0)
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         heights = []
         for x, (name, values) in enumerate(zip(names, columns, strict=True)):
@@ -185,15 +188,16 @@ def parallel_figure(experiment: Experiment, shown: Sequence[str]) -> str:
         axes.set_xticks(range(len(names)), [*labels, experiment.unit.replace(" ", "\n", 1)])
         axes.tick_params(axis="x", length=0, labelsize=8.5, labelcolor=INK)
         axes.spines[:].set_visible(False)
-        return _marked(svg_text(figure), titles)
+
+    return titled(drawn("parallel", draw, size, axes__grid=False), titles)
 
 
-def importance_figure(found: Sequence[Importance], count: int) -> str:
+def importance_figure(found: Sequence[Importance], count: int) -> Markup:
     """Shares as bars, with the share that chance alone would give."""
     if not found:
-        return ""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "importance"}):
-        figure = Figure(figsize=(5.6, 1.1 + 0.38 * len(found)), layout="constrained")
+        return Markup("")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for row, each in enumerate(found):
             axes.barh(row, each.share, height=0.6, color=EVALUATION, zorder=2)
@@ -209,25 +213,26 @@ def importance_figure(found: Sequence[Importance], count: int) -> str:
         axes.grid(visible=False, axis="y")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_title(f"Share of the ranking, n = {count} (line: chance)")
-        return svg_text(figure)
+
+    return drawn("importance", draw, (5.6, 1.1 + 0.38 * len(found)))
 
 
-def timeline_figure(experiment: Experiment) -> str:
+def timeline_figure(experiment: Experiment) -> Markup:
     """When every trial ran, how it ended, and where its workers changed."""
-    begun = [trial for trial in experiment.trials if "started" in trial.numbers]
+    begun = [trial for trial in experiment.trials.values() if "started" in trial.numbers]
     if not begun:
-        return ""
+        return Markup("")
     titles: Titles = {}
     now = max(
         [t.numbers.get("ended", t.numbers["started"]) for t in begun]
-        + [c.time for t in begun for c in t.changes]
+        + [c.time for t in begun for c in t.resizes]
         + [float(experiment.about.get("updated") or 0.0)]
     )
     origin = min(trial.numbers["started"] for trial in begun)
     unit, seconds = ("minutes", 60.0) if now - origin > 180 else ("seconds", 1.0)
     step = 0.2 if len(begun) <= 60 else 0.06
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "timeline"}):
-        figure = Figure(figsize=(11, 1.1 + step * len(begun)), layout="constrained")
+
+    def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for row, trial in enumerate(begun):
             start = trial.numbers["started"]
@@ -247,7 +252,7 @@ def timeline_figure(experiment: Experiment) -> str:
                 trial.index,
                 f"{trial.id}: {trial.status} after {duration(end - start)}{why}",
             )
-            for change in trial.changes:
+            for change in trial.resizes:
                 at = (change.time - origin) / seconds
                 axes.plot([at, at], [row - 0.45, row + 0.45], color=INK, lw=1.6, label="resize")
         _one_label_each(axes)
@@ -261,7 +266,8 @@ def timeline_figure(experiment: Experiment) -> str:
         axes.grid(visible=False, axis="y")
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{unit} since the first trial began")
-        return _marked(svg_text(figure), titles)
+
+    return titled(drawn("timeline", draw, (11, 1.1 + step * len(begun))), titles)
 
 
 def text_of(value: Any) -> str:
@@ -275,7 +281,6 @@ def text_of(value: Any) -> str:
 
 def _curves(
     axes: Axes,
-    experiment: Experiment,
     point: Point,
     axis: Axis,
     titles: Titles,
@@ -288,13 +293,12 @@ def _curves(
     middle = point.representative if point.representative.evaluations or not shown else shown[0]
     drawn = 0
     for trial in [t for t in shown if t is not middle]:
-        drawn += _curve(axes, experiment, trial, axis, titles, colour, 0.9, dashes, alpha=0.45)
-    return drawn + _curve(axes, experiment, middle, axis, titles, colour, 2.2, dashes, label=label)
+        drawn += _curve(axes, trial, axis, titles, colour, 0.9, dashes, alpha=0.45)
+    return drawn + _curve(axes, middle, axis, titles, colour, 2.2, dashes, label=label)
 
 
 def _curve(
     axes: Axes,
-    experiment: Experiment,
     trial: Trial,
     axis: Axis,
     titles: Titles,
@@ -309,11 +313,11 @@ def _curve(
         return 0
     points = [(getattr(each, axis), each.accuracy) for each in trial.evaluations]
     mark = f"curves-{axis}-{trial.index}"
-    axes.plot(*zip(*points, strict=True), color=colour, lw=width, ls=dashes, alpha=alpha, gid=mark)
-    # The end says how it ended: a dot on the target, a cross short of it.
-    style = {"marker": "o" if trial.reached else "x", "ls": dashes, "lw": width, "ms": 4}
+    plot_points(axes, points, color=colour, lw=width, ls=dashes, alpha=alpha, gid=mark)
+    # A dot ends a trial that reached the target, a cross another one.
     if trial.ended:
-        axes.plot(*points[-1], color=colour, alpha=alpha, **{**style, "ls": "none"})
+        end = "o" if trial.reached else "x"
+        plot_points(axes, points[-1:], end, color=colour, alpha=alpha, ms=4)
     if label is not None:
         axes.plot([], [], color=colour, lw=width, ls=dashes, label=_short(label))
     best = max(accuracy for _, accuracy in points)
@@ -363,20 +367,6 @@ def _axis(values: Sequence[Any], censored: bool) -> tuple[list[float], list[tupl
     return [1.0 if value is None else height(float(value)) for value in values], ticks
 
 
-def _log_axis(axes: Axes) -> None:
-    low, high = axes.get_xlim()
-    axes.set_xscale("log")
-    if low <= 0:
-        positive = [x for line in axes.lines for x in _numbers(line.get_xdata()) if x > 0]
-        axes.set_xlim(min(positive) * 0.9, high)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _numbers(values: Any) -> list[float]:
-    return [float(value) for value in values]
-
-
 def _one_label_each(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
@@ -388,13 +378,3 @@ def _one_label_each(axes: Axes) -> None:
 def _short(text: str, most: int = 26) -> str:
     text = text.lstrip("_") or "?"  # matplotlib hides labels that begin with an underscore
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def _marked(svg: str, titles: Titles) -> str:
-    for mark, (index, text) in titles.items():
-        svg = svg.replace(
-            f'<g id="{mark}">',
-            f'<g id="{mark}" data-t="{index}"><title>{html.escape(text)}</title>',
-            1,
-        )
-    return svg

@@ -1,236 +1,512 @@
-"""What the page of a search has beside the figures: its style, its script, tables and links."""
+"""The page of a search, while it runs and afterwards.
+
+The order of its sections: the result in a sentence and a table, trials that went wrong, the
+configuration to use, accuracy over time beside the references, memory against time, the parameters,
+their importance, when each trial ran, every trial with the file to save, and provenance.
+"""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from elastic_kfac.reports.run_page import escaped
+from markupsafe import Markup
 
-STYLE = """
-nav { font-size: 13px; margin: 12px 0 0; display: flex; flex-wrap: wrap; gap: 4px 14px; }
-a { color: #0b5c8f; }
-h3 { font-size: 14px; margin: 20px 0 8px; }
-h1 { overflow-wrap: anywhere; }
-.state { display: inline-block; border-radius: 4px; padding: 1px 8px; font-weight: 600;
-         background: #d9ead3; color: #234d1f; }
-.state.running { background: #cfe3f5; color: #0b3d66; }
-.state.failed, .state.interrupted { background: #f8ddd4; color: #7a2a10; }
-.bar { height: 6px; border-radius: 3px; background: #d5dbe2; margin: 10px 0 0; overflow: hidden; }
-.bar i { display: block; height: 100%; background: #0b69a3; }
-.live { margin: 8px 0 0; font-size: 13px; color: #52606d; }
-.live label { margin-left: 10px; }
-figure { margin: 0; min-width: 0; }
-figure.wide { overflow-x: auto; }
-figure.narrow { max-width: 600px; }
-figcaption { color: #52606d; font-size: 13px; margin-top: 6px; }
-.two { display: grid; gap: 22px;
-       grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); }
-.scroll { overflow: auto; max-height: 640px; }
-.scroll thead th { position: sticky; top: 0; background: #fff; z-index: 1;
-                   white-space: normal; vertical-align: bottom; }
-th button { all: unset; cursor: pointer; }
-th button:focus-visible, a:focus-visible, summary:focus-visible, .scroll:focus-visible
-  { outline: 2px solid #0b69a3; outline-offset: 2px; }
-th button::after { content: " ↕"; color: #9aa5b1; }
-th[aria-sort=ascending] button::after { content: " ↑"; color: inherit; }
-th[aria-sort=descending] button::after { content: " ↓"; color: inherit; }
-tbody tr.chosen { background: #fdf3ea; }
-tbody tr.lit, tbody tr[data-t]:hover { background: #eaf3fa; }
-tbody th { color: inherit; font-weight: 600; position: sticky; left: 0; background: #fff; }
-tbody tr.chosen th { background: #fdf3ea; }
-tbody tr.lit th, tbody tr[data-t]:hover th { background: #eaf3fa; }
-.state-cell { white-space: nowrap; }
-.marking svg [data-t]:not(.lit) { opacity: .12; }
-.download { display: inline-block; border: 1px solid #9fb3c8; border-radius: 6px; font-size: 13px;
-            padding: 3px 10px; margin: 0 8px 10px 0; text-decoration: none; background: #fff;
-            font-family: inherit; color: #0b5c8f; cursor: pointer; }
-.kind.good { background: #d9ead3; }
-.why { max-width: 70ch; overflow-wrap: anywhere; white-space: normal; }
-td code { white-space: nowrap; }
-td.why { min-width: 180px; }
-td.why code { white-space: normal; overflow-wrap: normal; }
-@media (max-width: 760px) { figure.wide svg { min-width: 680px; } }
-@media print {
-  .scroll { max-height: none; overflow: visible; }
-  nav, .live, .download, th button::after { display: none; }
-  table { font-size: 10px; }
+from elastic_kfac.experiments.importance import FEWEST, RELIABLE, importances
+from elastic_kfac.experiments.search_folder import (
+    BEST,
+    Experiment,
+    choices,
+    mapping,
+    read_experiment,
+)
+from elastic_kfac.experiments.trials import Point, Trial, is_real
+from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, write_page, yaml_text
+from elastic_kfac.reports.search_figures import (
+    MIB,
+    MOST_AXES,
+    MOST_OTHERS,
+    curves_figure,
+    importance_figure,
+    parallel_figure,
+    pareto_figure,
+    text_of,
+    timeline_figure,
+)
+from elastic_kfac.runs.summary import duration
+
+SECTIONS = {
+    "result": "Result",
+    "failures": "Failed, rejected and stopped trials",
+    "best": "Configuration to use",
+    "curves": "Time to accuracy",
+    "pareto": "Memory against time",
+    "parameters": "Parameters",
+    "importance": "Parameter importance",
+    "timeline": "Timeline",
+    "trials": "All trials",
+    "provenance": "Provenance",
 }
-"""
+"""Identity and title of every section, in their order."""
 
-SCRIPT = """
-(() => {
-  const one = (event, what) => event.target instanceof Element && event.target.closest(what);
-  const value = (row, column) => {
-    const cell = row.cells[column], given = cell.dataset.v;
-    return given === undefined ? cell.textContent.trim() : given === '' ? null : Number(given);
-  };
-  const compare = (a, b) => {
-    if (a === null || b === null) return (a === null) - (b === null);
-    return typeof a === 'number' ? a - b : a.localeCompare(b, undefined, {numeric: true});
-  };
-  document.addEventListener('click', event => {
-    const button = one(event, 'th button');
-    if (button) {
-      const head = button.closest('th'), body = head.closest('table').tBodies[0];
-      const down = head.getAttribute('aria-sort') === 'ascending';
-      for (const other of head.parentNode.cells) other.removeAttribute('aria-sort');
-      head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-      const rows = [...body.rows].sort((a, b) => {
-        const left = value(a, head.cellIndex), right = value(b, head.cellIndex);
-        const order = compare(left, right);
-        return down && left !== null && right !== null ? -order : order;
-      });
-      body.append(...rows);
-    }
-    const copy = one(event, '[data-copy]');
-    if (copy) {
-      const text = document.getElementById(copy.dataset.copy).textContent;
-      const said = done => { copy.textContent = done; };
-      if (!navigator.clipboard) return said('select and copy by hand');
-      navigator.clipboard.writeText(text).then(() => said('copied'), () => said('not allowed'));
-    }
-  });
-  let marked = null;
-  const mark = index => {
-    if (index === marked) return;
-    marked = index;
-    document.body.classList.toggle('marking', index !== null);
-    for (const part of document.querySelectorAll('[data-t]'))
-      part.classList.toggle('lit', index !== null && part.dataset.t === index);
-  };
-  document.addEventListener('pointerover', event => {
-    const part = one(event, '[data-t]');
-    mark(part ? part.dataset.t : null);
-  });
-  const live = document.getElementById('live');
-  if (live) {
-    const written = document.getElementById('written');
-    written.textContent = 'This page was written ' + document.lastModified + '.';
-    live.checked = location.hash === '#live';
-    let timer = 0;
-    const follow = () => {
-      clearInterval(timer);
-      if (live.checked) timer = setInterval(() => location.reload(), 10000);
-    };
-    live.addEventListener('change', () => {
-      history.replaceState(null, '', live.checked ? '#live' : location.pathname);
-      follow();
-    });
-    follow();
-  }
-})();
-"""
+LARGEST_CSV = 2_000_000
+"""Bytes of `trials.csv` up to which the page carries it."""
+
+_FAILURES = (
+    ("failed", "Failed", "The search continued without them."),
+    (
+        "refused",
+        "Rejected before the start",
+        "Their configuration cannot run here; they cost no time.",
+    ),
+    ("stopped", "Stopped early", "The scheduler gave their time to better ones."),
+)
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table."""
+def write_search_page(folder: Path) -> Path:
+    """Writes `report.html` into the folder of a search, finished or not, and returns its path.
 
-    title: str
-    is_number: bool = False
-    help: str = ""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a cell shows, and what it is sorted by."""
-
-    content: str
-    """Markup; text has to be escaped."""
-    value: float | None = None
-    """For columns of numbers; None sorts last."""
-    css: str = ""
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of a table; `trial` connects it with the figures."""
-
-    cells: Sequence[Cell]
-    trial: int | None = None
-    chosen: bool = False
-
-
-def table(
-    caption: str, columns: Sequence[Column], lines: Sequence[Line], *, sortable: bool = False
-) -> str:
-    """A table whose head names its columns, for the eye and for screen readers.
-
-    The first cell of each row is its name.
+    Raises:
+        UsageError: If the folder is not there or holds no search.
     """
-    head = []
-    for column in columns:
-        label = escaped(column.title)
-        title = f' title="{html.escape(column.help)}"' if column.help else ""
-        css = ' class="n"' if column.is_number else ""
-        inner = f'<button type="button">{label}</button>' if sortable else label
-        head.append(f'<th scope="col"{css}{title}>{inner}</th>')
-    body = []
-    for line in lines:
-        cells = []
-        for at, (cell, column) in enumerate(zip(line.cells, columns, strict=True)):
-            css = " ".join(name for name in ("n" if column.is_number else "", cell.css) if name)
-            attributes = f' class="{css}"' if css else ""
-            if column.is_number:
-                attributes += f' data-v="{"" if cell.value is None else repr(cell.value)}"'
-            tag, scope = ("th", ' scope="row"') if at == 0 else ("td", "")
-            cells.append(f"<{tag}{scope}{attributes}>{cell.content}</{tag}>")
-        trial = "" if line.trial is None else f' data-t="{line.trial}"'
-        chosen = ' class="chosen"' if line.chosen else ""
-        body.append(f"<tr{trial}{chosen}>{''.join(cells)}</tr>")
-    label = html.escape(caption)
-    content = (
-        f'<table aria-label="{label}"><thead><tr>{"".join(head)}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table>"
+    folder = Path(folder)
+    return write_page(folder / "report.html", render_search(read_experiment(folder)))
+
+
+def render_search(experiment: Experiment) -> str:
+    """The page of a search; equal searches give equal text."""
+    found, count = importances(experiment)
+    order = [each.parameter for each in found]
+    order += [name for name in experiment.parameters if name not in order]
+    shown = order[:MOST_AXES]
+    where = shlex.quote(f"{experiment.location}/best_config.yaml")
+    others = len(experiment.points) - 1
+    return page(
+        "search.html",
+        script="search.js",
+        title=experiment.name,
+        headline=headline(experiment),
+        tiles=_tiles(experiment),
+        sections=SECTIONS,
+        status=experiment.status,
+        progress=progress_line(experiment),
+        done=experiment.done,
+        total=experiment.total,
+        unit=experiment.unit,
+        rule=str(experiment.about.get("rule_for_censored") or "").strip(),
+        compared=_compared(experiment),
+        confidence=_confidence(experiment),
+        points=_points(experiment),
+        failures=_failures(experiment),
+        best=_best(experiment),
+        best_config=experiment.best_config,
+        train_command=f"elastic-kfac train {where}",
+        lacking=no_best(experiment),
+        references=", ".join(experiment.references) or BEST,
+        curves={"seconds": curves_figure(experiment, "seconds")}
+        | {"step": curves_figure(experiment, "step")},
+        curves_left_out=f" Of {others} other points, {MOST_OTHERS} are drawn."
+        if others > MOST_OTHERS
+        else "",
+        pareto=pareto_figure(experiment),
+        pareto_note=_pareto_note(experiment),
+        shown=shown,
+        parallel=parallel_figure(experiment, shown),
+        parallel_note=_parallel_note(order),
+        ranges=_ranges(experiment),
+        importance=importance_figure(found, count),
+        importance_words="Importance: "
+        + ", ".join(f"{each.parameter} {each.share:.0%}" for each in found),
+        importance_note=_importance_note(bool(found), count),
+        timeline=timeline_figure(experiment),
+        timeline_note=_timeline_note(experiment),
+        trials=_trials(experiment),
+        csv=experiment.csv if len(experiment.csv) <= LARGEST_CSV else None,
+        facts=_facts(experiment),
+        report_command=f"elastic-kfac report {shlex.quote(experiment.location)}",
+        space=yaml_text(experiment.space) + "\n" if experiment.space else "",
     )
-    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
 
 
-def figure(
-    svg: str,
-    alternative: str,
-    caption: str = "",
-    *,
-    shape: Literal["", "wide", "narrow"] = "",
-) -> str:
-    """A figure with the words that stand for it where it cannot be seen."""
-    if not svg:
-        return ""
-    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alternative)}" ', 1)
-    css = f' class="{shape}"' if shape else ""
-    css += ' tabindex="0"' if shape == "wide" else ""
-    said = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f"<figure{css}>{svg}{said}</figure>"
+# ---- sentences -------------------------------------------------------------------------------
 
 
-def download(name: str, content: str, kind: str) -> str:
-    """A link that saves a file which is inside the page."""
-    data = quote(content, safe="")
+def headline(experiment: Experiment) -> str:
+    """One sentence: what the best point reaches, how fast, and how that compares."""
+    begun = {
+        "running": "Still searching. ",
+        "interrupted": "Interrupted. ",
+        "failed": "The search itself failed. ",
+    }.get(experiment.status, "")
+    confirmed = experiment.confirmed.get(BEST)
+    winner = experiment.best if confirmed is None or experiment.best is None else confirmed
+    if winner is None or winner.value is None:
+        return begun + no_best(experiment)
+    of_training = " of training" if experiment.unit == "training seconds" else ""
+    took = amount(experiment, winner.value) + of_training
+    seed = "seed" if confirmed is None else "unseen seed"
+    count, missed = len(winner.trials), len(winner.trials) - len(winner.values)
+    detail = f"one {seed}" if count < 2 else f"median of {count} {seed}s"
+    detail += f", {missed} missed it" if count > 1 and missed else ""
+    sentence = f"The best configuration reaches {_target(experiment)} in {took} ({detail})"
+    references = experiment.references if confirmed is None else experiment.confirmed
+    parts = [
+        _against(experiment, winner.value, name, point)
+        for name, point in references.items()
+        if name != BEST and point.tried
+    ]
+    if parts:
+        sentence += ", " + " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
+    return f"{begun}{sentence}."
+
+
+def no_best(experiment: Experiment) -> str:
+    """Why there is no best point that reached the target."""
+    tried = [point for point in experiment.points if point.tried]
+    if not tried:
+        lost = experiment.trials.count("failed", "refused")
+        if lost and lost == experiment.done and experiment.status != "running":
+            return f"No trial finished: {lost} failed or were rejected; the reasons are below."
+        return "No trial has finished yet."
+    accuracies = [a for p in tried if (a := p.median("best_accuracy")) is not None]
+    close = f"; the closest came to {max(accuracies):.2%}" if accuracies else ""
+    return f"None of {len(tried)} points reached {_target(experiment)} within its budget{close}."
+
+
+def progress_line(experiment: Experiment) -> str:
+    """How far the search is."""
+    text = f"· {experiment.done} of {experiment.total} trials done"
+    if running := experiment.trials.count("running"):
+        text += f", {running} running"
+    names = {"failed": "failed", "refused": "rejected", "stopped": "stopped"}
+    lost = [f"{n} {word}" for s, word in names.items() if (n := experiment.trials.count(s))]
+    return text + (f" ({', '.join(lost)})" if lost else "")
+
+
+def amount(experiment: Experiment, value: float | None) -> str:
+    """An objective with its unit; a dash for none."""
+    if value is None:
+        return "–"
+    unit = experiment.unit
+    if unit == "steps":
+        return f"{value:,.0f} steps"
+    if not unit.endswith("seconds") and not unit.startswith("seconds"):
+        return f"{value:.4g} {unit}"
+    words = unit.replace("seconds", "").strip()
+    return duration(value) + (f" ({words})" if words not in ("", "training") else "")
+
+
+def _target(experiment: Experiment) -> str:
+    target = experiment.target
+    return "the target" if target is None else f"{target:.2%} test accuracy"
+
+
+def _against(experiment: Experiment, value: float, name: str, point: Point) -> str:
+    label = "the default configuration" if name == "default" else name
+    if point.value is None:
+        return f"{label} did not reach it"
+    ratio = point.value / value if value > 0 else 1.0
+    other = amount(experiment, point.value)
+    is_steps = experiment.unit == "steps"
+    if ratio >= 1.005:
+        return f"{ratio:.2f} times {'fewer steps' if is_steps else 'faster'} than {label} ({other})"
+    if ratio <= 0.995:
+        return (
+            f"{1 / ratio:.2f} times {'more steps' if is_steps else 'slower'} than {label} ({other})"
+        )
+    return f"no different from {label} ({other})"
+
+
+def _confidence(experiment: Experiment) -> str:
+    seeds = "1 seed per point"
+    if experiment.repeats > 1:
+        seeds = f"{experiment.repeats} seeds per point whose first one finished"
+    if experiment.confirmed:
+        return (
+            f"The search used {seeds}. The rows of unseen seeds repeat the winner and the "
+            "references with seeds that had no part in choosing it: they are the fair comparison."
+        )
     return (
-        f'<a class="download" download="{html.escape(name)}" '
-        f'href="data:{kind};charset=utf-8,{data}">Save {escaped(name)}</a>'
+        f"{seeds[0].upper()}{seeds[1:]}. The winner was chosen by these same trials, so its value "
+        "is optimistic; “confirm: N” in the space repeats it with unseen seeds."
     )
 
 
-def named_section(identity: str, title: str, content: str) -> str:
-    """A box of the page that can be linked to."""
-    return (
-        f'<section id="{identity}" aria-labelledby="{identity}-title">'
-        f'<h2 id="{identity}-title">{escaped(title)}</h2>{content}</section>'
+def _pareto_note(experiment: Experiment) -> str:
+    note = "No other point is both faster and smaller than one on the line. "
+    note += "Star: best; diamonds: references."
+    left_out = sum(p.tried and p.value is None for p in experiment.points)
+    return note + (f" Left out: {left_out} that did not reach the target." if left_out else "")
+
+
+def _parallel_note(order: Sequence[str]) -> str:
+    note = (
+        "A line per point, orange the best, the darker the better; dashed lines did not reach the "
+        "target. Axes in order of importance."
     )
+    left_out = ", ".join(order[MOST_AXES:])
+    return note + (f" Not drawn: {left_out}." if left_out else "")
 
 
-def badge(status: str) -> str:
-    """A state as a small label."""
+def _importance_note(is_known: bool, count: int) -> str:
+    if not is_known:
+        return f"{count} points have ended; at least {FEWEST} with different values are needed."
+    note = (
+        "Share of the variance of the points' ranks that a parameter explains by itself (eta "
+        f"squared of Kruskal and Wallis; numbers in two or three parts), over n = {count} points "
+        "that finished or were stopped; points that missed the target rank last. The line is the "
+        "share by chance alone; a bar near it means nothing."
+    )
+    hint = f" With fewer than {RELIABLE} points this is a hint at most."
+    return note + (hint if count < RELIABLE else "")
+
+
+def _timeline_note(experiment: Experiment) -> str:
+    resizes = [
+        f"{trial.id}: {' → '.join(map(str, [trial.resizes[0].before, *sizes]))}"
+        for trial in experiment.trials.values()
+        if (sizes := [change.after for change in trial.resizes])
+    ]
+    note = "A bar per trial, in the order in which they were planned."
+    if resizes:
+        note += f" Black lines: the trial's workers changed ({'; '.join(resizes[:12])}"
+        note += f"; and {len(resizes) - 12} more)." if len(resizes) > 12 else ")."
+    clones = [f"{t.id} from {t.parent}" for t in experiment.trials.values() if t.parent]
+    return note + (f" Continued another trial's state: {', '.join(clones)}." if clones else "")
+
+
+# ---- tables ----------------------------------------------------------------------------------
+
+
+def _tiles(experiment: Experiment) -> dict[str, str]:
+    best, tried = experiment.best, [p for p in experiment.points if p.tried]
+    reached = sum(point.value is not None for point in tried)
+    return {
+        "best, median": amount(experiment, best.value if best else None),
+        "target accuracy": "–" if experiment.target is None else f"{experiment.target:.2%}",
+        "points that reached it": f"{reached} of {len(tried)}",
+        "trials done": f"{experiment.done} of {experiment.total}",
+        "failed": str(experiment.trials.count("failed")),
+        "rejected": str(experiment.trials.count("refused")),
+        "stopped early": str(experiment.trials.count("stopped")),
+    }
+
+
+def _compared(experiment: Experiment) -> Table:
+    """The best point beside the references."""
+    named: list[tuple[str, Point]] = []
+    if experiment.best is not None:
+        named.append((f"best: {experiment.best.representative.id}", experiment.best))
+    named += list(experiment.references.items())
+    named += [(f"{name}, unseen seeds", p) for name, p in experiment.confirmed.items()]
+    rows = [_point_row(experiment, name, point, ()) for name, point in named]
+    return Table("Best and references", _point_columns(experiment, ()), rows)
+
+
+def _points(experiment: Experiment) -> Table:
+    """Every point; failed and rejected ones included."""
+    names, best = experiment.parameters, experiment.best
+    rows = [
+        _point_row(experiment, point.representative.id, point, names, chosen=point is best)
+        for point in experiment.points
+    ]
+    return Table("All searched points", _point_columns(experiment, names), rows, sortable=True)
+
+
+def _point_columns(experiment: Experiment, names: Sequence[str]) -> list[Column]:
+    values = [
+        Column(
+            name.partition(".")[2] or name,
+            is_number=all(is_real(point.parameters.get(name)) for point in experiment.points),
+            help=name,
+        )
+        for name in names
+    ]
+    return [
+        Column("trial" if names else "point"),
+        Column(f"{experiment.unit} to the target", is_number=True, help=experiment.metric),
+        Column("reached", is_number=True, help="seeds that reached the target"),
+        Column("state"),
+        *values,
+        Column("best accuracy", is_number=True, help="median of the seeds"),
+        Column("steps", is_number=True, help="median of the seeds"),
+        Column("CPU seconds", is_number=True, help="all processes of the trial; median"),
+        Column("peak memory", is_number=True, help="median of the seeds"),
+    ]
+
+
+def _point_row(
+    experiment: Experiment, label: str, point: Point, names: Sequence[str], *, chosen: bool = False
+) -> Row:
+    memory = point.median("peak_memory_bytes")
+    count = len(point.values)
+    states = sorted({trial.status for trial in point.trials})
+    cells = [
+        Cell(label),
+        Cell(_spread(experiment, point), point.value),
+        Cell(f"{count} of {len(point.trials)}", float(count)),
+        Cell(Markup(" ").join(_badge(state) for state in states), css="state-cell"),
+    ]
+    for name in names:
+        value = point.parameters.get(name)
+        cells.append(Cell(text_of(value), float(value) if is_real(value) else None))
+    cells += [
+        _number(point.median("best_accuracy"), ".2%"),
+        _number(point.median("steps"), ",.0f"),
+        _number(point.median("cpu_seconds"), ",.1f"),
+        Cell("–" if memory is None else f"{memory / MIB:,.0f} MiB", memory),
+    ]
+    return Row(cells, point.representative.index, chosen)
+
+
+def _spread(experiment: Experiment, point: Point) -> str:
+    """The median with the range of the seeds that reached the target."""
+    if point.value is None:
+        return "> budget" if point.tried else "–"
+    text, values = amount(experiment, point.value), point.values
+    if len(point.trials) < 2:
+        return text
+    form = ",.0f" if experiment.unit == "steps" else ".3g"
+    return f"{text} [{values[0]:{form}}–{values[-1]:{form}}]"
+
+
+def _failures(experiment: Experiment) -> list[tuple[Table, int, str]]:
+    """Trials that ended without a result by the way they ended: table, count, note."""
+    found = []
+    for status, title, note in _FAILURES:
+        alike: dict[tuple[str, str, str], list[Trial]] = {}
+        for trial in experiment.trials.values():
+            if trial.status == status:
+                alike.setdefault((trial.stage, trial.point, trial.reason), []).append(trial)
+        rows = [
+            Row(
+                [
+                    Cell(Markup("<br>").join(trial.id for trial in trials)),
+                    Cell(reason or "no reason was recorded", css="why"),
+                    Cell(", ".join(str(trial.seed) for trial in trials)),
+                    Cell(_pairs(trials[0]), css="why"),
+                ],
+                trials[0].index,
+            )
+            for (_, _, reason), trials in alike.items()
+        ]
+        columns = [Column(name) for name in ("trial", "reason", "seeds", "parameters")]
+        if rows:
+            found.append((Table(title, columns, rows), experiment.trials.count(status), note))
+    return found
+
+
+def _best(experiment: Experiment) -> Table | None:
+    """The values of the best point beside the default ones."""
+    if experiment.best is None:
+        return None
+    default = mapping(mapping(experiment.about.get("references")).get("default")).get("config")
+    rows = []
+    for name, value in experiment.best.parameters.items():
+        before: Any = default
+        for key in name.split("."):
+            before = before[key] if isinstance(before, dict) and key in before else _UNKNOWN
+        shown = "–" if before is _UNKNOWN else text_of(before)
+        rows.append([code(text) for text in (name, text_of(value), shown)])
+    return Table.of("Best point and default", "parameter|best|default", rows)
+
+
+def _ranges(experiment: Experiment) -> Table:
+    space = mapping(experiment.space.get("parameters"))
+    rows = [[code(name), _range(space.get(name))] for name in experiment.parameters]
+    return Table.of("Searched ranges", "parameter|values", rows)
+
+
+def _trials(experiment: Experiment) -> Table:
+    columns = [
+        Column("trial"),
+        Column("stage"),
+        Column("state"),
+        Column("seed", is_number=True),
+        Column(f"{experiment.unit} to the target", is_number=True, help=experiment.metric),
+        Column("training s", is_number=True, help="all seconds of training"),
+        Column("wall clock s to the target", is_number=True, help="downtime included"),
+        Column("worker-seconds", is_number=True),
+        Column("CPU seconds", is_number=True),
+        Column("steps", is_number=True),
+        Column("best accuracy", is_number=True),
+        Column("resizes", is_number=True),
+        Column("run folder"),
+    ]
+    rows = [_trial_row(experiment, trial) for trial in experiment.trials.values()]
+    return Table("All trials", columns, rows, sortable=True)
+
+
+def _trial_row(experiment: Experiment, trial: Trial) -> Row:
+    numbers, missed = trial.numbers.get, trial.ended and trial.value is None
+    cells = [
+        Cell(trial.id),
+        Cell(trial.stage),
+        Cell(_badge(trial.status)),
+        Cell(trial.seed, float(trial.seed)),
+        Cell("not reached" if missed else amount(experiment, trial.value), trial.value),
+        _number(numbers("train_time_s"), ",.1f"),
+        _number(numbers("time_to_accuracy_s"), ",.1f"),
+        _number(numbers("worker_seconds"), ",.1f"),
+        _number(numbers("cpu_seconds"), ",.1f"),
+        _number(numbers("steps"), ",.0f"),
+        _number(numbers("best_accuracy"), ".2%"),
+        Cell(len(trial.resizes), float(len(trial.resizes))),
+        Cell(_run_link(experiment, trial)),
+    ]
+    return Row(cells, trial.index)
+
+
+def _run_link(experiment: Experiment, trial: Trial) -> Markup | str:
+    if not trial.run_folder:
+        return "–"
+    where, root = code(trial.run_folder), experiment.folder.resolve()
+    if "\0" in trial.run_folder:
+        return where
+    report = (experiment.folder / trial.run_folder / "report.html").resolve()
+    if not report.is_relative_to(root) or not report.is_file():
+        return where
+    path = quote(report.relative_to(root).as_posix())
+    return Markup('<a href="./{}">{}</a>').format(path, where)
+
+
+def _facts(experiment: Experiment) -> dict[str, Any]:
+    about, trials = experiment.about, experiment.trials.values()
+    facts: dict[str, Any] = {f"hardware: {k}": v for k, v in mapping(about.get("hardware")).items()}
+    facts |= dict(mapping(about.get("versions")))
+    facts["seeds"] = ", ".join(map(str, sorted({t.seed for t in trials}))) or "none yet"
+    facts["objective"] = f"{experiment.metric} ({experiment.unit}), smaller is better"
+    started, ends = about.get("started"), [trial.numbers.get("ended", 0.0) for trial in trials]
+    if isinstance(started, int | float) and ends and max(ends) > started:
+        facts["duration"] = f"{duration(max(ends) - started)} until the latest end of a trial"
+    return facts
+
+
+_UNKNOWN = object()
+
+
+def _range(parameter: Any) -> str:
+    listed = choices(parameter)
+    if listed is not None:
+        return "one of " + ", ".join(text_of(value) for value in listed)
+    for kind, words in (("uniform", ""), ("loguniform", ", logarithmic"), ("randint", ", whole")):
+        ends = mapping(parameter).get(kind)
+        if isinstance(ends, list | tuple) and len(ends) == 2:
+            return f"{text_of(ends[0])} to {text_of(ends[1])}{words}"
+    return "unknown"
+
+
+def _number(value: float | None, form: str) -> Cell:
+    return Cell("–" if value is None else format(value, form), value)
+
+
+def _badge(status: str) -> Markup:
     css = {"finished": " good", "failed": " bad", "refused": " bad"}.get(status, "")
-    return f'<span class="kind{css}">{escaped(status)}</span>'
+    return Markup('<span class="kind{}">{}</span>').format(css, status)
 
 
-def pairs(values: Mapping[str, Any], write: Any) -> str:
-    """`key=value, …` as code."""
-    text = ", ".join(f"{key}={write(value)}" for key, value in values.items())
-    return f"<code>{escaped(text)}</code>"
+def _pairs(trial: Trial) -> Markup:
+    return code(", ".join(f"{key}={text_of(value)}" for key, value in trial.parameters.items()))

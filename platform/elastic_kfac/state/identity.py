@@ -28,10 +28,11 @@ def machine_type(device: torch.device) -> str:
     """The processor and the instruction set of its kernels."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The model of this machine's processor."""
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text().splitlines():

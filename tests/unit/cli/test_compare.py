@@ -32,7 +32,7 @@ def test_options_of_compare_reach_the_study() -> None:
         (["compare", "absent.yaml"], "no such study file"),
         (["compare", "s.yaml", "--seeds", "0"], "bad value for --seeds; given: 0"),
         (["compare", "s.yaml", "--sed", "3"], "did you mean --seeds?"),
-        (["compare", "s.yaml", "--set", "train.epochs"], "--set needs section.key=value"),
+        (["compare", "s.yaml", "--set", "train.epochs"], "allowed: section.key=value"),
         (["compare", "s.yaml", "--set", "train.epoch=1"], "method A at batch size 8: unknown"),
         (["compare", "s.yaml", "--set", "train.micro_batch_size=9"], "method A at batch size 8"),
     ],

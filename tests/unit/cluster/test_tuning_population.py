@@ -12,8 +12,8 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pb2 import PB2
 
-from elastic_kfac.experiments.tuning_population import Population
-from elastic_kfac.experiments.tuning_rounds import RoundGate, announce_round, is_over, round_after
+from elastic_kfac.experiments.population import Population
+from elastic_kfac.experiments.rounds import RoundGate, announce_round, is_over, round_after
 from elastic_kfac.state.run_folder import RunFolder
 
 LR = "perturbed:optimizer.lr"

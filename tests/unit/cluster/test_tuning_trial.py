@@ -17,16 +17,16 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
-from elastic_kfac.experiments.tuning_trial import (
+from elastic_kfac.experiments.search_trial import (
     PERTURBED,
     ProcessMeter,
-    StopWish,
+    StopRequest,
     TrialRun,
     TrialSettings,
     _LiveRun,
     process_usage,
-    read_books,
-    write_books,
+    read_extras,
+    write_extras,
 )
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
@@ -70,7 +70,7 @@ def trial(space: SearchSpace, folder: Path, name: str, lr: float, perturbed: flo
     }
     if perturbed is not None:
         config[PERTURBED + "optimizer.lr"] = perturbed
-    made.setup(config, TrialSettings(space, str(folder), desk=None))
+    made.setup(config, TrialSettings(space, str(folder), broker=None))
     return made
 
 
@@ -142,7 +142,7 @@ def test_clone_goes_on_from_the_donors_weights_momentum_and_curvature(
     rows = RunFolder(folders["clone"])
     [event] = [row for row in rows.events() if row["kind"] == "cloned"]
     assert (event["parent"], event["step"]) == ("donor", given.progress.step)
-    assert read_books(folders["clone"])["parent"] == "donor"
+    assert read_extras(folders["clone"])["parent"] == "donor"
     losses = [row["loss"] for row in rows.metrics() if "loss" in row]
     donors = [row["loss"] for row in RunFolder(folders["donor"]).metrics() if "loss" in row]
     assert losses[: len(donors)] == donors
@@ -167,10 +167,10 @@ def ended_run(space: SearchSpace, folder: Path, result: Any, error: Any, wish: s
     run._config = space.config({}, 0)
     run._folder = folder
     run._result, run._error = result, error
-    run._wish = StopWish()
+    run._stop = StopRequest()
     if wish is not None:
-        run._wish.ask(wish)
-    run._display = SimpleNamespace(books=lambda: {"cpu_seconds": 1.0})
+        run._stop.ask(wish)
+    run._display = SimpleNamespace(extras=lambda: {"cpu_seconds": 1.0})
     run._thread = SimpleNamespace(is_alive=lambda: False)
     return run
 
@@ -198,7 +198,7 @@ def test_failed_run_is_a_result_with_its_cause(space: SearchSpace, tmp_path: Pat
     run = ended_run(space, tmp_path, None, ValueError("torn"), None)
     row = run.next_result()
     assert (row["ended"], row["cause"]) == ("failed", "ValueError('torn')")
-    assert read_books(tmp_path)["cause"] == "ValueError('torn')"
+    assert read_extras(tmp_path)["cause"] == "ValueError('torn')"
 
 
 def test_evaluation_at_the_target_is_not_passed_on_before_the_end(
@@ -220,7 +220,7 @@ def test_process_meter_counts_from_first_look_and_goes_blind_elsewhere(
         {"NodeID": "here", "NodeManagerHostname": socket.gethostname()},
         {"NodeID": "there", "NodeManagerHostname": "elsewhere"},
     ]
-    monkeypatch.setattr("elastic_kfac.experiments.tuning_trial.ray.nodes", lambda: nodes)
+    monkeypatch.setattr("elastic_kfac.experiments.search_trial.ray.nodes", lambda: nodes)
 
     def view(node: str, phase: str = "running") -> Any:
         return SimpleNamespace(phase=phase, pids={0: os.getpid()}, rank_nodes={0: node})
@@ -241,7 +241,7 @@ def test_process_meter_counts_from_first_look_and_goes_blind_elsewhere(
     assert meter.cpu_seconds is None
 
 
-def test_books_of_a_run_that_has_none_are_empty(tmp_path: Path) -> None:
-    assert read_books(tmp_path) == {}
-    write_books(tmp_path / "new", {"a": 1})
+def test_extras_of_a_run_that_has_none_are_empty(tmp_path: Path) -> None:
+    assert read_extras(tmp_path) == {}
+    write_extras(tmp_path / "new", {"a": 1})
     assert json.loads((tmp_path / "new" / "tuning.json").read_text()) == {"a": 1}

@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from elastic_kfac.experiments.study import COLUMNS, Place, Study, load_study
+from elastic_kfac.config import Config
+from elastic_kfac.experiments.study import COLUMNS, Cell, Place, Study, load_study
 from elastic_kfac.experiments.study_outcome import (
-    DIVERGED,
-    FINISHED,
-    CellResult,
     Outcome,
     cells_csv,
     number_text,
@@ -26,9 +24,11 @@ from elastic_kfac.experiments.study_outcome import (
     table_text,
     tables,
     to_json,
+    trial_of_cell,
 )
 from elastic_kfac.experiments.study_statistics import Summary, paired_interval
-from elastic_kfac.reports.study_page import render_comparison
+from elastic_kfac.experiments.trials import DIVERGED, FINISHED, TrialTable
+from elastic_kfac.reports.study_page import render_study
 
 STUDY: dict[str, Any] = {
     "title": "Two & three",
@@ -85,23 +85,17 @@ def result(place: str, seed: int) -> dict[str, Any]:
 
 @pytest.fixture
 def outcome(study: Study) -> Outcome:
-    cells = [
-        CellResult.of(place, seed, result(str(place), seed))
-        for seed in study.seeds
-        for place in study.places()
-    ]
-    return Outcome("two", study, cells)
+    return lost(study, {})
 
 
 def lost(study: Study, which: dict[str, Any]) -> Outcome:
     """The outcome where cells by name have another result or none."""
-    cells = []
+    table = TrialTable()
     for seed in study.seeds:
         for place in study.places():
-            name = f"{place} {seed}"
-            told = which.get(name, result(str(place), seed))
-            cells.append(CellResult.of(place, seed, told))
-    return Outcome("two", study, cells)
+            found = which.get(f"{place} {seed}", result(str(place), seed))
+            table.add(trial_of_cell(Cell(place, seed, Config()), found))
+    return Outcome("two", study, table)
 
 
 def test_first_table_has_accuracy_and_updates_in_the_published_form(outcome: Outcome) -> None:
@@ -194,18 +188,18 @@ def test_json_holds_verdicts_and_intervals(outcome: Outcome) -> None:
 def test_page_needs_no_network_escapes_and_says_what_became_of_the_claims(
     outcome: Outcome,
 ) -> None:
-    page = render_comparison(outcome, {"python": "3.11", "processor": "a <fast> one"})
+    page = render_study(outcome, {"python": "3.11", "processor": "a <fast> one"})
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     assert "Two &amp; three: 9 trainings; 4 of 4 claims hold." in page
     assert "a &lt;fast&gt; one" in page
     assert page.count("<svg") == 1
     assert "94.33 ± 1.53 / 1,504 ± 4" in page
-    assert render_comparison(outcome, {"python": "3.11", "processor": "a <fast> one"}) == page
+    assert render_study(outcome, {"python": "3.11", "processor": "a <fast> one"}) == page
 
 
 def test_page_of_a_study_that_has_only_begun_is_whole(study: Study) -> None:
     nothing = {f"{place} {seed}": None for place in study.places() for seed in study.seeds}
-    page = render_comparison(lost(study, nothing), {})
+    page = render_study(lost(study, nothing), {})
     assert "0 of 9 trainings; 0 of 4 claims hold, 4 undecided." in page
     assert "no values" in page
 

@@ -99,7 +99,7 @@ def test_batch_size_may_set_another_key_and_a_base_may_be_a_file(tmp_path: Path)
         ),
         (
             {"methods": {"A": {"set": {"batch.policy": "abs"}}}, "assertions": []},
-            ["batch.policy=abs needs batch.max_batch_size"],
+            ["method A at batch size 32", "needs batch.max_batch_size", "batch.policy=abs"],
         ),
         ({"measure": {"attack": "fgsm", "adversarial_steps": 3}}, ["measure", "use pgd"]),
         ({"measure": {"radius": 3}}, ["unknown key measure.radius", "adversarial_radius"]),

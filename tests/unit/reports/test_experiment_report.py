@@ -21,22 +21,22 @@ from elastic_kfac.experiments.importance import (
     importances,
     midranks,
 )
-from elastic_kfac.experiments.search_folder import Point, read_experiment
+from elastic_kfac.experiments.search_folder import read_experiment
+from elastic_kfac.experiments.trials import Point
 from elastic_kfac.reports.search_figures import curves_figure, pareto_front
-from elastic_kfac.reports.search_report import SECTIONS, write_experiment_report
-from elastic_kfac.reports.search_words import headline, progress_line
+from elastic_kfac.reports.search_page import SECTIONS, headline, progress_line, write_search_page
 from elastic_kfac.runs.summary import duration
 from support.search_folders import BEGAN, HOSTILE, PARAMETERS, TARGET, row, rows, write_search
 
 VOID = {"meta", "link", "br", "input"}
 ORDER = (
     "Result",
-    "What did not go through",
+    "Failed, rejected and stopped trials",
     "Configuration to use",
     "Time to accuracy",
     "Memory against time",
     "Parameters",
-    "Which parameters matter",
+    "Parameter importance",
     "Timeline",
     "All trials",
     "Provenance",
@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, found: list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def text(folder: Path) -> str:
-    return write_experiment_report(folder).read_text(encoding="utf-8")
+    return write_search_page(folder).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_page_ids_and_figures_are_valid(page: Page, text: str) -> None:
 def test_table_of_points_equals_brute_force_from_the_csv(
     page: Page, found: list[dict[str, Any]]
 ) -> None:
-    head, *table = page.tables["Every point that was searched"]
+    head, *table = page.tables["All searched points"]
     names = sorted({str(r["point"]) for r in found if r["stage"] == "search"}, key=int)
     assert len(table) == len(names) == 14
     for cells in table:
@@ -204,7 +204,7 @@ def test_failed_refused_and_stopped_trials_come_with_their_cause(page: Page) -> 
         "p005-s1",
         "NumericalError: the loss is not finite at step 12",
     ]
-    refused = page.tables["Refused before they began"][1]
+    refused = page.tables["Rejected before the start"][1]
     assert refused[:3] == [
         "p003-s0p003-s1p003-s2",
         "9.1 GiB needed, 4.0 GiB are there",
@@ -225,11 +225,11 @@ def test_page_carries_the_files_and_the_commands(
     assert (folder / "best_config.yaml").read_text() in saved
     assert f"elastic-kfac train {folder}/best_config.yaml" in text
     assert "2.15.0" in text and "a processor" in text
-    assert page.tables["The best point beside the default"][1][2] == "0.001"
+    assert page.tables["Best point and default"][1][2] == "0.001"
 
 
 def test_page_written_twice_has_equal_bytes(folder: Path, text: str) -> None:
-    assert write_experiment_report(folder).read_text(encoding="utf-8") == text
+    assert write_search_page(folder).read_text(encoding="utf-8") == text
     assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == []
 
 
@@ -250,7 +250,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         versions={HOSTILE: HOSTILE},
         status=HOSTILE,
     )
-    text = write_experiment_report(folder).read_text(encoding="utf-8")
+    text = write_search_page(folder).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
     assert page.scripts == 1
@@ -264,7 +264,7 @@ def test_running_search_says_how_far_it_is(tmp_path: Path) -> None:
     found = rows(seeds=1, points=5)[:4]
     found[-1] |= {"status": "running", "objective": "", "reached": "", "ended": ""}
     folder = write_search(tmp_path / "search", found, status="running", best_config=None)
-    text = write_experiment_report(folder).read_text(encoding="utf-8")
+    text = write_search_page(folder).read_text(encoding="utf-8")
     experiment = read_experiment(folder)
     # 14 points and 2 references are planned; 3 of the 4 that there are have ended.
     assert progress_line(experiment) == "· 3 of 16 trials done, 1 running"
@@ -288,7 +288,7 @@ def test_curve_of_a_reference_has_its_name_before_its_median_has_begun(tmp_path:
 def test_search_without_a_single_trial_is_a_page(tmp_path: Path) -> None:
     folder = write_search(tmp_path / "search", [], status="running", best_config=None)
     (folder / "trials.csv").unlink()
-    page = Page(write_experiment_report(folder).read_text(encoding="utf-8"))
+    page = Page(write_search_page(folder).read_text(encoding="utf-8"))
     assert page.open == [] and tuple(page.headings) == ORDER
     assert headline(read_experiment(folder)) == "Still searching. No trial has finished yet."
 
@@ -298,12 +298,12 @@ def test_objective_that_is_no_number_counts_as_missed(tmp_path: Path) -> None:
     for each in found:
         each |= {"objective": "NaN", "steps": "inf", "best_accuracy": ""}
     folder = write_search(tmp_path / "search", found, runs=False)
-    page = Page(write_experiment_report(folder).read_text(encoding="utf-8"))
+    page = Page(write_search_page(folder).read_text(encoding="utf-8"))
     assert page.open == []
     assert headline(read_experiment(folder)) == (
         "None of 3 points reached 95.00% test accuracy within its budget."
     )
-    assert {c[1] for c in page.tables["Every point that was searched"][1:]} == {"> budget"}
+    assert {c[1] for c in page.tables["All searched points"][1:]} == {"> budget"}
     assert "nan" not in {cell for table in page.tables.values() for r in table for cell in r}
 
 
@@ -312,7 +312,7 @@ def test_search_whose_trials_all_failed_says_so(tmp_path: Path) -> None:
     folder = write_search(tmp_path / "search", found, runs=False, best_config=None)
     experiment = read_experiment(folder)
     assert experiment.best is None
-    assert headline(experiment).startswith("No trial came to an end: 5 failed or were refused")
+    assert headline(experiment).startswith("No trial finished: 5 failed or were rejected")
 
 
 def test_winner_is_the_one_that_the_search_names(tmp_path: Path) -> None:
@@ -367,19 +367,19 @@ def test_run_folders_outside_the_search_are_not_read(tmp_path: Path) -> None:
     for each in found:
         each["run_folder"] = f"../other/{each['run_folder']}"
     folder = write_search(tmp_path / "search", found, runs=False)
-    assert not any(trial.evaluations for trial in read_experiment(folder).trials)
+    assert not any(trial.evaluations for trial in read_experiment(folder).trials.values())
 
 
 def test_reading_takes_evaluations_and_resizes_from_the_run_folders(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
-    for trial, each in zip(read_experiment(folder).trials, found, strict=True):
+    for trial, each in zip(read_experiment(folder).trials.values(), found, strict=True):
         ran = each["started"] != ""
         assert len(trial.evaluations) == (12 if ran else 0)
         if ran:
             assert trial.evaluations[-1].seconds == pytest.approx(each["train_time_s"])
             assert trial.evaluations[-1].accuracy == pytest.approx(each["best_accuracy"])
-            assert len(trial.changes) == (each["seed"] == 1)
+            assert len(trial.resizes) == (each["seed"] == 1)
 
 
 def test_eta_squared_is_the_share_between_groups() -> None:
@@ -436,7 +436,7 @@ def test_folder_that_is_none_is_one_clear_line(tmp_path: Path, content: str | No
     if content is not None:
         (tmp_path / "experiment.json").write_text(content)
     with pytest.raises(UsageError, match=re.escape(str(tmp_path))):
-        write_experiment_report(tmp_path)
+        write_search_page(tmp_path)
 
 
 def test_report_command_knows_searches_from_runs(
@@ -460,6 +460,9 @@ def test_search_of_trials_that_vanished_is_still_drawn(folder: Path, tmp_path: P
     (copy / "experiment.json").write_text(json.dumps(about))
     experiment = read_experiment(copy)
     assert list(experiment.parameters) == list(PARAMETERS)
-    assert experiment.target == TARGET and experiment.trials[0].numbers["started"] == BEGAN
-    page = Page(write_experiment_report(copy).read_text(encoding="utf-8"))
+    assert (
+        experiment.target == TARGET
+        and next(iter(experiment.trials.values())).numbers["started"] == BEGAN
+    )
+    page = Page(write_search_page(copy).read_text(encoding="utf-8"))
     assert page.open == [] and tuple(page.headings) == ORDER

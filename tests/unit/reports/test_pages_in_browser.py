@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from PIL import Image
 
-from elastic_kfac.reports.run_page import page, write_page, write_report
-from elastic_kfac.reports.search_report import SECTIONS, write_experiment_report
+from elastic_kfac.reports.pages import page, write_page
+from elastic_kfac.reports.run_page import write_report
+from elastic_kfac.reports.search_page import SECTIONS, write_search_page
 from support.browser import Visit, browser, visit
 from support.search_folders import HOSTILE, rows, write_search
 
@@ -25,7 +27,7 @@ EVERYWHERE = {
     "drawn": "[...document.querySelectorAll('svg')].map(each => each.getBoundingClientRect())"
     ".every(box => box.width > 200 && box.height > 60)",
 }
-TABLE = "document.querySelector('table[aria-label=\"Every point that was searched\"]')"
+TABLE = "document.querySelector('table[aria-label=\"All searched points\"]')"
 SORTED = f"[...{TABLE}.tBodies[0].rows].map(row => row.cells[COLUMN].textContent)"
 PRESS = f"{TABLE}.tHead.rows[0].cells[COLUMN].querySelector('button').click()"
 POINT = (
@@ -67,7 +69,7 @@ def shows_something(seen: Visit, width: int) -> bool:
 
 
 def test_page_of_a_search_works(debugger: str, tmp_path: Path) -> None:
-    target = write_experiment_report(write_search(tmp_path / "search", rows()))
+    target = write_search_page(write_search(tmp_path / "search", rows()))
     ask = {
         "before": SORTED.replace("COLUMN", "0"),
         "press": PRESS.replace("COLUMN", "4"),
@@ -98,7 +100,7 @@ def test_page_of_a_running_search_can_follow_it(debugger: str, tmp_path: Path) -
         "follow": "document.getElementById('live').click()",
         "hash": "location.hash",
     }
-    answers = opened(debugger, write_experiment_report(folder), ask)
+    answers = opened(debugger, write_search_page(folder), ask)
     assert answers["written"].startswith("This page was written ")
     assert answers["hash"] == "#live"
 
@@ -110,7 +112,7 @@ def test_page_of_a_search_with_hostile_names_runs_none_of_them(
     for each in found:
         each |= {"trial_id": f"{each['trial_id']}{HOSTILE}", "reason": HOSTILE}
     folder = write_search(tmp_path / "search", found, name=HOSTILE, best_config=HOSTILE)
-    answers = opened(debugger, write_experiment_report(folder))
+    answers = opened(debugger, write_search_page(folder))
     assert answers["headings"] == list(SECTIONS.values())
 
 
@@ -120,9 +122,15 @@ def test_page_of_a_run_works(debugger: str, make_run: Callable[..., Path]) -> No
     assert answers["headings"][-1] == "Provenance"
 
 
+def program() -> str:
+    """A page that a program got into."""
+    body = Markup("<script>window.broken=1</script>")
+    return page("base.html", title="t", headline="t", body=body)
+
+
 def test_browser_sees_what_a_page_must_not_do(debugger: str, tmp_path: Path) -> None:
     # The policy of our pages stops a program that got in, and the visit hears of it.
-    stopped = write_page(tmp_path / "stopped.html", page("t", ["<script>window.broken=1</script>"]))
+    stopped = write_page(tmp_path / "stopped.html", program())
     seen = visit(debugger, stopped, widths=WIDTHS, ask=EVERYWHERE)
     assert seen.answers["broken"] is None
     assert any("Content Security Policy" in complaint for complaint in seen.complaints)

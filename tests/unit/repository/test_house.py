@@ -31,10 +31,7 @@ MOST_IMPORTS = 15
 MOST_PARAMETERS = 12
 MOST_UNREACHED_LINES = 100
 
-CIRCLES = (
-    {"kfac.sharded_kfac", "kfac.sharded_state"},
-    {"reports.analysis", "reports.run_page"},
-)
+CIRCLES = ({"kfac.sharded_kfac", "kfac.sharded_state"},)
 IMPORTS = {
     "cluster.run.trainer": 20,
     "cluster.run.worker": 18,
@@ -147,7 +144,6 @@ REFERENCE = re.compile(r"\bspec (?:[A-Z]-)?\d|\(spec\b(?! in| for)")
 REFERENCES = {
     "curvature",
     "kfac",
-    "reports",
     "tests",
     "training",
 }

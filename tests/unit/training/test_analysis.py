@@ -20,7 +20,7 @@ from elastic_kfac.cli.analyze import low_rank_table, table
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.reports.analysis import analysis_sections, course_figure, figures
+from elastic_kfac.reports.analysis import analysis_section, figures, training_figure
 from elastic_kfac.runs.checkpoint_analysis import (
     analyse_run,
     bias_variance_of_run,
@@ -134,7 +134,7 @@ def test_training_ends_in_the_same_bits_with_and_without_analyses(
     assert watched.progress.hessian_s > 0
     read = read_run(tmp_path / "watched")
     assert len(read.steps) == watched.progress.step
-    assert course_figure(read) is not None
+    assert training_figure(read) is not None
 
 
 def test_spent_budget_names_what_is_missing_and_keeps_the_rest() -> None:
@@ -223,7 +223,7 @@ def test_analysed_run_shows_its_figures_and_probes_in_the_report(tmp_path: Path)
     assert train["bound"] == pytest.approx(expected, rel=1e-12)
     low_rank = low_rank_of_run(run, AnalysisConfig(samples=16), feeds=memory_feeds())
     assert sum("holds" in line or "FAILS" in line for line in low_rank_table(low_rank)) == 3
-    text = "".join(analysis_sections(read_run(tmp_path)))
+    text = analysis_section(read_run(tmp_path))
     for heading in ("Loss surface", "Bias and variance", "Low-rank probe"):
         assert heading in text
     assert text.count("<svg") == 3

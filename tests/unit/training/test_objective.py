@@ -7,47 +7,49 @@ import math
 
 import pytest
 
-from elastic_kfac.experiments.objective import (
-    Outcome,
-    censoring_rule,
-    median_index,
-    objective_value,
-    score,
-)
 from elastic_kfac.experiments.search_space import METRICS, Objective
+from elastic_kfac.experiments.trials import Scoring, Trial
 
-TARGET = Objective(target_accuracy=0.9)
+TARGET = Scoring(0.9)
 
 
-def rank(outcome: Outcome) -> tuple[int, float]:
+def outcome(value: float | None, best_accuracy: float | None) -> Trial:
+    numbers = {"objective": value, "best_accuracy": best_accuracy}
+    trial = Trial("t", "0", 0, reached=value is not None)
+    trial.note(numbers, *numbers)
+    return trial
+
+
+def rank(trial: Trial) -> tuple[int, float]:
     """The rule as a sort key: arrived by value, then the rest by what they lack."""
-    if outcome.value is not None:
-        return (0, outcome.value)
-    return (1, math.inf if outcome.best_accuracy is None else 0.9 - outcome.best_accuracy)
+    if trial.value is not None:
+        return (0, trial.value)
+    accuracy = trial.numbers.get("best_accuracy")
+    return (1, math.inf if accuracy is None else 0.9 - accuracy)
 
 
 def test_score_orders_as_the_rule_says() -> None:
     outcomes = [
-        Outcome(0.0, 0.95),
-        Outcome(3.0, 0.91),
-        Outcome(3.1, 0.99),
-        Outcome(1e6, 0.9),
-        Outcome(None, 0.89),
-        Outcome(None, 0.5),
-        Outcome(None, 0.0),
-        Outcome(None, None),
+        outcome(0.0, 0.95),
+        outcome(3.0, 0.91),
+        outcome(3.1, 0.99),
+        outcome(1e6, 0.9),
+        outcome(None, 0.89),
+        outcome(None, 0.5),
+        outcome(None, 0.0),
+        outcome(None, None),
     ]
     for first, second in itertools.combinations(outcomes, 2):
         assert rank(first) < rank(second)
-        assert score(first, TARGET) <= score(second, TARGET)
-    arrived = [score(outcome, TARGET) for outcome in outcomes[:4]]
+        assert TARGET.score(first) <= TARGET.score(second)
+    arrived = [TARGET.score(trial) for trial in outcomes[:4]]
     assert arrived == sorted(set(arrived))
-    assert max(arrived) < 1 < score(outcomes[4], TARGET) < score(outcomes[5], TARGET)
+    assert max(arrived) < 1 < TARGET.score(outcomes[4]) < TARGET.score(outcomes[5])
 
 
 def test_score_equal_rule_makes_no_difference_between_those_who_missed() -> None:
-    equal = Objective(target_accuracy=0.9, censored="equal")
-    assert score(Outcome(None, 0.89), equal) == score(Outcome(None, 0.1), equal) == 2.0
+    equal = Objective(target_accuracy=0.9, censored="equal").scoring
+    assert equal.score(outcome(None, 0.89)) == equal.score(outcome(None, 0.1)) == 2.0
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,8 @@ def test_score_equal_rule_makes_no_difference_between_those_who_missed() -> None
     ],
 )
 def test_median_is_a_run_that_exists(values: list[float | None], expected: float | None) -> None:
-    outcomes = [Outcome(value, 0.5) for value in values]
-    assert outcomes[median_index(outcomes, TARGET)].value == expected
+    outcomes = [outcome(value, 0.5) for value in values]
+    assert TARGET.median(outcomes).value == expected
 
 
 def test_objective_value_reads_each_metric_and_only_of_runs_that_arrived() -> None:
@@ -75,7 +77,7 @@ def test_objective_value_reads_each_metric_and_only_of_runs_that_arrived() -> No
         "emulated_step_s": 0.5,
     }
     found = {
-        metric: objective_value(Objective(metric=metric, target_accuracy=0.9), result)  # type: ignore[arg-type]
+        metric: Objective(metric=metric, target_accuracy=0.9).value_of(result)  # type: ignore[arg-type]
         for metric in METRICS
     }
     assert found == {
@@ -87,8 +89,8 @@ def test_objective_value_reads_each_metric_and_only_of_runs_that_arrived() -> No
         "emulated_time_to_accuracy_s": 20.0,
     }
     missed = {**result, "train_time_to_accuracy_s": None}
-    assert objective_value(TARGET, missed) is None
+    assert Objective(target_accuracy=0.9).value_of(missed) is None
 
 
 def test_rule_is_said_in_a_sentence() -> None:
-    assert "rank behind all of them" in censoring_rule(TARGET)
+    assert "rank behind all of them" in Objective(target_accuracy=0.9).censoring_rule

@@ -52,7 +52,10 @@ class ProgressLine:
             line = event_line(event)
             if line is not None:
                 self.say(line)
-        line = status_line(view)
+        self.show(status_line(view))
+
+    def show(self, line: str) -> None:
+        """The state now."""
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
             return
@@ -74,6 +77,9 @@ class SilentDisplay:
         return None
 
     def update(self, view: RunView) -> None:
+        return None
+
+    def show(self, line: str) -> None:
         return None
 
     def close(self) -> None:

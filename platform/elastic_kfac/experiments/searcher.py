@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import Searcher as TuneSearcher
 
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.search_space import Parameter, SearchSpace, log_scaled
-from elastic_kfac.experiments.tuning_trial import PERTURBED
+from elastic_kfac.experiments.search_trial import PERTURBED
 
 SCORE = "score"
-"""The metric of searchers: `objective.score`, smaller is better."""
+"""The metric of searchers: `Scoring.score`, smaller is better."""
 
 _MOST_REFUSED_IN_A_ROW = 100
 
@@ -50,7 +50,7 @@ def planned_points(space: SearchSpace) -> list[dict[str, Any]]:
 
 
 class Screening(ASHAScheduler):
-    """ASHA among the first seeds of searched points; whatever else runs beside them trains on.
+    """ASHA among the first seeds of searched points; it never stops any other trial.
 
     The other seeds of a point, and the references, end later than the rungs where they would be
     counted, and a point must not lose the one seed that happens to be slow.
@@ -63,7 +63,7 @@ class Screening(ASHAScheduler):
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Any) -> None:
-        """Counts what a first seed came to."""
+        """Counts the result of a first seed only."""
         if _is_screened(trial):
             super().on_trial_complete(tune_controller, trial, result)
         else:
@@ -92,7 +92,7 @@ def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
             reduction_factor=space.scheduler.reduction_factor,
         )
     if space.scheduler.name == "pb2":
-        from elastic_kfac.experiments.tuning_population import Population
+        from elastic_kfac.experiments.population import Population
 
         bounds = {
             PERTURBED + key: [log_scaled(parameter, end) for end in parameter.interval or ()]
@@ -111,7 +111,7 @@ def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
 
 
 def param_space(space: SearchSpace, assignments: Sequence[Assignment]) -> dict[str, Any]:
-    """What Tune's basic variant generator expands to exactly these trials."""
+    """A `param_space` that Ray Tune expands to exactly these trials."""
     found: dict[str, Any] = {"assignment": tune.grid_search([dict(each) for each in assignments])}
     if all(each["stage"] == "search" for each in assignments):
         for key, parameter in space.perturbed.items():
@@ -126,27 +126,43 @@ def _start_of(key: str, parameter: Parameter) -> Callable[[Any], float]:
     return start
 
 
-class Suggestions(Searcher):
-    """Trials in the order in which they become known: those that are planned, the points that Optuna
-    thinks of, and the other seeds of points whose first seed has got through.
+class TrialSource(Protocol):
+    """What a searcher asks a search for."""
+
+    def new_point(self, values: Mapping[str, Any]) -> Sequence[Assignment]:
+        """Trials of a new point; none if it is refused."""
+        ...
+
+    def repeats_due(self) -> Sequence[Assignment] | None:
+        """Further seeds that may start now; None if there are none, now or later."""
+        ...
+
+    def score_of(self, assignment: Assignment) -> float | None:
+        """The score of a trial's point; None until it is decided."""
+        ...
+
+
+class TrialSearcher(TuneSearcher):
+    """Hands trials to Ray Tune as they become known: planned ones, points that Optuna suggests, and
+    the other seeds of points whose first seed has finished.
     """
 
     def __init__(
         self,
         space: SearchSpace,
-        first: Sequence[Assignment],
-        evaluated: Sequence[tuple[Mapping[str, Any], float]],
-        num_points: int,
-        on_point: Callable[[Mapping[str, Any]], Sequence[Assignment]],
-        score_of: Callable[[Assignment], float | None],
-        repeats_due: Callable[[], Sequence[Assignment] | None],
+        source: TrialSource,
+        planned: Sequence[Assignment],
+        evaluated: Sequence[tuple[Mapping[str, Any], float]] = (),
+        num_points: int = 0,
     ) -> None:
-        """`first` are trials that are planned, `evaluated` points with their scores, and `num_points`
-        (0 without Optuna) is how many more there will be.
+        """Starts with the planned trials.
 
-        `on_point` gives the trials of a new point (none if it is refused), `score_of` the score of a
-        point that is decided, and `repeats_due` the further seeds that may start now (None: none,
-        and none to wait for).
+        Args:
+            space: The search.
+            source: Makes trials of points, and knows their scores.
+            planned: Trials that are known already.
+            evaluated: Points of an earlier call with their scores.
+            num_points: How many points Optuna may still suggest.
         """
         # No metric: a trial's results hold none, only whole points have a score.
         super().__init__()
@@ -155,26 +171,24 @@ class Suggestions(Searcher):
             self._optuna = _optuna(space)
             for point, score in evaluated:
                 self._optuna.add_evaluated_point(dict(point), score)
-        self._queue = list(first)
+        self._source = source
+        self._queue = list(planned)
         self._left = num_points
         self._is_closed = False
-        self._on_point = on_point
-        self._score_of = score_of
-        self._repeats_due = repeats_due
         self._made = 0
-        self._untold: dict[tuple[tuple[str, str], ...], Assignment] = {}
-        self._asked: dict[tuple[tuple[str, str], ...], str] = {}
+        self._unscored: dict[tuple[tuple[str, str], ...], Assignment] = {}
+        self._suggested: dict[tuple[tuple[str, str], ...], str] = {}
         self._lock = threading.Lock()
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial; None while one may become due; or that there will be none."""
-        finished: str = Searcher.FINISHED
+        """The next trial for Ray Tune; None while one may become due; `FINISHED` at the end."""
+        finished: str = TuneSearcher.FINISHED
         with self._lock:
             if self._is_closed:
                 return finished
-            self._tell_scores()
-            due = self._repeats_due()
-            # First what makes a decision: a searcher learns from it, and so does who watches.
+            self._report_scores()
+            due = self._source.repeats_due()
+            # First the seeds that decide a point: Optuna learns from them.
             self._queue[:0] = due or ()
             refused = 0
             while not self._queue and self._left > 0 and refused < _MOST_REFUSED_IN_A_ROW:
@@ -185,8 +199,8 @@ class Suggestions(Searcher):
                 if not isinstance(point, dict):
                     break
                 point = {key: _plain(value) for key, value in point.items()}
-                self._asked[_key(point)] = name
-                self._queue.extend(self._on_point(point))
+                self._suggested[_key(point)] = name
+                self._queue.extend(self._source.new_point(point))
                 if not self._queue:
                     refused += 1
                     self._optuna.on_trial_complete(name, error=True)
@@ -194,7 +208,7 @@ class Suggestions(Searcher):
                 return finished if due is None else None
             assignment = self._queue.pop(0)
             if assignment["stage"] == "search" and self._optuna is not None:
-                self._untold[_key(assignment["point"])] = assignment
+                self._unscored[_key(assignment["point"])] = assignment
             return {"assignment": dict(assignment)}
 
     def close(self) -> None:
@@ -208,34 +222,34 @@ class Suggestions(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells Optuna the scores of points whose repeats have all ended."""
+        """Reports the scores of decided points to Optuna."""
         with self._lock:
-            self._tell_scores()
+            self._report_scores()
 
-    def _tell_scores(self) -> None:
-        # All of them: Ray Tune says that a trial was stopped or failed before that is in the books.
-        for key, assignment in list(self._untold.items()):
-            score = self._score_of(assignment)
+    def _report_scores(self) -> None:
+        # All of them: Ray Tune reports a stopped or failed trial before that is recorded.
+        for key, assignment in list(self._unscored.items()):
+            score = self._source.score_of(assignment)
             if score is None:
                 continue
-            del self._untold[key]
-            name = self._asked.get(key)
+            del self._unscored[key]
+            name = self._suggested.get(key)
             if name is not None:
                 self._optuna.on_trial_complete(name, {SCORE: score})
             else:
-                # Asked for by an earlier call of the search.
+                # Suggested in an earlier call of the search.
                 self._optuna.add_evaluated_point(dict(assignment["point"]), score)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: the journal is the memory of a search."""
+        """Nothing to keep: a search continues from its folder."""
         Path(checkpoint_path).write_bytes(b"")
 
     def restore(self, checkpoint_path: str) -> None:
-        """The journal is read instead."""
+        """Nothing to restore: a search continues from its folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ray Tune keeps a copy of it beside its own files; nobody reads that one.
-        return (Searcher, ())
+        # Ray Tune saves a copy beside its own files, which is never read.
+        return (TuneSearcher, ())
 
 
 def _optuna(space: SearchSpace) -> Any:

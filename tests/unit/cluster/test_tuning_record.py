@@ -1,4 +1,4 @@
-"""The books of a search without a cluster: how trials end, what is best, and what is read again."""
+"""A search's record without a cluster: how trials end, what is best, and what is read again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ray.tune.search import Searcher
 
 from elastic_kfac.config import read_config
 from elastic_kfac.errors import UsageError
+from elastic_kfac.experiments.search_folder import SearchFolder
+from elastic_kfac.experiments.search_plan import SearchPlan
+from elastic_kfac.experiments.search_record import SearchRecord
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
-from elastic_kfac.experiments.tuning_books import SearchBooks
-from elastic_kfac.experiments.tuning_journal import Journal, TrialRow
-from elastic_kfac.experiments.tuning_search import Suggestions, make_scheduler
-from elastic_kfac.experiments.tuning_trial import write_books
+from elastic_kfac.experiments.search_trial import write_extras
+from elastic_kfac.experiments.searcher import TrialSearcher, make_scheduler
+from elastic_kfac.experiments.trials import Trial
 from elastic_kfac.state.run_folder import RunFolder
 
 
@@ -26,7 +28,7 @@ class _Method:
         return None
 
 
-class _Desk:
+class _Broker:
     leave = set_waiting = _Method()
 
 
@@ -47,30 +49,33 @@ def make_space(**changes: Any) -> SearchSpace:
 
 
 class Story:
-    """A journal, its books, and trials that end as they are told to."""
+    """A search's folder, its record, and trials that end as they are told to."""
 
     def __init__(self, folder: Path, space: SearchSpace) -> None:
         self.folder = folder
-        self.journal = Journal(folder, "story", space)
+        self.search = SearchFolder(folder, "story", space)
+        self.trials = self.search.trials
         self.said: list[str] = []
-        self.books = SearchBooks(self.journal, self.said.append, lambda folder: None)
-        self.books.desk = _Desk()
+        plan = SearchPlan(self.search, 8, self.said.append)
+        self.record = SearchRecord(self.search, plan, _Broker(), self.said.append)
 
     def point(self, number: int, damping: float) -> None:
         values = {"kfac.damping": damping, "kfac.kl_clip": None, "kfac.grad_worker_frac": "auto"}
         for repeat in range(3):
-            row = TrialRow(f"t{number}-{repeat}", "search", str(number), repeat, dict(values))
-            self.journal.add(row)
+            self.add(f"t{number}-{repeat}", number, repeat, values)
+
+    def add(self, name: str, number: int, seed: int, values: dict[str, Any]) -> None:
+        self.trials.add(Trial(name, str(number), seed, "search", dict(values)))
 
     def end(self, trial: str, seconds: float | None, ended: str, accuracy: float = 0.5) -> None:
-        self.books.started(trial)
+        self.record.on_start(trial)
         run = RunFolder(self.folder / "trials" / trial)
         run.write_result(
             {"train_time_to_accuracy_s": seconds, "best_accuracy": accuracy, "steps": 10}
         )
-        write_books(self.folder / "trials" / trial, {"cpu_seconds": 3.5, "peak_memory_bytes": 7})
+        write_extras(self.folder / "trials" / trial, {"cpu_seconds": 3.5, "peak_memory_bytes": 7})
         result = {"best_accuracy": accuracy, "steps": 10, "ended": ended, "cause": ""}
-        self.books.ended(trial, {**result, "cause": "torn" if ended == "failed" else ""})
+        self.record.on_end(trial, {**result, "cause": "torn" if ended == "failed" else ""})
 
 
 @pytest.fixture
@@ -87,9 +92,9 @@ def test_best_is_the_median_repeat_of_the_best_point(story: Story) -> None:
     for trial, seconds in (("t1-0", 4.0), ("t1-1", 5.0), ("t1-2", None)):
         story.end(trial, seconds, "target" if seconds else "budget")
     story.end("t2-0", 2.0, "target")
-    best = story.journal.best()
+    best = story.search.best()
     assert best is not None
-    assert best.trial_id == "t1-1"
+    assert best.id == "t1-1"
     experiment = json.loads((story.folder / "experiment.json").read_text())
     assert (experiment["best"], experiment["best_point"]) == ("t1-1", 1)
     config = read_config(story.folder / "best_config.yaml")
@@ -102,10 +107,10 @@ def test_each_way_to_end_has_its_status_and_cause(story: Story) -> None:
     story.end("t0-0", None, "failed")
     story.end("t0-1", None, "")
     story.end("t0-2", None, "budget", accuracy=0.89)
-    story.books.ended("t1-0", {}, crash="ActorDiedError: out of memory")
-    story.books.interrupted.set()
+    story.record.on_end("t1-0", {}, crash="ActorDiedError: out of memory")
+    story.record.interrupted.set()
     story.end("t1-1", None, "")
-    rows = {name: (row.status, row.reason) for name, row in story.journal.rows.items()}
+    rows = {name: (row.status, row.reason) for name, row in story.trials.items()}
     assert rows["t0-0"] == ("failed", "torn")
     assert rows["t0-1"][0] == "stopped"
     assert rows["t0-2"] == ("finished", "the budget is used up")
@@ -118,8 +123,8 @@ def test_each_way_to_end_has_its_status_and_cause(story: Story) -> None:
 def test_clone_is_told_once_and_its_values_are_the_new_ones(story: Story) -> None:
     story.point(0, 0.1)
     for _ in range(2):
-        story.books.heard("t0-0", {"parent": "t1-0", "values": {"kfac.damping": 0.25}})
-    row = story.journal.rows["t0-0"]
+        story.record.on_result("t0-0", {"parent": "t1-0", "values": {"kfac.damping": 0.25}})
+    row = story.trials["t0-0"]
     assert (row.parent, row.parameters["kfac.damping"]) == ("t1-0", 0.25)
     assert story.said == ["t0-0 continues the state of t1-0"]
 
@@ -135,35 +140,34 @@ def test_stopped_trial_that_had_arrived_counts_like_one_that_ended(story: Story)
         # Parked only after the scheduler's word.
         run = RunFolder(story.folder / "trials" / f"t1-{repeat}")
         run.write_result({"train_time_to_accuracy_s": 2.0, "best_accuracy": 0.95, "steps": 10})
-    assert {row.status for row in story.journal.repeats("search", "1")} == {"stopped"}
-    story.books.settle()
-    assert {row.status for row in story.journal.repeats("search", "1")} == {"finished"}
-    best = story.journal.best()
+    assert {row.status for row in story.trials.of("search", "1")} == {"stopped"}
+    story.record.settle()
+    assert {row.status for row in story.trials.of("search", "1")} == {"finished"}
+    best = story.search.best()
     assert best is not None
     assert best.point == "1"
 
 
-def test_books_are_read_again_as_they_were_written(story: Story) -> None:
+def test_folder_is_read_again_as_it_was_written(story: Story) -> None:
     story.point(0, 0.1)
     story.end("t0-0", 2.5, "target", accuracy=0.91)
     story.end("t0-1", None, "failed")
-    again = Journal(story.folder, "story", make_space())
-    assert again.is_continued
-    assert again.started == pytest.approx(story.journal.started)
-    for name, row in story.journal.rows.items():
-        kept = {key: value for key, value in row.numbers.items() if value is not None}
-        assert again.rows[name].parameters == row.parameters
-        assert again.rows[name].numbers == pytest.approx(kept)
-        assert (again.rows[name].status, again.rows[name].reached) == (row.status, row.reached)
+    again = SearchFolder(story.folder, "story", make_space())
+    assert again.ended_before == 2
+    assert again.started == pytest.approx(story.search.started)
+    for name, row in story.trials.items():
+        assert again.trials[name].parameters == row.parameters
+        assert again.trials[name].numbers == pytest.approx(row.numbers)
+        assert (again.trials[name].status, again.trials[name].reached) == (row.status, row.reached)
     with pytest.raises(UsageError, match="another space"):
-        Journal(story.folder, "story", make_space(repeats=2))
+        SearchFolder(story.folder, "story", make_space(repeats=2))
 
 
 def test_folder_of_a_run_is_not_taken_for_a_search(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("{}\n")
     with pytest.raises(UsageError, match="belongs to a run"):
-        Journal(tmp_path / "run", "run", make_space())
+        SearchFolder(tmp_path / "run", "run", make_space())
 
 
 def test_point_is_decided_when_its_seeds_have_ended_or_its_first_was_stopped(
@@ -171,27 +175,27 @@ def test_point_is_decided_when_its_seeds_have_ended_or_its_first_was_stopped(
 ) -> None:
     story = Story(tmp_path / "story", make_space())
     values = {"kfac.damping": 0.1, "kfac.kl_clip": None, "kfac.grad_worker_frac": "auto"}
-    story.journal.add(TrialRow("t0-0", "search", "0", 0, dict(values)))
+    story.add("t0-0", 0, 0, values)
     story.end("t0-0", 1.0, "target")
     # Its other seeds are still to come: as fast as it is, it is not the best yet.
-    assert not story.journal.is_decided(story.journal.repeats("search", "0"))
-    assert story.journal.best() is None
-    story.journal.add(TrialRow("t1-0", "search", "1", 0, dict(values)))
+    assert not story.search.seeds_of(story.trials["t0-0"]).is_decided(3)
+    assert story.search.best() is None
+    story.add("t1-0", 1, 0, values)
     story.end("t1-0", None, "", accuracy=0.8)
-    stopped = story.journal.repeats("search", "1")
-    assert [row.status for row in stopped] == ["stopped"]
-    assert story.journal.is_decided(stopped)
-    assert story.journal.score_of(stopped) == pytest.approx(1 + 0.1 / 0.9)
+    [stopped] = story.trials.of("search", "1")
+    assert stopped.status == "stopped"
+    assert story.search.seeds_of(stopped).is_decided(3)
+    assert story.search.score_of(stopped) == pytest.approx(1 + 0.1 / 0.9)
     for seed, seconds in ((1, 5.0), (2, 4.0)):
-        story.journal.add(TrialRow(f"t0-{seed}", "search", "0", seed, dict(values)))
+        story.add(f"t0-{seed}", 0, seed, values)
         story.end(f"t0-{seed}", seconds, "target")
-    best = story.journal.best()
+    best = story.search.best()
     assert best is not None
-    assert best.trial_id == "t0-2"
+    assert best.id == "t0-2"
 
 
 class Plan:
-    """Suggestions over points with two seeds each; trials end when they are told to."""
+    """A source of points with two seeds each; trials end when they are told to."""
 
     def __init__(self, stopped: tuple[str, ...] = (), refused: tuple[str, ...] = ()) -> None:
         self.stopped, self.refused = stopped, refused
@@ -204,7 +208,7 @@ class Plan:
         point = self.points[number]
         return {"trial": f"{number}-{seed}", "stage": "search", "point": point, "seed": seed}
 
-    def on_point(self, point: Any) -> list[dict[str, Any]]:
+    def new_point(self, point: Any) -> list[dict[str, Any]]:
         number, self.asked = str(self.asked), self.asked + 1
         self.points[number] = dict(point)
         return [] if number in self.refused else [self.trial(number, 0)]
@@ -226,7 +230,7 @@ class Plan:
         ]
         return due if due or any(trial.endswith("-0") for trial in self.running) else None
 
-    def suggest(self, searcher: Suggestions) -> Any:
+    def suggest(self, searcher: TrialSearcher) -> Any:
         suggested = searcher.suggest("tune")
         if isinstance(suggested, dict):
             trial = suggested["assignment"]["trial"]
@@ -234,14 +238,14 @@ class Plan:
             return trial
         return suggested
 
-    def end(self, searcher: Suggestions, trial: str) -> None:
-        # Of a stopped trial the books hear after the searcher.
+    def end(self, searcher: TrialSearcher, trial: str) -> None:
+        # A stopped trial is recorded after the searcher was told.
         searcher.on_trial_complete("tune", {})
         self.running.remove(trial)
         self.ended.append(trial)
 
 
-def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
+def test_searcher_run_every_seed_and_tell_optuna_the_score_once() -> None:
     space = make_space(searcher={"name": "optuna"}, num_trials=4)
     plan = Plan(stopped=("2",), refused=("1",))
     values = {"kfac.damping": 0.1, "kfac.kl_clip": None, "kfac.grad_worker_frac": 0.5}
@@ -250,9 +254,7 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
         {"trial": "sgd", "stage": "reference", "point": {}, "seed": 0},
         plan.trial("9", 0),
     ]
-    searcher = Suggestions(
-        space, first, [(values, 0.25)], 4, plan.on_point, plan.score_of, plan.repeats_due
-    )
+    searcher = TrialSearcher(space, plan, first, [(values, 0.25)], 4)
     # Ray Tune writes a copy to its folder before it begins.
     assert isinstance(cloudpickle.loads(cloudpickle.dumps(searcher)), Searcher)
     seen = []
@@ -277,19 +279,18 @@ def test_suggestions_run_every_seed_and_tell_optuna_the_score_once() -> None:
     assert trials[0].params == values
 
 
-def test_suggestions_wait_for_a_first_seed_and_end_at_once_when_closed() -> None:
+def test_searcher_wait_for_a_first_seed_and_end_at_once_when_closed() -> None:
     plan = Plan()
     plan.points = {"0": {"kfac.damping": 0.1}, "1": {"kfac.damping": 0.2}}
     first = [plan.trial("0", 0), plan.trial("1", 0)]
-    arguments = (first, [], 0, plan.on_point, plan.score_of, plan.repeats_due)
-    searcher = Suggestions(make_space(), *arguments)
+    searcher = TrialSearcher(make_space(), plan, first)
     assert [plan.suggest(searcher) for _ in range(3)] == ["0-0", "1-0", None]
     plan.end(searcher, "0-0")
     # Point 1 may still bring a seed.
     assert [plan.suggest(searcher) for _ in range(2)] == ["0-1", None]
     plan.end(searcher, "1-0")
     assert [plan.suggest(searcher) for _ in range(2)] == ["1-1", "FINISHED"]
-    closed = Suggestions(make_space(), *arguments)
+    closed = TrialSearcher(make_space(), plan, first)
     closed.close()
     assert closed.suggest("tune") == "FINISHED"
 

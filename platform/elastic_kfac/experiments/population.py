@@ -3,11 +3,11 @@
 Population Based Bandits (Parker-Holder et al., 2020): at the end of every round the worst part of a
 population takes over the state of the best part, with values that a Gaussian process proposes.
 
-Ray Tune's own synchronous rounds compare whoever has been created so far, wait for ever for a trial
-that has failed or ended, and give a clone the donor's whole configuration, that is here also its
-name. So the rounds are kept here: a trial that has come to the end of a round is parked, and once
-all that are still alive are parked there, states change hands. The model behind the proposals, the
-choice of donors and the exchange itself are Ray Tune's.
+Ray Tune's own synchronous rounds compare the trials that have been created so far, wait for ever for a
+trial that has failed or ended, and give a clone the donor's whole configuration, which here includes its
+name. So this class keeps the rounds: a trial that reaches the end of a round is paused, and once all
+that are still alive are paused there, states change hands. The model behind the proposals, the choice
+of donors and the exchange itself are Ray Tune's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.pb2 import PB2
 
-from elastic_kfac.experiments.tuning_rounds import is_over, round_after
+from elastic_kfac.experiments.rounds import is_over, round_after
 
 
 class Population(PB2):
@@ -38,11 +38,11 @@ class Population(PB2):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """A member of the population, created before any of them trains."""
         super().on_trial_add(tune_controller, trial)
-        # Ray Tune starts every pending trial by itself; a parked one only when it is chosen.
+        # Ray Tune starts every pending trial by itself; a paused one only when it is chosen.
         trial.set_status(Trial.PAUSED)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
-        """A trial goes on until the first evaluation at the end of the round."""
+        """Pauses a trial at the first evaluation at the end of the round."""
         time = float(result[self._time_attr])
         # A continued search finds its trials further on than at the first round.
         self._end = max(self._end, float(result.get("round_end") or 0.0))
@@ -52,7 +52,7 @@ class Population(PB2):
         return str(TrialScheduler.PAUSE)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """Of those that the round still waits for, the one that is least far."""
+        """The trial with the least progress among those that the round still waits for."""
         alive = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
         if alive and all(self._waits(trial) for trial in alive):
             self._end_round(tune_controller, alive)
@@ -60,8 +60,8 @@ class Population(PB2):
         running = [trial for trial in alive if trial.status == Trial.RUNNING]
         if starting or len(running) >= self._slots:
             return starting[0] if starting else None
-        parked = [t for t in alive if t.status == Trial.PAUSED and not self._waits(t)]
-        return min(parked, key=self._time_of, default=None)
+        paused = [t for t in alive if t.status == Trial.PAUSED and not self._waits(t)]
+        return min(paused, key=self._time_of, default=None)
 
     def _time_of(self, trial: Trial) -> float:
         return float(self._trial_state[trial].last_train_time)
@@ -71,7 +71,7 @@ class Population(PB2):
 
     def _end_round(self, tune_controller: Any, alive: list[Trial]) -> None:
         lower, upper = self._quantiles()
-        # Donors first: what they have saved is what the others take.
+        # Donors first: the others take the states that these save.
         for trial in [*upper, *lower]:
             self._checkpoint_or_exploit(trial, tune_controller, upper, lower)
         self._end = round_after(max(self._time_of(trial) for trial in alive), self._interval)

@@ -1,7 +1,7 @@
 """Rounds of a population: every trial trains up to the same point and waits there to be compared.
 
-What is compared is an evaluation. Results take a while to the driver, and its answer takes a while
-back; a rank that trained on meanwhile would hand over another state than the one that was judged.
+Trials are compared by an evaluation. Its result takes a while to the driver, and the decision takes a
+while back; a rank that trained on meanwhile would hand over a state other than the evaluated one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from elastic_kfac.training.callbacks import Callback, Callbacks, Control, Traine
 from elastic_kfac.training.loop import Outcome
 from elastic_kfac.training.snapshots import run_rank_with_rescue
 
-RANK_FUNCTION = "elastic_kfac.experiments.tuning_rounds:run_in_rounds"
+RANK_FUNCTION = "elastic_kfac.experiments.rounds:run_in_rounds"
 
 _FILE = "round.json"
 _TOLERANCE = 1e-9
@@ -34,7 +34,7 @@ def is_over(progress: float, end: float) -> bool:
 
 
 def announce_round(folder: RunFolder, measure: str, end: float) -> None:
-    """Tells the ranks of a trial where they wait next; those that wait already may go on.
+    """Sets where the ranks of a trial wait next; ranks that are waiting may continue.
 
     Args:
         folder: The trial's run folder.
@@ -45,7 +45,7 @@ def announce_round(folder: RunFolder, measure: str, end: float) -> None:
 
 
 class RoundGate(Callback):
-    """A control that lets a rank go no further than the first evaluation at the end of a round."""
+    """A control that holds a rank at the first evaluation at the end of a round."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class RoundGate(Callback):
         *,
         poll_s: float = 0.05,
     ) -> None:
-        """Wraps `control`; `read_round` gives the measure and the end of the present round, or None
-        for a trial that is no member of a population."""
+        """Wraps `control`; `read_round` returns the measure and the end of the current round, or None
+        for a trial outside the population."""
         self._control = control
         self._read_round = read_round
         self._poll_s = poll_s
@@ -67,8 +67,8 @@ class RoundGate(Callback):
         self._evaluations = None
 
     def stop_reason(self) -> str | None:
-        """Returns at once, but after the evaluation that ends a round: then when there is a reason to
-        stop, or when another round has been announced."""
+        """Returns at once, except after the evaluation that ends a round: then it waits for a reason to
+        stop or for the next round."""
         reason = self._control.stop_reason()
         if self._trainer is None:
             return reason

@@ -1,4 +1,4 @@
-"""One trial: an elastic run that Ray Tune starts, hears about, stops, pauses and clones.
+"""One trial: an elastic run that Ray Tune starts, follows, stops, pauses and clones.
 
 The trainable drives `trainer.train` in a thread of its actor, so that a trial is what `elastic-kfac
 train` would run, and hands Tune one result per evaluation. Tune's checkpoint of a trial is a copy of
@@ -31,19 +31,20 @@ from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.experiments.resource_broker import TrialShare
+from elastic_kfac.experiments.rounds import RANK_FUNCTION as ROUNDS_RANK_FUNCTION
+from elastic_kfac.experiments.rounds import announce_round, round_after
 from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
-from elastic_kfac.experiments.tuning_desk import TrialShare
-from elastic_kfac.experiments.tuning_rounds import announce_round, round_after
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
 
 PERTURBED = "perturbed:"
 """Prefix of the keys of a Tune configuration that PB2 changes."""
 
-BOOKS = "tuning.json"
-"""File of a trial's run folder with what the run itself does not know: CPU time, memory, cause."""
+EXTRAS = "tuning.json"
+"""File of a trial's run folder with what the run does not record: CPU time, memory, cause of failure."""
 
-_CLONED = ("checkpoints", "ledger", "metrics.jsonl", BOOKS)
+_CLONED = ("checkpoints", "ledger", "metrics.jsonl", EXTRAS)
 _END_TIMEOUT_S = 120.0
 
 
@@ -54,19 +55,28 @@ class TrialSettings:
     space: SearchSpace
     folder: str
     """The experiment's folder."""
-    desk: Any
-    """Handle of the `SearchDesk`."""
+    broker: Any
+    """Handle of the `ResourceBroker`."""
     rank_function: str = RANK_FUNCTION
 
+    @classmethod
+    def of(
+        cls, space: SearchSpace, folder: Path, broker: Any, rank_function: str | None
+    ) -> TrialSettings:
+        """Settings with the usual rank function where none is given: members of a population wait for
+        each other."""
+        usual = ROUNDS_RANK_FUNCTION if space.perturbed else RANK_FUNCTION
+        return cls(space, str(folder), broker, rank_function or usual)
 
-class StopWish(StopSignals):
-    """A wish to stop that comes from the search instead of from a signal."""
 
-    def __enter__(self) -> StopWish:
+class StopRequest(StopSignals):
+    """A request to stop that comes from the search instead of a signal."""
+
+    def __enter__(self) -> StopRequest:
         return self
 
     def ask(self, reason: str) -> None:
-        """Has the run save its state and end; the first reason counts."""
+        """Makes the run save its state and end; the first reason counts."""
         self.reason = self.reason or reason
 
 
@@ -94,7 +104,7 @@ class TrialRun(tune.Trainable):
         return {**result, "values": self._values, TIMESTEPS_TOTAL: result.get("steps")}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Parks the run and copies what another trial needs to go on from here."""
+        """Stops the run and copies what another trial needs to continue from here."""
         self._end("Ray Tune takes a checkpoint")
         target = Path(checkpoint_dir)
         for name in _CLONED:
@@ -116,8 +126,8 @@ class TrialRun(tune.Trainable):
         rows = folder.metrics()
         step = int(rows[-1]["step"]) if rows else 0
         folder.append_events([event_row("cloned", step, parent=donor)])
-        books = read_books(self._run_folder)
-        write_books(self._run_folder, {**books, "parent": donor})
+        extras = read_extras(self._run_folder)
+        write_extras(self._run_folder, {**extras, "parent": donor})
 
     def cleanup(self) -> None:
         self._end("Ray Tune stops it")
@@ -136,7 +146,7 @@ class TrialRun(tune.Trainable):
                 point[key] = from_log_scale(parameter, float(config[PERTURBED + key]))
         is_member = bool(space.perturbed) and assignment["stage"] == "search"
         self._values = point if is_member else {}
-        """Values that may differ from those that the trial began with."""
+        """Values that PB2 may have changed."""
         self._config = space.config(point, int(assignment["seed"]))
 
     def _end(self, reason: str) -> None:
@@ -156,9 +166,9 @@ class _LiveRun:
         self._config = config
         self._folder = Path(settings.folder) / "trials" / trial
         self._in_rounds = in_rounds
-        self._wish = StopWish()
+        self._stop = StopRequest()
         self._rows: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-        self._display = _Watch(settings, self._wish, self._rows, read_books(self._folder))
+        self._display = _Watch(settings, self._stop, self._rows, read_extras(self._folder))
         self._result: RunResult | None = None
         self._error: BaseException | None = None
         self._last = _last_evaluation(RunFolder(self._folder))
@@ -171,7 +181,7 @@ class _LiveRun:
     def next_result(self) -> dict[str, Any]:
         """The next evaluation, or how the run ended."""
         if self._in_rounds:
-            # Whoever asks for more wants the ranks to go on.
+            # Asking for another result lets the ranks go on.
             self._announce_round()
         while True:
             with contextlib.suppress(queue.Empty):
@@ -179,9 +189,9 @@ class _LiveRun:
                 best = max(self._last["best_accuracy"], row["accuracy"])
                 self._last = {**row, "best_accuracy": best}
                 if self._is_the_end(row):
-                    # What comes next says how it ended.
+                    # The next row is the result of the run.
                     continue
-                found = {**self._last, **self._books(), "ended": "", "cause": ""}
+                found = {**self._last, **self._display.extras(), "ended": "", "cause": ""}
                 return {**found, "round_end": self._round_end} if self._in_rounds else found
             if not self._thread.is_alive() and self._rows.empty():
                 return self._end_row()
@@ -198,15 +208,15 @@ class _LiveRun:
         return row["accuracy"] >= train.target_accuracy or row["epoch"] >= train.epochs - 1e-9
 
     def end(self, reason: str) -> None:
-        """Parks the run and waits until it has let go of everything."""
-        self._wish.ask(reason)
+        """Stops the run with its state saved, and waits until it has released everything."""
+        self._stop.ask(reason)
         self._thread.join(_END_TIMEOUT_S)
 
     def _train(self) -> None:
-        desk = self._settings.desk
-        reason = ray.get(desk.enter.remote(self._trial))
+        broker = self._settings.broker
+        reason = ray.get(broker.enter.remote(self._trial))
         if reason is not None:
-            self._wish.ask(reason)
+            self._stop.ask(reason)
             return
         try:
             self._result = train(
@@ -216,28 +226,25 @@ class _LiveRun:
                 address="auto",
                 progress=self._display,
                 rank_function=self._settings.rank_function,
-                stop_signals=self._wish,
-                share=TrialShare(desk, self._trial),
+                stop_signals=self._stop,
+                share=TrialShare(broker, self._trial),
             )
         except BaseException as error:
             self._error = error
         finally:
-            write_books(self._folder, self._books())
+            write_extras(self._folder, self._display.extras())
             with contextlib.suppress(Exception):
-                ray.get(desk.leave.remote(self._trial))
-
-    def _books(self) -> dict[str, Any]:
-        return self._display.books()
+                ray.get(broker.leave.remote(self._trial))
 
     def _end_row(self) -> dict[str, Any]:
-        row = {**self._last, **self._books(), "done": True, "cause": ""}
+        row = {**self._last, **self._display.extras(), "done": True, "cause": ""}
         error = self._error
         if self._result is None and error is None:
-            # The search was ending when it was to begin.
-            return {**row, "ended": "interrupted", "cause": str(self._wish.reason)}
+            # The search was stopping when this trial was about to start.
+            return {**row, "ended": "interrupted", "cause": str(self._stop.reason)}
         if self._result is None:
             text = error.line() if isinstance(error, ElasticKfacError) else repr(error)
-            write_books(self._folder, {**self._books(), "cause": text})
+            write_extras(self._folder, {**self._display.extras(), "cause": text})
             return {**row, "ended": "failed", "cause": text}
         values = self._result.values
         best = values.get("best_accuracy")
@@ -246,34 +253,34 @@ class _LiveRun:
         row["steps"] = int(values.get("steps") or 0)
         if values.get("train_time_to_accuracy_s") is not None:
             return {**row, "ended": "target"}
-        if self._result.status == "finished" or self._wish.reason == _BUDGET:
+        if self._result.status == "finished" or self._stop.reason == _BUDGET:
             return {**row, "ended": "budget"}
-        return {**row, "ended": "interrupted", "cause": str(self._wish.reason)}
+        return {**row, "ended": "interrupted", "cause": str(self._stop.reason)}
 
 
 _BUDGET = "the budget is used up"
 
 
 class _Watch:
-    """The display of a trial: what the driver shows elsewhere is counted and passed on here."""
+    """The display of a trial: passes evaluations on, and measures its processes."""
 
     def __init__(
         self,
         settings: TrialSettings,
-        wish: StopWish,
+        stop: StopRequest,
         rows: queue.SimpleQueue[dict[str, Any]],
-        books: Mapping[str, Any],
+        extras: Mapping[str, Any],
     ) -> None:
         self._settings = settings
-        self._wish = wish
+        self._stop = stop
         self._rows = rows
         self._limit_s = settings.space.budget.train_seconds
         self._evaluated = -1
         self._asked = 0.0
         self._processes = ProcessMeter(
-            float(books.get("cpu_seconds") or 0.0), int(books.get("peak_memory_bytes") or 0)
+            float(extras.get("cpu_seconds") or 0.0), int(extras.get("peak_memory_bytes") or 0)
         )
-        self._parent = str(books.get("parent") or "")
+        self._parent = str(extras.get("parent") or "")
 
     def say(self, line: str) -> None:
         return None
@@ -290,15 +297,15 @@ class _Watch:
             self._rows.put(_evaluation(row))
         trained_s = float(view.progress.get("train_time_s") or 0.0)
         if self._limit_s is not None and trained_s >= self._limit_s:
-            self._wish.ask(_BUDGET)
+            self._stop.ask(_BUDGET)
         if time.monotonic() - self._asked > 0.5:
             self._asked = time.monotonic()
-            reason = ray.get(self._settings.desk.stop_reason.remote())
+            reason = ray.get(self._settings.broker.stop_reason.remote())
             if reason is not None:
-                self._wish.ask(reason)
+                self._stop.ask(reason)
 
-    def books(self) -> dict[str, Any]:
-        """What `BOOKS` keeps."""
+    def extras(self) -> dict[str, Any]:
+        """The content of `EXTRAS`."""
         return {
             "cpu_seconds": self._processes.cpu_seconds,
             "peak_memory_bytes": self._processes.peak_memory_bytes,
@@ -316,7 +323,7 @@ def _evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last_evaluation(folder: RunFolder) -> dict[str, Any]:
-    """What an earlier call, or the trial that a clone comes from, has come to."""
+    """The last evaluation of an earlier call, or of the trial that a clone continues."""
     found = [_evaluation(row) for row in folder.metrics() if "eval_accuracy" in row]
     if not found:
         return {"accuracy": 0.0, "best_accuracy": 0.0, "epoch": 0.0, "train_time_s": 0.0}
@@ -383,20 +390,20 @@ def process_usage(pid: int) -> tuple[float | None, int]:
     return seconds, int(peaks[0]) * 1024 if peaks else 0
 
 
-def read_books(folder: Path) -> dict[str, Any]:
-    """What `write_books` wrote; empty if nothing was."""
+def read_extras(folder: Path) -> dict[str, Any]:
+    """The content of `EXTRAS`; empty where there is none."""
     try:
-        return dict(json.loads((folder / BOOKS).read_text()))
+        return dict(json.loads((folder / EXTRAS).read_text()))
     except (OSError, ValueError):
         return {}
 
 
-def write_books(folder: Path, books: Mapping[str, Any]) -> None:
-    """Keeps what the run's own files do not hold."""
+def write_extras(folder: Path, extras: Mapping[str, Any]) -> None:
+    """Replaces `EXTRAS` of a run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{BOOKS}"
-    draft.write_text(json.dumps(dict(books)))
-    draft.replace(folder / BOOKS)
+    draft = folder / f".{EXTRAS}"
+    draft.write_text(json.dumps(dict(extras)))
+    draft.replace(folder / EXTRAS)
 
 
 def _copy(source: Path, target: Path) -> None:

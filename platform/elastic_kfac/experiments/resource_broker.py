@@ -1,9 +1,9 @@
-"""Who may use how many workers: one small actor per search, asked by the trials of that search.
+"""Divides the workers of a cluster among the trials of a search.
 
-Ray Tune does not know what a nested trainer takes, and two elastic runs can be promised the same
-nodes. So trials do not look at the cluster: each may have its share of the room for workers, shares
-never add up to more than the room, and what is free goes to the running trials once no trial is left
-to take a free place. A trial that gets a larger share grows by an ordinary planned resize.
+Ray Tune does not see the workers of a nested trainer, and two elastic runs can be promised the same
+nodes. So trials do not look at the cluster but ask one actor per search. Shares never add up to more
+than the cluster can carry; once no trial is left to start, free workers go to the running trials,
+which grow by an ordinary planned resize.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from elastic_kfac.cluster.ray.nodes import room_for_workers
 
 
 def shares(room: int, slots: int, live: Sequence[str], waiting: int) -> dict[str, int]:
-    """Workers for every live trial; they never add up to more than `room`.
+    """Workers for every running trial; they never add up to more than `room`.
 
     Args:
         room: How many workers the cluster can carry.
@@ -33,8 +33,8 @@ def shares(room: int, slots: int, live: Sequence[str], waiting: int) -> dict[str
     return {trial: each + (index < rest) for index, trial in enumerate(live)}
 
 
-class SearchDesk:
-    """The actor: shares, and the wish to stop."""
+class ResourceBroker:
+    """The actor: shares of workers, and the reason to stop."""
 
     def __init__(self, slots: int, per_worker: Mapping[str, float]) -> None:
         self._slots = slots
@@ -46,34 +46,34 @@ class SearchDesk:
         self._counted = -1.0
 
     def enter(self, trial: str) -> str | None:
-        """A trial starts to train, unless there is a reason to stop."""
+        """Registers a trial that starts to train; returns the reason to stop instead, if there is one."""
         if self._stop_reason is None and trial not in self._live:
             self._live.append(trial)
         return self._stop_reason
 
     def live(self) -> list[str]:
-        """Trials that train now."""
+        """Trials that are training."""
         return list(self._live)
 
     def leave(self, trial: str) -> None:
-        """A trial trains no more."""
+        """Removes a trial that has stopped training."""
         if trial in self._live:
             self._live.remove(trial)
 
     def set_waiting(self, waiting: int) -> None:
-        """How many trials will still start."""
+        """Sets how many trials will still start."""
         self._waiting = waiting
 
     def share(self, trial: str) -> int:
-        """How many workers the trial may have now."""
+        """How many workers a trial may have now."""
         return shares(self._present_room(), self._slots, self._live, self._waiting).get(trial, 0)
 
     def stop(self, reason: str) -> None:
-        """Every trial is asked to save its state and leave."""
+        """Asks every trial to save its state and stop."""
         self._stop_reason = reason
 
     def stop_reason(self) -> str | None:
-        """Why trials should leave, or None."""
+        """Why trials should stop, or None."""
         return self._stop_reason
 
     def _present_room(self) -> int:
@@ -87,13 +87,13 @@ class SearchDesk:
 class TrialShare:
     """How many workers a trial may use now; called in the controller of its run."""
 
-    desk: Any
-    """Handle of the `SearchDesk`."""
+    broker: Any
+    """Handle of the `ResourceBroker`."""
     trial: str
 
     def __call__(self) -> int:
         try:
-            return int(ray.get(self.desk.share.remote(self.trial), timeout=10))
+            return int(ray.get(self.broker.share.remote(self.trial), timeout=10))
         except ray.exceptions.RayError:
             # The search has ended; this trial is about to.
             return 0

@@ -1,0 +1,218 @@
+"""Records in the trial table what Ray Tune reports about the trials of a search."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.tune import Callback as RayTuneCallback
+from ray.tune import Stopper
+from ray.tune.stopper import NoopStopper
+
+from elastic_kfac.experiments.emulation import Emulator
+from elastic_kfac.experiments.search_folder import SearchFolder
+from elastic_kfac.experiments.search_plan import SearchPlan
+from elastic_kfac.experiments.search_trial import read_extras
+from elastic_kfac.experiments.trials import (
+    FAILED,
+    FINISHED,
+    PENDING,
+    RUNNING,
+    STOPPED,
+    Trial,
+)
+from elastic_kfac.state.run_folder import RunFolder
+
+
+class SearchRecord:
+    """Keeps a search's folder up to date; called by Ray Tune's thread and by the driver's."""
+
+    def __init__(
+        self,
+        folder: SearchFolder,
+        plan: SearchPlan,
+        broker: Any,
+        say: Callable[[str], None],
+        *,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`broker` is the handle of the search's `ResourceBroker`; `on_change` follows every write."""
+        self.lock = threading.RLock()
+        self.interrupted = threading.Event()
+        self.why_interrupted = "interrupted"
+        self._folder = folder
+        self._space = folder.space
+        self._table = folder.trials
+        self._plan = plan
+        self._broker = broker
+        self._say = say
+        emulated = self._space.objective.metric == "emulated_time_to_accuracy_s"
+        self._emulator = Emulator(self._space.links) if emulated else None
+        self._on_change = on_change
+
+    def on_start(self, trial_id: str) -> None:
+        """A trial's process runs, for the first time or again."""
+        with self.lock:
+            trial = self._table[trial_id]
+            trial.status, trial.reason = RUNNING, ""
+            trial.numbers.setdefault("started", time.time())
+            trial.run_folder = f"trials/{trial_id}"
+            self.write()
+
+    def on_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """A trial evaluated, or ended."""
+        with self.lock:
+            trial = self._table[trial_id]
+            trial.note(
+                result,
+                *("best_accuracy", "steps", "train_time_s", "cpu_seconds", "peak_memory_bytes"),
+            )
+            done = float(result.get(self._space.progress_measure) or 0.0)
+            trial.fraction = min(1.0, done / self._space.limit)
+            parent = str(result.get("parent") or "")
+            if parent not in ("", trial.parent):
+                self._say(f"{trial_id} continues the state of {parent}")
+            trial.parent = parent
+            perturbed = dict(result.get("values") or {})
+            known = {k: perturbed.get(k, v) for k, v in trial.parameters.items()}
+            trial.parameters = known
+            self.write()
+
+    def on_end(self, trial_id: str, result: Mapping[str, Any], *, crash: str | None = None) -> None:
+        """A trial has ended; its last result has the cause (no cause: the scheduler stopped it)."""
+        with self.lock:
+            trial = self._table[trial_id]
+            if trial.ended:
+                return
+            self.on_result(trial_id, result)
+            how, cause = str(result.get("ended") or ""), str(result.get("cause") or "")
+            if crash is not None:
+                known = read_extras(self._folder.run_folder(trial_id)).get("cause")
+                trial.status, trial.reason = FAILED, str(known or crash)
+                self._broker.leave.remote(trial_id)
+            elif how == FAILED:
+                trial.status, trial.reason = FAILED, cause
+            elif how in ("target", "budget"):
+                trial.status = FINISHED
+                trial.reason = "" if how == "target" else "the budget is used up"
+            elif self.interrupted.is_set() or how == "interrupted":
+                trial.status, trial.reason = PENDING, cause or self.why_interrupted
+            else:
+                trial.status = STOPPED
+                trial.reason = f"{self._space.scheduler.name}: others were better at the same point"
+            if trial.ended:
+                trial.numbers["ended"] = time.time()
+                self._read_result(trial)
+                self._say(self._line(trial))
+            self.write()
+
+    def write(self) -> None:
+        """Writes the files, and updates how many trials wait for workers."""
+        self._broker.set_waiting.remote(self._plan.waiting())
+        self._folder.write()
+        self._on_change()
+
+    def settle(self) -> None:
+        """Reads the results of stopped trials again: they save their state after they were stopped."""
+        with self.lock:
+            for trial in self._table.values():
+                if trial.status == STOPPED:
+                    self._read_result(trial)
+            self.write()
+
+    def close(self) -> None:
+        """Leaves unfinished trials to the next call."""
+        with self.lock:
+            for trial in self._table.values():
+                if trial.status == RUNNING:
+                    trial.status, trial.reason = PENDING, self.why_interrupted
+            self.settle()
+
+    def _read_result(self, trial: Trial) -> None:
+        """Takes over the results that the run itself has recorded."""
+        folder = self._folder.run_folder(trial.id)
+        result = RunFolder(folder).result() or {}
+        trial.note(
+            result,
+            *("train_time_to_accuracy_s", "time_to_accuracy_s", "steps", "train_time_s"),
+            *("worker_seconds", "best_accuracy"),
+        )
+        trial.note(read_extras(folder), "cpu_seconds", "peak_memory_bytes")
+        trial.reached = result.get("train_time_to_accuracy_s") is not None
+        if trial.reached and trial.status == STOPPED:
+            # It reached the target before the scheduler's decision came.
+            trial.status, trial.reason = FINISHED, ""
+        known = {**result, "cpu_seconds": trial.numbers.get("cpu_seconds")}
+        if self._emulator is not None:
+            known["emulated_step_s"] = self._emulator.step_seconds(self._folder.config_of(trial))
+        trial.numbers.pop("objective", None)
+        trial.note({"objective": self._space.objective.value_of(known)}, "objective")
+        if trial.status == FAILED:
+            trial.reached = False
+
+    def _line(self, trial: Trial) -> str:
+        objective, accuracy = self._space.objective, trial.numbers.get("best_accuracy")
+        value = trial.numbers.get("objective")
+        target = f"{objective.target_accuracy:.4g}"
+        parts = []
+        if trial.status != FAILED and value is not None:
+            parts.append(f"{target} in {value:.4g} {objective.unit}")
+        elif trial.status != FAILED and accuracy is not None:
+            parts.append(f"best accuracy {accuracy:.2%} (target {target})")
+        parts += [trial.reason] if trial.reason else []
+        return f"{trial.id} {trial.status}" + (f": {'; '.join(parts)}" if parts else "")
+
+
+class TuneCallback(RayTuneCallback):
+    """Ray Tune's events, by the search's own trial ids."""
+
+    def __init__(self, record: SearchRecord) -> None:
+        self._record = record
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record.on_start(trial_name(trial))
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._record.on_result(trial_name(trial), result)
+        if result.get("ended"):
+            self._record.on_end(trial_name(trial), result)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._record.on_end(trial_name(trial), trial.last_result or {})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error = trial.get_error()
+        text = str(error).strip().splitlines() or ["its process died"]
+        self._record.on_end(trial_name(trial), trial.last_result or {}, crash=text[-1])
+
+    def get_state(self) -> dict[str, Any] | None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ray Tune saves a copy beside its own files, which is never read.
+        return (RayTuneCallback, ())
+
+
+class StopWhen(Stopper):
+    """Ends a search once an event is set."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._event.is_set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (NoopStopper, ())
+
+
+def trial_name(trial: Any) -> str:
+    """The search's own id of one of Ray Tune's trials."""
+    return str(trial.config["assignment"]["trial"])

@@ -1,0 +1,252 @@
+"""Figures of a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from elastic_kfac.reports.figures import (
+    ACCENT,
+    EVALUATION,
+    GREEN,
+    GRID,
+    INK,
+    SOFT,
+    TRAINING,
+    drawn,
+    mark_target,
+    plain_log_scale,
+    plot_points,
+)
+from elastic_kfac.runs.history import Row, Run, Segment, first_number, number
+
+BAND = ("#f0e2c8", "#cfe3d4", "#c6dbef", "#dccfe8", "#f3cfd0", "#d5d8dc")
+MAX_POINTS = 1500
+_HALF = (5.5, 3.3)
+
+Horizontal = Literal["step", "wall_time_s"]
+Points = list[tuple[float, float]]
+
+
+def learning_figure(run: Run) -> Markup:
+    """Accuracy and loss, over steps and over wall time, above a band of the world size."""
+
+    def draw(figure: Figure) -> None:
+        rows = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(3, 3, 0.45))
+        horizontals: tuple[Horizontal, ...] = ("step", "wall_time_s")
+        for column, horizontal in enumerate(horizontals):
+            accuracy, loss, band = (row[column] for row in rows)
+            by = "step" if horizontal == "step" else "wall time"
+            _draw_accuracy(accuracy, run, horizontal)
+            values = [number(row, "loss") for row in run.steps]
+            _line_and_trend(loss, run, horizontal, values, TRAINING, EVALUATION)
+            if any(value is not None and value > 0 for value in values):
+                plain_log_scale(loss)
+            _draw_band(band, run, horizontal)
+            for axes in (accuracy, loss):
+                _mark_changes(axes, run, horizontal)
+            accuracy.set_title(f"Accuracy by {by}")
+            loss.set_title(f"Training loss by {by}")
+
+    return drawn("learning", draw, (11, 6.2))
+
+
+def throughput_figure(run: Run) -> Markup:
+    """Samples per second over wall time."""
+
+    def draw(figure: Figure) -> None:
+        top, band = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.7))
+        speed = [_samples_per_s(row) for row in run.steps]
+        _line_and_trend(top, run, "wall_time_s", speed, TRAINING, EVALUATION)
+        top.set_ylim(bottom=0)
+        top.set_title("Throughput, samples per second")
+        _mark_changes(top, run, "wall_time_s")
+        _draw_band(band, run, "wall_time_s")
+
+    return drawn("throughput", draw, _HALF)
+
+
+def curvature_figure(run: Run) -> Markup:
+    """Damping, learning rate and the KL clip's factor by step, with the updates as ticks."""
+
+    def draw(figure: Figure) -> None:
+        top, ticks = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.9))
+        curves = (
+            ("damping", "damping", EVALUATION),
+            ("lr", "learning rate", ACCENT),
+            ("kl_clip_scale", "KL clip factor", GREEN),
+        )
+        for key, label, colour in curves:
+            values = [(float(row["step"]), number(row, key)) for row in run.steps]
+            points = [(x, y) for x, y in values if y is not None and y > 0]
+            plot_points(top, _thin(points), color=colour, lw=1.3, label=label)
+        if top.lines:
+            plain_log_scale(top)
+            # A schedule that ends at zero would press everything else together.
+            low, high = top.get_ylim()
+            top.set_ylim(bottom=max(low, high * 1e-6))
+            top.legend(loc="best")
+        top.set_title("K-FAC by step")
+        _mark_changes(top, run, "step")
+        _draw_updates(ticks, run)
+
+    return drawn("curvature", draw, _HALF)
+
+
+def _draw_accuracy(axes: Axes, run: Run, horizontal: Horizontal) -> None:
+    training = [number(row, "accuracy") for row in run.steps]
+    _line_and_trend(axes, run, horizontal, training, None, TRAINING, label="training batches")
+    index = 0 if horizontal == "step" else 1
+    points = [(float(each[index] or 0), each[2]) for each in run.evaluations]
+    plot_points(axes, points, "-o", color=EVALUATION, lw=1.8, ms=3.2, label="test set")
+    mark_target(axes, run.target_accuracy)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if axes.lines:
+        axes.set_ylim(top=1.02)
+    if axes.get_legend_handles_labels()[0] and horizontal == "step":
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.02))
+
+
+def _draw_band(axes: Axes, run: Run, horizontal: Horizontal) -> None:
+    sizes = sorted({segment.world_size for segment in run.segments})
+    spans = [_span(segment, horizontal) for segment in run.segments]
+    whole = max((end for _, end in spans), default=0.0) or 1.0
+    for segment, (start, end) in zip(run.segments, spans, strict=True):
+        colour = BAND[sizes.index(segment.world_size) % len(BAND)]
+        axes.axvspan(start, end, color=colour, lw=0)
+        share = (end - start) / whole
+        text = f"{segment.world_size} worker" + ("s" if segment.world_size > 1 else "")
+        if share > 0.04:
+            axes.text(
+                (start + end) / 2,
+                0.47,
+                text if share > 0.16 else str(segment.world_size),
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="center",
+                color=INK,
+                fontsize=8,
+            )
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines[["left"]].set_visible(False)
+    axes.set_xlabel("step" if horizontal == "step" else "seconds since the start")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
+def _draw_updates(axes: Axes, run: Run) -> None:
+    labels = ["inverse updates", "factor updates"]
+    for height, key in enumerate(("inverse_updates", "factor_updates")):
+        at = _update_steps(run, key)
+        if at:
+            axes.eventplot(
+                [x for x, _ in _thin([(x, 0.0) for x in at])],
+                lineoffsets=height,
+                linelengths=0.7,
+                linewidths=0.7,
+                colors=SOFT if height else EVALUATION,
+            )
+    axes.set_ylim(-0.6, 1.6)
+    axes.set_yticks([0, 1], labels)
+    axes.grid(visible=False)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+
+
+def _update_steps(run: Run, key: str) -> list[float]:
+    counts = [(float(row["step"]), number(row, key)) for row in run.steps]
+    if any(count is not None for _, count in counts):
+        known = [(step, count) for step, count in counts if count is not None]
+        return [b[0] for a, b in itertools.pairwise(known) if b[1] > a[1]]
+    # The run did not count them: the configured interval says when they were due.
+    kfac = run.config.get("kfac")
+    interval = number(kfac, key.replace("updates", "update_steps")) if kfac else None
+    if not interval:
+        return []
+    return [step for step, _ in counts if (step - 1) % interval == 0]
+
+
+def _mark_changes(axes: Axes, run: Run, horizontal: Horizontal) -> None:
+    for before, after in zip(run.segments, run.segments[1:], strict=False):
+        start, end = _span(before, horizontal)[1], _span(after, horizontal)[0]
+        if horizontal == "wall_time_s":
+            axes.axvspan(start, end, color=GRID, lw=0, zorder=0)
+        axes.axvline(end, color=SOFT, lw=0.9, ls=(0, (2, 2)), zorder=1)
+
+
+def _span(segment: Segment, horizontal: Horizontal) -> tuple[float, float]:
+    if horizontal == "step":
+        return segment.first_step - 0.5, segment.last_step + 0.5
+    return segment.first_wall_s, segment.last_wall_s
+
+
+def _line_and_trend(
+    axes: Axes,
+    run: Run,
+    horizontal: Horizontal,
+    values: Sequence[float | None],
+    line_colour: str | None,
+    trend_colour: str,
+    *,
+    label: str | None = None,
+) -> None:
+    lines, trends = [], []
+    for stretch in _stretches(run, horizontal, values):
+        # A point that is not a number ends the line: nothing is drawn across time without steps.
+        gap = (stretch[-1][0], math.nan)
+        lines += [*stretch, gap]
+        trends += [*_centred_median(stretch), gap]
+    if not lines:
+        return
+    if line_colour is not None:
+        axes.plot(*zip(*_thin(lines), strict=True), color=line_colour, lw=0.7)
+    axes.plot(*zip(*_thin(trends), strict=True), color=trend_colour, lw=1.6, label=label)
+
+
+def _stretches(run: Run, horizontal: Horizontal, values: Sequence[float | None]) -> list[Points]:
+    found: list[Points] = []
+    size: object = None
+    for row, value in zip(run.steps, values, strict=True):
+        x = number(row, horizontal)
+        if x is None or value is None:
+            continue
+        if not found or row.get("world_size") != size:
+            found.append([])
+        size = row.get("world_size")
+        found[-1].append((x, value))
+    return found
+
+
+def _centred_median(points: Points) -> Points:
+    # Centred, because a look at the past alone lies above every falling loss; a median, because
+    # one bad batch moves a mean by decades on a logarithmic axis.
+    reach = min(30, len(points) // 25)
+    smooth: Points = []
+    for index, (x, _) in enumerate(points):
+        near = points[max(0, index - reach) : index + reach + 1]
+        window = [y for _, y in near if math.isfinite(y)]
+        smooth.append((x, statistics.median(window) if window else math.nan))
+    return smooth
+
+
+def _thin(points: Points) -> Points:
+    stride = -(-len(points) // MAX_POINTS)
+    if stride <= 1:
+        return points
+    return [*points[:-1:stride], points[-1]]
+
+
+def _samples_per_s(row: Row) -> float | None:
+    given = number(row, "samples_per_s")
+    if given is not None:
+        return given
+    size, seconds = first_number(row, "global_batch_size"), first_number(row, "step_time_s")
+    return size / seconds if size is not None and seconds else None
