@@ -31,7 +31,8 @@ import torch.multiprocessing as processes
 
 from elastic_kfac import __version__
 from elastic_kfac.config import parse_config
-from elastic_kfac.data.feeds import Feeds, SomeSamples
+from elastic_kfac.data.dataset import Datasets
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, Point
@@ -57,7 +58,7 @@ class Commit:
     world_size: int
 
 
-class RandomFeed:
+class RandomDataset:
     """Random images, the same on all ranks."""
 
     num_samples = 1_000_000
@@ -66,11 +67,11 @@ class RandomFeed:
     sha256 = "random"
     normalization = None
 
-    def read(self, epoch: int, first_position: int, count: int) -> SomeSamples:
+    def read(self, epoch: int, first_position: int, count: int) -> Batch:
         generator = torch.Generator().manual_seed(first_position)
         images = torch.randn(count, *self.image_shape, generator=generator)
         ids = np.arange(first_position, first_position + count, dtype=np.uint64)
-        return SomeSamples(images, torch.arange(count) % 10, ids, torch.ones(count))
+        return Batch(images, torch.arange(count) % 10, ids, torch.ones(count))
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         """Nothing to prepare."""
@@ -125,7 +126,7 @@ def member(slot: int, port: int, folder: str, model: str) -> None:
         store=CheckpointStore(f"{folder}/checkpoints"),
         callback=Commits(RunFolder(Path(folder, "run"))),
         control=StopKey(store),
-        feeds=Feeds(RandomFeed(), None),
+        datasets=Datasets(RandomDataset(), None),
     )
 
 

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from in_place_gaps import RandomFeed
+from in_place_gaps import RandomDataset
 
 from elastic_kfac import __version__
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.rank import RankTrainer
 
@@ -87,7 +87,7 @@ def _measure(rank: int, ranks: int, rounds: int, folder: str) -> None:
                 }
             ),
             Communicator.world(),
-            Feeds(RandomFeed(), None),
+            Datasets(RandomDataset(), None),
         )
         for name, (elastic, micro) in modes.items()
     }

@@ -18,7 +18,7 @@ from elastic_kfac.elastic import (
     Exchange,
     SampleOrder,
     Totals,
-    share,
+    rank_slice,
 )
 
 
@@ -32,7 +32,7 @@ def train(folder: str, most_steps: int = 10**9) -> str:
     state = ElasticState(model, optimizer, kfac, folder=folder, communicator=ranks)
     exchange = Exchange(model)  # all gradients of a step as one flat vector
     for epoch, first, count in state.batches(len(images), batch_size=64, epochs=4):
-        begin, size = share(first, count, ranks.rank, ranks.world_size)
+        begin, size = rank_slice(first, count, ranks.rank, ranks.world_size)
         ids = SampleOrder(len(images), 0, epoch).ids(begin, size)
         exchange.begin_step()
         loss = nn.functional.cross_entropy(model(images[ids]), labels[ids], reduction="sum") / count

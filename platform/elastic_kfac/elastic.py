@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.data.feeds import share
+from elastic_kfac.data.dataset import rank_slice
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder, id_hash
 from elastic_kfac.data.stream import SampleStream
@@ -49,7 +49,7 @@ __all__ = [
     "ShardSet",
     "Totals",
     "id_hash",
-    "share",
+    "rank_slice",
 ]
 
 

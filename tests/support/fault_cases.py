@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
@@ -23,7 +23,7 @@ from support.faults import (
     FaultKind,
     FaultPoint,
     Faults,
-    FaultyFeed,
+    FaultyDataset,
     Fired,
     InjectedFault,
     lift_quota,
@@ -31,7 +31,7 @@ from support.faults import (
 from support.gloo import disband, wait_for
 from support.held_resources import Held, held_at_rest
 from support.reproducible_problems import reproducible_config
-from support.training_problems import AtPoints, StopAt, memory_feeds
+from support.training_problems import AtPoints, StopAt, memory_datasets
 
 LETHAL: tuple[FaultKind, ...] = ("sigkill", "sigstop")
 DAMAGE: tuple[FaultKind, ...] = (
@@ -169,7 +169,7 @@ def play_world(
         if point == "committed":
             lived.steps.append(step)
 
-    feeds = memory_feeds()
+    datasets = memory_datasets()
     store = StoreOfEveryStep(folder, on_warning=lived.said.append)
     store.before_manifest = lambda step: faults.on_point("manifest_rename", step)
     # Only a timeout tells that a peer stands still.
@@ -181,7 +181,7 @@ def play_world(
             store=store,
             callback=Callbacks(AtPoints(committed), faults),
             control=KeepGoing() if steps is None else StopAt(steps),
-            feeds=Feeds(FaultyFeed(feeds.train, faults), feeds.evaluation),
+            datasets=Datasets(FaultyDataset(datasets.train, faults), datasets.evaluation),
         )
         lived.ending = str(outcome.status)
     except (ElasticKfacError, InjectedFault, OSError) as error:

@@ -16,7 +16,8 @@ from typing import Literal
 
 import torch
 
-from elastic_kfac.data.feeds import Feed, Samples, SomeSamples
+from elastic_kfac.data.dataset import Dataset
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.training.callbacks import Callback, Point
 
 FaultPoint = Point | Literal["manifest_rename"]
@@ -63,7 +64,7 @@ class Faults(Callback):
     """Is told before a fault happens: the last thing that a killed process can do."""
     fired: list[Fired] = field(default_factory=list)
     nan_batches: int = 0
-    """How many of the coming reads of a `FaultyFeed` are not numbers."""
+    """How many of the coming reads of a `FaultyDataset` are not numbers."""
     write_delay_s: float = 0.0
     """What `slow_disk` adds to the writing of each manifest."""
     _planned: list[Fired] = field(default_factory=list)
@@ -125,30 +126,30 @@ class Faults(Callback):
         tensors.write_bytes(content)
 
 
-class FaultyFeed:
-    """A feed whose samples are not numbers when `Faults` says so."""
+class FaultyDataset:
+    """A dataset whose samples are not numbers when `Faults` says so."""
 
-    def __init__(self, feed: Feed, faults: Faults) -> None:
-        self._feed, self._faults = feed, faults
-        self.num_samples = feed.num_samples
-        self.num_classes = feed.num_classes
-        self.image_shape = feed.image_shape
-        self.sha256 = feed.sha256
-        self.normalization = feed.normalization
+    def __init__(self, dataset: Dataset, faults: Faults) -> None:
+        self._dataset, self._faults = dataset, faults
+        self.num_samples = dataset.num_samples
+        self.num_classes = dataset.num_classes
+        self.image_shape = dataset.image_shape
+        self.sha256 = dataset.sha256
+        self.normalization = dataset.normalization
 
-    def read(self, epoch: int, first_position: int, count: int) -> Samples:
-        samples = self._feed.read(epoch, first_position, count)
+    def read(self, epoch: int, first_position: int, count: int) -> Batch:
+        samples = self._dataset.read(epoch, first_position, count)
         if not self._faults.nan_batches:
             return samples
         self._faults.nan_batches -= 1
         images = torch.full(samples.images.shape, float("nan"))
-        return SomeSamples(images, samples.labels, samples.ids, samples.weights)
+        return Batch(images, samples.labels, samples.ids, samples.weights)
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
-        self._feed.prefetch(epoch, first_position, count)
+        self._dataset.prefetch(epoch, first_position, count)
 
     def close(self) -> None:
-        self._feed.close()
+        self._dataset.close()
 
 
 def lift_quota() -> None:

@@ -17,7 +17,7 @@ from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.regroup import leave, regroup
 from support.gloo import disband, wait_for
-from support.training_problems import RecordingCallback, StopAt, memory_feeds, small_config
+from support.training_problems import RecordingCallback, StopAt, memory_datasets, small_config
 
 Segment = tuple[int, int | None]
 """World size, and after how many steps it parks (None: it goes on to the end)."""
@@ -69,7 +69,7 @@ def train_part(
         store=CheckpointStore(folder),
         callback=callback or RecordingCallback(),
         control=KeepGoing() if steps is None else StopAt(steps),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, parse_config
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.order import SampleOrder
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callback, KeepGoing, Point
@@ -29,15 +30,7 @@ KFAC: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class MemorySamples:
-    images: Tensor
-    labels: Tensor
-    ids: npt.NDArray[np.uint64]
-    weights: Tensor
-
-
-class MemoryFeed:
+class MemoryDataset:
     """Random images of a few classes, read in the product's own order."""
 
     def __init__(self, num_samples: int, *, seed: int = 0, shape: tuple[int, int, int] = (1, 4, 4)):
@@ -54,11 +47,11 @@ class MemoryFeed:
         self._images += self._labels.double().view(-1, 1, 1, 1)
         self.read_ids: list[int] = []
 
-    def read(self, epoch: int, first_position: int, count: int) -> MemorySamples:
+    def read(self, epoch: int, first_position: int, count: int) -> Batch:
         ids = SampleOrder(self.num_samples, self._seed, epoch).ids(first_position, count)
         self.read_ids += ids.tolist()
         weights = torch.tensor([float(i not in self.bad_ids) for i in ids.tolist()])
-        return MemorySamples(self._images[ids], self._labels[ids], ids.astype(np.uint64), weights)
+        return Batch(self._images[ids], self._labels[ids], ids.astype(np.uint64), weights)
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         return None
@@ -67,8 +60,8 @@ class MemoryFeed:
         return None
 
 
-def memory_feeds(num_samples: int = 50, eval_samples: int = 20) -> Feeds:
-    return Feeds(MemoryFeed(num_samples), MemoryFeed(eval_samples))
+def memory_datasets(num_samples: int = 50, eval_samples: int = 20) -> Datasets:
+    return Datasets(MemoryDataset(num_samples), MemoryDataset(eval_samples))
 
 
 def float64_cnn(num_classes: int, image_shape: tuple[int, int, int], **_: Any) -> nn.Module:
@@ -156,8 +149,8 @@ class AtPoints(Callback):
         self.body(point, step)
 
 
-class FeedOrder:
-    """The order of a memory feed, for audits."""
+class MemoryOrder:
+    """The order of a memory dataset, for audits."""
 
     def __init__(self, num_samples: int = 50) -> None:
         self.num_samples = num_samples
@@ -174,7 +167,7 @@ def in_one_process(folder: Path, changes: Mapping[str, Any]) -> TrainingState:
         store=CheckpointStore(folder),
         callback=RecordingCallback(),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     state = CheckpointStore(folder).load_latest()
     assert state is not None

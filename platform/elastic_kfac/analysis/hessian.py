@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
-from elastic_kfac.tasks.tasks import SumLoss
 
 Batch = tuple[Tensor, Tensor]
 """(inputs, labels), samples first."""

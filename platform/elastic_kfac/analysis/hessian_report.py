@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.fixed_samples import FixedSamples, open_plain
+from elastic_kfac.analysis.fixed_samples import FixedSamples
 from elastic_kfac.analysis.hessian import Hessian, check_request, last_layer_parameters
 from elastic_kfac.analysis.landscape import loss_along
 from elastic_kfac.analysis.spectral_estimates import density, one_sample_eigenvalues, trace
 from elastic_kfac.analysis.spectrum import Eigenpairs, spectrum, top_by_lanczos
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.errors import NumericalError, UsageError
+from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import create_model
-from elastic_kfac.tasks.tasks import SumLoss
 
 FORMAT = 1
 _DENSITY_STEPS = 30
@@ -113,7 +113,11 @@ def analyse(
 
 
 def analysis_row(
-    model: nn.Module, loss_sum: SumLoss, feeds: Feeds, config: Config, communicator: Communicator
+    model: nn.Module,
+    loss_sum: SumLoss,
+    datasets: Datasets,
+    config: Config,
+    communicator: Communicator,
 ) -> dict[str, Any]:
     """The analysis of `config.analysis` as columns of `metrics.jsonl`. Collective.
 
@@ -122,14 +126,13 @@ def analysis_row(
     request, data = config.analysis, config.data
     begin = time.monotonic()
     with ExitStack() as stack:
-        train = feeds.train
+        train: Dataset = datasets.train
         if data.augment != "none":
-            train = open_plain(config, data.train_split)
-            stack.callback(train.close)
+            train = stack.enter_context(open_split(config, data.train_split))
         samples = FixedSamples(train, model, request, communicator)
         landscape = {data.train_split: samples}
-        if feeds.evaluation is not None:
-            test = FixedSamples(feeds.evaluation, model, request, communicator)
+        if datasets.evaluation is not None:
+            test = FixedSamples(datasets.evaluation, model, request, communicator)
             landscape[data.eval_split] = test
         try:
             found = analyse(model, loss_sum, samples, request, communicator, landscape=landscape)
@@ -163,14 +166,10 @@ def check_before_start(config: Config, *, workers_here: int | None) -> None:
     """
     if config.analysis.every_epochs is None:
         return
-    feed = open_plain(config, config.data.train_split)
-    try:
-        with torch.device("meta"):
-            model = create_model(
-                config.model.name, feed.num_classes, feed.image_shape, **config.model.arguments
-            )
-    finally:
-        feed.close()
+    with open_split(config, config.data.train_split) as dataset, torch.device("meta"):
+        model = create_model(
+            config.model.name, dataset.num_classes, dataset.image_shape, **config.model.arguments
+        )
     free = None
     if workers_here is not None and not config.resources.use_gpu:
         free = free_bytes(torch.device("cpu"))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from elastic_kfac.analysis.hessian import Batch, SumOverRanks, alone
 from elastic_kfac.errors import UsageError
+from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
-from elastic_kfac.tasks.tasks import SumLoss
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczo
 from elastic_kfac.curvature.block import Block
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.errors import UsageError
-from elastic_kfac.tasks.tasks import SumLoss
+from elastic_kfac.tasks.losses import SumLoss
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
-"""The training stream: any positions of any epoch, by anybody, with no state and no rank inside.
+"""Random access to the samples of a split: any positions of any epoch, with no rank inside.
 
-A batch is a pure function of (manifest, seed, epoch, positions). Who reads which positions is the
-training loop's affair, so a resize needs nothing from the stream, and resuming reads no skipped data.
+A batch is a pure function of (manifest, seed, epoch, positions). The training loop decides which rank
+reads which positions, so a resize needs nothing from the stream, and resuming reads no skipped data.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +25,31 @@ from elastic_kfac.data.order import SampleOrder
 from elastic_kfac.errors import DataError
 
 
-class Batch(NamedTuple):
-    """Some samples, in the order of their positions."""
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Samples in the order of their positions, from the shards to the loss."""
 
     images: torch.Tensor
-    """uint8 [n, channels, height, width]; encoded images come in channels_last memory."""
+    """[n, channels, height, width], uint8 as read or floating point; encoded images come in
+    channels_last memory."""
     labels: torch.Tensor
-    """int64 [n]."""
+    """[n] classes, int64; [n, classes] probabilities under mixup."""
     ids: NDArray[np.uint64]
     """[n]: global sample ids, for `id_hash`."""
     weights: torch.Tensor
-    """float32 [n]: 1, or 0 for a bad record that was skipped and keeps its place."""
+    """float32 [n]: 1, or 0 for a bad record that was skipped and keeps its position."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, where: slice) -> Batch:
+        """Views of some of the samples."""
+        return Batch(self.images[where], self.labels[where], self.ids[where], self.weights[where])
+
+    @property
+    def good(self) -> NDArray[np.int64]:
+        """Indices of the records that are not bad."""
+        return np.flatnonzero(self.weights.numpy() > 0)
 
 
 class SampleStream:
@@ -98,6 +113,7 @@ class SampleStream:
         self._orders: OrderedDict[int, SampleOrder] = OrderedDict()
         self._lock = threading.Lock()
         self._closed = False
+        self._stall_s = 0.0
 
     @property
     def num_samples(self) -> int:
@@ -106,6 +122,11 @@ class SampleStream:
     @property
     def num_classes(self) -> int:
         return self.shard_set.num_classes
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the manifest."""
+        return self.shard_set.manifest_sha256
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -126,9 +147,9 @@ class SampleStream:
         return self._loader.quarantined
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Shards found in the cache and fetched, bytes read from storage, records left out."""
-        return {**self._cache.counts, "quarantined": self.quarantined}
+    def counts(self) -> dict[str, float]:
+        """Cache hits and misses, bytes read from storage, bad records, seconds that `read` blocked."""
+        return {**self._cache.counts, "quarantined": self.quarantined, "stall_s": self._stall_s}
 
     def order(self, epoch: int) -> SampleOrder:
         """The order of an epoch."""
@@ -149,11 +170,12 @@ class SampleStream:
                 `raise`.
         """
         self._check_open()
+        begin = time.perf_counter()
         with self._lock:
             ready = self._ahead.pop((epoch, first_position, count), None)
-        if ready is not None:
-            return ready.result()
-        return self._load(epoch, first_position, count)
+        batch = self._load(epoch, first_position, count) if ready is None else ready.result()
+        self._stall_s += time.perf_counter() - begin
+        return batch
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         """Starts preparing what a later `read` with the same arguments will return.

@@ -1,8 +1,8 @@
 """Proves from a run's files that every sample was used exactly once per epoch.
 
-The ledger says which positions each step committed and the hash sum of the sample ids it saw where
-the loss was computed; the order says which ids stand at those positions. Both must agree, ranges
-must tile every epoch, and steps must follow one another.
+The ledger holds the positions that each step committed and the hash sum of the sample ids at the loss;
+the sample order gives the ids at those positions. Both must agree, ranges must tile every epoch, and
+steps must be consecutive.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from elastic_kfac.data.feeds import open_order
-from elastic_kfac.data.order import id_hash
+from elastic_kfac.config import Config
+from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.order import SampleOrder, id_hash
+from elastic_kfac.data.storage import join_uri
 from elastic_kfac.runs.results import read_ledger
 from elastic_kfac.state.ledger import Rows, world_sizes
 from elastic_kfac.state.run_folder import RunFolder
 
 
 class Order(Protocol):
-    """Which ids stand where."""
+    """The sample ids at the positions of an epoch."""
 
     @property
     def num_samples(self) -> int: ...
@@ -33,21 +35,21 @@ class Order(Protocol):
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found."""
+    """The result of an audit."""
 
     steps: int
     complete_epochs: int
     samples: int
     world_sizes: tuple[int, ...]
     problems: tuple[str, ...]
-    """One line per finding, the first step first."""
+    """One line per finding, in the order of steps."""
 
     @property
     def passed(self) -> bool:
         return not self.problems
 
     def line(self) -> str:
-        """The finding as one line."""
+        """One line for people."""
         if self.passed:
             sizes = "→".join(str(size) for size in self.world_sizes) or "none"
             return (
@@ -66,7 +68,7 @@ def audit_run(folder: RunFolder) -> AuditReport:
         ElasticKfacError: If the run, its checkpoints or its shards cannot be read.
     """
     config = folder.read_config()
-    return audit_rows(read_ledger(folder), open_order(config))
+    return audit_rows(read_ledger(folder), _TrainingOrder(config))
 
 
 def audit_rows(rows: Rows, order: Order, *, most_problems: int = 20) -> AuditReport:
@@ -111,3 +113,21 @@ def audit_rows(rows: Rows, order: Order, *, most_problems: int = 20) -> AuditRep
 
 def _what(epoch: int, first: int, expected_epoch: int, expected: int) -> str:
     return "samples lost" if (epoch, first) > (expected_epoch, expected) else "samples repeated"
+
+
+class _TrainingOrder:
+    """The order of a run's training split, read from its manifest alone."""
+
+    def __init__(self, config: Config) -> None:
+        self._shards = ShardSet.open(join_uri(config.data.shards, config.data.train_split))
+        self._seed = config.train.seed
+        self._current: SampleOrder | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self._shards.num_samples
+
+    def ids(self, epoch: int, first_position: int, count: int) -> npt.NDArray[np.int64]:
+        if self._current is None or self._current.epoch != epoch:
+            self._current = self._shards.order(self._seed, epoch)
+        return self._current.ids(first_position, count)

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from elastic_kfac.analysis.fixed_samples import FixedSamples, open_plain
+from elastic_kfac.analysis.fixed_samples import FixedSamples
 from elastic_kfac.analysis.hessian_report import analyse
 from elastic_kfac.analysis.landscape import bias_variance
 from elastic_kfac.analysis.low_rank_probe import probe
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
-from elastic_kfac.data.feeds import Feed, Feeds
+from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.errors import StateError, UsageError
 from elastic_kfac.runs.evaluate import newest_state
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState, restore_model
+from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.tasks.tasks import make_task
 
 FOLDER = "analysis"
 """Where results lie in a run's folder."""
@@ -37,17 +37,17 @@ class Restored:
     config: Config
     state: TrainingState
     model: nn.Module
-    feeds: Mapping[str, Feed]
+    datasets: Mapping[str, Dataset]
     """By the name of the split."""
 
     def samples(self, split: str, request: AnalysisConfig) -> FixedSamples:
         """The samples of a split that a request is about."""
-        return FixedSamples(self.feeds[split], self.model, request, Communicator.solo())
+        return FixedSamples(self.datasets[split], self.model, request, Communicator.solo())
 
     def where(self) -> dict[str, Any]:
         """The checkpoint's place in its run."""
         progress = self.state.progress
-        samples = self.feeds[self.config.data.train_split].num_samples
+        samples = self.datasets[self.config.data.train_split].num_samples
         return {"step": progress.step, "epoch": progress.epoch + progress.consumed / samples}
 
 
@@ -58,7 +58,7 @@ def restored(
     step: int | None = None,
     epoch: float | None = None,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> Iterator[Restored]:
     """The model of a run's checkpoint: that of `step`, the last up to `epoch`, or the newest.
 
@@ -68,8 +68,8 @@ def restored(
     """
     state = choose_state(folder, step=step, epoch=epoch)
     config = folder.read_config()
-    opened = feeds or Feeds(
-        open_plain(config, config.data.train_split), open_plain(config, config.data.eval_split)
+    opened = datasets or Datasets(
+        open_split(config, config.data.train_split), open_split(config, config.data.eval_split)
     )
     try:
         if state.data_sha256 != opened.train.sha256:
@@ -85,12 +85,12 @@ def restored(
             seed=config.train.seed,
         ).to(device or torch.device("cpu"))
         restore_model(model, state)
-        splits: dict[str, Feed] = {config.data.train_split: opened.train}
+        splits: dict[str, Dataset] = {config.data.train_split: opened.train}
         if opened.evaluation is not None:
             splits[config.data.eval_split] = opened.evaluation
         yield Restored(config, state, model.eval(), splits)
     finally:
-        if feeds is None:
+        if datasets is None:
             opened.close()
 
 
@@ -132,7 +132,7 @@ def analyse_run(
     step: int | None = None,
     epoch: float | None = None,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Analyses a checkpoint and writes `analysis/step-<step>-<split>.json` into the run's folder.
@@ -148,7 +148,7 @@ def analyse_run(
         UsageError: If there is no such checkpoint or split.
         ConfigError: If the request does not fit into memory.
     """
-    with restored(folder, step=step, epoch=epoch, device=device, feeds=feeds) as here:
+    with restored(folder, step=step, epoch=epoch, device=device, datasets=datasets) as here:
         name = check_split(here, split)
         samples = here.samples(name, request)
         parameters = sum(p.numel() for p in here.model.parameters() if p.requires_grad)
@@ -162,7 +162,7 @@ def analyse_run(
             samples,
             request,
             Communicator.solo(),
-            landscape={split: here.samples(split, request) for split in here.feeds},
+            landscape={split: here.samples(split, request) for split in here.datasets},
         )
         result = {"kind": "curvature", **here.where(), "split": name, **found}
         file = f"{FOLDER}/step-{here.state.progress.step:012d}-{name}.json"
@@ -177,7 +177,7 @@ def bias_variance_of_run(
     step: int | None = None,
     epoch: float | None = None,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> dict[str, Any]:
     """Loss + C·√(Var f / n) on the training split next to the loss on the evaluation split.
 
@@ -186,10 +186,10 @@ def bias_variance_of_run(
     Args:
         factor: C.
     """
-    with restored(folder, step=step, epoch=epoch, device=device, feeds=feeds) as here:
+    with restored(folder, step=step, epoch=epoch, device=device, datasets=datasets) as here:
         loss = make_task(here.config.train).loss
         rows = {}
-        for split in here.feeds:
+        for split in here.datasets:
             found = bias_variance(here.model, loss, here.samples(split, request))
             rows[split] = {
                 "loss": found.mean,
@@ -209,13 +209,13 @@ def low_rank_of_run(
     step: int | None = None,
     epoch: float | None = None,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> dict[str, Any]:
     """ε-ranks of a checkpoint's matrices beside a kernel matrix's; writes `analysis/low-rank.json`.
 
     The first batch of the request is what the layers see.
     """
-    with restored(folder, step=step, epoch=epoch, device=device, feeds=feeds) as here:
+    with restored(folder, step=step, epoch=epoch, device=device, datasets=datasets) as here:
         batch = next(iter(here.samples(here.config.data.train_split, request)))
         found = probe(here.model, batch[0], epsilon=epsilon)
         result = {"kind": "low_rank", **here.where(), **found}
@@ -229,8 +229,8 @@ def check_split(here: Restored, split: str | None) -> str:
         UsageError: If it has no such split.
     """
     name = split or here.config.data.train_split
-    if name not in here.feeds:
-        raise UsageError("the run has no such split", given=name, allowed=", ".join(here.feeds))
+    if name not in here.datasets:
+        raise UsageError("the run has no such split", given=name, allowed=", ".join(here.datasets))
     return name
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, parse_config
-from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.state.checkpoint import CheckpointStore
@@ -39,7 +39,7 @@ def evaluate_run(
     *,
     attack: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> Evaluation:
     """Evaluates the newest checkpoint of a run in this process.
 
@@ -48,7 +48,7 @@ def evaluate_run(
         attack: Values of the section `adversarial` to replace: `eval_attack`, `eval_radius`,
             `eval_steps`.
         device: Where; None is the CPU.
-        feeds: The splits; None opens the configured ones.
+        datasets: The splits; None opens the configured ones.
 
     Raises:
         UsageError: If the run has no checkpoint or no evaluation split.
@@ -60,7 +60,7 @@ def evaluate_run(
         adversarial = {**config.adversarial.model_dump(), **attack}
         checked = parse_config({"adversarial": adversarial}).adversarial
         config = config.model_copy(update={"adversarial": checked})
-    opened = feeds or open_feeds(config)
+    opened = datasets or open_datasets(config)
     try:
         if opened.evaluation is None:
             raise UsageError("the run has no evaluation split", given=config.data.eval_split)
@@ -68,7 +68,7 @@ def evaluate_run(
         trainer.restore(state)
         result = trainer.evaluate()
     finally:
-        if feeds is None:
+        if datasets is None:
             opened.close()
     attacked = result.attacked
     return Evaluation(

@@ -12,15 +12,14 @@ from elastic_kfac.analysis.hessian import Hessian
 from elastic_kfac.analysis.spectrum import top_by_lanczos
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feed, Feeds, open_feeds
+from elastic_kfac.data.dataset import Dataset, Datasets, open_datasets
 from elastic_kfac.runs.evaluate import newest_state
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import restore_model
-from elastic_kfac.tasks.adversarial import AttackKind
-from elastic_kfac.tasks.attacks import evaluation_attack
-from elastic_kfac.tasks.inputs import InputMaker
+from elastic_kfac.tasks.attacks import AttackKind, evaluation_attack
+from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.tasks.tasks import make_task
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.evaluation import evaluate_split
 
 LANCZOS_TOLERANCE = 1e-3
@@ -62,32 +61,34 @@ def measure_final_state(
     config = folder.read_config()
     state = newest_state(folder)
     unshuffled = _without_augmentation(config)
-    feeds = open_feeds(unshuffled)
+    datasets = open_datasets(unshuffled)
     try:
-        assert feeds.evaluation is not None
+        assert datasets.evaluation is not None
         model = build_model(
             config.model,
-            num_classes=feeds.train.num_classes,
-            image_shape=feeds.train.image_shape,
+            num_classes=datasets.train.num_classes,
+            image_shape=datasets.train.image_shape,
             seed=config.train.seed,
         ).to(device or torch.device("cpu"))
         restore_model(model, state)
-        return _Measurement(config, model, feeds, how).take(wanted)
+        return _Measurement(config, model, datasets, how).take(wanted)
     finally:
-        feeds.close()
+        datasets.close()
 
 
 class _Measurement:
-    """`feeds.evaluation` is the training split in id order, without augmentation."""
+    """`datasets.evaluation` is the training split in id order, without augmentation."""
 
-    def __init__(self, config: Config, model: nn.Module, feeds: Feeds, how: FinalMeasures) -> None:
+    def __init__(
+        self, config: Config, model: nn.Module, datasets: Datasets, how: FinalMeasures
+    ) -> None:
         self._config, self._model, self._how = config, model, how
         self._task = make_task(config.train)
-        assert feeds.evaluation is not None
-        self._training_split: Feed = feeds.evaluation
+        assert datasets.evaluation is not None
+        self._training_split: Dataset = datasets.evaluation
         parameter = next(model.parameters())
         # Both splits are normalised as the training split is, like in the run.
-        self._make_inputs = InputMaker(feeds.train, parameter.dtype, parameter.device)
+        self._preprocess = Preprocessor(datasets.train, parameter.dtype, parameter.device)
 
     def take(self, wanted: Collection[str]) -> dict[str, float]:
         found = {}
@@ -96,7 +97,7 @@ class _Measurement:
                 self._model,
                 self._task,
                 self._training_split,
-                self._make_inputs,
+                self._preprocess,
                 Communicator.solo(),
                 self._config.train,
             )
@@ -108,10 +109,10 @@ class _Measurement:
         return found
 
     def _top_eigenvalue(self) -> float:
-        feed, size = self._training_split, self._config.train.eval_batch_size
-        count = min(self._how.hessian_samples, feed.num_samples)
+        dataset, size = self._training_split, self._config.train.eval_batch_size
+        count = min(self._how.hessian_samples, dataset.num_samples)
         inputs = [
-            self._make_inputs(feed.read(0, first, min(size, count - first)))
+            self._preprocess(dataset.read(0, first, min(size, count - first)))
             for first in range(0, count, size)
         ]
         batches = [(part.images, part.labels) for part in inputs]
@@ -124,13 +125,13 @@ class _Measurement:
         return abs(found.values[0])
 
     def _adversarial_accuracy(self) -> float:
-        feeds = open_feeds(self._config)
+        datasets = open_datasets(self._config)
         try:
-            assert feeds.evaluation is not None
+            assert datasets.evaluation is not None
             attack = evaluation_attack(
                 self._config.adversarial,
-                self._make_inputs,
-                feeds.evaluation,
+                self._preprocess,
+                datasets.evaluation,
                 self._how.attack,
                 self._how.adversarial_radius,
                 self._how.adversarial_steps,
@@ -138,14 +139,14 @@ class _Measurement:
             result = evaluate_split(
                 self._model,
                 self._task,
-                feeds.evaluation,
-                self._make_inputs,
+                datasets.evaluation,
+                self._preprocess,
                 Communicator.solo(),
                 self._config.train,
                 attack=attack,
             )
         finally:
-            feeds.close()
+            datasets.close()
         assert result.attacked is not None
         return result.attacked.accuracy
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config import AdversarialConfig, Config
-from elastic_kfac.data.feeds import Feed, open_feeds
+from elastic_kfac.data.dataset import Dataset, open_datasets
 from elastic_kfac.data.order import stream_key, uniforms
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.tasks.inputs import InputMaker
+from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
-from elastic_kfac.tasks.tasks import SumLoss
+from elastic_kfac.tasks.preprocessing import Preprocessor
 
 AttackKind = Literal["fgsm", "pgd", "l2"]
 _KINDS: Final = ("fgsm", "pgd", "l2")
@@ -213,7 +213,7 @@ def mix_adversarial(
 
 
 def training_attack(
-    config: AdversarialConfig, make_inputs: InputMaker, feed: Feed
+    config: AdversarialConfig, preprocess: Preprocessor, dataset: Dataset
 ) -> Attack | None:
     """The configured attack on training samples, or None.
 
@@ -222,7 +222,7 @@ def training_attack(
     """
     if config.attack == "none":
         return None
-    low, high = data_range(config, make_inputs, feed)
+    low, high = data_range(config, preprocess, dataset)
     return Attack(
         config.attack,
         config.radius,
@@ -236,8 +236,8 @@ def training_attack(
 
 def evaluation_attack(
     config: AdversarialConfig,
-    make_inputs: InputMaker,
-    feed: Feed,
+    preprocess: Preprocessor,
+    dataset: Dataset,
     kind: AttackKind | None = None,
     radius: float | None = None,
     steps: int | None = None,
@@ -251,7 +251,7 @@ def evaluation_attack(
         if config.eval_attack == "none":
             return None
         kind = config.eval_attack
-    low, high = data_range(config, make_inputs, feed)
+    low, high = data_range(config, preprocess, dataset)
     return Attack(
         kind,
         config.evaluation_radius if radius is None else radius,
@@ -271,18 +271,18 @@ def check_attacks(config: Config) -> None:
     adversarial = config.adversarial
     if adversarial.attack == adversarial.eval_attack == "none":
         return
-    feeds = open_feeds(config)
+    datasets = open_datasets(config)
     try:
-        make_inputs = InputMaker(feeds.train, torch.float64, torch.device("cpu"))
-        training_attack(adversarial, make_inputs, feeds.train)
-        if feeds.evaluation is not None:
-            evaluation_attack(adversarial, make_inputs, feeds.evaluation)
+        preprocess = Preprocessor(datasets.train, torch.float64, torch.device("cpu"))
+        training_attack(adversarial, preprocess, datasets.train)
+        if datasets.evaluation is not None:
+            evaluation_attack(adversarial, preprocess, datasets.evaluation)
     finally:
-        feeds.close()
+        datasets.close()
 
 
 def data_range(
-    config: AdversarialConfig, make_inputs: InputMaker, feed: Feed
+    config: AdversarialConfig, preprocess: Preprocessor, dataset: Dataset
 ) -> tuple[float | Tensor, float | Tensor]:
     """Smallest and largest input: as configured, or of the pixels; infinite for other features.
 
@@ -290,6 +290,6 @@ def data_range(
     """
     if config.data_range is not None:
         return config.data_range
-    if feed.read(0, 0, 1).images.dtype == torch.uint8:
-        return make_inputs.pixel_range()
+    if dataset.read(0, 0, 1).images.dtype == torch.uint8:
+        return preprocess.pixel_range()
     return float("-inf"), float("inf")

@@ -20,9 +20,9 @@ from elastic_kfac.analysis.hessian import Hessian, SumOverRanks, last_layer_para
 from elastic_kfac.analysis.spectrum import top_eigenvalues
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feed, share
-from elastic_kfac.tasks.inputs import InputMaker
-from elastic_kfac.tasks.tasks import Task
+from elastic_kfac.data.dataset import Dataset, open_split, rank_slice
+from elastic_kfac.tasks.losses import Task
+from elastic_kfac.tasks.preprocessing import Preprocessor
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
@@ -62,11 +62,16 @@ class EigenvalueWatch:
     """Measures eigenvalues; remembers the pairs that the correlation is taken over."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: Config, feed: Feed, make_inputs: InputMaker
+        self,
+        model: nn.Module,
+        task: Task,
+        config: Config,
+        dataset: Dataset,
+        preprocess: Preprocessor,
     ) -> None:
         self._model, self._task, self._config = model, task, config
-        self._make_inputs = make_inputs
-        self._feed = feed
+        self._preprocess = preprocess
+        self._dataset = dataset
         self._pairs: list[tuple[float, float]] = []
 
     def measure(self, communicator: Communicator, kfac: KFAC | None) -> Measured:
@@ -123,23 +128,21 @@ class EigenvalueWatch:
 
     def _samples(self, communicator: Communicator) -> list[tuple[Tensor, Tensor]]:
         """This rank's share of the samples in chunks: the first ones of the first epoch's order."""
-        feed = self._feed
+        dataset = self._dataset
         if self._config.data.augment != "none":
-            from elastic_kfac.analysis.fixed_samples import open_plain
-
-            feed = open_plain(self._config, self._config.data.train_split)
-        count = min(self._config.batch.hessian_samples, feed.num_samples)
-        first, own = share(0, count, communicator.rank, communicator.world_size)
+            dataset = open_split(self._config, self._config.data.train_split)
+        count = min(self._config.batch.hessian_samples, dataset.num_samples)
+        first, own = rank_slice(0, count, communicator.rank, communicator.world_size)
         size = self._config.train.micro_batch_size or max(own, 1)
         result = []
         try:
             for start in range(first, first + own, size):
-                samples = feed.read(0, start, min(size, first + own - start))
-                inputs = self._make_inputs(samples)
+                samples = dataset.read(0, start, min(size, first + own - start))
+                inputs = self._preprocess(samples)
                 result.append((inputs.images, inputs.labels))
         finally:
-            if feed is not self._feed:
-                feed.close()
+            if dataset is not self._dataset:
+                dataset.close()
         return result
 
     def _correlation(self) -> float | None:

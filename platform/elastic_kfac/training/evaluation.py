@@ -9,10 +9,10 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
-from elastic_kfac.data.feeds import Feed, share
-from elastic_kfac.tasks.adversarial import Attack, perturbed
-from elastic_kfac.tasks.inputs import InputMaker
-from elastic_kfac.tasks.tasks import Task
+from elastic_kfac.data.dataset import Dataset, rank_slice
+from elastic_kfac.tasks.attacks import Attack, perturbed
+from elastic_kfac.tasks.losses import Task
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.precision import autocast
 
 
@@ -34,8 +34,8 @@ class EvalResult:
 def evaluate_split(
     model: nn.Module,
     task: Task,
-    feed: Feed,
-    make_inputs: InputMaker,
+    dataset: Dataset,
+    preprocess: Preprocessor,
     communicator: Communicator,
     config: TrainConfig,
     *,
@@ -47,8 +47,8 @@ def evaluate_split(
     Args:
         model: In any mode; it is in training mode afterwards.
         task: What is counted.
-        feed: The split.
-        make_inputs: For its samples.
+        dataset: The split.
+        preprocess: For its samples.
         communicator: The ranks.
         config: Batch size and precision.
         attack: Also count samples that it has changed.
@@ -56,15 +56,15 @@ def evaluate_split(
             has the same samples in every world.
     """
     size, device = config.eval_batch_size, next(model.parameters()).device
-    first, count = _own_share(feed.num_samples, size, communicator, whole_batches)
-    batches = -(-feed.num_samples // size)
+    first, count = _own_share(dataset.num_samples, size, communicator, whole_batches)
+    batches = -(-dataset.num_samples // size)
     sums = torch.zeros(batches, 5, dtype=torch.float64, device=device)
     model.eval()
     try:
         for start in range(first, first + count, size):
-            samples = feed.read(0, start, min(size, first + count - start))
-            feed.prefetch(0, start + size, min(size, first + count - start - size))
-            inputs = make_inputs(samples)
+            samples = dataset.read(0, start, min(size, first + count - start))
+            dataset.prefetch(0, start + size, min(size, first + count - start - size))
+            inputs = preprocess(samples)
             if not len(inputs.labels):
                 continue
             row = sums[start // size]
@@ -100,6 +100,6 @@ def _own_share(
 ) -> tuple[int, int]:
     rank, world_size = communicator.rank, communicator.world_size
     if not whole_batches:
-        return share(0, num_samples, rank, world_size)
-    begin, batches = share(0, -(-num_samples // size), rank, world_size)
+        return rank_slice(0, num_samples, rank, world_size)
+    begin, batches = rank_slice(0, -(-num_samples // size), rank, world_size)
     return begin * size, max(0, min(num_samples, (begin + batches) * size) - begin * size)

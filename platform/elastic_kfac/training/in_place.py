@@ -15,7 +15,7 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.callbacks import Callback, Control
@@ -36,7 +36,7 @@ def run_member(
     callback: Callback,
     control: Control,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
     repeat_rows: bool = False,
 ) -> Outcome:
     """Trains as a member of a world that changes, until the run ends, parks, or this member leaves.
@@ -48,7 +48,7 @@ def run_member(
     Raises:
         ElasticKfacError: As `run_rank`, but for the loss of peers, which is survived.
     """
-    opened = feeds or open_feeds(config)
+    opened = datasets or open_datasets(config)
     # What is there by now stays: the collection at every change of the world passes over it.
     gc.collect()
     gc.freeze()
@@ -88,7 +88,7 @@ def run_member(
     finally:
         leave()
         gc.unfreeze()
-        if feeds is None:
+        if datasets is None:
             opened.close()
 
 

@@ -18,7 +18,7 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import Progress, TrainingState
 from elastic_kfac.state.state_transfer import share_state, state_held_by_all
@@ -51,7 +51,7 @@ def run_rank(
     callback: Callback,
     control: Control,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> Outcome:
     """Trains as one rank until the run is finished or some rank's control asks to stop.
 
@@ -62,14 +62,14 @@ def run_rank(
         ElasticKfacError: A usage or data error on every rank alike; `CommunicationError` when a peer
             left; `NumericalError` when the loss is not finite.
     """
-    opened = feeds or open_feeds(config)
+    opened = datasets or open_datasets(config)
     try:
         trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
         loop = RunLoop(trainer, store)
         loop.go_on_from_newest()
         return loop.until_parked_or_finished(control)
     finally:
-        if feeds is None:
+        if datasets is None:
             opened.close()
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from elastic_kfac.curvature.kronecker_block import KroneckerBlock
-from elastic_kfac.data.feeds import StreamFeed
+from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.training.callbacks import Callback, Point, Trainer
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class RankProbe(Callback):
 
     def _phases(self, trainer: RankTrainer) -> dict[Labels, float]:
         spent = defaultdict(float, self._phase_s)
-        # The feed and K-FAC know their own parts of these two phases.
+        # The dataset and K-FAC know their own parts of these two phases.
         data_s = min(_data_counts(trainer).get("stall_s", 0.0), spent["forward_backward"])
         spent["data"] += data_s
         spent["forward_backward"] -= data_s
@@ -239,5 +239,5 @@ def _blocks(trainer: RankTrainer) -> tuple[Block, ...]:
 
 
 def _data_counts(trainer: RankTrainer) -> dict[str, float]:
-    feed = trainer.feeds.train
-    return feed.counts() if isinstance(feed, StreamFeed) else {}
+    dataset = trainer.datasets.train
+    return dataset.counts if isinstance(dataset, SampleStream) else {}

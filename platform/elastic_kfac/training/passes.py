@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feed, Samples, samples_in
+from elastic_kfac.data.dataset import Dataset
 from elastic_kfac.data.order import id_hash
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.identity import counter_seed
-from elastic_kfac.tasks.adversarial import Attack, adversarial_mask, mix_adversarial
-from elastic_kfac.tasks.attacks import training_attack
-from elastic_kfac.tasks.inputs import InputMaker, Inputs
+from elastic_kfac.tasks.attacks import Attack, adversarial_mask, mix_adversarial, training_attack
+from elastic_kfac.tasks.losses import Task
 from elastic_kfac.tasks.mixing import Mixup, RandomErasing
-from elastic_kfac.tasks.tasks import Task
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.precision import autocast
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 from elastic_kfac.training.sync.reproducible import ReproducibleExchange
@@ -41,17 +41,17 @@ class Passes:
     """Forward and backward over one rank's share of a batch."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: Config, feed: Feed, device: torch.device
+        self, model: nn.Module, task: Task, config: Config, dataset: Dataset, device: torch.device
     ) -> None:
         self._model, self._task, self._config, self._device = model, task, config, device
-        self.make_inputs = InputMaker(feed, next(model.parameters()).dtype, device)
-        self._attack: Attack | None = training_attack(config.adversarial, self.make_inputs, feed)
+        self.preprocess = Preprocessor(dataset, next(model.parameters()).dtype, device)
+        self._attack: Attack | None = training_attack(config.adversarial, self.preprocess, dataset)
         mixing, seed = config.mixing, config.train.seed
         self._mixup: Mixup | None = None
         if mixing.mixup != "none":
             self._mixup = Mixup(
                 mixing.alpha,
-                feed.num_classes,
+                dataset.num_classes,
                 seed=seed,
                 running=mixing.mixup == "running",
                 on_smaller=mixing.on_smaller,
@@ -70,7 +70,7 @@ class Passes:
         exchange: Exchange,
         communicator: Communicator,
         kfac: KFAC | None,
-        samples: Samples | None,
+        samples: Batch | None,
         place: Place,
         loss_scale: float,
     ) -> Totals:
@@ -85,12 +85,12 @@ class Passes:
         inputs = None
         if samples is not None:
             # Before the step begins: an attack needs the averages of the running statistics.
-            inputs = self._changed(self.make_inputs(samples), place)
+            inputs = self._prepared(samples, place)
         exchange.begin_step()
         if inputs is None:
             if not together:
                 return Totals()
-            inputs = self.make_inputs.none()
+            inputs = self.preprocess.empty()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         correct = torch.zeros((), dtype=torch.float64, device=self._device)
         size = self._config.train.micro_batch_size or max(len(inputs.labels), 1)
@@ -120,12 +120,12 @@ class Passes:
             id_hash=0 if samples is None else id_hash(samples.ids),
         )
 
-    def gradient(self, exchange: Exchange, samples: Samples | None) -> Totals:
+    def gradient(self, exchange: Exchange, samples: Batch | None) -> Totals:
         """Local sums of gradients over some samples as they are, without K-FAC's statistics."""
         exchange.begin_step()
         if samples is None:
             return Totals()
-        inputs = self.make_inputs(samples)
+        inputs = self.preprocess(samples)
         size = self._config.train.micro_batch_size or max(len(inputs.labels), 1)
         for start in range(0, len(inputs.labels), size):
             part = slice(start, start + size)
@@ -139,14 +139,14 @@ class Passes:
         exchange: ReproducibleExchange,
         communicator: Communicator,
         kfac: KFAC | None,
-        samples: Samples | None,
+        samples: Batch | None,
         place: Place,
         loss_scale: float,
     ) -> Totals:
         """One pass per logical shard, each a leaf of the summation tree."""
         for shard, part in exchange.shards(communicator, kfac, place.global_count):
             assert samples is not None
-            inputs = self._changed(self.make_inputs(samples_in(samples, part)), place)
+            inputs = self._prepared(samples.part(part), place)
             torch.manual_seed(counter_seed(self._config.train.seed, place.step, shard))
             exchange.begin_pass()
             loss = right = 0.0
@@ -158,13 +158,14 @@ class Passes:
             exchange.end_shard(shard, totals, loss_scale)
         return Totals()
 
-    def _changed(self, inputs: Inputs, place: Place) -> Inputs:
-        """Attacked, mixed and erased, as configured."""
+    def _prepared(self, batch: Batch, place: Place) -> Batch:
+        """The good records on the device, attacked, mixed and erased as configured."""
+        inputs = self.preprocess(batch)
         images, labels = inputs.images, inputs.labels
         if self._attack is not None and place.attacked_fraction > 0 and len(labels):
             mask = adversarial_mask(
                 place.own_offset,
-                int(inputs.places[-1]) + 1,
+                len(batch),
                 place.global_count,
                 micro_batch_size=self._config.train.global_batch_size,
                 fraction=place.attacked_fraction,
@@ -174,7 +175,7 @@ class Passes:
                 self._task.loss,
                 images,
                 labels,
-                mask[inputs.places],
+                mask[batch.good],
                 self._attack,
                 ids=inputs.ids,
                 seed=self._config.train.seed,

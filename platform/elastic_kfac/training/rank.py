@@ -17,7 +17,8 @@ from torch import nn
 from elastic_kfac.analysis.hessian_report import analysis_row
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, steps_apart
-from elastic_kfac.data.feeds import Feeds, Samples, share
+from elastic_kfac.data.dataset import Datasets, rank_slice
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.optimizers.batch_size import Growth
 from elastic_kfac.state.identity import config_sha256
@@ -30,8 +31,8 @@ from elastic_kfac.state.state import (
     restore_optimizer,
 )
 from elastic_kfac.tasks.attacks import evaluation_attack
+from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
@@ -86,7 +87,7 @@ class RankTrainer:
         self,
         config: Config,
         communicator: Communicator,
-        feeds: Feeds,
+        datasets: Datasets,
         *,
         device: torch.device | None = None,
         callback: Callback | None = None,
@@ -97,28 +98,28 @@ class RankTrainer:
         """Whether model, optimizer and curvature are those of the last committed step: not while a step
         or a restore changes them, nor after either has failed."""
         self.communicator = communicator
-        self.feeds = feeds
+        self.datasets = datasets
         self.device = device or torch.device("cpu")
         self.task = make_task(config.train)
         self.model = build_model(
             config.model,
-            num_classes=feeds.train.num_classes,
-            image_shape=feeds.train.image_shape,
+            num_classes=datasets.train.num_classes,
+            image_shape=datasets.train.image_shape,
             seed=config.train.seed,
         ).to(self.device)
         if config.train.sync_batch_norm:
             self.model = self._synchronised(communicator)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
-        self.passes = Passes(self.model, self.task, config, feeds.train, self.device)
+        self.passes = Passes(self.model, self.task, config, datasets.train, self.device)
         self.optimizer = make_optimizer(self.model, config.optimizer)
-        self.apart = StepsApart(config, self.model, self.optimizer, self.passes, feeds.train)
+        self.apart = StepsApart(config, self.model, self.optimizer, self.passes, datasets.train)
         self._steps_apart = steps_apart(config)
         self.path = self._make_path()
         self.scaler = LossScaler.for_precision(config.train.precision)
-        self.batch = BatchControl(config, feeds.train.num_samples)
+        self.batch = BatchControl(config, datasets.train.num_samples)
         self._eigenvalues = EigenvalueWatch(
-            self.model, self.task, config, feeds.train, self.passes.make_inputs
+            self.model, self.task, config, datasets.train, self.passes.preprocess
         )
         self.exchange = make_exchange(self.model, config.elastic)
         self._check_world()
@@ -127,9 +128,9 @@ class RankTrainer:
         self.rates = RateControl(config)
         self._newest_lr = config.optimizer.lr
         self._evaluation_attack = None
-        if feeds.evaluation is not None:
+        if datasets.evaluation is not None:
             self._evaluation_attack = evaluation_attack(
-                config.adversarial, self.passes.make_inputs, feeds.evaluation
+                config.adversarial, self.passes.preprocess, datasets.evaluation
             )
 
     @property
@@ -140,16 +141,16 @@ class RankTrainer:
     @property
     def total_samples(self) -> int:
         """Samples after which the run is over (a fraction of an epoch counts)."""
-        return max(1, round(self.config.train.epochs * self.feeds.train.num_samples))
+        return max(1, round(self.config.train.epochs * self.datasets.train.num_samples))
 
     @property
     def position(self) -> int:
         """Samples of the order that are committed, over all epochs."""
-        return self.progress.epoch * self.feeds.train.num_samples + self.progress.consumed
+        return self.progress.epoch * self.datasets.train.num_samples + self.progress.consumed
 
     @property
     def fractional_epoch(self) -> float:
-        return self.position / self.feeds.train.num_samples
+        return self.position / self.datasets.train.num_samples
 
     @property
     def finished(self) -> bool:
@@ -160,7 +161,7 @@ class RankTrainer:
     @property
     def evaluation_is_due(self) -> bool:
         """Whether the position has passed an evaluation point that was not evaluated yet."""
-        if self.feeds.evaluation is None:
+        if self.datasets.evaluation is None:
             return False
         return self._points(self.config.train.eval_every_epochs) > self.progress.evaluations
 
@@ -209,7 +210,7 @@ class RankTrainer:
             world_size=self.communicator.world_size,
             id_hash=totals.id_hash,
         )
-        epoch_is_over = first + count == self.feeds.train.num_samples
+        epoch_is_over = first + count == self.datasets.train.num_samples
         elapsed = time.perf_counter() - begin
         waited_s = self.communicator.counters.waited_s - waited_s
         self.progress = replace(
@@ -234,16 +235,16 @@ class RankTrainer:
 
     def evaluate(self) -> EvalResult:
         """Counts every evaluation sample exactly once over all ranks. Collective."""
-        feed = self.feeds.evaluation
-        assert feed is not None
+        dataset = self.datasets.evaluation
+        assert dataset is not None
         self._come_together()
         self.callback.on_point("evaluation", self.progress.step)
         begin = time.perf_counter()
         result = evaluate_split(
             self.model,
             self.task,
-            feed,
-            self.passes.make_inputs,
+            dataset,
+            self.passes.preprocess,
             self.communicator,
             self.config.train,
             attack=self._evaluation_attack,
@@ -267,7 +268,7 @@ class RankTrainer:
         """What a metric row says about the Hessian here; training does not notice. Collective."""
         self._come_together()
         columns = analysis_row(
-            self.model, self.task.loss, self.feeds, self.config, self.communicator
+            self.model, self.task.loss, self.datasets, self.config, self.communicator
         )
         elapsed = float(columns["analysis_time_s"])
         self.account(elapsed)
@@ -322,7 +323,7 @@ class RankTrainer:
             progress=self.progress,
             ledger=self.ledger.value(),
             seed=self.config.train.seed,
-            data_sha256=self.feeds.train.sha256,
+            data_sha256=self.datasets.train.sha256,
             config_sha256=config_sha256(self.config),
         )
 
@@ -340,7 +341,7 @@ class RankTrainer:
             StateError: If it belongs to another model, data set or seed, or if the reproducible mode
                 cannot promise equal bits.
         """
-        if state.data_sha256 != self.feeds.train.sha256:
+        if state.data_sha256 != self.datasets.train.sha256:
             raise StateError(
                 "the run's data set has changed: its manifest is not the one of the checkpoint",
                 given=self.config.data.shards,
@@ -432,27 +433,27 @@ class RankTrainer:
         rank, world_size = self.communicator.rank, self.communicator.world_size
         if isinstance(self.exchange, ReproducibleExchange):
             return self.exchange.share(first, count, rank, world_size)
-        return share(first, count, rank, world_size)
+        return rank_slice(first, count, rank, world_size)
 
     def _batch_size(self) -> int:
-        left = self.feeds.train.num_samples - self.progress.consumed
+        left = self.datasets.train.num_samples - self.progress.consumed
         return min(self.batch.size(self.communicator.world_size, self.position), left)
 
-    def _read_share(self, first: int, count: int) -> tuple[Samples | None, float]:
+    def _read_share(self, first: int, count: int) -> tuple[Batch | None, float]:
         begin = time.perf_counter()
         own_first, own_count = self._share(first, count)
         samples = None
         if own_count:
-            samples = self.feeds.train.read(self.progress.epoch, own_first, own_count)
+            samples = self.datasets.train.read(self.progress.epoch, own_first, own_count)
         waited = time.perf_counter() - begin
         epoch, next_first = self.progress.epoch, first + count
-        if next_first == self.feeds.train.num_samples:
+        if next_first == self.datasets.train.num_samples:
             epoch, next_first = epoch + 1, 0
-        if epoch * self.feeds.train.num_samples + next_first < self.total_samples:
-            left = self.feeds.train.num_samples - next_first
-            position = epoch * self.feeds.train.num_samples + next_first
+        if epoch * self.datasets.train.num_samples + next_first < self.total_samples:
+            left = self.datasets.train.num_samples - next_first
+            position = epoch * self.datasets.train.num_samples + next_first
             size = self.batch.size(self.communicator.world_size, position)
-            self.feeds.train.prefetch(epoch, *self._share(next_first, min(size, left)))
+            self.datasets.train.prefetch(epoch, *self._share(next_first, min(size, left)))
         return samples, waited
 
     def _loss_scale(self, global_count: int) -> float:
@@ -462,7 +463,7 @@ class RankTrainer:
         # The middle of the batch: neither the first rate of a warm-up nor a last one is 0.
         position = self.position + count / 2
         rates = self.rates.at(
-            position / self.feeds.train.num_samples, self.batch.lr_factor(position)
+            position / self.datasets.train.num_samples, self.batch.lr_factor(position)
         )
         self.rates.apply(self.optimizer, rates)
         finite = totals.gradients_are_finite
@@ -503,7 +504,7 @@ class RankTrainer:
         return rates.lr
 
     def _points(self, every_epochs: float) -> int:
-        every = every_epochs * self.feeds.train.num_samples
+        every = every_epochs * self.datasets.train.num_samples
         passed = int(self.position / every + 1e-9)
         # The end of the run is such a point, wherever it lies.
         if self.position >= self.total_samples and self.position - passed * every > 0.5:

@@ -14,7 +14,7 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, steps_apart
-from elastic_kfac.data.feeds import Feeds, open_feeds
+from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import TrainingState
@@ -43,14 +43,14 @@ def run_rank_with_rescue(
     callback: Callback,
     control: Control,
     device: torch.device | None = None,
-    feeds: Feeds | None = None,
+    datasets: Datasets | None = None,
 ) -> Outcome:
     """`run_rank`; a rank that loses a peer gives its last committed state to `store` before it fails.
 
     Raises:
         ElasticKfacError: As `run_rank`.
     """
-    opened = feeds or open_feeds(config)
+    opened = datasets or open_datasets(config)
     try:
         trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
         loop = RunLoop(trainer, store)
@@ -64,7 +64,7 @@ def run_rank_with_rescue(
                     store.rescue(trainer.capture(), list(loop.recent_rows))
             raise
     finally:
-        if feeds is None:
+        if datasets is None:
             opened.close()
 
 

@@ -14,12 +14,17 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
 from support.gloo import run_ranks
-from support.training_problems import MemoryFeed, RecordingCallback, memory_feeds, small_config
+from support.training_problems import (
+    MemoryDataset,
+    RecordingCallback,
+    memory_datasets,
+    small_config,
+)
 
 REQUEST = {
     "top_k": 2,
@@ -53,11 +58,11 @@ def by_itself(world: Communicator, ranks: int) -> dict[str, Any] | None:
     if part is None:
         return None
     config = small_config({"model.name": "support.training_problems:batch_norm_cnn"})
-    feed = MemoryFeed(50)
+    dataset = MemoryDataset(50)
     model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
     request = AnalysisConfig(**REQUEST)
-    samples = FixedSamples(feed, model, request, part)
-    test = FixedSamples(MemoryFeed(20), model, request, part)
+    samples = FixedSamples(dataset, model, request, part)
+    test = FixedSamples(MemoryDataset(20), model, request, part)
     loss = make_task(config.train).loss
     landscape = {"train": samples, "test": test}
     return numbers(analyse(model, loss, samples, request, part, landscape=landscape))
@@ -77,7 +82,7 @@ def in_training(world: Communicator, ranks: int) -> list[dict[str, Any]]:
             store=CheckpointStore(folder),
             callback=recorded,
             control=KeepGoing(),
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
     return [numbers(row["analysis"]) for row in recorded.metric_rows if "analysis" in row]
 
@@ -86,7 +91,7 @@ def no_room_on_rank_1(world: Communicator) -> str:
     config = small_config()
     model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
     request = AnalysisConfig(memory_gib=1e-9 if world.rank == 1 else 1.0)
-    samples = FixedSamples(MemoryFeed(50), model, request, world)
+    samples = FixedSamples(MemoryDataset(50), model, request, world)
     with pytest.raises(ConfigError, match="does not fit in memory") as caught:
         analyse(model, make_task(config.train).loss, samples, request, world)
     return caught.value.line()

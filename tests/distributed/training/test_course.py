@@ -16,11 +16,11 @@ from elastic_kfac.training.loop import Outcome, run_rank
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,
-    FeedOrder,
+    MemoryOrder,
     RecordingCallback,
     StopAt,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -107,7 +107,7 @@ def _train(folder: str, changes: dict[str, Any], stop_at: int | None) -> Outcome
         store=CheckpointStore(folder),
         callback=RecordingCallback(),
         control=KeepGoing() if stop_at is None else StopAt(stop_at),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
 
 
@@ -135,7 +135,7 @@ def test_three_two_three_ranks_equal_one_process(name: str, resized: Path, tmp_p
     together = _state(resized / name)
     assert states_differ_in(alone, together) == []
     assert together.ledger.world_sizes == (3, 2, 3)
-    assert audit_rows(together.ledger.tail, FeedOrder()).passed
+    assert audit_rows(together.ledger.tail, MemoryOrder()).passed
     ours, theirs = alone.part("batch_size"), together.part("batch_size")
     assert _rounded(ours) == _rounded(theirs)
     if name.startswith("abs"):

@@ -23,7 +23,7 @@ from support.gloo import run_ranks
 from support.held_resources import is_alive, left_in_shared_memory
 from support.reproducible_problems import final_sha256, play_schedules
 from support.selection import pairwise
-from support.training_problems import FeedOrder
+from support.training_problems import MemoryOrder
 
 KINDS = get_args(FaultKind)
 PRODUCT = [
@@ -86,7 +86,7 @@ def check_run(folder: Path, case: Case, expected: str) -> None:
     assert final_sha256(folder) == expected, case
     state = CheckpointStore(folder).load_latest()
     assert state is not None
-    assert audit_rows(state.ledger.tail, FeedOrder()).passed, case
+    assert audit_rows(state.ledger.tail, MemoryOrder()).passed, case
     assert state.ledger.tail["step"].tolist() == list(range(1, 13)), case
 
 

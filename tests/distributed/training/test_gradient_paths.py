@@ -17,11 +17,11 @@ from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
 from support.gloo import run_ranks
 from support.training_problems import (
-    FeedOrder,
+    MemoryOrder,
     RecordingCallback,
     StopAt,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -50,7 +50,7 @@ def _train(folder: str, changes: dict[str, Any], stop_at: int | None) -> Outcome
         store=CheckpointStore(folder),
         callback=RecordingCallback(),
         control=KeepGoing() if stop_at is None else StopAt(stop_at),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
 
 
@@ -76,7 +76,7 @@ def test_four_three_four_ranks_equal_one_process_on_every_path(tmp_path: Path) -
         together = _state(tmp_path / "ranks" / name)
         assert states_differ_in(alone, together) == [], name
         assert together.ledger.world_sizes == (4, 3, 4), name
-        assert audit_rows(together.ledger.tail, FeedOrder()).passed
+        assert audit_rows(together.ledger.tail, MemoryOrder()).passed
 
 
 WIRES: dict[str, dict[str, Any]] = {

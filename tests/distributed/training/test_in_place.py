@@ -21,12 +21,12 @@ from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_sched
 from support.training_problems import (
     KFAC,
     AtPoints,
-    FeedOrder,
+    MemoryOrder,
     RecordingCallback,
     Script,
     Seen,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -72,7 +72,7 @@ def member(folder: str, script: Script) -> Seen:
         store=CheckpointStore(folder),
         callback=Callbacks(faults, AtPoints(at_point), recorded),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     seen.rewinds = recorded.rewinds
     return seen
@@ -84,7 +84,7 @@ def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], Tra
     )
     state = CheckpointStore(folder).load_latest()
     assert state is not None
-    report = audit_rows(state.ledger.tail, FeedOrder())
+    report = audit_rows(state.ledger.tail, MemoryOrder())
     assert report.passed, report.line()
     return seen, state
 

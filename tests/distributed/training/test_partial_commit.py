@@ -19,10 +19,10 @@ from support.gloo import disband, run_ranks
 from support.training_problems import (
     KFAC,
     AtPoints,
-    FeedOrder,
+    MemoryOrder,
     RecordingCallback,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -68,7 +68,7 @@ def member(folder: str, torn: bool) -> tuple[list[int], list[int]]:
         store=CheckpointStore(folder),
         callback=Callbacks(AtPoints(at_point), recorded),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     return steps, [lost for _, lost in recorded.rewinds]
 
@@ -81,7 +81,7 @@ def test_partial_commit_goes_on_from_the_survivor_that_committed(
     seen = run_ranks(3, member, str(tmp_path / "run"), torn, expect_death=(1,))
     state = CheckpointStore(tmp_path / "run").load_latest()
     assert state is not None
-    report = audit_rows(state.ledger.tail, FeedOrder())
+    report = audit_rows(state.ledger.tail, MemoryOrder())
     assert report.passed, report.line()
     assert states_differ_in(alone, state) == []
     assert state.ledger.world_sizes == (3, 2)

@@ -24,7 +24,7 @@ from support.reproducible_problems import (
     play_schedules,
     random_schedule,
 )
-from support.training_problems import FeedOrder
+from support.training_problems import MemoryOrder
 
 CASES: dict[str, dict[str, Any]] = {
     "eigen": {},
@@ -95,7 +95,7 @@ def test_final_state_after_a_sigkill_has_the_bits_of_one_process(tmp_path: Path)
     assert final_sha256(tmp_path / "killed") == final_sha256(tmp_path / "alone")
     state = CheckpointStore(tmp_path / "killed").load_latest()
     assert state is not None and state.ledger.world_sizes == (3, 2)
-    assert audit_rows(state.ledger.tail, FeedOrder()).passed
+    assert audit_rows(state.ledger.tail, MemoryOrder()).passed
 
 
 def sum_by_rank(

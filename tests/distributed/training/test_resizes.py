@@ -18,10 +18,10 @@ from support.faults import Faults
 from support.gloo import disband, run_ranks, wait_for
 from support.training_problems import (
     KFAC,
-    FeedOrder,
+    MemoryOrder,
     StopAt,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -83,7 +83,7 @@ def train(
             store=CheckpointStore(folder),
             callback=faults,
             control=KeepGoing() if steps is None else StopAt(steps),
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
         sha256: str | None = outcome.state_sha256
     except CommunicationError:
@@ -113,7 +113,7 @@ def resize_gracefully(folder: str) -> dict[str, list[str | None]]:
 def final_state(folder: Path) -> TrainingState:
     state = CheckpointStore(folder).load_latest()
     assert state is not None and (state.progress.epoch, state.progress.step) == (3, 12)
-    assert audit_rows(state.ledger.tail, FeedOrder()).passed
+    assert audit_rows(state.ledger.tail, MemoryOrder()).passed
     assert state.ledger.tail["step"].tolist() == list(range(1, 13))
     return state
 

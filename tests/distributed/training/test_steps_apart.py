@@ -15,11 +15,11 @@ from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
 from support.gloo import run_ranks
 from support.training_problems import (
-    FeedOrder,
+    MemoryOrder,
     RecordingCallback,
     StopAt,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -53,7 +53,7 @@ def _train(folder: str, stop_at: int | None) -> dict[str, tuple[Outcome, Rows]]:
             store=CheckpointStore(f"{folder}/{name}"),
             callback=recorded,
             control=KeepGoing() if stop_at is None else StopAt(stop_at),
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
         found[name] = (outcome, recorded.metric_rows)
     return found
@@ -77,7 +77,7 @@ def test_four_ranks_that_stepped_apart_rejoin_and_go_on_as_three(tmp_path: Path)
         assert len({rank[name][0].state_sha256 for rank in finished}) == 1, name
         state = _state(tmp_path / name)
         assert state.progress.epoch == 3 and state.ledger.world_sizes == (4, 3)
-        assert audit_rows(state.ledger.tail, FeedOrder()).passed
+        assert audit_rows(state.ledger.tail, MemoryOrder()).passed
         rows = finished[0][name][1]
         losses[name] = [row["eval_loss"] for row in rows if "eval_loss" in row][-1]
         if name.startswith("newton"):
@@ -112,7 +112,7 @@ def test_mixed_batches_are_dropped_by_a_restore(tmp_path: Path) -> None:
             store=CheckpointStore(tmp_path / "restarted"),
             callback=RecordingCallback(),
             control=KeepGoing() if stop_at is None else StopAt(stop_at),
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
     restarted = _state(tmp_path / "restarted")
     ours, theirs = never.model_tensors(), restarted.model_tensors()

@@ -28,7 +28,7 @@ from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.sync.reproducible import machine_type
 from support.gloo import run_ranks
-from support.training_problems import KFAC, RecordingCallback, memory_feeds, small_config
+from support.training_problems import KFAC, RecordingCallback, memory_datasets, small_config
 
 RECORD = Path(__file__).with_name("trajectories.json")
 DIGITS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def _train(folder: Path, case: str, root: Path) -> Trajectory:
         store=CheckpointStore(folder),
         callback=recorded,
         control=KeepGoing(),
-        feeds=None if digits else memory_feeds(),
+        datasets=None if digits else memory_datasets(),
     )
     state = CheckpointStore(folder).load_latest()
     assert state is not None

@@ -19,12 +19,12 @@ from support.faults import Faults
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,
-    FeedOrder,
-    MemoryFeed,
+    MemoryDataset,
+    MemoryOrder,
     RecordingCallback,
     StopAt,
     in_one_process,
-    memory_feeds,
+    memory_datasets,
     small_config,
     states_differ_in,
 )
@@ -35,17 +35,17 @@ def train(
 ) -> tuple[Outcome, RecordingCallback, list[int]]:
     communicator = Communicator.world()
     stops = stop_at is not None and communicator.rank == stop_rank
-    recorded, feeds = RecordingCallback(), memory_feeds()
+    recorded, datasets = RecordingCallback(), memory_datasets()
     outcome = run_rank(
         small_config(changes),
         communicator,
         store=CheckpointStore(folder),
         callback=recorded,
         control=StopAt(stop_at or 0) if stops else KeepGoing(),
-        feeds=feeds,
+        datasets=datasets,
     )
-    assert isinstance(feeds.train, MemoryFeed)
-    return outcome, recorded, feeds.train.read_ids
+    assert isinstance(datasets.train, MemoryDataset)
+    return outcome, recorded, datasets.train.read_ids
 
 
 def final_state(folder: Path) -> TrainingState:
@@ -80,7 +80,7 @@ def test_trajectory_on_several_ranks_equals_one_process(
     assert {outcome.state_sha256 for outcome, _, _ in results} == {together.sha256()}
     seen = sorted(itertools.chain.from_iterable(ids for _, _, ids in results))
     assert seen == sorted(3 * list(range(50)))
-    assert audit_rows(together.ledger.tail, FeedOrder()).passed
+    assert audit_rows(together.ledger.tail, MemoryOrder()).passed
 
 
 @pytest.mark.parametrize("changes", [{}, KFAC], ids=["sgd", "kfac"])
@@ -100,7 +100,7 @@ def test_parked_at_three_and_resumed_at_two_then_one_equals_one_process(
     outcome, _, _ = train(str(folder), changes, None, 0)
     assert outcome.world_sizes == (3, 2, 1)
     assert states_differ_in(alone, final_state(folder)) == []
-    assert audit_rows(final_state(folder).ledger.tail, FeedOrder()).passed
+    assert audit_rows(final_state(folder).ledger.tail, MemoryOrder()).passed
 
 
 def test_batch_norm_statistics_are_equal_on_all_ranks_and_weighted_by_samples(
@@ -151,7 +151,7 @@ def test_keep_local_shrinks_batch_and_rate_and_ramps_after_a_change(tmp_path: Pa
     expected = [0.1 - 0.05 * (4 + 8 * step) / 50 for step in range(6)]
     assert [row["lr"] for row in rows[:6]] == pytest.approx(expected)
     assert [row["lr"] for row in rows[7:]] == pytest.approx([0.05] * len(rows[7:]))
-    assert audit_rows(final_state(tmp_path).ledger.tail, FeedOrder()).passed
+    assert audit_rows(final_state(tmp_path).ledger.tail, MemoryOrder()).passed
 
 
 def train_until_killed(
@@ -166,7 +166,7 @@ def train_until_killed(
             store=CheckpointStore(folder),
             callback=faults,
             control=KeepGoing(),
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
     except CommunicationError as error:
         return error.line()
@@ -197,4 +197,4 @@ def test_kill_then_restart_with_another_world_size_equals_one_process(
     results = run_ranks(3, train, str(folder), {}, None, 0)
     assert results[0][0].world_sizes == (2, 3)
     assert states_differ_in(alone, final_state(folder)) == []
-    assert audit_rows(final_state(folder).ledger.tail, FeedOrder()).passed
+    assert audit_rows(final_state(folder).ledger.tail, MemoryOrder()).passed

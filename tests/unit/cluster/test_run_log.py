@@ -26,7 +26,7 @@ from elastic_kfac.observability.run_log import (
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, event_row
 from elastic_kfac.training.loop import run_rank
-from support.training_problems import RecordingCallback, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_datasets, small_config
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +154,7 @@ def test_rank_logs_with_the_step_it_has_reached(written: io.StringIO, tmp_path: 
         store=CheckpointStore(tmp_path / "run"),
         callback=Callbacks(LogPosition(context), recorded),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     log_of("checkpoints").info("checkpoint written")
     (line,) = lines(written)

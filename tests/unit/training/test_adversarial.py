@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.tasks.attacks import (
     Attack,
@@ -21,25 +22,25 @@ from elastic_kfac.tasks.attacks import (
     mix_adversarial,
     perturbed,
 )
-from elastic_kfac.tasks.inputs import InputMaker
-from elastic_kfac.tasks.tasks import CrossEntropy
+from elastic_kfac.tasks.losses import CrossEntropy
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.evaluation import evaluate_split
-from support.training_problems import MemoryFeed, MemorySamples
+from support.training_problems import MemoryDataset
 
 WIDE = {"low": -100.0, "high": 100.0}
 
 
-class Vectors(MemoryFeed):
+class Vectors(MemoryDataset):
     """Given inputs in their order."""
 
     def __init__(self, inputs: Tensor, labels: Tensor) -> None:
         super().__init__(len(labels))
         self._inputs, self._given = inputs, labels
 
-    def read(self, epoch: int, first_position: int, count: int) -> MemorySamples:
+    def read(self, epoch: int, first_position: int, count: int) -> Batch:
         part = slice(first_position, first_position + count)
         ids = np.arange(len(self._given), dtype=np.uint64)[part]
-        return MemorySamples(self._inputs[part], self._given[part], ids, torch.ones(len(ids)))
+        return Batch(self._inputs[part], self._given[part], ids, torch.ones(len(ids)))
 
 
 def logistic_sum(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -223,8 +224,8 @@ def test_evaluation_counts_clean_and_attacked_samples() -> None:
     found = evaluate_split(
         model,
         Binary(),
-        feed := Vectors(inputs, labels),
-        InputMaker(feed, torch.float64, torch.device("cpu")),
+        dataset := Vectors(inputs, labels),
+        Preprocessor(dataset, torch.float64, torch.device("cpu")),
         Communicator.solo(),
         TrainConfig(eval_batch_size=8),
         attack=Attack("fgsm", 0.3, **WIDE),

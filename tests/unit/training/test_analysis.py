@@ -30,11 +30,11 @@ from elastic_kfac.runs.checkpoint_analysis import (
 from elastic_kfac.runs.history import read_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import build_model
-from elastic_kfac.tasks.tasks import make_task
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from support.training_problems import MemoryFeed, memory_feeds, small_config
+from support.training_problems import MemoryDataset, memory_datasets, small_config
 
 BATCH_NORM = {"model.name": "support.training_problems:batch_norm_cnn"}
 FULL = AnalysisConfig(
@@ -59,7 +59,7 @@ def trained(folder: Path, changes: dict[str, Any] | None = None) -> tuple[RunFol
         store=CheckpointStore(run.uri),
         callback=FolderWriter(run),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     return run, outcome
 
@@ -67,9 +67,9 @@ def trained(folder: Path, changes: dict[str, Any] | None = None) -> tuple[RunFol
 def problem() -> tuple[nn.Module, FixedSamples, Any]:
     config = small_config(BATCH_NORM)
     model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
-    feed = MemoryFeed(50)
-    model(feed.read(0, 0, 50).images)  # running statistics that differ from their initial values
-    samples = FixedSamples(feed, model, FULL, Communicator.solo())
+    dataset = MemoryDataset(50)
+    model(dataset.read(0, 0, 50).images)  # running statistics that differ from their initial values
+    samples = FixedSamples(dataset, model, FULL, Communicator.solo())
     return model, samples, make_task(config.train).loss
 
 
@@ -167,7 +167,7 @@ def test_request_that_cannot_fit_is_refused_before_any_work(
         )
     # In training it is a row, not the end of the run.
     config = small_config({**BATCH_NORM, "analysis.every_epochs": 1})
-    row = analysis_row(model, loss, memory_feeds(), config, Communicator.solo())
+    row = analysis_row(model, loss, memory_datasets(), config, Communicator.solo())
     assert "does not fit" in row["analysis_problem"]
     assert "top_eigenvalue" not in row
 
@@ -211,24 +211,24 @@ def test_checkpoints_are_chosen_by_step_by_epoch_or_the_newest(tmp_path: Path) -
 
 def test_analysed_run_shows_its_figures_and_probes_in_the_report(tmp_path: Path) -> None:
     run, _ = trained(tmp_path)
-    found = analyse_run(run, FULL, feeds=memory_feeds())
+    found = analyse_run(run, FULL, datasets=memory_datasets())
     written = json.loads(run.storage.read(found["file"]))
     assert written["spectrum"] == found["spectrum"]
     assert written["landscape"]["losses"].keys() == {"train", "test"}
     assert figures(found).keys() == {"spectrum", "landscape", "density"}
     assert any("not a saddle" in line or "saddle" in line for line in table(found))
-    spread = bias_variance_of_run(run, AnalysisConfig(samples=None), feeds=memory_feeds())
+    spread = bias_variance_of_run(run, AnalysisConfig(samples=None), datasets=memory_datasets())
     train = spread["splits"]["train"]
     expected = train["loss"] + math.sqrt(train["variance"] / train["samples"])
     assert train["bound"] == pytest.approx(expected, rel=1e-12)
-    low_rank = low_rank_of_run(run, AnalysisConfig(samples=16), feeds=memory_feeds())
+    low_rank = low_rank_of_run(run, AnalysisConfig(samples=16), datasets=memory_datasets())
     assert sum("holds" in line or "FAILS" in line for line in low_rank_table(low_rank)) == 3
     text = analysis_section(read_run(tmp_path))
     for heading in ("Loss surface", "Bias and variance", "Low-rank probe"):
         assert heading in text
     assert text.count("<svg") == 3
     with pytest.raises(UsageError, match="allowed: train, test"):
-        analyse_run(run, FULL, split="validation", feeds=memory_feeds())
+        analyse_run(run, FULL, split="validation", datasets=memory_datasets())
 
 
 def test_kernel_block_has_low_rank_and_unrolled_inputs_have_not() -> None:

@@ -12,8 +12,8 @@ from elastic_kfac.analysis.hessian import Hessian, last_layer_parameters
 from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
 from elastic_kfac.analysis.spectrum import top_eigenvalues
 from elastic_kfac.optimizers.batch_size import BatchSizePolicy, make_policy
-from elastic_kfac.tasks.adversarial import Attack, adversarial_mask, mix_adversarial
-from elastic_kfac.tasks.tasks import CrossEntropy
+from elastic_kfac.tasks.attacks import Attack, adversarial_mask, mix_adversarial
+from elastic_kfac.tasks.losses import CrossEntropy
 
 EPOCHS = 45
 SAMPLES = 4096

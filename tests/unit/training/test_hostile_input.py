@@ -23,7 +23,7 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
-from support.training_problems import RecordingCallback, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_datasets, small_config
 
 HOSTILE_NAMES = (
     "../escaped",
@@ -64,7 +64,7 @@ def checkpoint(tmp_path: Path) -> Path:
         store=CheckpointStore(tmp_path / "run"),
         callback=RecordingCallback(),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     return folder

@@ -9,7 +9,7 @@ import torch
 
 import support.training_problems
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import ConfigError, NumericalError, StateError
 from elastic_kfac.runs.audit import audit_rows
@@ -26,12 +26,12 @@ from elastic_kfac.training.loop import Outcome, run_rank
 from elastic_kfac.training.rank import RankTrainer
 from support.training_problems import (
     AtPoints,
-    FeedOrder,
-    MemoryFeed,
+    MemoryDataset,
+    MemoryOrder,
     RecordingCallback,
     StopAt,
     float64_cnn,
-    memory_feeds,
+    memory_datasets,
     small_config,
 )
 
@@ -41,7 +41,7 @@ def run(folder: Path, changes: dict[str, object] | None = None, **arguments: obj
         "store": CheckpointStore(folder),
         "callback": RecordingCallback(),
         "control": KeepGoing(),
-        "feeds": memory_feeds(),
+        "datasets": memory_datasets(),
     }
     return run_rank(small_config(changes), Communicator.solo(), **{**options, **arguments})  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ def run(folder: Path, changes: dict[str, object] | None = None, **arguments: obj
 def manual_sgd(steps: int) -> list[torch.Tensor]:
     """Three lines of textbook training over the same order: the oracle of the loop."""
     config = small_config()
-    feed = MemoryFeed(50)
+    dataset = MemoryDataset(50)
     model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
     groups = [
         {"params": [p for n, p in model.named_parameters() if "weight" in n], "weight_decay": 1e-3},
@@ -58,7 +58,7 @@ def manual_sgd(steps: int) -> list[torch.Tensor]:
     optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
     epoch = first = 0
     for _ in range(steps):
-        samples = feed.read(epoch, first, min(16, 50 - first))
+        samples = dataset.read(epoch, first, min(16, 50 - first))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(model(samples.images), samples.labels).backward()
         optimizer.step()
@@ -124,7 +124,7 @@ def test_damaged_newest_checkpoint_ends_in_the_same_bits(tmp_path: Path) -> None
     assert resumed.state_sha256 == straight.state_sha256
     state = CheckpointStore(tmp_path / "run").load_latest()
     assert state is not None
-    report = audit_rows(state.ledger.tail, FeedOrder())
+    report = audit_rows(state.ledger.tail, MemoryOrder())
     assert report.passed, report.line()
 
 
@@ -153,10 +153,10 @@ def test_snapshots_rest_until_their_cost_is_a_small_share(
 
 
 def test_every_sample_once_per_epoch_at_the_loss(tmp_path: Path) -> None:
-    feeds = memory_feeds()
-    run(tmp_path, {"train.epochs": 2, "train.micro_batch_size": 5}, feeds=feeds)
-    assert isinstance(feeds.train, MemoryFeed)
-    assert sorted(feeds.train.read_ids) == sorted(2 * list(range(50)))
+    datasets = memory_datasets()
+    run(tmp_path, {"train.epochs": 2, "train.micro_batch_size": 5}, datasets=datasets)
+    assert isinstance(datasets.train, MemoryDataset)
+    assert sorted(datasets.train.read_ids) == sorted(2 * list(range(50)))
 
 
 def test_fraction_of_an_epoch_ends_there_and_is_evaluated(tmp_path: Path) -> None:
@@ -179,21 +179,21 @@ def test_target_accuracy_is_timed_and_can_end_the_run(tmp_path: Path) -> None:
 
 
 def test_nan_batch_is_an_error_that_names_the_step(tmp_path: Path) -> None:
-    feeds = memory_feeds()
-    assert isinstance(feeds.train, MemoryFeed)
-    feeds.train._images[7] = float("nan")
+    datasets = memory_datasets()
+    assert isinstance(datasets.train, MemoryDataset)
+    datasets.train._images[7] = float("nan")
     with pytest.raises(NumericalError, match="not finite in step"):
-        run(tmp_path, feeds=feeds)
+        run(tmp_path, datasets=datasets)
 
 
 def test_bad_records_take_no_part_in_the_mean_but_keep_their_place(tmp_path: Path) -> None:
-    feed = MemoryFeed(50)
-    samples = feed.read(0, 0, 16)
-    feed.bad_ids = frozenset(samples.ids[:3].tolist())
+    dataset = MemoryDataset(50)
+    samples = dataset.read(0, 0, 16)
+    dataset.bad_ids = frozenset(samples.ids[:3].tolist())
     trainer = RankTrainer(
         small_config({"optimizer.weight_decay": 0.0, "optimizer.momentum": 0.0}),
         Communicator.solo(),
-        Feeds(feed, None),
+        Datasets(dataset, None),
     )
     before = [p.detach().clone() for p in trainer.model.parameters()]
     loss = torch.nn.functional.cross_entropy(trainer.model(samples.images[3:]), samples.labels[3:])
@@ -208,7 +208,7 @@ def test_bad_records_take_no_part_in_the_mean_but_keep_their_place(tmp_path: Pat
 def test_other_data_set_is_refused(tmp_path: Path) -> None:
     run(tmp_path, control=StopAt(2))
     with pytest.raises(StateError, match="data set has changed"):
-        run(tmp_path, feeds=memory_feeds(num_samples=51))
+        run(tmp_path, datasets=memory_datasets(num_samples=51))
 
 
 def test_other_model_is_refused(tmp_path: Path) -> None:
@@ -219,27 +219,29 @@ def test_other_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_evaluation_counts_are_exact(tmp_path: Path) -> None:
-    feeds = memory_feeds(eval_samples=23)
+    datasets = memory_datasets(eval_samples=23)
     config = small_config({"train.eval_batch_size": 4})
-    trainer = RankTrainer(config, Communicator.solo(), feeds)
+    trainer = RankTrainer(config, Communicator.solo(), datasets)
     result = trainer.evaluate()
-    assert isinstance(feeds.evaluation, MemoryFeed)
-    assert sorted(feeds.evaluation.read_ids) == list(range(23))
-    images = feeds.evaluation._images
+    assert isinstance(datasets.evaluation, MemoryDataset)
+    assert sorted(datasets.evaluation.read_ids) == list(range(23))
+    images = datasets.evaluation._images
     with torch.no_grad():
         outputs = trainer.model(images)
-    loss = torch.nn.functional.cross_entropy(outputs, feeds.evaluation._labels)
+    loss = torch.nn.functional.cross_entropy(outputs, datasets.evaluation._labels)
     assert result.count == 23
-    assert result.correct == int((outputs.argmax(1) == feeds.evaluation._labels).sum())
+    assert result.correct == int((outputs.argmax(1) == datasets.evaluation._labels).sum())
     assert result.loss == pytest.approx(float(loss), abs=1e-12)
 
 
 def test_batch_norm_running_statistics_do_not_depend_on_micro_batch_count(tmp_path: Path) -> None:
     """One moving-average step per optimizer step: with equal micro-batches the mean is the same."""
     changes = {"model.name": "support.training_problems:batch_norm_cnn", "optimizer.lr": 1e-12}
-    whole = RankTrainer(small_config(changes), Communicator.solo(), memory_feeds())
+    whole = RankTrainer(small_config(changes), Communicator.solo(), memory_datasets())
     parts = RankTrainer(
-        small_config({**changes, "train.micro_batch_size": 4}), Communicator.solo(), memory_feeds()
+        small_config({**changes, "train.micro_batch_size": 4}),
+        Communicator.solo(),
+        memory_datasets(),
     )
     for _ in range(3):
         whole.step()
@@ -253,9 +255,9 @@ def test_batch_norm_running_statistics_do_not_depend_on_micro_batch_count(tmp_pa
 def test_batch_norm_of_one_pass_equals_torch(tmp_path: Path) -> None:
     changes = {"model.name": "support.training_problems:batch_norm_cnn"}
     config = small_config(changes)
-    trainer = RankTrainer(config, Communicator.solo(), memory_feeds())
+    trainer = RankTrainer(config, Communicator.solo(), memory_datasets())
     oracle = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
-    oracle(MemoryFeed(50).read(0, 0, 16).images)
+    oracle(MemoryDataset(50).read(0, 0, 16).images)
     trainer.step()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         ours = getattr(trainer.model[1], name)  # type: ignore[index]
@@ -267,12 +269,12 @@ def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
     config = small_config()
     folder.write_config(config)
     outcome = run(tmp_path, callback=FolderWriter(folder))
-    feeds = memory_feeds()
-    evaluation = evaluate_run(folder, feeds=feeds)
+    datasets = memory_datasets()
+    evaluation = evaluate_run(folder, datasets=datasets)
     last = [row for row in folder.metrics() if "eval_accuracy" in row][-1]
     assert evaluation.accuracy == last["eval_accuracy"] and evaluation.step == 12
     assert compact_ledger(folder) == 12
-    assert audit_rows(read_ledger(folder), FeedOrder()).passed
+    assert audit_rows(read_ledger(folder), MemoryOrder()).passed
     result = result_row(config, outcome)
     assert (result["status"], result["epochs"], result["world_sizes"]) == ("finished", 3.0, [1])
     export_run(folder, tmp_path / "weights.safetensors")
@@ -310,7 +312,7 @@ def test_half_precision_learns_and_resumes_in_the_same_bits(tmp_path: Path, prec
 
 def test_fp16_overflow_skips_the_update_halves_the_scale_and_commits_the_samples() -> None:
     config = small_config({"train.precision": "fp16", "model.name": "mlp"})
-    trainer = RankTrainer(config, Communicator.solo(), memory_feeds())
+    trainer = RankTrainer(config, Communicator.solo(), memory_datasets())
     trainer.scaler.scale = 2.0**24
     trainer.scaler.largest = 2.0**40
     trainer.scaler.scale = 2.0**40
@@ -333,7 +335,7 @@ def test_long_ledger_is_sealed_into_segments_and_read_back_whole(
     state = CheckpointStore(tmp_path).load_latest()
     assert state is not None and len(state.ledger.segments) >= 2
     rows = read_ledger(RunFolder(tmp_path))
-    assert audit_rows(rows, FeedOrder()).passed
+    assert audit_rows(rows, MemoryOrder()).passed
     assert rows["step"].tolist() == list(range(1, 13))
     assert state.ledger.world_sizes == (1,)
 
@@ -378,7 +380,7 @@ def test_own_loss_and_metric_are_used(tmp_path: Path, monkeypatch: pytest.Monkey
     recorded = RecordingCallback()
     run(tmp_path, {"train.loss": "support.training_problems:OwnTask"}, callback=recorded)
     model = build_model(small_config().model, num_classes=3, image_shape=(1, 4, 4), seed=0)
-    samples = MemoryFeed(50).read(0, 0, 16)
+    samples = MemoryDataset(50).read(0, 0, 16)
     task = OwnTask(None)
     outputs = model(samples.images).detach()
     assert recorded.metric_rows[0]["loss"] == pytest.approx(
@@ -401,11 +403,11 @@ def test_activation_checkpointing_gives_the_same_bits(kfac: bool) -> None:
         "kfac.enabled": kfac,
         "kfac.damping": 0.1,
     }
-    feeds = Feeds(MemoryFeed(50, shape=(1, 8, 8)), None)
+    datasets = Datasets(MemoryDataset(50, shape=(1, 8, 8)), None)
     hashes = []
     for flag in (False, True):
         config = small_config({**changes, "train.activation_checkpointing": flag})
-        trainer = RankTrainer(config, Communicator.solo(), feeds)
+        trainer = RankTrainer(config, Communicator.solo(), datasets)
         for _ in range(2):
             trainer.step()
         hashes.append(trainer.capture().sha256())

@@ -12,7 +12,7 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.measurement import RankProbe, Values
-from support.training_problems import memory_feeds, small_config
+from support.training_problems import memory_datasets, small_config
 
 STEPS = 12
 """Three epochs of 50 samples in batches of 16."""
@@ -37,7 +37,7 @@ def trained(folder: Path, **changes: Any) -> Measured:
         store=store,
         callback=recorded.probe,
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     return recorded
 

@@ -18,7 +18,7 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Control, FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
 from support.object_server import Store, s3_server
-from support.training_problems import RecordingCallback, StopAt, memory_feeds, small_config
+from support.training_problems import RecordingCallback, StopAt, memory_datasets, small_config
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_run_parks_resumes_and_compacts_its_ledger(bucket: str, tmp_path: Path) 
             store=FolderMaking(uri),
             callback=FolderWriter(folder),
             control=control,
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
     assert outcome.progress.step == 12
     assert compact_ledger(folder) == 12
@@ -109,7 +109,7 @@ def train(uri: str, control: Control, *, snapshot_interval_s: float = 1e9) -> Ou
             store=store,
             callback=RecordingCallback(),
             control=control,
-            feeds=memory_feeds(),
+            datasets=memory_datasets(),
         )
     finally:
         store.close()

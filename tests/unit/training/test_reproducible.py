@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.summation_tree import shard_range
-from elastic_kfac.data.feeds import Feeds
+from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import StateError
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.sync import reproducible
@@ -22,14 +22,14 @@ from elastic_kfac.training.sync.reproducible import (
 )
 from support import reproducible_problems
 from support.reproducible_problems import dropout_net, reproducible_config
-from support.training_problems import MemoryFeed, small_config
+from support.training_problems import MemoryDataset, small_config
 
 
 def trainer(
     changes: dict[str, Any] | None = None, shape: tuple[int, int, int] = (1, 4, 4)
 ) -> RankTrainer:
-    feeds = Feeds(MemoryFeed(50, shape=shape), None)
-    return RankTrainer(reproducible_config(changes), Communicator.solo(), feeds)
+    datasets = Datasets(MemoryDataset(50, shape=shape), None)
+    return RankTrainer(reproducible_config(changes), Communicator.solo(), datasets)
 
 
 def test_config_with_a_micro_batch_of_a_whole_shard_is_accepted() -> None:
@@ -98,7 +98,7 @@ def test_checkpoint_of_the_ordinary_mode_is_refused_and_the_reverse_is_not() -> 
     ordinary = RankTrainer(
         small_config({"model.name": "support.reproducible_problems:dropout_net"}),
         Communicator.solo(),
-        Feeds(MemoryFeed(50), None),
+        Datasets(MemoryDataset(50), None),
     )
     with pytest.raises(StateError, match="not written in the reproducible mode"):
         trainer({"kfac.enabled": False}).restore(ordinary.capture())
@@ -137,7 +137,7 @@ def test_inputs_of_every_shard_begin_on_a_cache_line() -> None:
         one.step()
     assert offsets == [0] * 22
     # The control: without a copy of their own the shards of such a batch do not begin there.
-    batch = one.feeds.train.read(0, 0, 22).images.float()
+    batch = one.datasets.train.read(0, 0, 22).images.float()
     views = [
         batch[begin:].data_ptr() % 64 for begin, _ in (shard_range(22, 8, i) for i in range(8))
     ]
@@ -158,6 +158,6 @@ def test_shares_of_the_ranks_follow_each_other_without_gap(world_size: int, coun
 
 
 def test_evaluation_counts_every_sample_once_in_whole_batches(tmp_path: Path) -> None:
-    feeds = Feeds(MemoryFeed(50), MemoryFeed(20))
+    datasets = Datasets(MemoryDataset(50), MemoryDataset(20))
     config = reproducible_config({"train.eval_batch_size": 8})
-    assert RankTrainer(config, Communicator.solo(), feeds).evaluate().count == 20
+    assert RankTrainer(config, Communicator.solo(), datasets).evaluate().count == 20

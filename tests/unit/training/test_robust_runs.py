@@ -17,7 +17,7 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.attacks import check_attacks
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import run_rank
-from support.training_problems import RecordingCallback, memory_feeds, small_config
+from support.training_problems import RecordingCallback, memory_datasets, small_config
 
 DIGITS = Path(__file__).parents[3] / "jobs" / "configs" / "digits.yaml"
 
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, dict[str, 
         store=CheckpointStore(folder.uri),
         callback=FolderWriter(folder),
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     return folder, result_row(config, outcome)
 
@@ -93,10 +93,10 @@ def test_evaluations_count_attacked_samples_too(run: tuple[RunFolder, dict[str, 
     rows = [row for row in folder.metrics() if "eval_loss" in row]
     assert all(row["eval_adversarial_loss"] > row["eval_loss"] for row in rows)
     assert all(row["eval_adversarial_accuracy"] <= row["eval_accuracy"] for row in rows)
-    configured = evaluate_run(folder, feeds=memory_feeds())
+    configured = evaluate_run(folder, datasets=memory_datasets())
     assert configured.adversarial_loss == pytest.approx(rows[-1]["eval_adversarial_loss"])
     weak = {"eval_attack": "pgd", "eval_radius": 0.01, "eval_steps": 2}
-    weaker = evaluate_run(folder, attack=weak, feeds=memory_feeds())
+    weaker = evaluate_run(folder, attack=weak, datasets=memory_datasets())
     assert weaker.adversarial_loss is not None and configured.adversarial_loss is not None
     assert weaker.loss < weaker.adversarial_loss < configured.adversarial_loss
 
@@ -116,7 +116,7 @@ def test_growth_by_schedule_is_an_event_and_scales_the_rate(tmp_path: Path) -> N
         store=CheckpointStore(tmp_path),
         callback=recorded,
         control=KeepGoing(),
-        feeds=memory_feeds(),
+        datasets=memory_datasets(),
     )
     (growth,) = [row for row in recorded.events if row["kind"] == "batch_growth"]
     assert (growth["new_batch_size"], growth["reason"], growth["step"]) == (40, "schedule", 4)

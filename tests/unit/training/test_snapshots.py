@@ -7,7 +7,7 @@ from typing import get_args
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.training.callbacks import Callback, Point, Trainer
 from elastic_kfac.training.rank import RankTrainer
-from support.training_problems import KFAC, memory_feeds, small_config
+from support.training_problems import KFAC, memory_datasets, small_config
 
 
 class WhenCommitted(Callback):
@@ -26,7 +26,7 @@ class WhenCommitted(Callback):
 
 def test_state_is_committed_until_the_factors_change_and_from_the_commit_on() -> None:
     seen = WhenCommitted()
-    trainer = RankTrainer(small_config(KFAC), Communicator.solo(), memory_feeds(), callback=seen)
+    trainer = RankTrainer(small_config(KFAC), Communicator.solo(), memory_datasets(), callback=seen)
     seen.on_start(trainer)
     assert not trainer.is_committed
     trainer.step()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.feeds import Feed, share
+from elastic_kfac.data.dataset import Dataset, rank_slice
 from elastic_kfac.optimizers.dist_newton import DistNewton, merge_ranks
 from elastic_kfac.training.passes import Passes
 from elastic_kfac.training.sync.exchange import Exchange
@@ -44,11 +44,11 @@ class StepsApart:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         passes: Passes,
-        feed: Feed,
+        dataset: Dataset,
     ) -> None:
         self._config = config
         self._model, self._optimizer = model, optimizer
-        self._passes, self._feed = passes, feed
+        self._passes, self._dataset = passes, dataset
         self._steps = 0
         self._newest_batch = (0, 0, 0)
         self.newest: Merged | None = None
@@ -113,8 +113,8 @@ class StepsApart:
         """This rank's mean gradient over the newest batch: the whole of it, or its share [n]."""
         epoch, first, count = self._newest_batch
         if not self._config.distnewton.common_batch:
-            first, count = share(first, count, communicator.rank, communicator.world_size)
-        samples = self._feed.read(epoch, first, count) if count else None
+            first, count = rank_slice(first, count, communicator.rank, communicator.world_size)
+        samples = self._dataset.read(epoch, first, count) if count else None
         try:
             seen = self._passes.gradient(exchange, samples)
             return exchange.local_gradient(seen.count)
