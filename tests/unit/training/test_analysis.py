@@ -296,7 +296,7 @@ def test_analyze_and_probe_from_the_command_line(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["analyze", "--samples", "0"], "a number from 1, or all"),
+        (["analyze", "--samples", "0"], "a whole number from 1, or all"),
         (["analyze", "--top-k", "0"], "analysis.top_k"),
         (["analyze", "--budget-s", "-1"], "analysis.budget_s"),
         (["analyze", "--topk", "3"], "did you mean --top-k?"),
