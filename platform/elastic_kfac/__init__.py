@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "__version__"]
+__all__ = ["KFAC", "EnginePreconditioner", "__version__"]
 
 if TYPE_CHECKING:
+    from elastic_kfac.kfac.engine import EnginePreconditioner
     from elastic_kfac.kfac.kfac import KFAC
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from elastic_kfac.kfac.kfac import KFAC
 
         return KFAC
+    if name == "EnginePreconditioner":
+        from elastic_kfac.kfac.engine import EnginePreconditioner
+
+        return EnginePreconditioner
     raise AttributeError(f"module 'elastic_kfac' has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from elastic_kfac.analysis.hessian import Batch, Hessian, Operator, SumOverRanks, alone
 from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczos
-from elastic_kfac.curvature.block import Block
-from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.errors import UsageError
+from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.tasks.losses import SumLoss
 
 
@@ -150,7 +149,7 @@ def one_sample_eigenvalues(
 
 @torch.no_grad()
 def kfac_eigenvalue(
-    blocks: Sequence[Block],
+    kfac: KFAC,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -158,29 +157,31 @@ def kfac_eigenvalue(
 ) -> float:
     """λ̂ = max_i max(d_A)·max(d_G), the top eigenvalue of K-FAC's curvature. Collective.
 
-    `blocks` are those of a `KFAC`. The `inverse` method keeps no eigenvalues, so its factors are
-    decomposed here, distributed over the ranks. NaN before the first factor update.
+    The `inverse` method keeps no eigenvalues, so its factors are decomposed here, distributed over the
+    ranks. NaN before the first factor update.
     """
-    layers = [block for block in blocks if isinstance(block, KroneckerBlock)]
-    table = torch.zeros(world_size, max(len(layers), 1), dtype=torch.float64)
-    for index, block in enumerate(layers):
-        if block.options.method == "eigen":
-            spectra = [block.second_order.get(f"{name}_values") for name in ("A", "G")]
-        elif block.factor_updates and index % world_size == rank:
-            spectra = [_spectrum(block, name) for name in ("A", "G")]
+    states = [
+        state
+        for layer, state in zip(kfac.layers, kfac.states, strict=True)
+        if layer.factor_names == ("A", "G")
+    ]
+    device = kfac.layers[0].device
+    # The last column says whether a rank has any factors.
+    table = torch.zeros(world_size, len(states) + 1, dtype=torch.float64, device=device)
+    table[rank, -1] = any(state.factor_updates for state in states)
+    for index, state in enumerate(states):
+        if kfac.options.method == "eigen":
+            spectra = [state.decomposition.get(f"{name}_values") for name in ("A", "G")]
+        elif state.factor_updates and index % world_size == rank:
+            spectra = [_spectrum(state.factors[name]) for name in ("A", "G")]
         else:
             continue
         if spectra[0] is not None and spectra[1] is not None:
             tops = spectra[0].amax(-1).double() * spectra[1].amax(-1).double()
-            table[rank, index] = tops.amax().cpu()
-    if layers:
-        table = table.to(layers[0].device)
+            table[rank, index] = tops.amax()
     sum_over_ranks(table)
-    top = float(table.amax())
-    known = any(block.factor_updates for block in layers)
-    return top if known else math.nan
+    return float(table[:, :-1].amax()) if states and table[:, -1].any() else math.nan
 
 
-def _spectrum(block: KroneckerBlock, name: str) -> Tensor:
-    factor = block.factors[name]
-    return factor if block.is_diagonal(name) else torch.linalg.eigvalsh(factor)
+def _spectrum(factor: Tensor) -> Tensor:
+    return factor if factor.dim() == 1 else torch.linalg.eigvalsh(factor)

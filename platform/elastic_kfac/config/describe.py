@@ -6,7 +6,7 @@ import difflib
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -64,10 +64,13 @@ def as_text(names: Sequence[str], width: int) -> str:
         for key in keys:
             line = f"  {head}.{key.name} = {key.default}"
             kind = f"({key.kind})"
-            gap = "  " if len(line) + len(kind) + 2 <= width else "\n      "
             indent = " " * 6
+            title = f"{line}  {kind}"
+            if len(title) > width:
+                kind = textwrap.fill(kind, width, initial_indent=indent, subsequent_indent=indent)
+                title = f"{line}\n{kind}"
             text = textwrap.fill(key.help, width, initial_indent=indent, subsequent_indent=indent)
-            blocks.append(f"{line}{gap}{kind}\n{text}")
+            blocks.append(f"{title}\n{text}")
     return "\n\n".join(blocks)
 
 
@@ -111,15 +114,25 @@ def _kind(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is Literal:
         return " | ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(_kind(argument, ()) for argument in arguments)
+        # Functions are for Python only.
+        return " | ".join(_kind(a, ()) for a in arguments if not _is_function(a))
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return f"list of {_kind(arguments[0], ())}"
         return f"[{', '.join(_kind(argument, ()) for argument in arguments)}]"
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping of {_kind(arguments[1], ())}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        first, field = next(iter(annotation.model_fields.items()))
+        return f"{{{first}: {shown(field.default)}, …}}"
     name = "null" if annotation is type(None) else annotation.__name__
     return name + _bounds(metadata)
+
+
+def _is_function(annotation: Any) -> bool:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) is Callable
 
 
 def _bounds(metadata: Sequence[Any]) -> str:

@@ -1,76 +1,220 @@
-"""K-FAC and its sharded variant."""
+"""K-FAC and its sharded pipeline: the one declaration of every option.
+
+`KfacOptions` is what `elastic_kfac.KFAC` takes as keywords; the section `kfac` of a run is the same plus
+`enabled`. A value that may follow a schedule is a number, one of the schedules below, or (from Python) a
+function of the step.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from elastic_kfac.config.section import Section
 
+Positive = Annotated[float, Field(gt=0)]
 
-class KfacConfig(Section):
-    """The preconditioner (Martens and Grosse 2015)."""
+
+class WarmupSchedule(Section):
+    """From `start` to `target`: x_{k+1} = (1 − c) x_k + c·target, c = 2·log10(start/target)/steps (the
+    damping warm-up of Osawa et al. 2019)."""
+
+    schedule: Literal["warmup"] = "warmup"
+    start: Positive
+    """Value at step 0, above `target`."""
+    target: Positive
+    """Value that is approached."""
+    steps: Annotated[int, Field(ge=1)]
+    """Steps of the warm-up, T_warm of the paper."""
+
+    def __call__(self, step: int) -> float:
+        rate = 2 * math.log10(self.start / self.target) / self.steps
+        rate = min(max(rate, 0.0), 1.0)
+        return self.target + (self.start - self.target) * (1 - rate) ** step
+
+
+class MilestoneSchedule(Section):
+    """`start · factor^(milestones passed)`."""
+
+    schedule: Literal["milestones"] = "milestones"
+    start: Positive
+    """Value before the first milestone."""
+    factor: Positive
+    """What each milestone multiplies the value by."""
+    milestones: tuple[Annotated[int, Field(ge=0)], ...]
+    """Optimizer steps."""
+
+    def __call__(self, step: int) -> float:
+        return self.start * self.factor ** sum(step >= m for m in self.milestones)
+
+
+class LevenbergMarquardt(Section):
+    """Damping that follows how well the quadratic model predicts the loss (Martens and Grosse 2015,
+    section 6.5)."""
+
+    rule: Literal["levenberg_marquardt"] = "levenberg_marquardt"
+    initial: Positive
+    """Damping at step 0."""
+    omega: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """ω: one step's factor."""
+    interval: Annotated[int, Field(ge=1)] = 5
+    """Steps between measurements; each costs one forward pass."""
+    minimum: Positive = 1e-8
+    maximum: Positive = 1e8
+
+    @model_validator(mode="after")
+    def _starts_inside(self) -> LevenbergMarquardt:
+        if not self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"initial={self.initial:g} is outside {self.minimum:g} to {self.maximum:g}"
+            )
+        return self
+
+
+def _kind(value: Any) -> str:
+    """Which kind of value this is, so that errors are about that kind only."""
+    if isinstance(value, dict):
+        return str(value.get("schedule") or value.get("rule") or "schedule")
+    if isinstance(value, WarmupSchedule | MilestoneSchedule):
+        return value.schedule
+    if isinstance(value, LevenbergMarquardt):
+        return value.rule
+    return "function" if callable(value) else "number"
+
+
+_BY_KIND = Discriminator(
+    _kind,
+    custom_error_type="kind_of_value",
+    custom_error_message="a number, or a mapping with schedule: warmup, schedule: milestones or (damping "
+    "only) rule: levenberg_marquardt",
+)
+Function = Annotated[Callable[[int], float], Tag("function")]
+Warmup = Annotated[WarmupSchedule, Tag("warmup")]
+Milestones = Annotated[MilestoneSchedule, Tag("milestones")]
+
+Damping = Annotated[
+    Annotated[Positive, Tag("number")]
+    | Warmup
+    | Milestones
+    | Annotated[LevenbergMarquardt, Tag("levenberg_marquardt")]
+    | Function,
+    _BY_KIND,
+]
+Decay = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("number")] | Warmup | Milestones | Function,
+    _BY_KIND,
+]
+Interval = Annotated[Annotated[int, Field(ge=1), Tag("number")] | Milestones | Function, _BY_KIND]
+Clip = Annotated[
+    Annotated[Positive | None, Tag("number")] | Warmup | Milestones | Function,
+    _BY_KIND,
+]
+
+
+class KfacOptions(Section):
+    """What the preconditioner does; `elastic_kfac.KFAC` takes these as keywords."""
+
+    damping: Damping = 1e-3
+    """Tikhonov damping γ, at true per-sample scale: it competes with the eigenvalues of A ⊗ G, which
+    have the scale of squared per-sample gradients. Too small lets noise in flat directions dominate the
+    step; too large turns K-FAC into gradient descent. A number, a schedule (`schedule: warmup` or
+    `milestones`) or `rule: levenberg_marquardt`."""
+    factor_decay: Decay = 0.95
+    """Weight of the OLD factor in the moving average; or a schedule."""
+    factor_update_steps: Interval = 1
+    """Steps between factor updates; or a schedule."""
+    inverse_update_steps: Interval = 10
+    """Steps between decompositions, a multiple of factor_update_steps; or a schedule."""
+    kl_clip: Clip = 1e-3
+    """Bound κ on the approximate KL divergence of a step; null switches it off; or a schedule."""
+    method: Literal["eigen", "inverse"] = "eigen"
+    """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form."""
+    grad_worker_frac: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
+    """Share of ranks that precondition a layer; 1/N is MEM-OPT, 1 COMM-OPT, `auto` the planner's
+    choice. Its rounding is `placement.plan.columns_for_fraction`."""
+    skip_layers: tuple[str, ...] = ()
+    """Regular expressions; a layer whose name matches one is not preconditioned."""
+    refresh: Literal["fixed", "adaptive"] = "fixed"
+    """`fixed` refreshes statistics and decompositions by the two intervals; `adaptive` by how much
+    each statistic changes (Osawa et al. 2020), and decomposes what was refreshed."""
+    refresh_threshold: Positive = 0.1
+    """α of `refresh: adaptive`: relative change that counts as similar."""
+    stagger: bool = False
+    """Spread the decompositions of different layers over the inverse interval."""
+    inverse_damping: Literal["pi", "sqrt", "plain"] = "pi"
+    """How `method: inverse` splits γ between A and G."""
+    precompute: bool = False
+    """Cache 1/(d_G d_Aᵀ + γ) with an eigendecomposition; γ is frozen until the next one."""
+    fisher: Literal["empirical", "1mc", "mc", "exact"] = "empirical"
+    """`empirical` uses the training gradients; `1mc`, `mc` and `exact` those of labels that the
+    model itself predicts (`KFAC.sample_fisher`)."""
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    """`expand` treats positions of a Linear as samples of a shared weight, `reduce` averages them
+    (Eschenhagen et al. 2023)."""
+    factor_scale: Literal["per_sample", "sc20", "kaisa"] = "per_sample"
+    """`sc20` and `kaisa` have the scales of published code, for comparison."""
+    ema_init: Literal["first", "identity"] = "first"
+    """The running average starts from the first statistic, or from I."""
+    bn_fisher: Literal["unit", "full", "diag"] = "unit"
+    """Fisher of normalisation layers: a block per channel, the whole matrix, its diagonal."""
+    bn_damping_multiplier: Positive = 1.0
+    """Factor on γ for BatchNorm."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Coupled weight decay: D ← D + wd·W and γ ← γ + wd. Leave the optimizer's own at 0."""
+    colocate: bool = True
+    """Decompose A and G of a layer on the same rank (not when sharded)."""
+    symmetry_aware: bool = True
+    """Send triangles of symmetric tensors (always when sharded)."""
+    bucket_mib: Positive = 25.0
+    """Size of communication buckets, MiB."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KfacOptions:
+        if self.precompute and self.method != "eigen":
+            raise ValueError("precompute caches eigenvalue products: it needs method=eigen")
+        if self.precompute and not self.colocate:
+            raise ValueError("precompute needs both factors on one rank: set colocate=true")
+        if self.stagger and self.refresh == "adaptive":
+            raise ValueError("stagger spreads a fixed interval: it needs refresh=fixed")
+        return self
+
+
+RANGES: dict[str, TypeAdapter[Any]] = {
+    "damping": TypeAdapter(Positive),
+    "kl_clip": TypeAdapter(Positive),
+    "factor_decay": TypeAdapter(Annotated[float, Field(ge=0, lt=1)]),
+    "factor_update_steps": TypeAdapter(Annotated[int, Field(ge=1)]),
+    "inverse_update_steps": TypeAdapter(Annotated[int, Field(ge=1)]),
+}
+"""Validators of what a schedule returns, by option."""
+
+
+class KfacConfig(KfacOptions):
+    """The preconditioner; every key but `enabled` is a keyword of `elastic_kfac.KFAC`."""
 
     enabled: bool = True
-    """Precondition gradients with K-FAC."""
-    method: Literal["eigen", "inverse"] = "eigen"
-    """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` inverts damped factors, which is cheaper."""
-    damping: Annotated[float, Field(gt=0)] = 1e-3
-    """Tikhonov damping γ, on the scale of squared per-sample gradients. Too small amplifies noise in
-    flat directions; too large turns K-FAC into plain gradient descent."""
-    factor_decay: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """Weight of the old factor in the moving average."""
-    ema_init: Literal["first", "identity"] = "first"
-    """Start of the moving average: the first statistic, or the identity."""
-    factor_update_steps: Annotated[int, Field(ge=1)] = 1
-    """Optimizer steps between factor updates."""
-    inverse_update_steps: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between decompositions; a multiple of `factor_update_steps`."""
-    stagger: bool = False
-    """Spread the decompositions of the layers over the steps of an interval."""
-    kl_clip: Annotated[float, Field(gt=0)] | None = 1e-3
-    """Bound on the approximate KL divergence of a step; null means no bound."""
-    grad_worker_frac: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
-    """Share of workers that precondition a layer: 1/N saves memory (MEM-OPT), 1 saves communication
-    (COMM-OPT); `auto` lets the planner choose."""
-    inverse_damping: Literal["pi", "sqrt", "plain"] = "pi"
-    """How `inverse` splits γ between A and G: by their mean eigenvalues, as √γ each, or γ on both."""
-    factor_scale: Literal["per_sample", "sc20", "kaisa"] = "per_sample"
-    """Scale of the factors; the others reproduce published code."""
-    fisher: Literal["empirical", "1mc"] = "empirical"
-    """Gradients that make G: those of the loss, or those of labels sampled from the model, which costs
-    a second backward pass."""
-    bn_fisher: Literal["unit", "full", "diag"] = "unit"
-    """Curvature of normalisation layers: 2×2 per channel, one full matrix, or its diagonal."""
-    bn_damping_multiplier: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on γ for BatchNorm layers."""
-    weight_sharing: Literal["expand", "reduce"] = "expand"
-    """Positions of a linear layer's input (sequence, image): independent samples, or averaged first
-    (Eschenhagen et al. 2023)."""
-    skip_layers: tuple[str, ...] = ()
-    """Regular expressions; layers whose names match keep their unpreconditioned gradient."""
-    precompute: bool = False
-    """Cache 1/(d_G·d_Aᵀ + γ) with each decomposition (`eigen` only): less computation, more memory."""
-    symmetry_aware: bool = True
-    """Send only the triangle of symmetric matrices."""
-    colocate: bool = True
-    """Decompose both factors of a layer on the same worker."""
-    bucket_mib: Annotated[float, Field(gt=0)] = 25.0
-    """Size in MiB of the buckets in which factors are sent."""
+    """Whether gradients are preconditioned by K-FAC at all."""
+
+    @model_validator(mode="after")
+    def _draws_once(self) -> KfacConfig:
+        if self.fisher == "mc":
+            raise ValueError("training draws once per sample: use fisher=1mc or exact")
+        return self
 
 
 class ShardedConfig(Section):
-    """Sharded K-FAC (`optimizer.name: sharded_kfac`; Osawa et al. 2019)."""
+    """K-FAC sharded by owner (`optimizer.name: sharded_kfac`; Osawa et al. 2019)."""
 
     gather: Literal["weights", "gradients"] = "weights"
-    """Owners update and send weights, or send preconditioned gradients to a replicated optimizer."""
+    """Owners update weights and send those, or send preconditioned gradients to a replicated
+    optimizer."""
     v_method: Literal["per_owner", "padded", "fused"] = "per_owner"
-    """How parts of unequal size are reduced and gathered: one call per owner (fewest bytes), padded to
-    equal parts (fewest calls), or by two all-reduces as in the authors' code."""
+    """How reduce-scatter and all-gather of unequal parts run: fewest bytes, fewest unequal calls,
+    or two all-reduces as the authors of the method ran it."""
     wire: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Type in which statistics, gradients and weights are sent."""
-    refresh: Literal["fixed", "adaptive"] = "fixed"
-    """Update statistics every `kfac.factor_update_steps`, or more rarely while they hardly change."""
-    refresh_threshold: Annotated[float, Field(gt=0)] = 0.1
-    """Relative change below which `adaptive` waits longer."""
+    """Precision of gradients and statistics on the way to their owners. The error in P is that of
+    the format (5e-4 for fp16) times the ratio of a factor's largest eigenvalue to its share of the
+    damping: below 1 % at γ = 0.1, several times that at γ = 0.01."""

@@ -19,6 +19,8 @@ from elastic_kfac.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 
 REMOVED = {
+    "sharded.refresh": "write kfac.refresh",
+    "sharded.refresh_threshold": "write kfac.refresh_threshold",
     "plan.retune": "delete it; a resize keeps intervals and damping",
     "batch.power_iterations": "delete it; power iteration takes at most 10 iterations",
     "batch.power_tolerance": "delete it; power iteration stops at a relative change of 1e-2",
@@ -191,7 +193,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], what: str) -> Conf
 
 def _path(problem: Any) -> str:
     # Pydantic appends the branch of a union (`float`, `literal['auto']`) to the location.
-    types = {"str", "int", "float", "bool", "dict", "list", "tuple"}
+    types = {"str", "int", "float", "bool", "dict", "list", "tuple", "number"}
     parts = [str(part) for part in problem["loc"]]
     return ".".join(p for p in parts if re.fullmatch(r"[\w.]+", p) and p not in types)
 

@@ -142,7 +142,7 @@ _NEEDS: list[tuple[str, Values, dict[str, Values]]] = [
     (
         "optimizer.name",
         is_("sharded_kfac"),
-        {"train.precision": FULL_RANGE, "kfac.fisher": is_("empirical")},
+        {"train.precision": FULL_RANGE},
     ),
     ("communication.algorithm", is_not("native"), {"communication.wire_format": is_("fp32")}),
     ("elastic.batch_policy", is_("abs"), {"batch.policy": is_("gg", "abs", "absa", "warmup")}),

@@ -1,4 +1,4 @@
-"""Capture: from a model to its curvature blocks, and from forward and backward passes to their sums.
+"""Capture: from forward and backward passes to the sums of each layer.
 
 The input side of a call is summed in a forward hook; the output side in a hook on the gradient of the
 output tensor, which also commits the input side. So a forward pass that is never differentiated, a
@@ -9,36 +9,84 @@ contributes exactly once.
 from __future__ import annotations
 
 import functools
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from elastic_kfac.curvature.attention import forward_with_linear, is_plain
-from elastic_kfac.curvature.block import Block, BlockOptions, Call
-from elastic_kfac.curvature.kronecker_block import KroneckerBlock
-from elastic_kfac.curvature.norm_block import NormBlock
-from elastic_kfac.errors import ConfigError
+from elastic_kfac.curvature.attention import forward_with_linear
+from elastic_kfac.curvature.fisher import fisher_losses
+from elastic_kfac.curvature.kronecker import AttentionProjection
+from elastic_kfac.curvature.layer import Layer, Observation
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
-_WRAPPER_PREFIX = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
+# Key of output sums that already are at per-sample scale.
+_SAMPLED = 0
 
 
 @dataclass
-class _Layer:
-    """A module and the blocks that cover its parameters (three or four for attention)."""
+class Sums:
+    """What the passes of one rank have added up for one layer."""
 
-    module: nn.Module
-    blocks: tuple[Block, ...]
+    inputs: Tensor | None = None
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+    """By micro-batch size: a mean loss multiplies each gradient by one over that size, and which scale
+    applies is known for certain only at the step."""
+    samples: int = 0
+    rows: int = 0
+    micro_batch: int = -1
+
+    def scaled(
+        self, layer: Layer, names: frozenset[str], loss_scale: float | None, extra_scale: float
+    ) -> dict[str, Tensor]:
+        """The sums of the named factors at per-sample scale, zeros where nothing was seen; consumes
+        them.
+
+        Args:
+            layer: Whose sums they are.
+            names: Factors that are wanted.
+            loss_scale: What one sample's loss was multiplied by before backward; None means one over
+                the size of its micro-batch.
+            extra_scale: A further factor on every gradient (accumulation, loss scaling).
+        """
+        raw = layer.options.factor_scale == "kaisa"  # squares the gradients of the mean loss
+        total: Tensor | None = None
+        for size, part in self.outputs.items():
+            scale = 1.0
+            if size != _SAMPLED and not raw:
+                scale = (1.0 / size if loss_scale is None else loss_scale) * extra_scale
+            part.mul_(1.0 / (scale * scale))
+            total = part if total is None else total.add_(part)
+        found = {layer.factor_names[0]: self.inputs} if len(layer.factor_names) > 1 else {}
+        found[layer.factor_names[-1]] = total
+        result = {}
+        for name, value in found.items():
+            if name not in names:
+                continue
+            if value is None:
+                shape = layer.factor_shapes[name]
+                value = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
+            result[name] = value
+        return result
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.outputs.values(), *(() if self.inputs is None else (self.inputs,))]
+
+
+@dataclass
+class _Call:
+    """One forward call of a layer whose output gradient is still to come."""
+
+    observation: Observation
+    samples: int
+    micro_batch: int
+    counted: bool = False
 
 
 def hidden_from_compiler(function: Callable[P, T]) -> Callable[P, T]:
@@ -54,162 +102,75 @@ def hidden_from_compiler(function: Callable[P, T]) -> Callable[P, T]:
     return wrapper
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel and torch.compile wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        else:
-            return model
-
-
-def clean_name(name: str) -> str:
-    """A module path without the components that compile and checkpoint wrappers insert."""
-    return _WRAPPER_PREFIX.sub("", name).lstrip(".")
-
-
-def find_layers(
-    model: nn.Module, options: BlockOptions, skip_layers: Sequence[str]
-) -> list[_Layer]:
-    """The layers K-FAC covers, in registration order.
-
-    Parameters of any other kind of module are named in one warning and keep their plain gradient.
-
-    Raises:
-        ConfigError: If nothing is left, or a pattern of `skip_layers` is not a regular expression.
-    """
-    try:
-        patterns = [re.compile(pattern) for pattern in skip_layers]
-    except re.error as error:
-        raise ConfigError(
-            "skip_layers holds a bad regular expression", given=error.pattern, allowed=str(error)
-        ) from None
-    layers: list[_Layer] = []
-    left_out: list[str] = []
-    owners: dict[int, str] = {}
-    shared: list[str] = []
-    inside_attention: set[int] = set()
-    for raw_name, module in unwrap(model).named_modules():
-        name = clean_name(raw_name)
-        if id(module) in inside_attention:
-            continue
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if isinstance(module, nn.MultiheadAttention):
-            inside_attention.update(id(child) for child in module.modules())
-            own = [p for p in module.parameters() if p.requires_grad]
-        if not own:
-            continue
-        if any(pattern.search(name) for pattern in patterns):
-            continue
-        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in own):
-            raise ConfigError(
-                f"layer {name} has no shape yet",
-                change="run one forward pass before building the preconditioner",
-            )
-        first_owner = next((owners[id(p)] for p in own if id(p) in owners), None)
-        if first_owner is not None:
-            shared.append(f"{name} (shares a weight with {first_owner})")
-            layers = [layer for layer in layers if layer.blocks[0].name != first_owner]
-            continue
-        owners.update((id(p), name) for p in own)
-        blocks = _blocks_of(name, module, options)
-        if blocks:
-            layers.append(_Layer(module, blocks))
-        else:
-            left_out.append(f"{name or '<root>'} ({type(module).__name__})")
-    left_out += shared
-    if left_out:
-        warnings.warn(
-            "K-FAC leaves the plain gradient to: " + ", ".join(left_out), UserWarning, stacklevel=3
-        )
-    if not layers:
-        raise ConfigError(
-            "the model has no layer that K-FAC covers",
-            given=type(unwrap(model)).__name__,
-            allowed="Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm, GroupNorm "
-            "with trainable weights, not matched by skip_layers",
-        )
-    return layers
-
-
-def _blocks_of(name: str, module: nn.Module, options: BlockOptions) -> tuple[Block, ...]:
-    if isinstance(module, nn.MultiheadAttention):
-        return _attention_blocks(name, module, options)
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-        return ()
-    if isinstance(module, nn.Embedding):
-        plain = not module.sparse and module.max_norm is None and not module.scale_grad_by_freq
-        if not plain:
-            return ()
-        return (KroneckerBlock(name, module, options, weight=weight, bias=None),)
-    if isinstance(module, nn.ConvTranspose2d):
-        return ()
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        bias = module.bias if isinstance(module.bias, nn.Parameter) else None
-        return (KroneckerBlock(name, module, options, weight=weight, bias=bias),)
-    if isinstance(module, _NORMS):
-        return (NormBlock(name, module, options),)
-    return ()
-
-
-def _attention_blocks(
-    name: str, module: nn.MultiheadAttention, options: BlockOptions
-) -> tuple[Block, ...]:
-    if not is_plain(module) or module.bias_k is not None:
-        return ()
-    if not all(p.requires_grad for p in module.parameters()):
-        return ()
-    size = module.embed_dim
-    blocks: list[Block] = []
-    for index, letter in enumerate("qkv"):
-        part = slice(index * size, (index + 1) * size)
-        packed = module._qkv_same_embed_dim
-        weight = module.in_proj_weight if packed else getattr(module, f"{letter}_proj_weight")
-        blocks.append(
-            KroneckerBlock(
-                f"{name}.{letter}_proj",
-                module,
-                options,
-                weight=cast(nn.Parameter, weight),
-                bias=module.in_proj_bias,
-                rows=part if packed else None,
-                bias_rows=part,
-            )
-        )
-    out = module.out_proj
-    blocks.append(
-        KroneckerBlock(
-            f"{name}.out_proj",
-            module,
-            options,
-            weight=cast(nn.Parameter, out.weight),
-            bias=cast("nn.Parameter | None", out.bias),
-        )
-    )
-    return tuple(blocks)
-
-
 class Capture:
-    """Hooks on the layers of one model; `active` says whether passes are recorded."""
+    """Hooks on the modules of one model, and the sums that they collect.
 
-    def __init__(self, layers: Sequence[_Layer], *, fisher: str) -> None:
+    Args:
+        modules: Modules with the layers inside them.
+        fisher: `empirical` sums gradients of the training loss; anything else only those of
+            `sample`.
+    """
+
+    def __init__(
+        self, modules: Iterable[tuple[nn.Module, tuple[Layer, ...]]], *, fisher: str
+    ) -> None:
         self.active = False
-        self.fisher = fisher
-        # While sampled labels are propagated, gradients belong to the model's own Fisher.
-        self.sampling_weight: float | None = None
+        """Whether passes are recorded."""
+        self._sampling_weight: float | None = None
+        self._fisher = fisher
+        self._due: Mapping[str, frozenset[str]] = {}
+        self._sums: dict[str, Sums] = {}
         self._micro_batch = 0
         self._saw_backward = False
         self._handles: list[RemovableHandle] = []
         self._patched: list[nn.MultiheadAttention] = []
-        for layer in layers:
-            if isinstance(layer.module, nn.MultiheadAttention):
-                self._patch_attention(layer.module, layer.blocks)
+        for module, layers in modules:
+            if isinstance(module, nn.MultiheadAttention):
+                self._patch_attention(module, layers)
             else:
-                hook = _ForwardHook(self, layer.module, layer.blocks[0])
-                self._handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
+                hook = _ForwardHook(self, module, layers[0])
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+
+    def arm(self, due: Mapping[str, frozenset[str]]) -> None:
+        """Records the named factors of the coming passes, by layer name."""
+        self._due = due
+        self.active = any(due.values())
+
+    def of(self, layer: Layer) -> Sums:
+        """The sums of a layer since they were last taken."""
+        return self._sums.get(layer.name) or Sums()
+
+    def take(self, layers: Sequence[Layer]) -> list[Sums]:
+        """The sums of every layer since the last call, in their order."""
+        taken, self._sums = self._sums, {}
+        return [taken.get(layer.name) or Sums() for layer in layers]
+
+    def drop(self) -> None:
+        """Discards what was recorded."""
+        self._sums = {}
+
+    def sample(
+        self,
+        output: Tensor,
+        likelihood: str,
+        draws: int,
+        generator: torch.Generator | None,
+        *,
+        parameters: Sequence[nn.Parameter],
+        loss_scale: float,
+    ) -> None:
+        """Propagates labels that the model itself predicts (see `fisher_losses`); the gradients of
+        parameters stay. Does nothing where no factor is due."""
+        if not self.active:
+            return
+        try:
+            for loss, weight in fisher_losses(output, self._fisher, likelihood, draws, generator):
+                self._sampling_weight = weight / (loss_scale * loss_scale)
+                torch.autograd.grad(
+                    loss * loss_scale, parameters, retain_graph=True, allow_unused=True
+                )
+        finally:
+            self._sampling_weight = None
 
     def close(self) -> None:
         """Removes every hook."""
@@ -219,32 +180,61 @@ class Capture:
             del module.forward
         self._handles, self._patched = [], []
 
+    # -- for the hooks --------------------------------------------------------------------------
+
     def recording(self, module: nn.Module) -> bool:
         """Whether a forward call happening now counts."""
         return self.active and module.training and torch.is_grad_enabled()
 
-    def open(self, block: Block, inputs: Tensor) -> Call:
+    def open(self, layer: Layer, inputs: Tensor) -> _Call:
         """Records the input side of a call."""
         in_backward = torch._C._current_graph_task_id() != -1  # a recomputation, not a new pass
         if self._saw_backward and not in_backward:
             self._micro_batch += 1
             self._saw_backward = False
+        due = self._due.get(layer.name, frozenset())
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            return block.open_call(inputs.detach(), self._micro_batch)
+            observation = layer.observe(inputs.detach(), due)
+        return _Call(observation, inputs.shape[0], self._micro_batch)
 
-    def close_call(self, block: Block, call: Call, gradients: Tensor) -> None:
+    def close_call(self, layer: Layer, call: _Call, gradients: Tensor) -> None:
         """Records the output side of a call, once its gradient is known."""
         self._saw_backward = True
         if not self.active:
             return
-        sampled = self.sampling_weight is not None
-        counts = sampled == (self.fisher != "empirical")
+        sums = self._sums.setdefault(layer.name, Sums())
+        if not call.counted:
+            call.counted = True
+            # A module called several times in one pass sees the same samples at more positions.
+            if sums.micro_batch != call.micro_batch:
+                sums.samples += call.samples
+                sums.micro_batch = call.micro_batch
+            sums.rows += call.observation.rows
+            if call.observation.input_sum is not None:
+                if sums.inputs is None:
+                    sums.inputs = call.observation.input_sum
+                else:
+                    sums.inputs += call.observation.input_sum
+                call.observation = call.observation._replace(input_sum=None)
+        weight = self._sampling_weight
+        counts = (weight is None) == (self._fisher == "empirical")
+        due = self._due.get(layer.name, frozenset())
+        if not counts or layer.factor_names[-1] not in due:
+            return
         with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
-            block.close_call(call, gradients.detach() if counts else None, self.sampling_weight)
+            part = layer.output_sum(gradients.detach(), call.observation.kept)
+            key = call.samples
+            if weight is not None:
+                key = _SAMPLED
+                part.mul_(weight)
+            if key in sums.outputs:
+                sums.outputs[key] += part
+            else:
+                sums.outputs[key] = part
 
-    def _patch_attention(self, module: nn.MultiheadAttention, blocks: tuple[Block, ...]) -> None:
+    def _patch_attention(self, module: nn.MultiheadAttention, layers: tuple[Layer, ...]) -> None:
         original = module.forward
-        recorder = _AttentionRecorder(self, module, blocks)
+        recorder = _AttentionRecorder(self, module, layers)
         seeing = forward_with_linear(module, recorder.linear)
 
         @hidden_from_compiler
@@ -261,8 +251,8 @@ class Capture:
 class _ForwardHook:
     """Forward hook of one module. A copy of the model carries it along, but inert."""
 
-    def __init__(self, capture: Capture, module: nn.Module, block: Block) -> None:
-        self.capture, self.module, self.block = capture, module, block
+    def __init__(self, capture: Capture, module: nn.Module, layer: Layer) -> None:
+        self.capture, self.module, self.layer = capture, module, layer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
         return self
@@ -279,22 +269,19 @@ class _ForwardHook:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         inputs = args[0] if args else kwargs["input"]
-        if inputs.dim() == 1 + (isinstance(module, nn.Conv2d) * 2):
-            inputs, restore = inputs.unsqueeze(0), True  # an unbatched call: one sample
-        else:
-            restore = False
-        call = self.capture.open(self.block, inputs)
+        unbatched = inputs.dim() == 1 + (isinstance(module, nn.Conv2d) * 2)  # one sample
+        call = self.capture.open(self.layer, inputs.unsqueeze(0) if unbatched else inputs)
 
         def record(gradients: Tensor) -> None:
-            shaped = gradients.unsqueeze(0) if restore else gradients
-            self.capture.close_call(self.block, call, shaped)
+            shaped = gradients.unsqueeze(0) if unbatched else gradients
+            self.capture.close_call(self.layer, call, shaped)
 
         output.register_hook(record)
 
 
 class _Inert:
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """A hook that was loaded from a pickle: there is no preconditioner to tell."""
+        """A hook that was loaded from a pickle has no preconditioner to report to."""
 
 
 def _inert_hook() -> _Inert:
@@ -305,9 +292,10 @@ class _AttentionRecorder:
     """Records the projections of one nn.MultiheadAttention."""
 
     def __init__(
-        self, capture: Capture, module: nn.MultiheadAttention, blocks: tuple[Block, ...]
+        self, capture: Capture, module: nn.MultiheadAttention, layers: tuple[Layer, ...]
     ) -> None:
-        self.capture, self.module, self.blocks = capture, module, blocks
+        self.capture, self.module = capture, module
+        self.layers = [layer for layer in layers if isinstance(layer, AttentionProjection)]
         self.samples = 1
 
     def note_batch(self, query: Tensor) -> None:
@@ -320,33 +308,22 @@ class _AttentionRecorder:
         """A projection, recorded."""
         output = F.linear(inputs, weight, bias)
         if output.requires_grad:
-            for block, rows in self._covered(weight):
-                self._record(block, inputs, output, rows)
+            for layer in self.layers:
+                rows = layer.rows_in(weight)
+                if rows is not None:
+                    self._record(layer, inputs, output, rows)
         return output
 
-    def _covered(self, weight: Tensor) -> Iterator[tuple[Block, slice]]:
-        """Blocks whose weight lies inside `weight`, and which of its output rows they own."""
-        itemsize = weight.element_size() * weight.shape[1]
-        for block in self.blocks:
-            assert isinstance(block, KroneckerBlock)
-            own: Tensor = block.parameters[0]
-            own = own if block.rows is None else own[block.rows]
-            offset, rest = divmod(own.data_ptr() - weight.data_ptr(), itemsize)
-            if rest == 0 and offset >= 0 and offset + own.shape[0] <= weight.shape[0]:
-                yield block, slice(offset, offset + own.shape[0])
-
-    def _record(self, block: Block, inputs: Tensor, output: Tensor, rows: slice) -> None:
-        call = self.capture.open(block, self._by_sample(inputs.detach()))
+    def _record(self, layer: Layer, inputs: Tensor, output: Tensor, rows: slice) -> None:
+        call = self.capture.open(layer, self._by_sample(inputs.detach(), self.samples))
 
         def record(gradients: Tensor) -> None:
-            self.capture.close_call(block, call, self._reshape(gradients[..., rows], call.samples))
+            shaped = self._by_sample(gradients[..., rows], call.samples)
+            self.capture.close_call(layer, call, shaped)
 
         output.register_hook(record)
 
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        return self._reshape(tensor, self.samples)
-
     @staticmethod
-    def _reshape(tensor: Tensor, samples: int) -> Tensor:
+    def _by_sample(tensor: Tensor, samples: int) -> Tensor:
         """`[positions, n, d]` or `[positions·n, d]` to `[n, positions, d]`."""
         return tensor.reshape(-1, samples, tensor.shape[-1]).transpose(0, 1)

@@ -146,7 +146,7 @@ def conv_input_sum(inputs: Tensor, module: nn.Conv2d, *, bias: bool) -> Tensor:
 def norm_gradient_sum(normalized: Tensor, gradients: Tensor, *, bias: bool, mode: str) -> Tensor:
     """Fisher sums of a normalisation layer's scale γ and shift β over samples.
 
-    Per-sample gradients are `dγ = Σ_t g·x̂` and `dβ = Σ_t g` (spec 1.1; Osawa et al. 2019).
+    Per-sample gradients are `dγ = Σ_t g·x̂` and `dβ = Σ_t g` (Osawa et al. 2019).
 
     Args:
         normalized: x̂ `[n, positions, features]`.
@@ -168,6 +168,8 @@ def norm_gradient_sum(normalized: Tensor, gradients: Tensor, *, bias: bool, mode
 
 def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> list[bool]:
     """Per layer, whether its sums are finite; one transfer to the host for all."""
+    if not sums:
+        return []
     # Diagonals are sums of squares: they are finite if and only if every summand was, and by
     # Cauchy-Schwarz nothing beside them can overflow first. One transfer for all layers.
     traces = []

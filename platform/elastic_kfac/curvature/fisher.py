@@ -1,4 +1,4 @@
-"""Losses whose gradients have the model's own Fisher as their second moment (spec 1.1, Fisher kinds)."""
+"""Losses whose gradients have the model's own Fisher as their second moment (Martens and Grosse 2015)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Only the lower triangle of a factor is read, so that packing it for the wire or for a checkpoint loses
 nothing. Everything here runs in at least float32. A decomposition that fails is tried again in
-float64 with jitter; if that fails too the caller keeps its previous one and counts the event
-(spec 1.2).
+float64 with jitter; if that fails too the caller keeps its previous one and counts the event.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def two_by_two_inverse(matrix: Tensor, damping: float) -> Tensor:
-    """Closed-form `(F + γI)⁻¹` for `[features, 2, 2]` (spec 1.1, unit-wise BatchNorm)."""
+    """Closed-form `(F + γI)⁻¹` of a batch of 2x2 blocks `[features, 2, 2]`."""
     p = matrix[:, 0, 0] + damping
     q = matrix[:, 1, 0]
     r = matrix[:, 1, 1] + damping

@@ -18,7 +18,8 @@ from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.experiments.search_space import Links
 from elastic_kfac.kfac.calibration import measure_costs
-from elastic_kfac.kfac.kfac_exchange import layer_shape
+from elastic_kfac.kfac.options import value_at
+from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.simulator import Calibration, Line, Workload, fit_line, predict_step
 from elastic_kfac.runs.feasibility import imagined_paths
 
@@ -46,17 +47,17 @@ class Emulator:
         forward_backward, statistics = self._measured(config)
         for model, path in imagined_paths(config, [links.world_size]):
             parameters = sum(each.numel() for each in model.parameters())
-            if path.kfac is None:
+            if path.kfac is None or path.kfac.sums_gradients:
                 passes = -(-share // micro) * forward_backward.at(micro)
                 return passes + calibration.all_reduce_seconds(links.world_size, parameters * 4)
             workload = Workload(
-                layers=tuple(layer_shape(block) for block in path.kfac.blocks),
+                layers=tuple(layer_shape(layer) for layer in path.kfac.layers),
                 parameter_elements=parameters,
                 forward_backward=forward_backward,
                 factor_statistics=statistics,
                 activation_bytes=Line(0.0, 0.0),
-                factor_update_steps=kfac.factor_update_steps,
-                inverse_update_steps=kfac.inverse_update_steps,
+                factor_update_steps=int(value_at(kfac, "factor_update_steps", 0)),
+                inverse_update_steps=int(value_at(kfac, "inverse_update_steps", 0)),
                 method=kfac.method,
                 precompute=kfac.precompute,
                 colocate=kfac.colocate,

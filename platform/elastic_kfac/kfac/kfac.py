@@ -3,14 +3,17 @@
     preconditioner = KFAC(model, lr=optimizer)
     loss.backward(); preconditioner.step(); optimizer.step()
 
-What is computed is `curvature/`; who computes it is `placement/`; how it travels is
-`kfac_exchange.py`. Nothing here depends on the world size except through sample counts.
+What is computed is `curvature/`; who computes it, and how it travels, is `distribution/`; when it is
+refreshed is `refresh.py`. Nothing here depends on the world size except through sample counts.
 """
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,233 +21,114 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.curvature.block import Block, BlockOptions
-from elastic_kfac.curvature.capture import Capture, find_layers
-from elastic_kfac.curvature.damping import LevenbergMarquardt, Scheduled, scheduled_value
-from elastic_kfac.curvature.fisher import fisher_losses
+from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
+from elastic_kfac.curvature.capture import Capture
+from elastic_kfac.curvature.damping import AdaptiveDamping
+from elastic_kfac.curvature.discovery import find_layers
+from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
-from elastic_kfac.errors import NumericalError, UsageError
-from elastic_kfac.kfac.kfac_exchange import Exchange, Moment, as_communicator
-from elastic_kfac.kfac.kfac_options import (
-    check_options,
-    check_scheduled,
-    rates_of,
-    warn_if_layers_disagree,
-)
-from elastic_kfac.kfac.kfac_state import check_state, load_layers, memory_usage, save_layers
-from elastic_kfac.kfac.kfac_statistics import Statistics, apply_statistics, take_statistics
-from elastic_kfac.kfac.timing import timed
-from elastic_kfac.placement.costs import CostModel
+from elastic_kfac.errors import ConfigError, NumericalError, UsageError
+from elastic_kfac.kfac.distribution import Placing, as_communicator, make_distribution
+from elastic_kfac.kfac.options import Rates, make_options, takes_options, value_at
+from elastic_kfac.kfac.refresh import make_refresh
+from elastic_kfac.kfac.resize import ResizeReport
+from elastic_kfac.kfac.state import leave, load, move_to, save
+from elastic_kfac.kfac.statistics import Captured, Statistics
 from elastic_kfac.placement.plan import Plan
 
-STATE_VERSION = 1
+Phase = Literal["factor_exchange", "factor_update", "decomposition"]
 
 
+@takes_options
 class KFAC:
     """Kronecker-factored preconditioner (Martens and Grosse 2015), distributed as KAISA (SC'21).
 
     Rewrites `.grad` between `backward()` and `optimizer.step()`. Works on plain and
     DistributedDataParallel models; with several ranks, gradients must already be averaged when
-    `step()` is called (DDP does that).
-
-    Every hyperparameter below that is a number may also be a function of the step, except where noted.
+    `step()` is called (DDP does that), unless `sharding` is given.
 
     Args:
         model: Its Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm and GroupNorm
-            layers are covered; every other parameter keeps its plain gradient and is named in one
-            warning.
-        lr: The learning rate the KL clip measures with, or the optimizer itself, so that the schedule
-            and the clip cannot disagree.
-        damping: γ, at true per-sample scale: it competes with the eigenvalues of A ⊗ G, which have the
-            scale of squared per-sample gradients. Too small lets noise in flat directions dominate the
-            step; too large turns K-FAC into plain gradient descent. A `LevenbergMarquardt` adapts it.
-        factor_decay: Weight of the OLD factor in the moving average, in [0, 1).
-        factor_update_steps: Steps between factor updates.
-        inverse_update_steps: Steps between decompositions; a multiple of `factor_update_steps`.
-        stagger: Spread the decompositions of layers over the interval, by layer index (not schedulable).
-        kl_clip: Bound κ on the approximate KL divergence of a step; None switches it off.
-        grad_worker_frac: Share of ranks that precondition a layer; 1/N is MEM-OPT, 1 COMM-OPT, "auto"
-            the planner's choice. Its rounding is `placement.planner.columns_for_fraction`.
-        method: `eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form.
-        inverse_damping: How `inverse` splits γ: `pi`, `sqrt` or `plain`.
-        factor_scale: `per_sample`, or `sc20` / `kaisa` for comparison with published code.
-        fisher: `empirical` uses the training gradients; `1mc`, `mc` and `exact` need
-            `sample_fisher(output)` before `backward()`.
-        weight_sharing: `expand` treats positions of a Linear as samples of a shared weight, `reduce`
-            averages them (Eschenhagen et al. 2023).
-        bn_fisher: `unit`, `full` or `diag` for normalisation layers.
-        bn_damping_multiplier: Factor on γ for BatchNorm.
-        skip_layers: Regular expressions on layer names.
-        weight_decay: The coupled form: D ← D + wd·W and γ ← γ + wd. Leave the optimizer's own at 0.
-        ema_init: `first` starts the average from the first statistic, `identity` from I.
-        precompute: Cache 1 / (d_G d_Aᵀ + γ) with a decomposition; freezes γ until the next one.
+            layers are covered; one warning names the others, and `coverage()` says why.
+        config: Options as one value; keywords replace parts of it.
+        lr: The learning rate the KL clip measures with: a number, a function of the step, or the
+            optimizer itself, so that the schedule and the clip cannot disagree.
+        sharding: Shard K-FAC by owner (Osawa et al. 2019) instead of over the KAISA grid. Gradients then
+            are local ones of the global mean loss; with `gather="weights"`, `step()` also applies the
+            update, with the rates and momentum of `lr`, and no `optimizer.step()` must follow.
+        tree: Statistics are reduced by the summation tree of the reproducible mode and handed to
+            `step(statistics=...)`.
         accumulation_steps: Backward passes per step, if the loss is divided by their number.
         loss_scale_per_sample: What one sample's loss is multiplied by before backward. None means one
-            over the micro-batch size of this rank (a mean loss), divided by `accumulation_steps`.
+            over the micro-batch size of this rank (a mean loss), divided by `accumulation_steps`; with
+            `sharding`, one over the global batch.
         grad_scaler: A `torch.amp.GradScaler` whose scale is on the gradients; unscale before `step()`.
         process_group: A ProcessGroup or Communicator; None takes the default group if there is one.
-        symmetry_aware: Send triangles of symmetric tensors.
-        bucket_mib: Size of communication buckets.
-        colocate: Decompose A and G of a layer on the same rank.
-        costs: Seconds per decomposition by size, the same on all ranks; None takes stored measurements.
-        memory_budget_bytes: Per rank, for factors and decompositions, when `grad_worker_frac="auto"`.
+        placing: Costs and the memory budget that the plan follows.
+        **options:
 
     Raises:
-        ConfigError: A value out of range, or a model without any supported layer.
+        ConfigError: An option that does not exist or is out of range, or a model without any covered
+            layer.
         CommunicationError: Ranks whose models or options differ.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        config: KfacOptions | None = None,
         *,
-        lr: Scheduled | torch.optim.Optimizer = 0.1,
-        damping: Scheduled | LevenbergMarquardt = 1e-3,
-        factor_decay: Scheduled = 0.95,
-        factor_update_steps: int | Callable[[int], float] = 1,
-        inverse_update_steps: int | Callable[[int], float] = 10,
-        stagger: bool = False,
-        kl_clip: Scheduled | None = 1e-3,
-        grad_worker_frac: float | Literal["auto"] = 1.0,
-        method: Literal["eigen", "inverse"] = "eigen",
-        inverse_damping: Literal["pi", "sqrt", "plain"] = "pi",
-        factor_scale: Literal["per_sample", "sc20", "kaisa"] = "per_sample",
-        fisher: Literal["empirical", "1mc", "mc", "exact"] = "empirical",
-        weight_sharing: Literal["expand", "reduce"] = "expand",
-        bn_fisher: Literal["unit", "full", "diag"] = "unit",
-        bn_damping_multiplier: float = 1.0,
-        skip_layers: Sequence[str] = (),
-        weight_decay: float = 0.0,
-        ema_init: Literal["first", "identity"] = "first",
-        precompute: bool = False,
+        lr: float | Callable[[int], float] | torch.optim.Optimizer = 0.1,
+        sharding: ShardedConfig | None = None,
+        tree: bool = False,
         accumulation_steps: int = 1,
         loss_scale_per_sample: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | Communicator | None = None,
-        symmetry_aware: bool = True,
-        bucket_mib: float = 25.0,
-        colocate: bool = True,
-        costs: CostModel | None = None,
-        memory_budget_bytes: float | None = None,
+        placing: Placing | None = None,
+        **options: Any,
     ) -> None:
-        self.options = BlockOptions(
-            method=method,
-            inverse_damping=inverse_damping,
-            factor_scale=factor_scale,
-            weight_sharing=weight_sharing,
-            bn_fisher=bn_fisher,
-            bn_damping_multiplier=bn_damping_multiplier,
-            precompute=precompute,
-            ema_init=ema_init,
-        )
-        check_options(
-            self.options,
-            fisher=fisher,
-            grad_worker_frac=grad_worker_frac,
-            weight_decay=weight_decay,
-            accumulation_steps=accumulation_steps,
-            colocate=colocate,
-        )
-        self._scheduled: dict[str, Any] = {
-            "damping": damping,
-            "factor_decay": factor_decay,
-            "factor_update_steps": factor_update_steps,
-            "inverse_update_steps": inverse_update_steps,
-            "kl_clip": kl_clip,
-            "lr": lr,
-        }
-        for name, value in self._scheduled.items():
-            if not callable(value) and not isinstance(value, torch.optim.Optimizer):
-                check_scheduled(name, value)
-        self.fisher = fisher
-        self.stagger = stagger
-        self.weight_decay = weight_decay
+        self.options = make_options(config, options)
+        if not (isinstance(accumulation_steps, int) and accumulation_steps >= 1):
+            raise ConfigError(
+                "accumulation_steps is out of range",
+                given=accumulation_steps,
+                allowed="an integer >= 1",
+            )
+        self._rates = Rates(lr)
         self.accumulation_steps = accumulation_steps
         self.loss_scale_per_sample = loss_scale_per_sample
         self.grad_scaler = grad_scaler
         self.counters: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
-        """Time of the host in each part of `step`; it is no state."""
+        """Host time in each part of `step`, s (a device may still be busy); not part of the state."""
+        self.on_phase: Callable[[Phase], None] | None = None
+        """Called right before statistics are exchanged, factors change, decompositions are exchanged."""
+        rule = self.options.damping
+        self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
+        found = find_layers(model, self.options)
+        self._coverage = found.coverage
+        self.layers = found.layers
+        """The covered layers in registration order."""
+        self.states = [LayerState() for _ in self.layers]
+        """What this rank holds of each layer."""
+        self.refresh = make_refresh(self.layers, self.options)
+        self.distribution = make_distribution(
+            (self.layers, as_communicator(process_group), self.options, placing or Placing()),
+            model=model,
+            sharding=sharding,
+            tree=tree,
+        )
+        self._capture = Capture(found.modules.values(), fisher=self.options.fisher)
         self._warned = False
-        layers = find_layers(model, self.options, skip_layers)
-        self.blocks: tuple[Block, ...] = tuple(b for layer in layers for b in layer.blocks)
+        self.used: set[str] = set()
+        """Layers that a pass has gone through."""
         self._last_clip = torch.ones((), dtype=torch.float64)
         self._last_product: Tensor | None = None
-        self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.blocks[0].device)
-        self._exchange = Exchange(
-            self.blocks,
-            as_communicator(process_group),
-            grad_worker_frac=grad_worker_frac,
-            inverse_update_steps=int(self._value("inverse_update_steps")),
-            colocate=colocate,
-            symmetry_aware=symmetry_aware,
-            bucket_mib=bucket_mib,
-            costs=costs,
-            memory_budget_bytes=memory_budget_bytes,
-        )
-        self._capture = Capture(layers, fisher=fisher)
+        self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
 
-    # -- hyperparameters -----------------------------------------------------------------------
-
-    def _value(self, name: str) -> float:
-        value = self._scheduled[name]
-        if not callable(value):
-            return float(value)
-        result = scheduled_value(value, self.steps)
-        check_scheduled(name, result, step=self.steps)
-        return result
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps so far, skipped ones not counted."""
-        return self.counters["steps"]
-
-    @property
-    def damping(self) -> float:
-        """γ at this step, the coupled weight decay included."""
-        return self._value("damping") + self.weight_decay
-
-    @property
-    def plan(self) -> Plan:
-        """Who decomposes and preconditions what."""
-        return self._exchange.plan
-
-    @property
-    def communicator(self) -> Communicator:
-        """The ranks this preconditioner works with, and what they sent."""
-        return self._exchange.communicator
-
-    @property
-    def raw_gradient_fallbacks(self) -> int:
-        """How often a normalisation layer kept its plain gradient because P was not finite."""
-        return int(self._fallbacks)
-
-    @property
-    def kl_clip_scale(self) -> float:
-        """ν of the last step."""
-        return float(self._last_clip)
-
-    def factors_due(self) -> bool:
-        """Whether the coming step updates the factors, so that passes are recorded."""
-        return self.steps % int(self._value("factor_update_steps")) == 0
-
-    def _inverse_due(self, index: int) -> bool:
-        interval = int(self._value("inverse_update_steps"))
-        offset = 0
-        if self.stagger:
-            # Whole factor intervals, so that a decomposition always sees fresh factors.
-            slots = max(1, interval // int(self._value("factor_update_steps")))
-            offset = (index * slots // len(self.blocks)) * (interval // slots)
-        return self.steps == 0 or self.steps % interval == offset
-
-    def _learning_rates(self, blocks: Sequence[Block]) -> list[float]:
-        lr = self._scheduled["lr"]
-        if isinstance(lr, torch.optim.Optimizer):
-            return rates_of(lr, blocks)
-        return [self._value("lr")] * len(blocks)
-
-    # -- one step ------------------------------------------------------------------------------
+    # -- one step -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(
@@ -254,119 +138,188 @@ class KFAC:
         *,
         statistics: Statistics | None = None,
     ) -> None:
-        """Replaces the gradients of covered layers by preconditioned ones; a collective call.
+        """Replaces the gradients of covered layers by preconditioned ones. Collective.
 
         Args:
             num_samples: Samples in this rank's loss since the last step. None counts the batch
                 dimension of every layer's input.
             loss_scale_per_sample: Overrides the constructor's for this step.
-            statistics: Sums of `take_statistics` that were reduced over all ranks already.
+            statistics: With `tree`, the reduced sums of `take_statistics`.
 
         Raises:
-            UsageError: If there are no gradients or no statistics where they are due.
-            NumericalError: If the very first decomposition of a layer fails in every way.
+            UsageError: If there are no gradients, or no statistics where they are due.
+            NumericalError: If the first decomposition of a layer fails in every way.
         """
-        active = [block for block in self.blocks if block.has_gradient()]
-        if not active:
-            raise UsageError("step() found no gradients", change="call loss.backward() first")
-        if self.grad_scaler is not None and not self._gradients_finite(active):
-            self.skip_step()  # the scaler will skip it too
+        if not self._gradients_are_usable():
+            self.skip_step()
             return
-        with timed(self.seconds, "factors"):
-            if self.factors_due():
-                if statistics is None:
-                    own = self.take_statistics(num_samples, loss_scale_per_sample)
-                    statistics = self._exchange.reduce_statistics(own)
-                self._exchange.announce("factor_update")
-                self._update_factors(statistics)
-        with timed(self.seconds, "decompositions"):
-            self._decompose()
-        with timed(self.seconds, "preconditioning"):
-            self._precondition([block for block in active if block.inverse_step >= 0])
+        with self._timed("factors"):
+            if statistics is None and (self.factors_due() or self.sums_gradients):
+                self._enter("factor_exchange", if_=self.factors_due())
+                captured = self._captured(num_samples, loss_scale_per_sample)
+                statistics = self.distribution.reduce(captured)
+            refreshed = self._update_factors(statistics) if self.factors_due() else set()
+        with self._timed("decompositions"):
+            self._decompose(refreshed)
+        with self._timed("preconditioning"):
+            self._precondition()
+            self.distribution.publish(self._rates, self.steps)
         self.counters["steps"] += 1
         self._arm()
 
+    def _update_factors(self, statistics: Statistics | None) -> set[int]:
+        """Moves the running averages; the layers whose statistics came and were finite."""
+        seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
+        if statistics is None or not seen:
+            sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
+            raise UsageError(
+                "step() found no statistics of a forward and backward pass on any rank",
+                allowed="a pass in training mode with gradients enabled since the last step",
+                change=f"call {sampled}backward(); build KFAC before a model's first compiled pass",
+            )
+        self._enter("factor_update")
+        self.used |= {self.layers[i].name for i in seen}
+        here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
+        finite = statistics.finite(here)
+        refreshed = {i for i, good in zip(here, finite, strict=True) if good}
+        if len(refreshed) < len(here):
+            self.counters["discarded_statistics"] += len(here) - len(refreshed)
+        decay = value_at(self.options, "factor_decay", self.steps)
+        for i in sorted(refreshed):
+            layer, divisors = self.layers[i], statistics.normalizers(self.layers[i], i)
+            sums = {
+                name: statistics.sums[i][name]
+                for name in layer.factor_names
+                if name in self._due[i]
+            }
+            if self.distribution.decider(i) == self.distribution.rank:
+                self.refresh.choose(layer, sums, divisors)
+            self.states[i] = layer.average(self.states[i], sums, divisors, decay)
+        keys = [(self.layers[i].name, name) for i in sorted(seen) for name in sorted(self._due[i])]
+        self.refresh.agree(keys, self.steps, self._sum_over_ranks)
+        return refreshed
+
+    def _decompose(self, refreshed: set[int]) -> None:
+        """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
+        damping, due = self.damping, []
+        for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
+            whole = len(state.factors) == len(layer.factor_names)
+            if not whole or not (state.inverse_step < 0 or self._is_stale(i, i in refreshed)):
+                continue
+            due.append(i)
+            names, parts = self.distribution.decomposes(i), {}
+            try:
+                parts = layer.decompose(state.factors, names, damping) if names else {}
+            except NumericalError:
+                self.counters["inverse_failures"] += 1
+                if state.inverse_step < 0:
+                    raise
+            # Ranks that do not hold the decomposition know its age all the same.
+            self.states[i] = state.decomposed(parts, self.steps)
+        self._enter("decomposition", if_=bool(due))
+        self.distribution.share(self.states, due)
+
+    def _precondition(self) -> None:
+        """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
+        active = self.distribution.preconditioned_here(self.states)
+        layers = [self.layers[i] for i in active]
+        gradients = [layer.gradient(self.options.weight_decay) for layer in layers]
+        results = self.distribution.precondition(self.states, active, gradients, self.damping)
+        for place, layer in enumerate(layers):
+            if layer.guarded:  # on every rank alike, so that all keep the same gradient
+                good = torch.isfinite(results[place]).all()
+                results[place] = torch.where(good, results[place], gradients[place])
+                self._fallbacks += (~good).to(self._fallbacks)
+        products = inner_products(results, gradients).to(self.layers[0].device)
+        self._last_product, scale = products.sum(), torch.ones_like(products.sum())
+        if self.options.kl_clip is not None:
+            rates = self._rates.of_layers(layers, self.steps)
+            squares = torch.tensor(rates, dtype=torch.float64, device=products.device).square()
+            divergence = self.distribution.total((products.abs() * squares).sum())
+            scale = kl_clip_scale(divergence, value_at(self.options, "kl_clip", self.steps))
+            if results:
+                torch._foreach_mul_(results, scale.to(results[0].dtype))
+        self._last_clip = scale
+        for layer, value in zip(layers, results, strict=True):
+            layer.set_gradient(value)
+
+    # -- around a step --------------------------------------------------------------------------
+
     def skip_step(self) -> None:
-        """Forgets the statistics since the last step, because there was an overflow in it."""
-        for block in self.blocks:
-            block.drop_pending()
+        """Discards the statistics since the last step, because an overflow is in them."""
+        self._capture.drop()
         self.counters["skipped_steps"] += 1
 
-    def _arm(self) -> None:
-        self._capture.active = self.factors_due()
+    def factors_due(self) -> bool:
+        """Whether the coming step refreshes statistics, so that passes are recorded."""
+        return any(self._due)
 
-    def _gradients_finite(self, blocks: Sequence[Block]) -> bool:
-        sums = [p.grad.sum() for b in blocks for p in b.parameters if p.grad is not None]
-        total = torch.stack([s.float() for s in sums]).sum()
-        return self._exchange.all_finite(total)
+    def captured_samples(self) -> int:
+        """Samples that this rank's passes have gone through since the last step."""
+        return max(self._capture.of(layer).samples for layer in self.layers)
 
     def take_statistics(
         self, num_samples: int | None = None, loss_scale_per_sample: float | None = None
     ) -> Statistics:
         """This rank's sums since the last call or step, where `factors_due()`."""
+        return self._captured(num_samples, loss_scale_per_sample).statistics()
+
+    def _captured(self, num_samples: int | None, loss_scale: float | None) -> Captured:
+        sums = self._capture.take(self.layers)
         if num_samples is None and not self._warned:
-            self._warned = warn_if_layers_disagree(self.blocks)
-        scale = loss_scale_per_sample
-        if scale is None:
-            scale = self.loss_scale_per_sample
-        extra = 1.0 if scale is not None else 1.0 / self.accumulation_steps
+            self._warned = _warn_if_layers_disagree(
+                {
+                    s.samples: layer.name
+                    for layer, s in zip(self.layers, sums, strict=True)
+                    if s.rows
+                }
+            )
+        if loss_scale is None:
+            loss_scale = self.loss_scale_per_sample
+        extra = (
+            1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
+        )
         if self.grad_scaler is not None:
             extra *= self.grad_scaler.get_scale()
-        return take_statistics(self.blocks, num_samples, scale, extra)
+        return Captured(self.layers, sums, self._due, num_samples, loss_scale, extra)
 
-    def _update_factors(self, statistics: Statistics) -> None:
-        if not any(rows for _, rows in statistics.counts):
-            raise UsageError(
-                "step() found no statistics of a forward and backward pass",
-                allowed="a pass in training mode with gradients enabled since the last step",
-                change="build KFAC before the first (compiled) forward pass"
-                + ("" if self.fisher == "empirical" else ", and call sample_fisher(output)"),
-            )
-        discarded = apply_statistics(self.blocks, statistics, self._value("factor_decay"))
-        if discarded:
-            self.counters["discarded_statistics"] += discarded
+    def _gradients_are_usable(self) -> bool:
+        """False if a gradient scaler is going to skip this step.
 
-    def _decompose(self) -> None:
-        due = [
-            block
-            for index, block in enumerate(self.blocks)
-            if block.factor_updates and (block.inverse_step < 0 or self._inverse_due(index))
-        ]
-        damping = self.damping
-        for block in due:
-            names = self._exchange.factors_to_decompose(block)
-            if names:
-                try:
-                    block.second_order.update(block.decompose(names, damping))
-                except NumericalError:
-                    self.counters["inverse_failures"] += 1
-                    if block.inverse_step < 0:
-                        raise
-            # Ranks that do not hold the decomposition know its age all the same.
-            block.inverse_step = self.steps
-        self._exchange.share_second_order(due)
+        Raises:
+            UsageError: If there are no gradients at all.
+        """
+        if self.communicator.world_size != self.plan.world_size:
+            raise UsageError("step() after leave()", change="call resize(process_group) first")
+        grads = [p.grad for layer in self.layers for p in layer.parameters if p.grad is not None]
+        if not grads and not self.sums_gradients:
+            raise UsageError("step() found no gradients", change="call loss.backward() first")
+        if self.grad_scaler is None:
+            return True
+        zero = torch.zeros((), device=self.layers[0].device)
+        return self.distribution.all_finite(
+            torch.stack([zero, *(g.sum().float() for g in grads)]).sum()
+        )
 
-    def _precondition(self, blocks: Sequence[Block]) -> None:
-        if not blocks:
-            return
-        gradients = [block.gradient(self.weight_decay) for block in blocks]
-        results = self._exchange.precondition(blocks, gradients, self.damping)
-        for index, block in enumerate(blocks):
-            if block.guarded:  # on every rank alike, so that all keep the same gradient
-                good = torch.isfinite(results[index]).all()
-                results[index] = torch.where(good, results[index], gradients[index])
-                self._fallbacks += (~good).to(self._fallbacks)
-        products = inner_products(results, gradients)
-        scale = torch.ones_like(products[0])
-        if self._scheduled["kl_clip"] is not None:
-            rates = self._learning_rates(blocks)
-            scale = kl_clip_scale(products, rates, self._value("kl_clip"))
-            torch._foreach_mul_(results, scale.to(results[0].dtype))
-        self._last_clip, self._last_product = scale, products.sum()
-        for block, value in zip(blocks, results, strict=True):
-            block.set_gradient(value)
+    def _arm(self) -> None:
+        self._due = self.refresh.statistics_due(self.steps)
+        self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
 
-    # -- Fisher --------------------------------------------------------------------------------
+    def _is_stale(self, index: int, refreshed: bool) -> bool:
+        return self.refresh.decomposition_due(index, self.steps, refreshed=refreshed)
+
+    def _sum_over_ranks(self, tensor: Tensor) -> None:
+        self.communicator.all_reduce(tensor, tag="kfac/intervals").wait()
+
+    def _enter(self, phase: Phase, *, if_: bool = True) -> None:
+        if if_ and self.on_phase is not None:
+            self.on_phase(phase)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - begin
 
     def sample_fisher(
         self,
@@ -383,113 +336,206 @@ class KFAC:
 
         Args:
             output: Logits `[n, classes, ...]`, or predicted means `[n, ...]` of unit variance.
+            likelihood: What the output parameterises.
             draws: Labels per sample for `mc`.
-            generator: Where the labels come from; reproducible runs pass a seeded one.
+            generator: Source of the labels; reproducible runs pass a seeded one.
 
         Raises:
             UsageError: If the preconditioner was built with `fisher="empirical"`.
         """
-        if self.fisher == "empirical":
+        kind = self.options.fisher
+        if kind == "empirical":
             raise UsageError(
                 "sample_fisher needs a sampled Fisher",
                 given="fisher='empirical'",
                 allowed="1mc, mc, exact",
             )
-        if not self._capture.active:
-            return
-        parameters = [p for block in self.blocks for p in block.parameters]
-        parameters = list(dict.fromkeys(parameters))
-        scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
-        losses = fisher_losses(
-            output.float() if output.dtype in (torch.half, torch.bfloat16) else output,
-            self.fisher,
+        if output.dtype in (torch.half, torch.bfloat16):
+            output = output.float()
+        parameters = dict.fromkeys(p for layer in self.layers for p in layer.parameters)
+        self._capture.sample(
+            output,
             likelihood,
-            1 if self.fisher == "1mc" else draws,
+            1 if kind == "1mc" else draws,
             generator,
+            parameters=list(parameters),
+            loss_scale=1.0 if self.grad_scaler is None else self.grad_scaler.get_scale(),
         )
-        try:
-            for loss, weight in losses:
-                self._capture.sampling_weight = weight / (scale * scale)
-                torch.autograd.grad(loss * scale, parameters, retain_graph=True, allow_unused=True)
-        finally:
-            self._capture.sampling_weight = None
 
-    # -- damping -------------------------------------------------------------------------------
+    # -- what it knows --------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far, skipped ones not counted."""
+        return self.counters["steps"]
+
+    @property
+    def damping(self) -> float:
+        """γ at this step, the coupled weight decay included."""
+        rule = self.damping_rule
+        value = value_at(self.options, "damping", self.steps) if rule is None else rule.value
+        return value + self.options.weight_decay
+
+    @property
+    def plan(self) -> Plan:
+        """Who decomposes and preconditions what."""
+        return self.distribution.plan
+
+    @property
+    def communicator(self) -> Communicator:
+        """The ranks this preconditioner works with, and what they sent."""
+        return self.distribution.communicator
+
+    @property
+    def sums_gradients(self) -> bool:
+        """Whether `step()` takes local gradients and sums them over the ranks itself."""
+        return self.distribution.sums_gradients
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether `step()` updates the weights, so that no `optimizer.step()` must follow."""
+        return self.distribution.updates_weights
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether this rank alone holds the whole state."""
+        return not self.distribution.counts_are_local and len(self.plan.columns) == 1
+
+    @property
+    def kl_clip_scale(self) -> float:
+        """ν of the last step."""
+        return float(self._last_clip)
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """The running averages this rank holds, by layer name; treat them as read-only.
+
+        With weight matrices `[g, a]` (a bias is the last column; a convolution is flattened to
+        `[out, in·kh·kw]`): `A` `[a, a]`, or the diagonal `[a]` of an Embedding, and `G` `[g, g]`, with a
+        leading dimension for the groups of a grouped convolution. Normalisation layers have `F`:
+        `[channels, p, p]` over (scale, shift) with `bn_fisher="unit"`, `[p·channels, p·channels]` with
+        `full`, its diagonal with `diag`. A factor is at true per-sample scale, so that A ⊗ G estimates
+        the Fisher of a mean loss. With `sharding`, only the layers that this rank owns.
+        """
+        return {
+            layer.name: dict(state.factors)
+            for layer, state in zip(self.layers, self.states, strict=True)
+            if state.factors
+        }
+
+    def coverage(self) -> dict[str, str]:
+        """`covered`, or the reason why not, for every layer with parameters, by name.
+
+        Reasons: `frozen`, a pattern of `skip_layers`, an unsupported type or option, a shared weight,
+        and, once a step was made, `unused`: no pass has gone through it so far. The four projections of
+        an attention have names of their own.
+        """
+        coverage = dict(self._coverage)
+        if self.used:
+            unused = [layer.name for layer in self.layers if layer.name not in self.used]
+            coverage |= dict.fromkeys(unused, "unused: no pass has gone through it")
+        return coverage
+
+    def metrics(self) -> dict[str, float]:
+        """Curvature of the last step, for a row of metrics."""
+        held = [state for state in self.states if state.factor_updates]
+        oldest = min((state.inverse_step for state in held), default=self.steps - 1)
+        return {
+            "damping": self.damping,
+            "kl_clip_scale": self.kl_clip_scale,
+            "factor_updates": max((state.factor_updates for state in held), default=0),
+            "inverse_age_steps": max(0, self.steps - 1 - oldest),
+            "fallbacks": self.counters["inverse_failures"] + int(self._fallbacks),
+        }
+
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
+        `snapshots` and `momentum`), and their total."""
+        usage = {
+            "factors": _bytes([t for s in self.states for t in s.factors.values()]),
+            "second_order": _bytes([t for s in self.states for t in s.decomposition.values()]),
+            "pending": _bytes([t for x in self.layers for t in self._capture.of(x).tensors()]),
+        }
+        for name, tensors in (
+            ("snapshots", [t for ts in self.refresh.snapshots.values() for t in ts]),
+            ("momentum", [t for ts in self.distribution.held().values() for t in ts.values()]),
+        ):
+            if tensors:
+                usage[name] = _bytes(tensors)
+        return {**usage, "total": sum(usage.values())}
+
+    # -- adaptive damping -----------------------------------------------------------------------
 
     def predicted_change(self, lr: float | None = None) -> float:
         """Change of the loss that the quadratic model predicts for the step `−lr·ν·P` just prepared.
 
         `M(δ) − M(0) = ∇Lᵀδ + ½ δᵀ(F + γI)δ` with the damped K-FAC curvature, for which
-        `(F + γI) P = D`. Call between `step()` and `optimizer.step()`.
+        `(F + γI) P = D`. Call between `step()` and `optimizer.step()`. Collective with `sharding`.
         """
         if self._last_product is None:
             raise UsageError("predicted_change() needs a step() first")
-        rate = self._learning_rates(self.blocks[:1])[0] if lr is None else lr
+        rate = self._rates.of_layers(self.layers[:1], self.steps)[0] if lr is None else lr
         size = rate * float(self._last_clip)
-        return float(self._last_product) * (0.5 * size * size - size)
+        product = float(self.distribution.total(self._last_product))
+        return product * (0.5 * size * size - size)
 
-    # -- state ---------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The world-size-free state, equal on every rank; a collective call.
+        """The world-size-free state, equal on every rank. Collective.
 
-        Factors and the decompositions in use by layer name, counters, and the damping rule's own state:
-        a run continues from it bit for bit, at this or any other world size.
+        Factors and decompositions by layer name, counters, and the state of adaptive rules: a run
+        continues from it bit for bit, at this or any other world size and distribution.
         """
-        damping = self._scheduled["damping"]
-        return {
-            "version": STATE_VERSION,
-            "options": self._identity(),
-            "counters": dict(self.counters),
-            "damping": damping.state_dict() if isinstance(damping, LevenbergMarquardt) else None,
-            "layers": save_layers(self.blocks, self._exchange.gather_second_order()),
-        }
+        return save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state_dict()` of a run of any world size; keeps only what this rank needs.
+        """Continues from `state_dict()` of any world size; keeps only what this rank needs.
 
         Raises:
             StateError: If it belongs to another model, other options or another version; nothing is
                 changed then.
         """
-        check_state(state, STATE_VERSION, self._identity(), self.blocks)
-        load_layers(self.blocks, state["layers"], self._exchange.is_gradient_worker)
-        self.counters = Counter({name: int(n) for name, n in state["counters"].items()})
-        damping = self._scheduled["damping"]
-        if isinstance(damping, LevenbergMarquardt) and state["damping"] is not None:
-            damping.load_state_dict(state["damping"])
+        load(self, state)
+        self._capture.drop()
         self._arm()
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "method": self.options.method,
-            "factor_scale": self.options.factor_scale,
-            "bn_fisher": self.options.bn_fisher,
-            "precompute": self.options.precompute,
-        }
+    def resize(self, process_group: dist.ProcessGroup | Communicator | None) -> ResizeReport:
+        """Goes on with another set of ranks. Collective over the new set.
 
-    def resize(self, process_group: dist.ProcessGroup | Communicator | None) -> Plan:
-        """Works on with another set of ranks; a collective call over the new set.
-
-        Re-plans, keeps what this rank already holds, and fetches what it needs from ranks that hold it:
-        a rank that has just joined with a fresh preconditioner receives factors, decompositions and
-        counters of the ranks that went furthest.
+        Keeps what this rank holds and receives what it lacks from ranks that hold it, under the plan that
+        moves the fewest bytes: a rank that has just joined with a fresh preconditioner gets the state of
+        the ranks that went furthest.
         """
-        newest = self._exchange.resize(as_communicator(process_group), self.counters)
-        self.counters = Counter(newest)
-        for block in self.blocks:
-            block.drop_pending()
+        report = move_to(self, as_communicator(process_group))
+        self._capture.drop()
         self._arm()
-        return self.plan
+        return report
 
-    def memory_usage(self) -> dict[str, int]:
-        """Bytes this rank holds: factors, second_order, pending sums, and their total."""
-        return memory_usage(self.blocks)
+    def leave(self) -> None:
+        """Drops every reference to process groups and work under way; `resize` must follow.
 
-    def announce_to(self, listener: Callable[[Moment], None]) -> None:
-        """Has `listener` told right before statistics or decompositions are exchanged."""
-        self._exchange.announce = listener
+        What this rank holds, its plan and its number stay.
+        """
+        leave(self)
 
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
         self._capture.close()
+
+
+def _warn_if_layers_disagree(names_by_count: Mapping[int, str]) -> bool:
+    """Warns once that inferred sample counts contradict each other; returns whether it did."""
+    if len(names_by_count) < 2:
+        return False
+    counts = ", ".join(f"{count} in {name}" for count, name in sorted(names_by_count.items()))
+    warnings.warn(
+        f"layers count different numbers of samples ({counts}); pass num_samples and "
+        "loss_scale_per_sample to step()",
+        UserWarning,
+        stacklevel=5,
+    )
+    return True
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,16 +1,81 @@
-"""How often a statistic is refreshed: fixed intervals, or intervals that follow how much it changes.
+"""When statistics and decompositions are refreshed: at fixed intervals, or as they change.
 
 The adaptive rule is SP-NGD's (Osawa et al. 2020), per statistic: an interval grows like the Fibonacci
-numbers while the statistic stays what it was, and halves when it does not.
+numbers while the statistic resembles its last two snapshots, and halves when it does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.kfac.options import value_at
+
+SumOverRanks = Callable[[Tensor], None]
+Sums = Mapping[str, Tensor]
+Key = tuple[str, str]
+"""Layer and factor name."""
+
+
+class Refresh(ABC):
+    """A rule. `choose` and `agree` are for those that look at the statistics."""
+
+    snapshots: dict[Key, tuple[Tensor, ...]]
+    """The last two statistics, newest first, of the layers this rank decides about."""
+
+    def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
+        self._layers, self._options = layers, options
+        self.snapshots = {}
+
+    @abstractmethod
+    def statistics_due(self, step: int) -> list[frozenset[str]]:
+        """Factors whose statistics `step` refreshes, by layer."""
+
+    @abstractmethod
+    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
+        """Whether `step` decomposes a layer again."""
+
+    def choose(self, layer: Layer, sums: Sums, normalizers: Mapping[str, float]) -> None:  # noqa: B027 (optional)
+        """Chooses when the statistics of a layer are due again, on the rank that decides about it."""
+
+    def agree(self, keys: Sequence[Key], step: int, sum_over_ranks: SumOverRanks) -> None:  # noqa: B027 (optional)
+        """Tells all ranks what was chosen for refreshed statistics. Collective."""
+
+    def saved_clocks(self) -> dict[str, dict[str, dict[str, int]]]:
+        """Plain numbers, by layer and factor."""
+        return {}
+
+    def restore_clocks(self, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:  # noqa: B027 (optional)
+        """Continues from `saved_clocks`; empty starts afresh."""
+
+
+class FixedRefresh(Refresh):
+    """Every `factor_update_steps` and `inverse_update_steps` steps; decompositions may be staggered."""
+
+    def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
+        super().__init__(layers, options)
+        self._all = [frozenset(layer.factor_names) for layer in layers]
+        self._none = [frozenset[str]() for _ in layers]
+
+    def statistics_due(self, step: int) -> list[frozenset[str]]:
+        due = step % int(value_at(self._options, "factor_update_steps", step)) == 0
+        return self._all if due else self._none
+
+    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
+        interval = int(value_at(self._options, "inverse_update_steps", step))
+        offset = 0
+        if self._options.stagger:
+            # Whole factor intervals, so that a decomposition always sees fresh factors.
+            slots = max(1, interval // int(value_at(self._options, "factor_update_steps", step)))
+            offset = (index * slots // len(self._layers)) * (interval // slots)
+        return step == 0 or step % interval == offset
 
 
 def next_interval(
@@ -24,11 +89,6 @@ def next_interval(
     return interval + interval_before
 
 
-def is_similar(new: Tensor, old: Tensor, threshold: float) -> Tensor:
-    """`‖X − Y‖_F < α ‖Y‖_F` as a boolean scalar tensor."""
-    return (new - old).norm() < threshold * old.norm()
-
-
 @dataclass(frozen=True)
 class RefreshClock:
     """When one statistic is due; the same on every rank."""
@@ -39,7 +99,7 @@ class RefreshClock:
     refreshes: int = 0
 
     def due(self, step: int) -> bool:
-        """Whether the statistic is refreshed in this step."""
+        """Whether `step` refreshes the statistic."""
         return step >= self.next_step
 
     def advanced(self, step: int, interval: int) -> RefreshClock:
@@ -52,29 +112,65 @@ class RefreshClock:
             refreshes=self.refreshes + 1,
         )
 
-    def state_dict(self) -> dict[str, int]:
-        """Plain numbers."""
-        return dict(vars(self))
+    def choose(self, new: Tensor, snapshots: Sequence[Tensor], threshold: float) -> int:
+        """Δ for a refresh that brought `new`; similar is `‖X − Y‖_F < α ‖Y‖_F`."""
+        similar = [bool((new - old).norm() < threshold * old.norm()) for old in snapshots]
+        if len(similar) < 2:
+            # Without a second snapshot the interval neither grows nor starts above 1.
+            return 1 if not similar else next_interval(similar[0], False, self.interval, 0)
+        return next_interval(similar[0], similar[1], self.interval, self.interval_before)
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> RefreshClock:
-        """The clock that `state_dict` wrote."""
-        return cls(**{name: int(value) for name, value in state.items()})
+
+class AdaptiveRefresh(Refresh):
+    """Each statistic when its clock is due; what was refreshed is decomposed."""
+
+    def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
+        super().__init__(layers, options)
+        self.restore_clocks({})
+        self._chosen: dict[Key, int] = {}
+
+    def statistics_due(self, step: int) -> list[frozenset[str]]:
+        return [
+            frozenset(f for f in layer.factor_names if self.clocks[layer.name, f].due(step))
+            for layer in self._layers
+        ]
+
+    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
+        return refreshed
+
+    def choose(self, layer: Layer, sums: Sums, normalizers: Mapping[str, float]) -> None:
+        for factor, total in sums.items():
+            key, mean = (layer.name, factor), total.div(normalizers[factor])
+            known = self.snapshots.get(key, ())
+            threshold = self._options.refresh_threshold
+            self._chosen[key] = self.clocks[key].choose(mean, known, threshold)
+            self.snapshots[key] = (mean, *known[:1])
+
+    def agree(self, keys: Sequence[Key], step: int, sum_over_ranks: SumOverRanks) -> None:
+        chosen, self._chosen = self._chosen, {}
+        table = torch.tensor(
+            [chosen.get(key, 0) for key in keys], dtype=torch.float64, device=self._layers[0].device
+        )
+        sum_over_ranks(table)
+        for key, interval in zip(keys, table.tolist(), strict=True):
+            if interval:  # nothing was chosen for a statistic that was not finite: it stays due
+                self.clocks[key] = self.clocks[key].advanced(step, int(interval))
+
+    def saved_clocks(self) -> dict[str, dict[str, dict[str, int]]]:
+        saved: dict[str, dict[str, dict[str, int]]] = {}
+        for (layer, factor), clock in self.clocks.items():
+            saved.setdefault(layer, {})[factor] = dict(vars(clock))
+        return saved
+
+    def restore_clocks(self, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        self.clocks: dict[Key, RefreshClock] = {}
+        for layer in self._layers:
+            for factor in layer.factor_names:
+                clock = saved.get(layer.name, {}).get(factor, {})
+                numbers = {name: int(value) for name, value in clock.items()}
+                self.clocks[layer.name, factor] = RefreshClock(**numbers)
 
 
-class Snapshots:
-    """The last two snapshots of one statistic; kept by its owner only."""
-
-    def __init__(self, tensors: tuple[Tensor, ...] = ()) -> None:
-        self.tensors = tensors
-
-    def choose_interval(self, new: Tensor, clock: RefreshClock, threshold: float) -> int:
-        """Δ for the refresh that brought `new`; remembers `new`."""
-        known = self.tensors
-        self.tensors = (new.clone(), *known[:1])
-        if not known:
-            return 1
-        similar = [bool(is_similar(new, old, threshold)) for old in known]
-        if len(known) == 1:
-            return clock.interval if similar[0] else max(1, clock.interval // 2)
-        return next_interval(similar[0], similar[1], clock.interval, clock.interval_before)
+def make_refresh(layers: Sequence[Layer], options: KfacOptions) -> Refresh:
+    """The rule that `refresh` names."""
+    return (AdaptiveRefresh if options.refresh == "adaptive" else FixedRefresh)(layers, options)

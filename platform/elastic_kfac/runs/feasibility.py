@@ -12,7 +12,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.kfac.kfac_exchange import layer_shape
+from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.traffic import memory_elements
 from elastic_kfac.tasks.models import build_model
@@ -68,9 +68,8 @@ def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
         DataError: As `imagined_paths`.
     """
     for _, path in imagined_paths(config, world_sizes):
-        owner = path.kfac or path.sharded
-        if owner is not None:
-            yield owner.plan
+        if path.kfac is not None:
+            yield path.kfac.plan
 
 
 def why_infeasible(config: Config, room: int) -> str | None:
@@ -94,12 +93,12 @@ def why_infeasible(config: Config, room: int) -> str | None:
     sizes = sorted({elastic.min_workers, largest})
     try:
         for world_size, (_, path) in zip(sizes, imagined_paths(config, sizes), strict=True):
-            if path.kfac is None:
+            if path.kfac is None or path.kfac.sums_gradients:
                 continue
             held = max(
                 memory_elements(
                     path.kfac.plan,
-                    [layer_shape(block) for block in path.kfac.blocks],
+                    [layer_shape(layer) for layer in path.kfac.layers],
                     method=config.kfac.method,
                     precompute=config.kfac.precompute,
                 )

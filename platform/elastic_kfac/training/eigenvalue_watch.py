@@ -89,7 +89,7 @@ class EigenvalueWatch:
             from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
 
             free = kfac_eigenvalue(
-                kfac.blocks,
+                kfac,
                 rank=communicator.rank,
                 world_size=communicator.world_size,
                 sum_over_ranks=add,

@@ -10,16 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from elastic_kfac.curvature.kronecker_block import KroneckerBlock
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.training.callbacks import Callback, Point, Trainer
 
 if TYPE_CHECKING:
-    from elastic_kfac.curvature.block import Block
+    from elastic_kfac.curvature.layer import LayerState
+    from elastic_kfac.kfac.kfac import KFAC
     from elastic_kfac.training.rank import RankTrainer
 
 Labels = tuple[str, ...]
@@ -127,7 +127,8 @@ class RankProbe(Callback):
         for name in ("damping", "kl_clip_scale", "inverse_age_steps"):
             if name in columns:
                 values[name] = {(): float(columns[name])}
-        values["condition_number"] = condition_numbers(_blocks(trainer), columns.get("damping", 0))
+        states = () if trainer.kfac is None else trainer.kfac.states
+        values["condition_number"] = condition_numbers(states, columns.get("damping", 0))
         return {**values, **self._saved}
 
     def of_the_rank(self) -> Values:
@@ -145,9 +146,8 @@ class RankProbe(Callback):
         self._exposed_s += counters.waited_s - (waited if world == id(counters) else 0.0)
         self._waited = (id(counters), counters.waited_s)
         values["communication_exposed_s"] = {(): self._exposed_s}
-        owner = trainer.path.kfac or trainer.path.sharded
-        if owner is not None:
-            usage = owner.memory_usage()
+        if trainer.kfac is not None:
+            usage = trainer.kfac.memory_usage()
             usage.pop("total")
             values["memory_bytes"] = {(part,): float(held) for part, held in usage.items()}
         for name, count in _data_counts(trainer).items():
@@ -163,7 +163,7 @@ class RankProbe(Callback):
         for name, totals in self._totals(self._trainer).items():
             for labels, total in totals.items():
                 self._told[name, labels] = total
-        self._inverse_steps = {block.name: block.inverse_step for block in _blocks(self._trainer)}
+        self._inverse_steps = _inverse_steps(self._trainer.kfac)
 
     def _growth(self, name: str, labels: Labels, total: float) -> float:
         before = self._told.get((name, labels), 0.0)
@@ -180,12 +180,12 @@ class RankProbe(Callback):
             "communication_calls": {(tag,): t.calls for tag, t in traffic.items()},
             "communication_errors": {(): float(trainer.communicator.counters.errors)},
         }
-        blocks = _blocks(trainer)
-        owner = trainer.path.kfac or trainer.path.sharded
-        if owner is not None:
-            totals["factor_updates"] = {(): float(max(b.factor_updates for b in blocks))}
-            totals["fallbacks"] = {(): float(owner.counters["inverse_failures"])}
-            totals["nonfinite_factors"] = {(): float(owner.counters["discarded_statistics"])}
+        kfac = trainer.kfac
+        if kfac is not None:
+            metrics = kfac.metrics()
+            totals["factor_updates"] = {(): metrics["factor_updates"]}
+            totals["fallbacks"] = {(): metrics["fallbacks"]}
+            totals["nonfinite_factors"] = {(): float(kfac.counters["discarded_statistics"])}
         return totals
 
     def _phases(self, trainer: RankTrainer) -> dict[Labels, float]:
@@ -194,25 +194,22 @@ class RankProbe(Callback):
         data_s = min(_data_counts(trainer).get("stall_s", 0.0), spent["forward_backward"])
         spent["data"] += data_s
         spent["forward_backward"] -= data_s
-        if trainer.path.kfac is not None:
-            for phase, elapsed_s in trainer.path.kfac.seconds.items():
+        if trainer.kfac is not None:
+            for phase, elapsed_s in trainer.kfac.seconds.items():
                 spent[phase] += elapsed_s
                 spent["optimizer"] -= elapsed_s
-        elif trainer.path.sharded is not None:
-            spent["preconditioning"] = spent.pop("optimizer", 0.0)
         return {(phase,): elapsed_s for phase, elapsed_s in spent.items()}
 
     def _count_decompositions(self) -> None:
         assert self._trainer is not None
-        blocks = _blocks(self._trainer)
-        known = self._inverse_steps
-        changed = [block for block in blocks if known.get(block.name) != block.inverse_step]
-        for block in changed:
-            known[block.name] = block.inverse_step
-            self._inverse_updates += 1 / len(blocks)
+        steps = _inverse_steps(self._trainer.kfac)
+        changed = [name for name, step in steps.items() if self._inverse_steps.get(name) != step]
+        self._inverse_steps = steps
+        if changed:
+            self._inverse_updates += len(changed) / len(steps)
 
 
-def condition_numbers(blocks: tuple[Block, ...], damping: float) -> dict[Labels, float]:
+def condition_numbers(states: Sequence[LayerState], damping: float) -> dict[Labels, float]:
     """Median and maximum of (λmax + √γ) / (λmin + √γ) over the layers this rank has decomposed.
 
     Only where the eigenvalues are at hand: computing them for the purpose would cost a
@@ -222,9 +219,9 @@ def condition_numbers(blocks: tuple[Block, ...], damping: float) -> dict[Labels,
     shift = damping**0.5
     for factor in ("A", "G"):
         conditions = []
-        for block in blocks:
-            values = block.second_order.get(f"{factor}_values")
-            if isinstance(block, KroneckerBlock) and values is not None:
+        for state in states:
+            values = state.decomposition.get(f"{factor}_values")
+            if values is not None:
                 low, high = (float(value) for value in values.aminmax())
                 conditions.append((high + shift) / max(low + shift, 1e-30))
         if conditions:
@@ -233,9 +230,11 @@ def condition_numbers(blocks: tuple[Block, ...], damping: float) -> dict[Labels,
     return found
 
 
-def _blocks(trainer: RankTrainer) -> tuple[Block, ...]:
-    owner = trainer.path.kfac or trainer.path.sharded
-    return tuple(owner.blocks) if owner is not None else ()
+def _inverse_steps(kfac: KFAC | None) -> dict[str, int]:
+    """The step of every layer's decomposition, by name."""
+    if kfac is None:
+        return {}
+    return {x.name: state.inverse_step for x, state in zip(kfac.layers, kfac.states, strict=True)}
 
 
 def _data_counts(trainer: RankTrainer) -> dict[str, float]:

@@ -490,8 +490,6 @@ class RankTrainer:
             self.path.update(
                 num_samples=local_count,
                 loss_scale_per_sample=self.scaler.scale / divisor,
-                lr=rates.lr,
-                momentum=rates.momentum,
                 statistics=self.exchange.reduced,
             )
             self.is_committed = False

@@ -18,9 +18,7 @@ from elastic_kfac.training.sync.gradient_reduction import make_reduction
 from elastic_kfac.training.sync.reproducible import ReproducibleExchange
 
 if TYPE_CHECKING:
-    from elastic_kfac.kfac.kfac import KFAC
-    from elastic_kfac.kfac.kfac_statistics import Statistics
-    from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
+    from elastic_kfac.kfac.statistics import Statistics
 
 
 class GradientPath:
@@ -43,18 +41,16 @@ class GradientPath:
         self._optimizer = optimizer
         self._announce = announce
         self._stays_local = steps_apart(config)
-        preconditioner = make_preconditioner(model, optimizer, config, communicator)
-        self.kfac: KFAC | None = preconditioner.kfac
-        self.sharded: ShardedKFAC | None = preconditioner.sharded
+        self.kfac = make_preconditioner(model, optimizer, config, communicator)
         if self.kfac is not None:
-            self.kfac.announce_to(announce)
+            self.kfac.on_phase = announce
         rule = config.optimizer.rescale_weights
         self._rescaling = None if rule == "none" else WeightRescaling(model, rule)
         self._reduction = make_reduction(config.communication, communicator, config.train.seed)
 
     def reduce(self, exchange: Exchange, local: Totals, step: int) -> Totals:
         """Sums what the ranks have to tell each other before the update."""
-        if self.sharded is not None or self._stays_local:
+        if self._stays_local or (self.kfac is not None and self.kfac.sums_gradients):
             # Its gradients travel inside its own step, to their owners only; or not at all.
             return exchange.reduce(self._communicator, local, reduce_gradients=lambda flat: None)
         if self._reduction is not None:
@@ -71,20 +67,15 @@ class GradientPath:
         *,
         num_samples: int,
         loss_scale_per_sample: float,
-        lr: float,
-        momentum: float,
         statistics: Statistics | None = None,
     ) -> None:
         """Turns published gradients into changed weights.
 
         `statistics` are K-FAC's where they were reduced together with the gradients.
         """
-        if self.sharded is not None:
-            self.sharded.lr, self.sharded.momentum = lr, momentum
-            self.sharded.step(num_samples=num_samples, loss_scale_per_sample=loss_scale_per_sample)
-        elif self.kfac is not None:
+        if self.kfac is not None:
             self.kfac.step(num_samples, loss_scale_per_sample, statistics=statistics)
-        if self.sharded is None or self.sharded.gather == "gradients":
+        if self.kfac is None or not self.kfac.updates_weights:
             self._optimizer.step()
         if self._rescaling is not None:
             self._rescaling.apply()
@@ -96,28 +87,13 @@ class GradientPath:
 
     def columns(self) -> dict[str, float]:
         """What a metric row says about the curvature of a step."""
-        if self.sharded is not None:
-            return {
-                "damping": self.sharded.damping,
-                "factor_updates": max((b.factor_updates for b in self.sharded.blocks), default=0),
-            }
-        if self.kfac is None:
-            return {}
-        oldest = min((block.inverse_step for block in self.kfac.blocks), default=0)
-        return {
-            "damping": self.kfac.damping,
-            "kl_clip_scale": self.kfac.kl_clip_scale,
-            "factor_updates": max((b.factor_updates for b in self.kfac.blocks), default=0),
-            "inverse_age_steps": max(0, self.kfac.steps - 1 - oldest),
-            "fallbacks": self.kfac.counters["inverse_failures"],
-        }
+        return {} if self.kfac is None else self.kfac.metrics()
 
     def plan_summary(self) -> str | None:
         """Who decomposes and preconditions what, in one line; None without a plan."""
-        owner = self.kfac or self.sharded
-        if owner is None:
+        if self.kfac is None:
             return None
-        plan = owner.plan
+        plan = self.kfac.plan
         return (
             f"{plan.strategy}, {len(plan.columns)} columns over {plan.world_size} ranks, "
             f"grad_worker_frac {plan.grad_worker_frac:.4g}, {len(plan.layers)} layers, "
@@ -129,8 +105,6 @@ class GradientPath:
         parts: dict[str, Any] = {}
         if self.kfac is not None:
             parts["kfac"] = self.kfac.state_dict()
-        if self.sharded is not None:
-            parts["sharded"] = self.sharded.state_dict()
         if self._reduction is not None:
             parts["compression"] = self._reduction.state_dict()
         return parts
@@ -139,7 +113,6 @@ class GradientPath:
         """Continues from saved parts; a part that was not saved starts afresh."""
         for name, owner in (
             ("kfac", self.kfac),
-            ("sharded", self.sharded),
             ("compression", self._reduction),
         ):
             saved = parts.get(name)
@@ -148,12 +121,11 @@ class GradientPath:
 
     def close(self) -> None:
         """Removes hooks and lets go of every reference to the world's groups."""
-        for owner in (self.kfac, self.sharded):
-            if owner is not None:
-                owner.close()
-        self.kfac = self.sharded = self._reduction = None
+        if self.kfac is not None:
+            self.kfac.close()
+        self.kfac = self._reduction = None
         self._communicator = Communicator.solo()
 
 
-PARTS = ("kfac", "sharded", "compression")
+PARTS = ("kfac", "compression")
 """Names of the parts that `GradientPath.state_dict` may hold."""

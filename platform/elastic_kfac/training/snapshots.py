@@ -73,7 +73,6 @@ def holds_everything(trainer: RankTrainer) -> bool:
     config = trainer.config
     if steps_apart(config):
         return False
-    if config.optimizer.name == "sharded_kfac" or config.communication.wire_format != "fp32":
+    if config.communication.wire_format != "fp32":
         return False
-    kfac = trainer.kfac
-    return kfac is None or len(kfac.plan.columns) == 1
+    return trainer.kfac is None or trainer.kfac.holds_everything

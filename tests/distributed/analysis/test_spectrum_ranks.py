@@ -59,7 +59,7 @@ def analyse(world: Communicator, ranks: int) -> dict[str, Any] | None:
     kfac = KFAC(model, process_group=part, grad_worker_frac=1 / ranks, damping=0.1)
     (loss_sum(model.train()(x), y) / COUNT).backward()  # the same batch on every rank
     kfac.step(num_samples=COUNT, loss_scale_per_sample=1 / COUNT)
-    surrogate = kfac_eigenvalue(kfac.blocks, **share)
+    surrogate = kfac_eigenvalue(kfac, **share)
     kfac.close()
     model, _, _ = problem()
     return {

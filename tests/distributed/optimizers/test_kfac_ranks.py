@@ -16,7 +16,7 @@ from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import triangle_size
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.kfac.kfac_exchange import layer_shape
+from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.traffic import TrafficModel, traffic_per_step
 from support.gloo import run_ranks
 
@@ -171,25 +171,26 @@ def _roles_and_bytes(fraction: float) -> dict[str, Any]:
                 for tag in after
             }
         )
-    held = {b.name: sorted(b.second_order) for b in kfac.blocks}
-    worker = {b.name: kfac.plan.is_gradient_worker(b.name, communicator.rank) for b in kfac.blocks}
+    names = [layer.name for layer in kfac.layers]
+    held = {x: sorted(s.decomposition) for x, s in zip(names, kfac.states, strict=True)}
+    worker = {x: kfac.plan.is_gradient_worker(x, communicator.rank) for x in names}
     return {
         "held": held,
         "worker": worker,
         "bytes": counted,
         "memory": kfac.memory_usage(),
         "plan": kfac.plan.sha256,
-        "gradient_elements": [torch.Size(b.gradient_shape).numel() for b in kfac.blocks],
-        "packed": sum(_packed(b) for b in kfac.blocks),
+        "gradient_elements": [torch.Size(b.gradient_shape).numel() for b in kfac.layers],
+        "packed": sum(_packed(b) for b in kfac.layers),
         "second_order": [
-            sum(torch.Size(s).numel() for s in b.second_order_shapes.values()) for b in kfac.blocks
+            sum(torch.Size(s).numel() for s in b.decomposition_shapes.values()) for b in kfac.layers
         ],
     }
 
 
-def _packed(block: Any) -> int:
+def _packed(layer: Any) -> int:
     total = 0
-    for shape in block.factor_shapes.values():
+    for shape in layer.factor_shapes.values():
         matrices = torch.Size(shape[:-2]).numel()
         total += matrices * triangle_size(shape[-1])
     return total
@@ -264,7 +265,7 @@ def _ddp(case: str) -> dict[str, Any]:
             F.cross_entropy(wrapped(x), y).backward()
         kfac.step()
         optimizer.step()
-    return {"names": [b.name for b in kfac.blocks], **model.state_dict()}
+    return {"names": [x.name for x in kfac.layers], **model.state_dict()}
 
 
 def test_distributed_data_parallel_equals_one_process() -> None:
@@ -279,7 +280,7 @@ def test_distributed_data_parallel_equals_one_process() -> None:
         optimizer.step()
     for results in run_ranks(2, _ddp_all):
         for result in results:
-            assert result.pop("names") == [b.name for b in kfac.blocks]
+            assert result.pop("names") == [x.name for x in kfac.layers]
             assert_equal(result, model.state_dict())
 
 
@@ -315,8 +316,8 @@ def _resume(case: dict[str, Any], state: dict[str, Any]) -> dict[str, Tensor]:
     kfac = KFAC(model, process_group=communicator, **options_of(case))
     model.load_state_dict(state["model"])
     kfac.load_state_dict(state["kfac"])
-    held = [bool(block.second_order) for block in kfac.blocks]
-    expected = [kfac.plan.is_gradient_worker(b.name, communicator.rank) for b in kfac.blocks]
+    held = [bool(state.decomposition) for state in kfac.states]
+    expected = [kfac.plan.is_gradient_worker(x.name, communicator.rank) for x in kfac.layers]
     assert held == expected
     train(model, kfac, communicator, range(3, 6))
     return model.state_dict()
@@ -425,7 +426,7 @@ def _traffic(fraction: float, precompute: bool) -> tuple[dict[str, Fraction], Tr
     }
     expected = traffic_per_step(
         kfac.plan,
-        [layer_shape(block) for block in kfac.blocks],
+        [layer_shape(layer) for layer in kfac.layers],
         factor_update_steps=2,
         inverse_update_steps=4,
         precompute=precompute,

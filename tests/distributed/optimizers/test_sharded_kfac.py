@@ -13,8 +13,8 @@ from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.counters import all_reduce_received
 from elastic_kfac.communication.packing import triangle_size
+from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.errors import StateError
-from elastic_kfac.kfac.sharded_kfac import ShardedKFAC
 from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from support.gloo import run_ranks
 
@@ -42,13 +42,23 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (BATCH,), generator=generator)
 
 
-def build(model: nn.Module, communicator: Communicator, **options: Any) -> ShardedKFAC:
-    options = {"lr": LR, "momentum": MOMENTUM, "damping": DAMPING, **options}
+def sharded(model: nn.Module, lr: float = LR, momentum: float = MOMENTUM, **options: Any) -> KFAC:
+    """K-FAC sharded by owner with the options of the published method."""
+    sharding = ShardedConfig(
+        **{name: options.pop(name) for name in ShardedConfig.model_fields if name in options}
+    )
+    published = {"method": "inverse", "factor_decay": 0.0, "kl_clip": None}
+    published["inverse_update_steps"] = options.get("factor_update_steps", 1)
+    rates = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    return KFAC(model, lr=rates, sharding=sharding, **{**published, **options})
+
+
+def build(model: nn.Module, communicator: Communicator, **options: Any) -> KFAC:
     with pytest.warns(UserWarning, match="PReLU"):
-        return ShardedKFAC(model, process_group=communicator, **options)
+        return sharded(model, process_group=communicator, **{"damping": DAMPING, **options})
 
 
-def train(model: nn.Module, optimizer: ShardedKFAC, steps: range) -> None:
+def train(model: nn.Module, optimizer: KFAC, steps: range) -> None:
     communicator = optimizer.communicator
     edges = [r * BATCH // communicator.world_size for r in range(communicator.world_size + 1)]
     share = slice(edges[communicator.rank], edges[communicator.rank + 1])
@@ -136,17 +146,21 @@ def _bytes_and_memory() -> dict[str, Any]:
         train(model, optimizer, range(step, step + 1))
         counted.append(communicator.counters.snapshot())
     packed = 0
-    for block in optimizer.blocks:
-        for shape in block.factor_shapes.values():
+    for layer in optimizer.layers:
+        for shape in layer.factor_shapes.values():
             packed += torch.Size(shape[:-2]).numel() * triangle_size(shape[-1])
+    owned = optimizer.distribution.owned
+    momentum = [item.name for item in optimizer.distribution.held()]
     return {
         "bytes": counted,
         "packed": packed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "owned": [unit.name for unit in optimizer.owned],
-        "factors_of": [b.name for b in optimizer.blocks if b.factors or b.second_order],
-        "velocity_of": sorted(optimizer.velocity),
-        "owned_parameters": sorted(n for u in optimizer.owned for n, _ in u.parameters),
+        "owned": [unit.name for unit in owned],
+        "factors_of": [
+            x.name for x, s in zip(optimizer.layers, optimizer.states, strict=True) if s.factors
+        ],
+        "velocity_of": sorted(momentum),
+        "owned_parameters": sorted(n for unit in owned for n in unit.parameters),
     }
 
 
@@ -248,24 +262,23 @@ def test_adaptive_refresh_saves_most_refreshes_at_the_same_loss() -> None:
         for seed in range(3):
             torch.manual_seed(seed)
             model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4))
-            optimizer = ShardedKFAC(
-                model, lr=0.02, momentum=0.9, damping=0.03, refresh=refresh, refresh_threshold=0.3
-            )
+            optimizer = sharded(model, 0.02, damping=0.03, refresh=refresh, refresh_threshold=0.3)
             for _ in range(300):
                 model.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
             finals.append(float(F.cross_entropy(model(x), y).detach()))
         losses[refresh] = sum(finals) / 3
-        refreshes[refresh] = optimizer.counters["refreshes"]
-    assert refreshes["fixed"] == 300 * 4
-    assert refreshes["adaptive"] * 5 <= refreshes["fixed"]
+        refreshes[refresh] = [state.factor_updates for state in optimizer.states]
+    assert refreshes["fixed"] == [300, 300]
+    clocks = optimizer.state_dict()["refresh"]["clocks"].values()
+    assert sum(clock["refreshes"] for layer in clocks for clock in layer.values()) * 5 <= 300 * 4
     assert losses["adaptive"] <= 1.1 * losses["fixed"] + 0.01
 
 
 def test_weight_rescaling_only_shrinks_matrices() -> None:
     model = nn.Linear(4, 3)
-    optimizer, rescaling = ShardedKFAC(model, lr=1e-9), WeightRescaling(model)
+    optimizer, rescaling = sharded(model, 1e-9, damping=1e-3), WeightRescaling(model)
     with torch.no_grad():
         model.weight.mul_(100)
     model(torch.randn(5, 4)).sum().backward()
@@ -283,6 +296,6 @@ def test_weight_rescaling_only_shrinks_matrices() -> None:
 
 
 def test_state_of_other_options_is_refused() -> None:
-    state = ShardedKFAC(nn.Linear(2, 2)).state_dict()
+    state = sharded(nn.Linear(2, 2)).state_dict()
     with pytest.raises(StateError, match="another method"):
-        ShardedKFAC(nn.Linear(2, 2), method="eigen").load_state_dict(state)
+        sharded(nn.Linear(2, 2), method="eigen").load_state_dict(state)

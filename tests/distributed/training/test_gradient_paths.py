@@ -36,7 +36,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "sharded": SHARDED,
     "sharded-clipped": {**SHARDED, "kfac.kl_clip": 1e-4, "sharded.v_method": "padded"},
     "sharded-gradients": {**SHARDED, "sharded.gather": "gradients"},
-    "sharded-adaptive": {**SHARDED, "sharded.refresh": "adaptive", "sharded.wire": "fp32"},
+    "sharded-adaptive": {**SHARDED, "kfac.refresh": "adaptive", "sharded.wire": "fp32"},
     "ring": {"communication.algorithm": "ring"},
     "rabenseifner": {"communication.algorithm": "rabenseifner"},
     "hierarchical": {"communication.algorithm": "hierarchical"},
@@ -113,7 +113,6 @@ def _state_of(state: TrainingState) -> torch.Tensor:
     [
         {"communication.algorithm": "ring", "communication.wire_format": "int8"},
         {**SHARDED, "train.precision": "fp16"},
-        {**SHARDED, "kfac.fisher": "1mc"},
     ],
 )
 def test_combinations_that_do_not_exist_are_refused(changes: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "kfac-inverse-hybrid": {**KFAC, "kfac.method": "inverse", "kfac.grad_worker_frac": 0.5},
     "kfac-stagger": {**KFAC, "kfac.stagger": True, "kfac.grad_worker_frac": 0.5},
     "osawa": OSAWA,
-    "osawa-adaptive": {**OSAWA, "sharded.refresh": "adaptive"},
+    "osawa-adaptive": {**OSAWA, "kfac.refresh": "adaptive"},
 }
 # Passes of another size round differently; what is kept must be the same on all ranks.
 ALIKE: dict[str, dict[str, Any]] = {

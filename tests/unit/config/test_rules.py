@@ -49,10 +49,6 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         {"optimizer.name": "sharded_kfac", "train.precision": "fp16"},
     ),
     (
-        "optimizer.name=sharded_kfac needs kfac.fisher=empirical",
-        {"optimizer.name": "sharded_kfac", "kfac.fisher": "1mc"},
-    ),
-    (
         "communication.algorithm other than native needs communication.wire_format=fp32",
         {"communication.algorithm": "ring", "communication.wire_format": "int8"},
     ),

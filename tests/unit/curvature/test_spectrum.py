@@ -378,14 +378,14 @@ def test_kfac_eigenvalue_is_the_largest_product_of_factor_spectra() -> None:
     for method in ("eigen", "inverse"):
         model, (inputs, labels) = network(), samples()
         kfac = KFAC(model, method=method, damping=0.1)
-        assert math.isnan(kfac_eigenvalue(kfac.blocks))
+        assert math.isnan(kfac_eigenvalue(kfac))
         F.cross_entropy(model(inputs), labels).backward()
         kfac.step()
         expected = 0.0
-        for block in kfac.blocks:
-            a, g = (torch.linalg.eigvalsh(block.factors[name]) for name in ("A", "G"))
+        for factors in kfac.factors().values():
+            a, g = (torch.linalg.eigvalsh(factors[name]) for name in ("A", "G"))
             expected = max(expected, float(a.max() * g.max()))
-        assert kfac_eigenvalue(kfac.blocks) == pytest.approx(expected, rel=1e-12)
+        assert kfac_eigenvalue(kfac) == pytest.approx(expected, rel=1e-12)
 
 
 def test_bias_variance_is_mean_and_spread_of_single_losses() -> None:

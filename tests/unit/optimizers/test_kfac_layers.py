@@ -18,7 +18,7 @@ TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def factors_of(kfac: KFAC) -> dict[str, Tensor]:
-    return {f"{b.name}.{n}": t for b in kfac.blocks for n, t in b.factors.items()}
+    return {f"{name}.{n}": t for name, f in kfac.factors().items() for n, t in f.items()}
 
 
 def run(model: nn.Module, *inputs: Tensor, **options) -> KFAC:
@@ -78,8 +78,8 @@ def test_embedding_equals_linear_over_one_hot_rows() -> None:
     one_hot = F.one_hot(tokens, 7).double()
     one_hot[tokens == 0] = 0
     other = run(linear, one_hot)
-    torch.testing.assert_close(kfac.blocks[0].factors["A"], other.blocks[0].factors["A"].diagonal())
-    torch.testing.assert_close(kfac.blocks[0].factors["G"], other.blocks[0].factors["G"])
+    torch.testing.assert_close(kfac.states[0].factors["A"], other.states[0].factors["A"].diagonal())
+    torch.testing.assert_close(kfac.states[0].factors["G"], other.states[0].factors["G"])
     torch.testing.assert_close(model.table.weight.grad, linear.weight.grad.t(), **TOLERANCE)
 
 
@@ -150,10 +150,9 @@ def test_attention_with_other_key_and_value_sizes_covers_every_parameter() -> No
     (output.square().sum() / 4).backward()
     plain = attention.v_proj_weight.grad.clone()
     kfac.step()
-    assert [b.name for b in kfac.blocks] == [".q_proj", ".k_proj", ".v_proj", ".out_proj"]
-    block = kfac.blocks[2]
+    assert [x.name for x in kfac.layers] == [".q_proj", ".k_proj", ".v_proj", ".out_proj"]
     rows = torch.cat((v.flatten(0, 1), torch.ones(24, 1, dtype=torch.double)), 1)
-    torch.testing.assert_close(block.factors["A"], rows.t() @ rows / 4, **TOLERANCE)
+    torch.testing.assert_close(kfac.factors()[".v_proj"]["A"], rows.t() @ rows / 4, **TOLERANCE)
     assert not torch.allclose(attention.v_proj_weight.grad, plain)
 
 
@@ -204,7 +203,7 @@ def test_module_called_twice_equals_one_call_on_more_positions() -> None:
     one, other = run(twice, x), run(positions, x)
     for name, value in factors_of(one).items():
         torch.testing.assert_close(value, factors_of(other)[name], **TOLERANCE)
-    assert one.blocks[0].factor_updates == 1
+    assert one.states[0].factor_updates == 1
 
 
 def test_reduce_equals_expand_without_positions_and_differs_with() -> None:
@@ -215,10 +214,10 @@ def test_reduce_equals_expand_without_positions_and_differs_with() -> None:
     for name, value in factors_of(flat[0]).items():
         torch.testing.assert_close(factors_of(flat[1])[name], value, rtol=0, atol=0)
     shared = [run(copy.deepcopy(model), x, weight_sharing=w) for w in ("expand", "reduce")]
-    assert (shared[0].blocks[0].factors["G"] - shared[1].blocks[0].factors["G"]).abs().max() > 0.1
+    assert (shared[0].states[0].factors["G"] - shared[1].states[0].factors["G"]).abs().max() > 0.1
     # Reduce, by its definition.
     rows = torch.cat((x.mean(1), torch.ones(6, 1, dtype=torch.double)), 1)
-    torch.testing.assert_close(shared[1].blocks[0].factors["A"], rows.t() @ rows / 6, **TOLERANCE)
+    torch.testing.assert_close(shared[1].states[0].factors["A"], rows.t() @ rows / 6, **TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", ["unit", "full", "diag"])
@@ -291,7 +290,7 @@ def test_compiled_model_equals_eager() -> None:
     x = torch.randn(6, 4, dtype=torch.double)
     eager = run(model, x)
     compiled = run(torch.compile(twin, backend="eager"), x)
-    assert [b.name for b in compiled.blocks] == ["0", "2"]
+    assert [x.name for x in compiled.layers] == ["0", "2"]
     for name, value in factors_of(eager).items():
         torch.testing.assert_close(factors_of(compiled)[name], value, **TOLERANCE)
     torch.testing.assert_close(twin[0].weight.grad, model[0].weight.grad, **TOLERANCE)
@@ -319,18 +318,18 @@ def test_frozen_layer_keeps_none_and_unused_layer_keeps_its_factors() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "frozen": nn.Linear(3, 3)})
     model["frozen"].requires_grad_(False)
     kfac = KFAC(model)
-    assert [b.name for b in kfac.blocks] == ["a", "b"]
+    assert [x.name for x in kfac.layers] == ["a", "b"]
     x = torch.randn(4, 3)
     model["frozen"](model["b"](model["a"](x))).sum().backward()
     kfac.step()
-    before = kfac.blocks[1].factors["A"].clone()
+    before = kfac.states[1].factors["A"].clone()
     model.zero_grad()
     model["a"](x).sum().backward()
     kfac.step()
     assert model["b"].weight.grad is None
-    assert kfac.blocks[1].factor_updates == 1
-    torch.testing.assert_close(kfac.blocks[1].factors["A"], before, rtol=0, atol=0)
-    assert kfac.blocks[0].factor_updates == 2
+    assert kfac.states[1].factor_updates == 1
+    torch.testing.assert_close(kfac.states[1].factors["A"], before, rtol=0, atol=0)
+    assert kfac.states[0].factor_updates == 2
 
 
 def test_unsupported_kinds_are_named_in_one_warning_and_keep_their_gradient() -> None:
@@ -363,7 +362,7 @@ def test_supported_kinds_are_never_skipped_silently() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kfac = KFAC(model)
-    covered = {id(p) for block in kfac.blocks for p in block.parameters}
+    covered = {id(p) for layer in kfac.layers for p in layer.parameters}
     assert covered == {id(p) for p in model.parameters()}
 
 
@@ -373,12 +372,12 @@ def test_tied_weights_are_left_out_and_named() -> None:
     model["head"].weight = model["table"].weight
     with pytest.warns(UserWarning, match="head \\(shares a weight with table\\)"):
         kfac = KFAC(model)
-    assert [b.name for b in kfac.blocks] == ["mix"]
+    assert [x.name for x in kfac.layers] == ["mix"]
 
 
 def test_skip_layers_matches_names_and_refuses_bad_patterns() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    assert [b.name for b in KFAC(model, skip_layers=["^0$"]).blocks] == ["1"]
+    assert [x.name for x in KFAC(model, skip_layers=["^0$"]).layers] == ["1"]
     with pytest.raises(ConfigError, match="regular expression"):
         KFAC(model, skip_layers=["("])
     with pytest.raises(ConfigError, match="no layer that K-FAC covers"):
@@ -390,6 +389,6 @@ def test_deep_copy_of_the_model_feeds_nothing() -> None:
     kfac = KFAC(model)
     twin = copy.deepcopy(model)
     twin(torch.randn(4, 3)).sum().backward()
-    assert kfac.blocks[0].pending.samples == 0
+    assert kfac.captured_samples() == 0
     model(torch.randn(4, 3)).sum().backward()
-    assert kfac.blocks[0].pending.samples == 4
+    assert kfac.captured_samples() == 4

@@ -83,12 +83,12 @@ def test_moving_average_second_step_equals_definition() -> None:
         kfac.step()
         # A copy carries the hooks along, but they are inert there.
         seen.append(dense_layers(copy.deepcopy(model), x, y))
-    for block in kfac.blocks:
+    for name, factors in kfac.factors().items():
         for factor in ("A", "G"):
-            average = seen[0][block.name][factor]  # k = 1: the first statistic itself
-            average = 0.5 * average + 0.5 * seen[1][block.name][factor]  # 1 - 1/2 < 0.9
-            average = average * (2 / 3) + seen[2][block.name][factor] / 3  # 1 - 1/3 < 0.9
-            torch.testing.assert_close(block.factors[factor], average, **TOLERANCE)
+            average = seen[0][name][factor]  # k = 1: the first statistic itself
+            average = 0.5 * average + 0.5 * seen[1][name][factor]  # 1 - 1/2 < 0.9
+            average = average * (2 / 3) + seen[2][name][factor] / 3  # 1 - 1/3 < 0.9
+            torch.testing.assert_close(factors[factor], average, **TOLERANCE)
 
 
 def test_identity_start_second_step_equals_definition() -> None:
@@ -98,10 +98,10 @@ def test_identity_start_second_step_equals_definition() -> None:
     F.cross_entropy(model(x), y).backward()
     kfac.step()
     known = dense_layers(copy.deepcopy(model), x, y)
-    for block in kfac.blocks:
-        a = known[block.name]["A"]
+    for name, factors in kfac.factors().items():
+        a = known[name]["A"]
         expected = 0.9 * torch.eye(len(a), dtype=torch.double) + 0.1 * a
-        torch.testing.assert_close(block.factors["A"], expected, **TOLERANCE)
+        torch.testing.assert_close(factors["A"], expected, **TOLERANCE)
 
 
 def test_batch_of_one_single_layer_curvature_is_outer_product_of_gradient() -> None:
@@ -111,8 +111,8 @@ def test_batch_of_one_single_layer_curvature_is_outer_product_of_gradient() -> N
     F.cross_entropy(model(x), torch.tensor([1])).backward()
     gradient = torch.cat((model.weight.grad, model.bias.grad[:, None]), 1).reshape(-1)
     kfac.step()
-    (block,) = kfac.blocks
-    curvature = torch.kron(block.factors["G"], block.factors["A"])
+    (state,) = kfac.states
+    curvature = torch.kron(state.factors["G"], state.factors["A"])
     torch.testing.assert_close(curvature, torch.outer(gradient, gradient), **TOLERANCE)
 
 
@@ -132,9 +132,9 @@ def test_linear_regression_one_step_lands_on_least_squares(fisher: str) -> None:
     (0.5 * (output - y).square().sum() / 50).backward()
     kfac.step()
     if fisher == "1mc":
-        (block,) = kfac.blocks
-        model.weight.grad *= block.factors["G"].item()
-        model.bias.grad *= block.factors["G"].item()
+        (state,) = kfac.states
+        model.weight.grad *= state.factors["G"].item()
+        model.bias.grad *= state.factors["G"].item()
     with torch.no_grad():
         for p in model.parameters():
             p -= p.grad
@@ -158,14 +158,14 @@ def test_deep_linear_network_blocks_equal_gauss_newton() -> None:
     kfac.sample_fisher(output, likelihood="gaussian")
     (0.5 * output.square().sum() / 9).backward()
     kfac.step()
-    for layer, block in zip(model, kfac.blocks, strict=True):
+    for layer, state in zip(model, kfac.states, strict=True):
         gauss_newton = torch.zeros(layer.weight.numel(), layer.weight.numel(), dtype=torch.double)
         for row in x:
             out = model(row)
             for value in out:
                 (g,) = torch.autograd.grad(value, layer.weight, retain_graph=True)
                 gauss_newton += torch.outer(g.reshape(-1), g.reshape(-1)) / 9
-        block_curvature = torch.kron(block.factors["G"], block.factors["A"])
+        block_curvature = torch.kron(state.factors["G"], state.factors["A"])
         torch.testing.assert_close(block_curvature, gauss_newton, **TOLERANCE)
 
 
@@ -185,8 +185,8 @@ def test_weight_sharing_curvature_is_exact_in_its_own_setting(sharing: str) -> N
         w, b = torch.autograd.grad(value, (model.weight, model.bias), retain_graph=True)
         row = torch.cat((w, b[:, None]), 1).reshape(-1)
         gauss_newton += torch.outer(row, row) / 5
-    (block,) = kfac.blocks
-    curvature = torch.kron(block.factors["G"], block.factors["A"])
+    (state,) = kfac.states
+    curvature = torch.kron(state.factors["G"], state.factors["A"])
     torch.testing.assert_close(curvature, gauss_newton, **TOLERANCE)
 
 
@@ -221,8 +221,8 @@ def test_coupled_weight_decay_equals_dense_regularised_newton() -> None:
     result, kfac = preconditioned(model, mean_loss(model, x, y), weight_decay=0.2, damping=0.05)
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
-    (block,) = kfac.blocks
-    dense = torch.kron(block.factors["G"], block.factors["A"])
+    (state,) = kfac.states
+    dense = torch.kron(state.factors["G"], state.factors["A"])
     dense += 0.25 * torch.eye(12, dtype=torch.double)
     d = (model.weight.grad + 0.2 * model.weight.detach()).reshape(-1)
     expected = torch.linalg.solve(dense, d).reshape(3, 4)
@@ -326,7 +326,7 @@ def test_gradient_factor_scale_does_not_depend_on_batch_size() -> None:
         model.zero_grad()
         F.cross_entropy(model(x), torch.randint(4, (n,))).backward()
         kfac.step()
-        traces.append(kfac.blocks[0].factors["G"].trace().item())
+        traces.append(kfac.states[0].factors["G"].trace().item())
         kfac.close()
     assert max(traces) / min(traces) < 1.25  # the published code: a factor of 4096
 
@@ -341,7 +341,7 @@ def test_product_of_traces_estimates_mean_square_of_per_sample_gradients() -> No
         model.zero_grad()
         F.cross_entropy(model(sample[None]), label[None]).backward()
         squares += (model[0].weight.grad.square().sum() + model[0].bias.grad.square().sum()).item()
-    factors = kfac.blocks[0].factors
+    factors = kfac.states[0].factors
     estimate = factors["A"].trace().item() * factors["G"].trace().item()
     assert estimate == pytest.approx(squares / 16, rel=0.35)
 
@@ -353,14 +353,14 @@ def test_published_factor_scales_differ_by_their_stated_powers(scale: str) -> No
     _, ours = preconditioned(model, mean_loss(model, x, y))
     _, theirs = preconditioned(model, mean_loss(model, x, y), factor_scale=scale)
     n = len(x)
-    for block, other, t in zip(ours.blocks, theirs.blocks, (64, 4, 1), strict=True):
+    for state, other, t in zip(ours.states, theirs.states, (64, 4, 1), strict=True):
         conv = t > 1
         if scale == "sc20":
             a, g = (t**-2, t**2) if conv else (1, 1)
         else:
             a, g = (t**-3, n**-2 * t**-2) if conv else (1, n**-2)
-        torch.testing.assert_close(other.factors["A"], block.factors["A"] * a, **TOLERANCE)
-        torch.testing.assert_close(other.factors["G"], block.factors["G"] * g, **TOLERANCE)
+        torch.testing.assert_close(other.factors["A"], state.factors["A"] * a, **TOLERANCE)
+        torch.testing.assert_close(other.factors["G"], state.factors["G"] * g, **TOLERANCE)
 
 
 # -- Fisher kinds ----------------------------------------------------------------------------------
@@ -381,8 +381,8 @@ def test_exact_fisher_single_softmax_sample_equals_hessian() -> None:
         return F.cross_entropy(x @ w.reshape(3, 4).t(), torch.tensor([2]))
 
     hessian = torch.autograd.functional.hessian(loss, weight.reshape(-1))
-    (block,) = kfac.blocks
-    curvature = torch.kron(block.factors["G"], block.factors["A"])
+    (state,) = kfac.states
+    curvature = torch.kron(state.factors["G"], state.factors["A"])
     torch.testing.assert_close(curvature, hessian, **TOLERANCE)
 
 
@@ -400,7 +400,7 @@ def test_sampled_fisher_error_falls_as_inverse_square_root() -> None:
         F.cross_entropy(output, y).backward()
         kfac.step()
         kfac.close()
-        return kfac.blocks[0].factors["G"]
+        return kfac.states[0].factors["G"]
 
     exact = factor("exact", 1, 0)
     errors = []
@@ -414,7 +414,7 @@ def test_sampled_fisher_error_falls_as_inverse_square_root() -> None:
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     empirical.step()
-    gap = (empirical.blocks[0].factors["G"] - exact).norm() / exact.norm()
+    gap = (empirical.states[0].factors["G"] - exact).norm() / exact.norm()
     assert gap > 0.1  # away from the optimum the empirical Fisher is another matrix
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kfac import KFAC
+from elastic_kfac import KFAC, EnginePreconditioner
 from elastic_kfac.curvature import inverses
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
+from elastic_kfac.kfac.distribution.strategy import Placing
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -33,7 +37,7 @@ def test_grad_scaler_gives_the_factors_of_an_unscaled_run() -> None:
     scaler.scale(F.cross_entropy(scaled(x), y)).backward()
     scaler.unscale_(optimizer)
     kfacs[1].step()
-    for one, other in zip(*(k.blocks for k in kfacs), strict=True):
+    for one, other in zip(*(k.states for k in kfacs), strict=True):
         torch.testing.assert_close(one.factors["G"], other.factors["G"], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(one.factors["A"], other.factors["A"], rtol=0, atol=0)
 
@@ -52,14 +56,14 @@ def test_overflow_step_is_skipped_whole_and_factors_stay() -> None:
             loss = loss * float("inf")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        before = [block.factors.get("G", torch.zeros(1)).clone() for block in kfac.blocks]
+        before = [state.factors.get("G", torch.zeros(1)).clone() for state in kfac.states]
         kfac.step()
         scaler.step(optimizer)
         scaler.update()
         weights.append(model[0].weight.detach().clone())
         if step == 1:
-            for block, known in zip(kfac.blocks, before, strict=True):
-                assert torch.equal(block.factors["G"], known)
+            for state, known in zip(kfac.states, before, strict=True):
+                assert torch.equal(state.factors["G"], known)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert kfac.steps == 2
     assert kfac.counters["skipped_steps"] == 1
@@ -77,11 +81,11 @@ def test_autocast_statistics_and_decompositions_are_float32(dtype: torch.dtype) 
     kfac.step()
     F.cross_entropy(reference(x), y).backward()
     exact.step()
-    for block, other in zip(kfac.blocks, exact.blocks, strict=True):
-        tensors = [*block.factors.values(), *block.second_order.values()]
+    for state, other in zip(kfac.states, exact.states, strict=True):
+        tensors = [*state.factors.values(), *state.decomposition.values()]
         assert {t.dtype for t in tensors} == {torch.float32}
         for name in ("A", "G"):
-            error = (block.factors[name] - other.factors[name]).norm() / other.factors[name].norm()
+            error = (state.factors[name] - other.factors[name]).norm() / other.factors[name].norm()
             assert error < 0.03
 
 
@@ -92,7 +96,7 @@ def test_half_precision_parameters_keep_float32_factors_and_their_own_gradient_d
     F.cross_entropy(model(x.bfloat16()).float(), y).backward()
     kfac.step()
     assert model[0].weight.grad.dtype == torch.bfloat16
-    assert kfac.blocks[0].factors["A"].dtype == torch.float32
+    assert kfac.states[0].factors["A"].dtype == torch.float32
 
 
 def test_nan_batch_never_enters_the_average() -> None:
@@ -101,21 +105,21 @@ def test_nan_batch_never_enters_the_average() -> None:
     kfac = KFAC(model, inverse_update_steps=1)
     F.cross_entropy(model(x), y).backward()
     kfac.step()
-    known = {b.name: {n: t.clone() for n, t in b.factors.items()} for b in kfac.blocks}
+    known = {x: {n: t.clone() for n, t in f.items()} for x, f in kfac.factors().items()}
     model.zero_grad()
     poisoned = x.clone()
     poisoned[2, 1] = float("nan")
     F.cross_entropy(model(poisoned), y).backward()
     kfac.step()
     assert kfac.counters["discarded_statistics"] == 2
-    for block in kfac.blocks:
-        for name, value in known[block.name].items():
-            assert torch.equal(block.factors[name], value)
+    for layer, factors in kfac.factors().items():
+        for name, value in known[layer].items():
+            assert torch.equal(factors[name], value)
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     kfac.step()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    assert kfac.blocks[0].factor_updates == 2
+    assert kfac.states[0].factor_updates == 2
 
 
 def test_failed_decomposition_keeps_the_previous_one_and_is_counted(
@@ -126,7 +130,7 @@ def test_failed_decomposition_keeps_the_previous_one_and_is_counted(
     kfac = KFAC(model, inverse_update_steps=1)
     F.cross_entropy(model(x), y).backward()
     kfac.step()
-    known = kfac.blocks[0].second_order["A_vectors"].clone()
+    known = kfac.states[0].decomposition["A_vectors"].clone()
 
     def failing(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise NumericalError("no luck")
@@ -135,7 +139,7 @@ def test_failed_decomposition_keeps_the_previous_one_and_is_counted(
     model.zero_grad()
     F.cross_entropy(model(2 * x), y).backward()
     kfac.step()
-    assert torch.equal(kfac.blocks[0].second_order["A_vectors"], known)
+    assert torch.equal(kfac.states[0].decomposition["A_vectors"], known)
     assert kfac.counters["inverse_failures"] == 2
     model = network()
     fresh = KFAC(model)
@@ -150,13 +154,13 @@ def test_batch_norm_with_non_finite_result_keeps_its_raw_gradient_and_is_counted
     kfac = KFAC(model, inverse_update_steps=10, kl_clip=None)
     F.cross_entropy(model(x), y).backward()
     kfac.step()
-    kfac.blocks[1].second_order["F_inverse"][0, 0, 0] = float("nan")
+    kfac.states[1].decomposition["F_inverse"][0, 0, 0] = float("nan")
     model.zero_grad()
     F.cross_entropy(model(x), y).backward()
     raw = model[1].weight.grad.clone()
     kfac.step()
     assert torch.equal(model[1].weight.grad, raw)
-    assert kfac.raw_gradient_fallbacks == 1
+    assert kfac.metrics()["fallbacks"] == 1
 
 
 def test_intervals_and_stagger_decompose_each_layer_when_due() -> None:
@@ -169,8 +173,8 @@ def test_intervals_and_stagger_decompose_each_layer_when_due() -> None:
         model.zero_grad()
         model(x).square().mean().backward()
         kfac.step()
-        ages.append([block.inverse_step for block in kfac.blocks])
-        updates.append(kfac.blocks[0].factor_updates)
+        ages.append([state.inverse_step for state in kfac.states])
+        updates.append(kfac.states[0].factor_updates)
     assert updates == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]
     assert [a[0] for a in ages] == [0] * 6 + [6] * 6 + [12]
     assert [a[1] for a in ages] == [0] * 2 + [2] * 6 + [8] * 5
@@ -291,8 +295,8 @@ def test_predicted_change_matches_a_quadratic_loss() -> None:
 
 def test_auto_fraction_without_room_for_its_state_says_what_it_needs() -> None:
     with pytest.raises(ConfigError, match="does not fit"):
-        KFAC(network(), grad_worker_frac="auto", memory_budget_bytes=100)
-    kfac = KFAC(network(), grad_worker_frac="auto", memory_budget_bytes=2**20)
+        KFAC(network(), grad_worker_frac="auto", placing=Placing(memory_budget_bytes=100))
+    kfac = KFAC(network(), grad_worker_frac="auto", placing=Placing(memory_budget_bytes=2**20))
     assert kfac.plan.grad_worker_frac == 1.0
 
 
@@ -317,8 +321,6 @@ class _Engine:
 
 
 def test_engine_adapter_steps_at_boundaries_with_unscaled_statistics() -> None:
-    from elastic_kfac.optimizers.engine import EnginePreconditioner
-
     x, y = data()
     plain, owned = network(), network()
     reference = KFAC(plain)
@@ -333,3 +335,13 @@ def test_engine_adapter_steps_at_boundaries_with_unscaled_statistics() -> None:
     assert stepped == [False, True]
     for one, other in zip(plain.parameters(), owned.parameters(), strict=True):
         torch.testing.assert_close(other.grad / 256, one.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_example_of_an_engine_learns() -> None:
+    path = Path(__file__).parents[3] / "docs/examples/engine_loop.py"
+    spec = importlib.util.spec_from_file_location("engine_loop", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    losses = module.train()
+    assert losses[-1] < 0.5 * losses[0]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.curvature.damping import LevenbergMarquardt
+from elastic_kfac.config.kfac import LevenbergMarquardt
 from elastic_kfac.errors import StateError
 
 
@@ -40,7 +40,7 @@ CASES = {
         "inverse_update_steps": lambda step: 2 if step < 4 else 3,
         "kl_clip": lambda step: 1e-3 / (1 + step),
     },
-    "levenberg-marquardt": {"damping": LevenbergMarquardt(0.1)},
+    "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1)},
 }
 
 
@@ -51,7 +51,6 @@ class Run:
         self.model = network()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         options = {"inverse_update_steps": 2, "damping": 0.01, **copy.deepcopy(options)}
-        self.rule = options["damping"]
         self.kfac = KFAC(self.model, lr=self.optimizer, **options)
 
     def steps(self, first: int, last: int) -> None:
@@ -65,10 +64,10 @@ class Run:
             self.kfac.step()
             predicted = self.kfac.predicted_change()
             self.optimizer.step()
-            if isinstance(self.rule, LevenbergMarquardt):
+            if self.kfac.damping_rule is not None:
                 with torch.no_grad():
                     after = F.cross_entropy(self.model(x), y)
-                self.rule.update(float(after - loss.detach()), predicted)
+                self.kfac.damping_rule.update(float(after - loss.detach()), predicted)
 
     def everything(self) -> dict[str, torch.Tensor]:
         state = dict(self.model.state_dict())

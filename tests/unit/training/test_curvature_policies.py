@@ -76,7 +76,7 @@ def train(policy: BatchSizePolicy) -> Course:
         course.whole.append(top(Hessian(model, loss_sum, sample)))
         block = last_layer_parameters(model)
         course.last_layer.append(top(Hessian(model, loss_sum, sample, parameters=block)))
-        course.free.append(kfac_eigenvalue(kfac.blocks))
+        course.free.append(kfac_eigenvalue(kfac))
         policy.end_epoch(epoch + 1, course.whole[-1])
     return course
 

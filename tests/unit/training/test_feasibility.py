@@ -10,7 +10,7 @@ from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_space import Links
-from elastic_kfac.kfac.kfac_exchange import layer_shape
+from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.costs import factor_elements
 from elastic_kfac.placement.planner import max_second_order_elements
 from elastic_kfac.runs.feasibility import imagined_paths, why_infeasible
@@ -55,7 +55,7 @@ def test_memory_budget_is_the_one_of_the_plan(base: Config, world_size: int) -> 
     )
     [(needed, plan_size)] = [
         (
-            factor_elements(shapes := [layer_shape(b) for b in path.kfac.blocks])
+            factor_elements(shapes := [layer_shape(x) for x in path.kfac.layers])
             + max_second_order_elements(path.kfac.plan, shapes, precompute=False),
             path.kfac.plan.world_size,
         )

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from elastic_kfac.communication.collectives import Communicator
 
 if TYPE_CHECKING:
-    from elastic_kfac.kfac.kfac_statistics import Statistics
+    from elastic_kfac.kfac.statistics import Statistics
 
 _LIMBS = 8
 _TOTALS = ("loss_sum", "correct", "count", "stop", "snapshot")

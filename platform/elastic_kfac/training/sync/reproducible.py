@@ -32,8 +32,8 @@ from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 
 if TYPE_CHECKING:
+    from elastic_kfac.kfac.distribution.tree import StatisticsLayout
     from elastic_kfac.kfac.kfac import KFAC
-    from elastic_kfac.kfac.kfac_statistics import StatisticsLayout
 
 _NAMES = {
     "logical_shards": "elastic.logical_shards",
@@ -151,9 +151,9 @@ class ReproducibleExchange(Exchange):
         self._kfac, self._layout = kfac, None
         capacity = self.flat.numel()
         if kfac is not None:
-            from elastic_kfac.kfac.kfac_statistics import StatisticsLayout
+            from elastic_kfac.kfac.distribution.tree import StatisticsLayout
 
-            self._layout = StatisticsLayout(kfac.blocks)
+            self._layout = StatisticsLayout(kfac.layers)
             capacity += self._layout.size
         dtype, device = self.flat.dtype, self.flat.device
         self._partials = PartialSums(capacity, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""KFAC under an engine that owns the loop: DeepSpeed, Apex and their like."""
+"""KFAC under an engine that owns the loop, such as DeepSpeed or Apex (docs/examples/engine_loop.py)."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class EnginePreconditioner:
         if not self.engine.is_gradient_accumulation_boundary():
             return False
         scale = self.loss_scale()
-        gradients = [p.grad for b in self.kfac.blocks for p in b.parameters if p.grad is not None]
+        layers = self.kfac.layers
+        gradients = [p.grad for x in layers for p in x.parameters if p.grad is not None]
         gradients = list({id(g): g for g in gradients}.values())
-        samples = max((b.pending.samples for b in self.kfac.blocks), default=0)
+        samples = self.kfac.captured_samples()
         # A mean over each micro-batch, divided by their number: one sample counts one over all.
         per_sample = scale / samples if samples else None
         if scale != 1.0:

@@ -1,0 +1,199 @@
+"""Which layers of a model K-FAC covers, and why it leaves out the others."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.attention import is_plain
+from elastic_kfac.curvature.kronecker import (
+    AttentionProjection,
+    ConvLayer,
+    EmbeddingLayer,
+    LinearLayer,
+)
+from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.curvature.norm import NORMS, norm_layer
+from elastic_kfac.errors import ConfigError
+
+COVERED = "covered"
+_WRAPPER_PREFIX = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+@dataclass
+class Found:
+    """The covered layers of a model."""
+
+    modules: dict[str, tuple[nn.Module, tuple[Layer, ...]]] = field(default_factory=dict)
+    """By name, in registration order: a module and the layers inside it, four for attention, else one."""
+    coverage: dict[str, str] = field(default_factory=dict)
+    """Every layer with parameters by name: `covered`, or the reason why not."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All of them in registration order."""
+        return tuple(layer for _, layers in self.modules.values() for layer in layers)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Uncovers a module again."""
+        _, layers = self.modules.pop(name, (None, ()))
+        for layer in layers:
+            del self.coverage[layer.name]
+        self.coverage[name] = reason
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def clean_name(name: str) -> str:
+    """A module path without the components that compile and checkpoint wrappers insert."""
+    return _WRAPPER_PREFIX.sub("", name).lstrip(".")
+
+
+def find_layers(model: nn.Module, options: KfacOptions) -> Found:
+    """The layers K-FAC covers, in registration order.
+
+    One warning names the modules of other kinds, whose gradients stay as they are.
+
+    Raises:
+        ConfigError: If nothing is left, or a pattern of `skip_layers` is not a regular expression.
+    """
+    patterns = _compiled(options.skip_layers)
+    found = Found()
+    left_out: list[str] = []
+    owners: dict[int, str] = {}
+    inside_attention: set[int] = set()
+    for raw_name, module in unwrap(model).named_modules():
+        name = clean_name(raw_name)
+        if id(module) in inside_attention:
+            continue
+        is_attention = isinstance(module, nn.MultiheadAttention)
+        parameters = list(module.parameters(recurse=is_attention))
+        if is_attention:
+            inside_attention.update(id(child) for child in module.modules())
+        trainable = [p for p in parameters if p.requires_grad]
+        if not trainable:
+            if parameters:
+                found.coverage[name] = "frozen"
+            continue
+        skipped = next((p.pattern for p in patterns if p.search(name)), None)
+        if skipped is not None:
+            found.coverage[name] = f"skip_layers matches it: {skipped}"
+            continue
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in trainable):
+            raise ConfigError(
+                f"layer {name} has no shape yet",
+                change="run one forward pass before building the preconditioner",
+            )
+        first = next((owners[id(p)] for p in trainable if id(p) in owners), None)
+        if first is not None:
+            found.coverage[name] = f"shares a weight with {first}"
+            found.leave_out(first, f"shares a weight with {name}")
+            left_out.append(f"{name} (shares a weight with {first})")
+            continue
+        owners.update((id(p), name) for p in trainable)
+        layers = _layers_of(name, module, options)
+        if isinstance(layers, str):
+            found.coverage[name] = layers
+            left_out.append(f"{name or '<root>'} ({type(module).__name__})")
+        else:
+            found.modules[name] = (module, layers)
+            found.coverage.update((layer.name, COVERED) for layer in layers)
+    # Shared weights last, as they were found out last.
+    left_out.sort(key=lambda text: "shares a weight" in text)
+    if left_out:
+        warnings.warn(
+            "K-FAC does not precondition: " + ", ".join(left_out), UserWarning, stacklevel=3
+        )
+    if not found.modules:
+        raise ConfigError(
+            "the model has no layer that K-FAC covers",
+            given=type(unwrap(model)).__name__,
+            allowed="Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm, GroupNorm "
+            "with trainable weights, not matched by skip_layers",
+        )
+    return found
+
+
+def _compiled(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ConfigError(
+            "skip_layers holds a bad regular expression", given=error.pattern, allowed=str(error)
+        ) from None
+
+
+def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Layer, ...] | str:
+    """The layers of a module, or why there are none."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _projections(name, module, options)
+    weight = getattr(module, "weight", None)
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, *NORMS)) and not (
+        isinstance(weight, nn.Parameter) and weight.requires_grad
+    ):
+        return "its weight is frozen"
+    weight = cast(nn.Parameter, weight)
+    if isinstance(module, nn.Embedding):
+        if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
+            return "unsupported options: sparse, max_norm or scale_grad_by_freq"
+        return (EmbeddingLayer(name, module, options, weight),)
+    if isinstance(module, nn.Linear):
+        return (LinearLayer(name, module, options, weight, module.bias),)
+    if isinstance(module, nn.Conv2d):
+        return (ConvLayer(name, module, options, weight, cast("nn.Parameter | None", module.bias)),)
+    if isinstance(module, NORMS):
+        return (norm_layer(name, module, options),)
+    return f"unsupported type {type(module).__name__}"
+
+
+def _projections(
+    name: str, module: nn.MultiheadAttention, options: KfacOptions
+) -> tuple[Layer, ...] | str:
+    if not is_plain(module):
+        return "unsupported: overrides the forward of nn.MultiheadAttention"
+    if module.bias_k is not None:
+        return "unsupported option: add_bias_kv"
+    if not all(p.requires_grad for p in module.parameters()):
+        return "some of its parameters are frozen"
+    size, packed = module.embed_dim, module._qkv_same_embed_dim
+    layers = []
+    for index, letter in enumerate("qkv"):
+        rows = slice(index * size, (index + 1) * size)
+        weight = module.in_proj_weight if packed else getattr(module, f"{letter}_proj_weight")
+        layers.append(
+            AttentionProjection(
+                f"{name}.{letter}_proj",
+                module,
+                options,
+                cast(nn.Parameter, weight),
+                module.in_proj_bias,
+                weight_rows=rows if packed else slice(None),
+                bias_rows=rows,
+            )
+        )
+    out = module.out_proj
+    layers.append(
+        AttentionProjection(
+            f"{name}.out_proj",
+            module,
+            options,
+            cast(nn.Parameter, out.weight),
+            cast("nn.Parameter | None", out.bias),
+        )
+    )
+    return tuple(layers)

@@ -1,0 +1,244 @@
+"""Layers whose Fisher is a Kronecker product A ⊗ G: Linear, Conv2d, Embedding, attention projections."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.factors import (
+    conv_input_sum,
+    conv_output_sum,
+    conv_positions,
+    embedding_input_sum,
+    linear_input_sum,
+    linear_output_sum,
+)
+from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
+from elastic_kfac.curvature.preconditioning import EigenForm, InverseForm
+
+
+class KroneckerLayer(Layer):
+    """A weight matrix `[g, a]`, or `groups` of them; a bias is the last column."""
+
+    factor_names = ("A", "G")
+    groups = 1
+    diagonal_a = False
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        options: KfacOptions,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(name, module, options)
+        self.weight = weight
+        self.bias = bias if bias is not None and bias.requires_grad else None
+        self._form = (
+            EigenForm(precompute=options.precompute)
+            if options.method == "eigen"
+            else InverseForm(options.inverse_damping)
+        )
+        self.g_dim, self.a_dim = self._dimensions(self._weight_part(weight).shape)
+        self.a_dim += self.bias is not None
+
+    def _dimensions(self, weight_shape: torch.Size) -> tuple[int, int]:
+        """(outputs, inputs) of one group, without the coordinate of the bias."""
+        return weight_shape[0] // self.groups, weight_shape[1:].numel()
+
+    def _weight_part(self, weight: Tensor) -> Tensor:
+        """The rows of the weight, or of its gradient, that this layer covers."""
+        return weight
+
+    def _bias_part(self, bias: Tensor) -> Tensor:
+        return bias
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def _grouped(self, *shape: int) -> Shape:
+        return (self.groups, *shape) if self.groups > 1 else shape
+
+    @property
+    def factor_shapes(self) -> Shapes:
+        a = (self.a_dim,) if self.diagonal_a else self._grouped(self.a_dim, self.a_dim)
+        return {"A": a, "G": self._grouped(self.g_dim, self.g_dim)}
+
+    @property
+    def decomposition_shapes(self) -> Shapes:
+        return self._form.shapes(self.factor_shapes, self.gradient_shape)
+
+    @property
+    def gradient_shape(self) -> Shape:
+        return self._grouped(self.g_dim, self.a_dim)
+
+    @abstractmethod
+    def _count_rows(self, inputs: Tensor) -> int: ...
+
+    @abstractmethod
+    def _input_sum(self, inputs: Tensor) -> Tensor: ...
+
+    def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
+        return Observation(
+            self._count_rows(inputs), self._input_sum(inputs) if "A" in due else None
+        )
+
+    def normalizers(self, samples: float, rows: float) -> dict[str, float]:
+        if self.options.factor_scale == "kaisa":
+            return {"A": rows, "G": rows}
+        return {"A": samples, "G": rows}
+
+    def decompose(
+        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+    ) -> dict[str, Tensor]:
+        return self._form.decompose(factors, names, damping)
+
+    def precondition(
+        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+    ) -> Tensor:
+        return self._form.precondition(decomposition, gradient, damping)
+
+    def _to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.reshape(self._grouped(self.g_dim, self.a_dim - (self.bias is not None)))
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+        assert self.weight.grad is not None
+        grad = self._weight_part(self.weight.grad).to(self.dtype)
+        if weight_decay:
+            weight = self._weight_part(self.weight.detach())
+            grad = grad.add(weight.to(self.dtype), alpha=weight_decay)
+        matrix = self._to_matrix(grad)
+        if self.bias is None:
+            return matrix
+        assert self.bias.grad is not None
+        column = self._bias_part(self.bias.grad).to(self.dtype)
+        return torch.cat((matrix, column.reshape(self._grouped(self.g_dim, 1))), -1)
+
+    def set_gradient(self, value: Tensor) -> None:
+        if self.bias is not None:
+            assert self.bias.grad is not None
+            self._bias_part(self.bias.grad).copy_(value[..., -1].reshape(-1))
+            value = value[..., :-1]
+        assert self.weight.grad is not None
+        target = self._weight_part(self.weight.grad)
+        target.copy_(self._from_matrix(value).reshape(target.shape))
+
+
+class LinearLayer(KroneckerLayer):
+    """nn.Linear on `[n, ..., d_in]`; the dimensions between are positions that share the weight."""
+
+    @property
+    def _reduces(self) -> bool:
+        return self.options.weight_sharing == "reduce"
+
+    def _count_rows(self, inputs: Tensor) -> int:
+        return inputs.shape[0] if self._reduces else inputs[..., 0].numel()
+
+    def _input_sum(self, inputs: Tensor) -> Tensor:
+        return linear_input_sum(inputs, bias=self.bias is not None, reduce=self._reduces)
+
+    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        return linear_output_sum(gradients, reduce=self._reduces)
+
+
+class AttentionProjection(LinearLayer):
+    """One of the four projections inside nn.MultiheadAttention, perhaps rows of a packed weight."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.MultiheadAttention,
+        options: KfacOptions,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        weight_rows: slice = slice(None),
+        bias_rows: slice = slice(None),
+    ) -> None:
+        self._weight_rows, self._bias_rows = weight_rows, bias_rows
+        super().__init__(name, module, options, weight, bias)
+
+    def _weight_part(self, weight: Tensor) -> Tensor:
+        return weight[self._weight_rows]
+
+    def _bias_part(self, bias: Tensor) -> Tensor:
+        return bias[self._bias_rows]
+
+    def rows_in(self, weight: Tensor) -> slice | None:
+        """The rows of `weight` that are this projection's; None if it is another matrix."""
+        own = self._weight_part(self.weight)
+        row_bytes = weight.element_size() * weight.shape[1]
+        first, rest = divmod(own.data_ptr() - weight.data_ptr(), row_bytes)
+        if rest == 0 and first >= 0 and first + own.shape[0] <= weight.shape[0]:
+            return slice(first, first + own.shape[0])
+        return None
+
+
+class ConvLayer(KroneckerLayer):
+    """nn.Conv2d on `[n, channels, h, w]`; output positions share the weight."""
+
+    module: nn.Conv2d
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Conv2d,
+        options: KfacOptions,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+    ) -> None:
+        self.groups = module.groups
+        super().__init__(name, module, options, weight, bias)
+
+    def _count_rows(self, inputs: Tensor) -> int:
+        return inputs.shape[0] * conv_positions(inputs, self.module)
+
+    def _input_sum(self, inputs: Tensor) -> Tensor:
+        return conv_input_sum(inputs, self.module, bias=self.bias is not None)
+
+    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        return conv_output_sum(gradients, self.groups)
+
+    def normalizers(self, samples: float, rows: float) -> dict[str, float]:
+        spatial = (rows / samples) ** 2
+        if self.options.factor_scale == "sc20":
+            return {"A": samples * spatial, "G": rows / spatial}
+        if self.options.factor_scale == "kaisa":
+            return {"A": rows * spatial, "G": rows * spatial}
+        return super().normalizers(samples, rows)
+
+
+class EmbeddingLayer(KroneckerLayer):
+    """nn.Embedding: a Linear over one-hot rows, so that A is the diagonal of token counts."""
+
+    module: nn.Embedding
+    diagonal_a = True
+
+    def _dimensions(self, weight_shape: torch.Size) -> tuple[int, int]:
+        return weight_shape[1], weight_shape[0]
+
+    def _count_rows(self, inputs: Tensor) -> int:
+        return inputs.numel()
+
+    def _input_sum(self, inputs: Tensor) -> Tensor:
+        table = self.module
+        counts = embedding_input_sum(inputs, table.num_embeddings, table.padding_idx)
+        return counts.to(self.dtype)
+
+    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        return linear_output_sum(gradients, reduce=False)
+
+    def _to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.t()
+
+    def _from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()

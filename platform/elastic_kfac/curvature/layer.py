@@ -1,0 +1,222 @@
+"""One layer as K-FAC sees it: statistics, running averages and what its curvature does to a gradient.
+
+A `Layer` holds the geometry of a module and no state. Everything it computes is a function of its
+arguments: the state of a layer is a `LayerState`, gradients are matrices in the layout of factors.py.
+How sums and states travel between processes is not its business.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.factors import statistics_dtype
+from elastic_kfac.errors import StateError
+
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What K-FAC keeps of one layer between steps. A value: every change makes a new one."""
+
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Running averages by factor name: `A` and `G`, or `F` of a normalisation layer."""
+    factor_updates: int = 0
+    """Means that went into the running averages."""
+    decomposition: Mapping[str, Tensor] = field(default_factory=dict)
+    """Eigendecompositions or inverses of the factors at `inverse_step`; empty where this rank does not
+    precondition the layer."""
+    inverse_step: int = -1
+    """The step that made the decomposition; -1 before the first one."""
+
+    def decomposed(self, parts: Mapping[str, Tensor], step: int) -> LayerState:
+        """With new `parts` of the decomposition, made in `step`."""
+        merged = {**self.decomposition, **parts}
+        return replace(self, decomposition=merged, inverse_step=step)
+
+
+class Observation(NamedTuple):
+    """What one forward call contributes, and what its backward pass will need."""
+
+    rows: int
+    """Samples times positions that share the weight."""
+    input_sum: Tensor | None = None
+    kept: Tensor | None = None
+    """The input itself, where the sum over the output gradients depends on it."""
+
+
+class Layer(ABC):
+    """Geometry and mathematics of one covered layer."""
+
+    factor_names: ClassVar[tuple[str, ...]]
+    """The factor of the output gradients last; the one of the inputs, if there is one, first."""
+    guarded: ClassVar[bool] = False
+    """Whether a non-finite result is replaced by the unpreconditioned gradient."""
+
+    def __init__(self, name: str, module: nn.Module, options: KfacOptions) -> None:
+        self.name = name
+        self.module = module
+        self.options = options
+
+    # -- geometry -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight first, then bias."""
+
+    @property
+    @abstractmethod
+    def factor_shapes(self) -> Shapes:
+        """Shape of every factor; one dimension is a diagonal."""
+
+    @property
+    @abstractmethod
+    def decomposition_shapes(self) -> Shapes:
+        """Shape of every tensor of a decomposition, before it exists."""
+
+    @property
+    @abstractmethod
+    def gradient_shape(self) -> Shape:
+        """Shape of a gradient in matrix layout."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """At least float32."""
+        return statistics_dtype(self.parameters[0].dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameters[0].device
+
+    def is_diagonal(self, factor: str) -> bool:
+        """Whether a factor is stored as its diagonal."""
+        return len(self.factor_shapes[factor]) == 1
+
+    # -- statistics -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
+        """Sums over the input `[n, ...]` of one forward call, for the factors that are due."""
+
+    @abstractmethod
+    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        """The sum over the output gradients `[n, ...]` of the same call."""
+
+    @abstractmethod
+    def normalizers(self, samples: float, rows: float) -> dict[str, float]:
+        """Divisors that turn global sums into means, from global counts."""
+
+    def average(
+        self,
+        state: LayerState,
+        sums: Mapping[str, Tensor],
+        normalizers: Mapping[str, float],
+        decay: float,
+    ) -> LayerState:
+        """Moves the running averages: `X̄ ← ρ_k X̄ + (1 − ρ_k) X`, X = sum / normalizer.
+
+        `ρ_k = min(1 − 1/k, ρ)` with k counting updates from 1 (Martens and Grosse 2015, section 5), or
+        ρ throughout with `ema_init="identity"`.
+        """
+        from_first = self.options.ema_init == "first"
+        weight = min(1.0 - 1.0 / (state.factor_updates + 1), decay) if from_first else decay
+        factors = dict(state.factors)
+        for name, total in sums.items():
+            known = factors.get(name)
+            if known is None and not from_first:
+                known = self._identity(name)
+            if known is None or weight == 0.0:
+                factors[name] = total.div(normalizers[name])
+            else:
+                scale = (1.0 - weight) / normalizers[name]
+                factors[name] = known.mul(weight).add_(total, alpha=scale)
+        return replace(state, factors=factors, factor_updates=state.factor_updates + 1)
+
+    def _identity(self, factor: str) -> Tensor:
+        shape = self.factor_shapes[factor]
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        return torch.eye(shape[-1], dtype=self.dtype, device=self.device).expand(shape)
+
+    # -- curvature ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decompose(
+        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+    ) -> dict[str, Tensor]:
+        """New decompositions of the named factors.
+
+        Raises:
+            NumericalError: If every fallback failed.
+        """
+
+    @abstractmethod
+    def precondition(
+        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+    ) -> Tensor:
+        """`(F + γI)⁻¹` times a gradient in matrix layout."""
+
+    # -- gradients ------------------------------------------------------------------------------
+
+    def has_gradient(self) -> bool:
+        """Whether every parameter of the layer has a gradient."""
+        return all(p.grad is not None for p in self.parameters)
+
+    @abstractmethod
+    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+        """`.grad` in matrix layout plus `weight_decay` times the weight; biases, scales and shifts are
+        not decayed."""
+
+    @abstractmethod
+    def set_gradient(self, value: Tensor) -> None:
+        """Writes a matrix back into `.grad`."""
+
+    # -- saved form -----------------------------------------------------------------------------
+
+    def saved(self, state: LayerState) -> dict[str, Any]:
+        """A state as plain numbers and copies of its tensors."""
+        return {
+            "factor_updates": state.factor_updates,
+            "inverse_step": state.inverse_step,
+            "factors": {name: tensor.clone() for name, tensor in state.factors.items()},
+            "second_order": {name: tensor.clone() for name, tensor in state.decomposition.items()},
+        }
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raises StateError unless saved tensors have this layer's shapes."""
+        for kind, expected in (
+            ("factors", self.factor_shapes),
+            ("second_order", self.decomposition_shapes),
+        ):
+            shapes = {name: tuple(tensor.shape) for name, tensor in saved[kind].items()}
+            if shapes and shapes != expected:
+                raise StateError(
+                    f"saved {kind} of layer {self.name} have other shapes",
+                    given=shapes,
+                    allowed=expected,
+                )
+
+    def restored(self, saved: Mapping[str, Any]) -> LayerState:
+        """The state that `saved` wrote, on this layer's device and in its dtype."""
+        return LayerState(
+            self.placed(saved["factors"]),
+            int(saved["factor_updates"]),
+            self.placed(saved["second_order"]),
+            int(saved["inverse_step"]),
+        )
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors where this layer computes."""
+        return {
+            name: tensor.detach().to(self.device, self.dtype, copy=True)
+            for name, tensor in tensors.items()
+        }

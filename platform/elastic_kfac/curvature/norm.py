@@ -1,0 +1,185 @@
+"""Normalisation layers: the Fisher of scale and shift, per channel, whole, or its diagonal."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature import inverses
+from elastic_kfac.curvature.factors import norm_gradient_sum
+from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
+
+class NormLayer(Layer):
+    """BatchNorm, LayerNorm or GroupNorm; `mode` is the structure of F (see `norm_gradient_sum`)."""
+
+    factor_names = ("F",)
+    guarded = True
+    mode: ClassVar[str]
+
+    def __init__(self, name: str, module: nn.Module, options: KfacOptions) -> None:
+        super().__init__(name, module, options)
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, nn.Parameter)
+        self._parameters: tuple[nn.Parameter, ...] = (weight,)
+        if isinstance(bias, nn.Parameter) and bias.requires_grad:
+            self._parameters = (weight, bias)
+        self.features = weight.numel()
+        is_batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        self._damping_factor = options.bn_damping_multiplier if is_batch_norm else 1.0
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        return self._parameters
+
+    @property
+    def decomposition_shapes(self) -> Shapes:
+        return {"F_inverse": self.factor_shapes["F"]}
+
+    @property
+    def gradient_shape(self) -> Shape:
+        return (self.features * len(self._parameters),)
+
+    def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
+        return Observation(inputs.shape[0], kept=inputs)
+
+    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        assert kept is not None
+        normalized = normalize(self.module, kept.to(self.dtype))
+        if isinstance(self.module, nn.LayerNorm):
+            shape = (gradients.shape[0], -1, self.features)
+            normalized, gradients = normalized.reshape(shape), gradients.reshape(shape)
+        else:
+            normalized, gradients = _channels_last(normalized), _channels_last(gradients)
+        return norm_gradient_sum(
+            normalized, gradients, bias=len(self._parameters) == 2, mode=self.mode
+        )
+
+    def normalizers(self, samples: float, rows: float) -> dict[str, float]:
+        return {"F": samples}
+
+    def decompose(
+        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+    ) -> dict[str, Tensor]:
+        return {"F_inverse": self._inverse(factors["F"], damping * self._damping_factor)}
+
+    @abstractmethod
+    def _inverse(self, fisher: Tensor, damping: float) -> Tensor: ...
+
+    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+        return torch.cat(self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        grads = []
+        for parameter in self._parameters:
+            assert parameter.grad is not None
+            grads.append(parameter.grad.to(self.dtype).reshape(-1))
+        return grads
+
+    def set_gradient(self, value: Tensor) -> None:
+        self._write(value.split(self.features))
+
+    def _write(self, parts: tuple[Tensor, ...]) -> None:
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(part.reshape(parameter.grad.shape))
+
+
+class UnitNorm(NormLayer):
+    """One 2x2 block of (scale, shift) per channel (Osawa et al. 2019)."""
+
+    mode = "unit"
+
+    @property
+    def factor_shapes(self) -> Shapes:
+        return {"F": (self.features, len(self._parameters), len(self._parameters))}
+
+    @property
+    def gradient_shape(self) -> Shape:
+        return (self.features, len(self._parameters))
+
+    def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
+        if fisher.shape[-1] == 2:
+            return inverses.two_by_two_inverse(fisher, damping)
+        return inverses.damped_inverse(fisher, damping)
+
+    def precondition(
+        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+    ) -> Tensor:
+        return (decomposition["F_inverse"] @ gradient.unsqueeze(-1)).squeeze(-1)
+
+    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+        return torch.stack(self._gradients(), -1)
+
+    def set_gradient(self, value: Tensor) -> None:
+        self._write(value.unbind(-1))
+
+
+class FullNorm(NormLayer):
+    """The whole matrix over all scales, then all shifts."""
+
+    mode = "full"
+
+    @property
+    def factor_shapes(self) -> Shapes:
+        return {"F": self.gradient_shape * 2}
+
+    def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
+        return inverses.damped_inverse(fisher, damping)
+
+    def precondition(
+        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+    ) -> Tensor:
+        return decomposition["F_inverse"] @ gradient
+
+
+class DiagonalNorm(NormLayer):
+    """The diagonal only."""
+
+    mode = "diag"
+
+    @property
+    def factor_shapes(self) -> Shapes:
+        return {"F": self.gradient_shape}
+
+    def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
+        return 1.0 / (fisher + damping)
+
+    def precondition(
+        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+    ) -> Tensor:
+        return decomposition["F_inverse"] * gradient
+
+
+def norm_layer(name: str, module: nn.Module, options: KfacOptions) -> NormLayer:
+    """The layer of a normalisation module, with the structure that `bn_fisher` names."""
+    kinds: tuple[type[NormLayer], ...] = (UnitNorm, FullNorm, DiagonalNorm)
+    kind = next(kind for kind in kinds if kind.mode == options.bn_fisher)
+    return kind(name, module, options)
+
+
+def normalize(module: nn.Module, x: Tensor) -> Tensor:
+    """x̂, the output of a normalisation layer before scale and shift."""
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return nn.functional.group_norm(x, module.num_groups, eps=module.eps)
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    # Synchronised batch norm normalises with the statistics of more than its own inputs.
+    shared = getattr(module, "shared_statistics", None)
+    if shared is not None:
+        mean, scale = (v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)) for v in shared)
+        return (x - mean) * scale
+    return nn.functional.batch_norm(x, None, None, training=True, eps=module.eps)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """`[n, channels, ...]` to `[n, positions, channels]`."""
+    return tensor.flatten(2).mT if tensor.dim() > 2 else tensor[:, None]

@@ -1,0 +1,37 @@
+"""Who computes what of K-FAC and how it travels: one class per strategy behind `Distribution`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
+from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.kfac.distribution.grid import KaisaGrid
+from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
+from elastic_kfac.kfac.distribution.strategy import Distribution, Placing, as_communicator
+from elastic_kfac.kfac.distribution.tree import CanonicalTree
+
+__all__ = ["Distribution", "Placing", "as_communicator", "make_distribution"]
+
+
+def make_distribution(
+    common: tuple[Sequence[Layer], Communicator, KfacOptions, Placing],
+    *,
+    model: nn.Module,
+    sharding: ShardedConfig | None,
+    tree: bool,
+) -> Distribution:
+    """The strategy that KFAC's arguments name.
+
+    Raises:
+        ConfigError: If they name two.
+    """
+    if tree and sharding is not None:
+        raise ConfigError("tree and sharding both reduce the statistics", allowed="one of them")
+    if sharding is not None:
+        return ShardedByOwner(*common, model=model, sharding=sharding)
+    return CanonicalTree(*common) if tree else KaisaGrid(*common)

@@ -1,0 +1,366 @@
+"""Sharded by owner: K-FAC between the two halves of an all-reduce (Osawa et al., CVPR 2019).
+
+    gradients     local, of each rank's share of the batch
+    reduce        reduce-scatter of [gradients, packed statistics] ─▶ owner of a layer: global means
+    owner         averages factors, decomposes, preconditions, (momentum, update)
+    publish       all-gather of updated weights, or of gradients ───▶ every rank
+
+Every layer, and every parameter outside the covered layers, has exactly one owner; factors,
+decompositions and momentum live there only. The gradient's share of the traffic is that of one
+all-reduce, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.packing import pack_triangle, triangle_size, unpack_triangle
+from elastic_kfac.communication.v_collectives import (
+    all_gather_v,
+    reduce_scatter_half,
+    reduce_scatter_v,
+)
+from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
+from elastic_kfac.curvature.discovery import clean_name, unwrap
+from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Placing, Slot, States
+from elastic_kfac.kfac.options import Rates
+from elastic_kfac.kfac.shapes import layer_shape
+from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.placement.costs import LayerShape, default_costs
+from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.planner import make_plan
+
+_WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one rank owns as a whole: layers that share parameters, or a parameter outside all layers."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    layers: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Elements of its parameters together."""
+        return sum(p.numel() for p in self.parameters.values())
+
+
+class ShardedByOwner(Distribution):
+    """One owner per layer; local gradients in, preconditioned gradients or updated weights out.
+
+    Local gradients must add up over the ranks to the gradient of the global mean loss: divide each
+    sample's loss by the global batch size. With `gather="weights"` owners apply
+    `v ← m·v − lr·P, θ ← θ + v` with the rates of KFAC's `lr`.
+    """
+
+    sums_gradients = True
+    counts_are_local = True
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        communicator: Communicator,
+        options: KfacOptions,
+        placing: Placing,
+        *,
+        model: nn.Module,
+        sharding: ShardedConfig,
+    ) -> None:
+        self.sharding = sharding
+        self.updates_weights = sharding.gather == "weights"
+        self.units = find_units(model, layers)
+        self._unit_of = {index: unit for unit in self.units for index in unit.layers}
+        self._unit_named = {layers[i].name: unit for i, unit in self._unit_of.items()}
+        self._unit_named |= {name: unit for unit in self.units for name in unit.parameters}
+        self.velocity: dict[str, Tensor] = {}
+        super().__init__(layers, communicator, options, placing)
+
+    def join(
+        self,
+        communicator: Communicator,
+        previous: Plan | None = None,
+        previous_ranks: Sequence[int | None] | None = None,
+    ) -> None:
+        self.communicator, self.rank = communicator, communicator.rank
+        world_size = communicator.world_size
+        self.plan = make_plan(
+            [self._shape(unit) for unit in self.units],
+            world_size,
+            1.0 / world_size,
+            costs=self.placing.costs or default_costs(self.options.method),
+            previous=previous,
+            previous_ranks=previous_ranks,
+        )
+        facts: dict[str, object] = {f"unit {u.name}": u.elements for u in self.units}
+        facts["sharded.gather"] = self.sharding.gather
+        self.require_agreement(facts, tag="sharded/agree")
+        self._by_owner: list[list[Unit]] = [[] for _ in range(world_size)]
+        for unit in self.units:
+            self._by_owner[self._owner(unit)].append(unit)
+
+    def _shape(self, unit: Unit) -> LayerShape:
+        if not unit.layers:
+            return LayerShape(unit.name, 0, 0, unit.elements)
+        shapes = [layer_shape(self.layers[index]) for index in unit.layers]
+        widest = max(shapes, key=lambda shape: shape.a_dim)
+        copies = sum(shape.copies for shape in shapes)
+        return LayerShape(unit.name, widest.a_dim, widest.g_dim, unit.elements, copies)
+
+    # -- roles ----------------------------------------------------------------------------------
+
+    def _owner(self, unit: Unit) -> int:
+        return self.plan.placement(unit.name).a_worker
+
+    @property
+    def owned(self) -> list[Unit]:
+        """The units of this rank."""
+        return self._by_owner[self.rank]
+
+    def decider(self, index: int) -> int:
+        return self._owner(self._unit_of[index])
+
+    def decomposes(self, index: int) -> tuple[str, ...]:
+        owned = self.decider(index) == self.rank
+        return self.layers[index].factor_names if owned else ()
+
+    def keeps(self, item: Item, rank: int) -> bool:
+        return self._owner(self._unit_named[item.name]) == rank
+
+    def preconditioned_here(self, states: States) -> list[int]:
+        indices = (index for unit in self.owned for index in unit.layers)
+        return [index for index in indices if states[index].inverse_step >= 0]
+
+    # -- reduce ---------------------------------------------------------------------------------
+
+    def reduce(self, captured: Captured) -> Statistics:
+        counts = self._global_counts(captured)
+        due = [
+            names if rows else frozenset[str]()
+            for names, (_, rows) in zip(captured.due, counts, strict=True)
+        ]
+        parts: list[Tensor] = []
+        sizes = []
+        for units in self._by_owner:
+            own = [part for unit in units for part in self._payload(unit, captured, due, counts)]
+            parts += own
+            sizes.append(sum(part.numel() for part in own))
+        received = self._reduce_scatter(parts, sizes)
+        return Statistics(self._unpack(received, due), counts, are_means=True)
+
+    def _global_counts(self, captured: Captured) -> list[tuple[float, float]]:
+        """(samples, rows) of every layer with statistics that are due, over all ranks."""
+        local = captured.counts
+        indices = [index for index, names in enumerate(captured.due) if names]
+        counts = [(0.0, 0.0)] * len(self.layers)
+        if indices:
+            totals = torch.tensor(
+                [local[i] for i in indices], dtype=torch.float64, device=self.layers[0].device
+            )
+            self.communicator.all_reduce(totals, tag="sharded/counts").wait()
+            for index, (samples, rows) in zip(indices, totals.tolist(), strict=True):
+                counts[index] = (samples, rows)
+        return counts
+
+    def _payload(
+        self,
+        unit: Unit,
+        captured: Captured,
+        due: Sequence[frozenset[str]],
+        counts: Sequence[tuple[float, float]],
+    ) -> Iterator[Tensor]:
+        """Gradients, then packed local shares of the global means of due statistics."""
+        dtype = next(iter(unit.parameters.values())).dtype
+        for parameter in unit.parameters.values():
+            grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            yield grad.reshape(-1)
+        for index in unit.layers:
+            if not due[index]:
+                continue
+            layer, (samples, rows) = self.layers[index], counts[index]
+            sums = captured.scaled(index, due[index], default_loss_scale=1.0 / samples)
+            normalizers = layer.normalizers(samples, rows)
+            for name, total in sums.items():
+                mean = total.div_(normalizers[name])
+                packed = mean if layer.is_diagonal(name) else pack_triangle(mean)
+                yield packed.reshape(-1).to(dtype)
+
+    def _reduce_scatter(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
+        method = self.sharding.v_method
+        half = _WIRE.get(self.sharding.wire)
+        if half is None:
+            flat = torch.cat(parts)
+            return reduce_scatter_v(
+                self.communicator, flat, sizes, method=method, tag="sharded/reduce"
+            )
+        return reduce_scatter_half(
+            self.communicator, parts, sizes, half, method=method, tag="sharded/reduce"
+        )
+
+    def _unpack(self, received: Tensor, due: Sequence[frozenset[str]]) -> list[dict[str, Tensor]]:
+        """Global gradients into `.grad` of owned units; global means of their due statistics."""
+        means: list[dict[str, Tensor]] = [{} for _ in self.layers]
+        start = 0
+        for unit in self.owned:
+            for parameter in unit.parameters.values():
+                values = received[start : start + parameter.numel()].view(parameter.shape)
+                parameter.grad = values.to(parameter.dtype)
+                start += parameter.numel()
+            for index in unit.layers:
+                layer = self.layers[index]
+                for name, shape in layer.factor_shapes.items():
+                    if name not in due[index]:
+                        continue
+                    diagonal = layer.is_diagonal(name)
+                    packed = shape if diagonal else (*shape[:-2], triangle_size(shape[-1]))
+                    part = received[start : start + prod(packed)].view(packed).to(layer.dtype)
+                    means[index][name] = (
+                        part.clone() if diagonal else unpack_triangle(part, shape[-1])
+                    )
+                    start += prod(packed)
+        return means
+
+    # -- precondition and publish ---------------------------------------------------------------
+
+    def precondition(
+        self, states: States, indices: Sequence[int], gradients: Sequence[Tensor], damping: float
+    ) -> list[Tensor]:
+        return [
+            self.layers[index].precondition(states[index].decomposition, gradient, damping)
+            for index, gradient in zip(indices, gradients, strict=True)
+        ]
+
+    def total(self, value: Tensor) -> Tensor:
+        summed = value.clone()
+        self.communicator.all_reduce(summed, tag="sharded/kl").wait()
+        return summed
+
+    def publish(self, rates: Rates, step: int) -> None:
+        parameters = {name: p for unit in self.owned for name, p in unit.parameters.items()}
+        if self.updates_weights:
+            for (name, p), (lr, momentum) in zip(
+                parameters.items(), rates.of_parameters(parameters.values(), step), strict=True
+            ):
+                assert p.grad is not None
+                velocity = self.velocity.setdefault(name, torch.zeros_like(p))
+                velocity.mul_(momentum).add_(p.grad, alpha=-lr)
+                p.add_(velocity)
+        own = [p if self.updates_weights else p.grad for p in parameters.values()]
+        like = next(iter(self.units[0].parameters.values()))
+        flat = torch.cat(
+            [t.detach().reshape(-1) for t in own if t is not None] or [like[:0].view(-1)]
+        )
+        sizes = [sum(unit.elements for unit in units) for units in self._by_owner]
+        everything = all_gather_v(
+            self.communicator, flat, sizes, method=self.sharding.v_method, tag="sharded/gather"
+        )
+        start = 0
+        for p in (p for units in self._by_owner for u in units for p in u.parameters.values()):
+            values = everything[start : start + p.numel()].view(p.shape)
+            start += p.numel()
+            if self.updates_weights:
+                p.copy_(values)
+            else:
+                p.grad = values.clone()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def collect(self, states: States) -> States:
+        owned = [index for unit in self.owned for index in unit.layers]
+        facts = {
+            index: {
+                "ages": (states[index].factor_updates, states[index].inverse_step),
+                "factors": list(states[index].factors),
+                "decomposition": list(states[index].decomposition),
+            }
+            for index in owned
+        }
+        known: dict[int, dict[str, Any]] = {}
+        for part in self.communicator.all_gather_object(facts, tag="sharded/state"):
+            known.update(part)
+        slots, names = [], []
+        for index, layer in enumerate(self.layers):
+            like = layer.parameters[0].new_empty(0, dtype=layer.dtype)
+            for kind, shapes in (
+                ("factors", layer.factor_shapes),
+                ("decomposition", layer.decomposition_shapes),
+            ):
+                for name in known[index][kind]:
+                    own = getattr(states[index], kind).get(name)
+                    slots.append(Slot(self.decider(index), own, shapes[name], like))
+                    names.append((index, kind, name))
+        gathered: list[dict[str, dict[str, Tensor]]] = [
+            {"factors": {}, "decomposition": {}} for _ in self.layers
+        ]
+        for (index, kind, name), tensor in zip(names, self.from_owners(slots), strict=True):
+            gathered[index][kind][name] = tensor
+        return [
+            LayerState(
+                parts["factors"],
+                known[index]["ages"][0],
+                parts["decomposition"],
+                known[index]["ages"][1],
+            )
+            for index, parts in enumerate(gathered)
+        ]
+
+    def held(self) -> dict[Item, dict[str, Tensor]]:
+        return {Item("velocity", name): {"": v} for name, v in self.velocity.items()}
+
+    def take(self, items: Mapping[Item, Mapping[str, Tensor]]) -> None:
+        self.velocity = {
+            item.name: tensors[""] for item, tensors in items.items() if item.kind == "velocity"
+        }
+
+    def collect_velocity(self) -> dict[str, Tensor]:
+        moving = self.communicator.all_gather_object(bool(self.velocity), tag="sharded/state")
+        if not any(moving):
+            return {}
+        named = {name: (p, unit) for unit in self.units for name, p in unit.parameters.items()}
+        slots = [
+            Slot(self._owner(unit), self.velocity.get(name), p.shape, p)
+            for name, (p, unit) in named.items()
+        ]
+        return dict(zip(named, self.from_owners(slots), strict=True))
+
+    def restore_velocity(self, saved: Mapping[str, Tensor]) -> None:
+        if not self.updates_weights:
+            super().restore_velocity(saved)
+        self.velocity = {
+            name: saved[name].detach().to(p.device, copy=True)
+            for unit in self.owned
+            for name, p in unit.parameters.items()
+            if name in saved
+        }
+
+
+def find_units(model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
+    """Covered layers in registration order, joined where they share parameters (packed attention
+    projections), then every other trainable parameter."""
+    names = {
+        id(p): clean_name(name) for name, p in unwrap(model).named_parameters() if p.requires_grad
+    }
+    units: list[Unit] = []
+    covered: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        own = {names[id(p)]: p for p in layer.parameters}
+        place = next((covered[id(p)] for p in layer.parameters if id(p) in covered), len(units))
+        if place == len(units):
+            units.append(Unit(layer.name, own, (index,)))
+        else:
+            first = units[place]
+            units[place] = Unit(first.name, {**first.parameters, **own}, (*first.layers, index))
+        covered.update((id(p), place) for p in layer.parameters)
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.requires_grad and id(parameter) not in covered:
+            units.append(Unit(clean_name(name), {clean_name(name): parameter}))
+    return units

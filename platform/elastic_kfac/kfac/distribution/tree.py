@@ -1,0 +1,98 @@
+"""The canonical tree of the reproducible mode: one order of additions for any number of ranks.
+
+    forward, backward   once per logical shard; gradients AND statistics are one leaf of the tree
+    tree                communication/summation_tree.py adds the leaves in a fixed order
+                        └─ the same bits on every rank ───────▶ step(statistics=...)
+    from there on       as in the KAISA grid
+
+The trainer owns the tree, because gradients and running statistics travel in it too. It takes the sums of
+each shard with `KFAC.take_statistics`, writes them into its vector with a `StatisticsLayout`, and hands
+the reduced ones to `KFAC.step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from elastic_kfac.communication.packing import pack_triangle, triangle_size, unpack_triangle
+from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.errors import UsageError
+from elastic_kfac.kfac.distribution.grid import KaisaGrid
+from elastic_kfac.kfac.statistics import Captured, Statistics
+
+_LIMBS = 3
+_LIMB_BITS = 12
+"""Sums of so small numbers over 4,096 leaves are exact in float32."""
+
+
+class CanonicalTree(KaisaGrid):
+    """The KAISA grid whose statistics arrive reduced."""
+
+    def reduce(self, captured: Captured) -> Statistics:
+        raise UsageError(
+            "step() needs the statistics that the summation tree reduced",
+            change="pass statistics=..., or build KFAC without tree=True",
+        )
+
+
+class StatisticsLayout:
+    """Statistics as one vector: lower triangles of the factors' sums, then row counts in limbs.
+
+    Factors that are not due are zeros.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = tuple(layers)
+        self._parts = [
+            (index, name, shape, _packed_shape(shape))
+            for index, layer in enumerate(self._layers)
+            for name, shape in layer.factor_shapes.items()
+        ]
+        self.size = sum(prod(packed) for *_, packed in self._parts) + _LIMBS * len(self._layers)
+        """Elements of the vector."""
+
+    def pack(self, statistics: Statistics, out: Tensor) -> None:
+        """Writes one pass's statistics into `out` [size]."""
+        begin = 0
+        for index, name, shape, packed in self._parts:
+            part = out[begin : begin + prod(packed)].view(packed)
+            total = statistics.sums[index].get(name)
+            if total is None:
+                part.zero_()
+            elif len(shape) > 1:
+                pack_triangle(total, out=part)
+            else:
+                part.copy_(total)
+            begin += prod(packed)
+        limbs = [
+            float((int(rows) >> (_LIMB_BITS * limb)) & ((1 << _LIMB_BITS) - 1))
+            for _, rows in statistics.counts
+            for limb in range(_LIMBS)
+        ]
+        out[begin:] = torch.tensor(limbs, dtype=out.dtype)
+
+    def unpack(self, vector: Tensor, num_samples: int) -> Statistics:
+        """The statistics in a reduced vector [size], in memory of their own."""
+        sums: list[dict[str, Tensor]] = [{} for _ in self._layers]
+        begin = 0
+        for index, name, shape, packed in self._parts:
+            part = vector[begin : begin + prod(packed)].view(packed)
+            sums[index][name] = unpack_triangle(part, shape[-1]) if len(shape) > 1 else part.clone()
+            begin += prod(packed)
+        limbs = [int(value) for value in vector[begin:].tolist()]
+        counts = [
+            (
+                float(num_samples),
+                float(sum(limbs[_LIMBS * i + j] << (_LIMB_BITS * j) for j in range(_LIMBS))),
+            )
+            for i in range(len(self._layers))
+        ]
+        return Statistics(sums, counts)
+
+
+def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], triangle_size(shape[-1])) if len(shape) > 1 else tuple(shape)

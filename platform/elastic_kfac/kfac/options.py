@@ -1,0 +1,153 @@
+"""Options of KFAC as Python keywords: validation, help, values at a step."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt
+from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.errors import ConfigError
+
+Class = TypeVar("Class", bound=type)
+
+
+def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> KfacOptions:
+    """The options of `config`, or the defaults, with keywords in their place.
+
+    Raises:
+        ConfigError: With the keyword, its value, and what is allowed.
+    """
+    known = KfacOptions.model_fields
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"KFAC has no option {name}",
+                allowed=", ".join(sorted(known)),
+                change=f"did you mean {close[0]}?" if close else None,
+            )
+    values = {} if config is None else {name: getattr(config, name) for name in known}
+    try:
+        return KfacOptions.model_validate({**values, **options})
+    except ValidationError as error:
+        problems = error.errors()
+        location = problems[0]["loc"]
+        texts = [p["msg"].removeprefix("Input should be ") for p in problems]
+        if not location:
+            raise ConfigError(texts[0].removeprefix("Value error, ")) from None
+        same = [t for t, p in zip(texts, problems, strict=True) if p["loc"][:1] == location[:1]]
+        raise ConfigError(
+            f"{location[0]} is out of range",
+            given=options.get(str(location[0])),
+            allowed=" or ".join(dict.fromkeys(same)),
+        ) from None
+
+
+def value_at(options: KfacOptions, name: str, step: int) -> float:
+    """A number or schedule at a step; the initial value of an adaptive rule.
+
+    Raises:
+        ConfigError: If the schedule leaves the option's range.
+    """
+    value = getattr(options, name)
+    if isinstance(value, LevenbergMarquardt):
+        return value.initial
+    if not callable(value):
+        return float(value)
+    result = value(step)
+    try:
+        return float(RANGES[name].validate_python(result))
+    except ValidationError as error:
+        raise ConfigError(
+            f"{name} at step {step} is out of range",
+            given=result,
+            allowed=error.errors()[0]["msg"].removeprefix("Input should be "),
+        ) from None
+
+
+class Rates:
+    """The learning rate of the KL clip, and of the update where K-FAC makes it."""
+
+    def __init__(self, lr: float | Callable[[int], float] | torch.optim.Optimizer) -> None:
+        if not isinstance(lr, torch.optim.Optimizer) and not callable(lr):
+            _check_rate(lr)
+        self._lr = lr
+
+    def of_layers(self, layers: Sequence[Layer], step: int) -> list[float]:
+        """The rate of each layer's weight.
+
+        Raises:
+            ConfigError: If the optimizer does not hold one of the weights.
+        """
+        if not isinstance(self._lr, torch.optim.Optimizer):
+            return [self._number(step)] * len(layers)
+        groups = self._groups()
+        missing = [layer.name for layer in layers if id(layer.parameters[0]) not in groups]
+        if missing:
+            raise ConfigError(
+                f"the optimizer given as lr does not hold the weight of layer {missing[0]}",
+                change="build the optimizer over all parameters of the model",
+            )
+        return [float(groups[id(layer.parameters[0])]["lr"]) for layer in layers]
+
+    def of_parameters(
+        self, parameters: Iterable[nn.Parameter], step: int
+    ) -> list[tuple[float, float]]:
+        """(rate, momentum) of each parameter; no momentum without an optimizer."""
+        if not isinstance(self._lr, torch.optim.Optimizer):
+            return [(self._number(step), 0.0) for _ in parameters]
+        groups = self._groups()
+        found = [groups[id(p)] for p in parameters]
+        return [(float(group["lr"]), float(group.get("momentum", 0.0))) for group in found]
+
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        assert isinstance(self._lr, torch.optim.Optimizer)
+        return {id(p): group for group in self._lr.param_groups for p in group["params"]}
+
+    def _number(self, step: int) -> float:
+        if callable(self._lr):
+            value = float(self._lr(step))
+            _check_rate(value, f" at step {step}")
+            return value
+        assert not isinstance(self._lr, torch.optim.Optimizer)
+        return float(self._lr)
+
+
+def _check_rate(lr: float, where: str = "") -> None:
+    if not (isinstance(lr, int | float) and 0 <= lr < math.inf):
+        raise ConfigError(
+            f"lr{where} is out of range", given=lr, allowed="a finite number >= 0, or an optimizer"
+        )
+
+
+def takes_options(kind: Class) -> Class:
+    """Gives a class whose constructor ends in `**options` their names, defaults and help text."""
+    own = list(inspect.signature(kind.__init__).parameters.values())[1:-1]  # type: ignore[misc]
+    fields = KfacOptions.model_fields
+    keywords = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation
+        )
+        for name, field in fields.items()
+    ]
+    kind.__signature__ = inspect.Signature([*own, *keywords])  # type: ignore[attr-defined]
+    lines = [
+        textwrap.fill(
+            f"{name}: {' '.join((field.description or '').split())}",
+            100,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+        )
+        for name, field in fields.items()
+    ]
+    kind.__doc__ = (kind.__doc__ or "").replace("        **options:", "\n".join(lines), 1)
+    return kind

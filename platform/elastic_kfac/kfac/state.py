@@ -1,0 +1,217 @@
+"""The saved form of K-FAC: by layer name, at no world size and for any distribution; and its moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.damping import AdaptiveDamping
+from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.errors import StateError
+from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
+from elastic_kfac.kfac.refresh import Refresh
+from elastic_kfac.kfac.resize import Held, ResizeReport, move
+
+STATE_VERSION = 1
+_IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
+"""Options without which the saved tensors mean something else."""
+
+
+class Stateful(Protocol):
+    """What the state of a KFAC consists of."""
+
+    layers: tuple[Layer, ...]
+    options: KfacOptions
+    distribution: Distribution
+    refresh: Refresh
+    damping_rule: AdaptiveDamping | None
+    states: list[LayerState]
+    counters: Counter[str]
+    used: set[str]
+    """Layers that a pass has gone through."""
+
+
+def save(kfac: Stateful) -> dict[str, Any]:
+    """Everything, equal on every rank. Collective."""
+    states = kfac.distribution.collect(kfac.states)
+    state: dict[str, Any] = {
+        "version": STATE_VERSION,
+        "options": {name: getattr(kfac.options, name) for name in _IDENTITY},
+        "counters": _total(kfac),
+        "damping": None if kfac.damping_rule is None else {"value": kfac.damping_rule.value},
+        "layers": {
+            layer.name: layer.saved(state) for layer, state in zip(kfac.layers, states, strict=True)
+        },
+    }
+    clocks = kfac.refresh.saved_clocks()
+    if clocks:
+        snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
+        state["refresh"] = {"clocks": clocks, "snapshots": snapshots}
+    velocity = kfac.distribution.collect_velocity()
+    if velocity:
+        state["velocity"] = velocity
+    return state
+
+
+def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
+    """Puts a saved state in place; keeps only what this rank needs.
+
+    Raises:
+        StateError: If it belongs to another model, other options or another version.
+    """
+    _check(state, {name: getattr(kfac.options, name) for name in _IDENTITY}, kfac.layers)
+    rank = kfac.distribution.rank
+
+    def keeps(kind: str, name: str) -> bool:
+        return kfac.distribution.keeps(Item(kind, name), rank)
+
+    for index, layer in enumerate(kfac.layers):
+        restored = layer.restored(state["layers"][layer.name])
+        if not keeps("factors", layer.name):
+            restored = LayerState()
+        elif not keeps("decomposition", layer.name):
+            restored = replace(restored, decomposition={})
+        kfac.states[index] = restored
+    kfac.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
+    refresh = state.get("refresh", {"clocks": {}, "snapshots": {}})
+    kfac.refresh.restore_clocks(refresh["clocks"])
+    kfac.refresh.snapshots = {
+        (layer.name, factor): tuple(
+            layer.placed({str(i): t for i, t in enumerate(tensors)}).values()
+        )
+        for layer in kfac.layers
+        if keeps("snapshots", layer.name)
+        for factor, tensors in refresh["snapshots"].get(layer.name, {}).items()
+    }
+    kfac.distribution.restore_velocity(state.get("velocity", {}))
+    counters = {name: int(value) for name, value in state["counters"].items()}
+    if kfac.distribution.counts_are_local and rank:
+        # Events were counted where they happened; from now on the saved ones belong to rank 0.
+        counters = {"steps": counters.get("steps", 0)}
+    kfac.counters = Counter(counters)
+    if kfac.damping_rule is not None and state["damping"] is not None:
+        kfac.damping_rule.value = float(state["damping"]["value"])
+
+
+def leave(kfac: Stateful) -> None:
+    """Drops process groups and work under way; a decomposition that did not arrive is dropped too."""
+    for index in kfac.distribution.leave():
+        kfac.states[index] = replace(kfac.states[index], decomposition={}, inverse_step=-1)
+
+
+def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
+    """Goes on with other ranks. Collective over them."""
+    leave(kfac)
+    steps = kfac.counters["steps"]
+    held: dict[Item, Held] = {}
+    for layer, state in zip(kfac.layers, kfac.states, strict=True):
+        if state.factors:
+            held[Item("factors", layer.name)] = Held(state.factor_updates, state.factors)
+        if len(state.decomposition) == len(layer.decomposition_shapes):
+            held[Item("decomposition", layer.name)] = Held(state.inverse_step, state.decomposition)
+    for (name, factor), tensors in kfac.refresh.snapshots.items():
+        known = held.get(Item("snapshots", name), Held(steps, {})).tensors
+        named = {f"{factor}.{place}": tensor for place, tensor in enumerate(tensors)}
+        held[Item("snapshots", name)] = Held(steps, {**known, **named})
+    held |= {item: Held(steps, tensors) for item, tensors in kfac.distribution.held().items()}
+    facts = {
+        "steps": steps,
+        "counters": dict(kfac.counters),
+        "clocks": kfac.refresh.saved_clocks(),
+        "damping": None if kfac.damping_rule is None else kfac.damping_rule.value,
+        "used": sorted(kfac.used),
+    }
+    moved = move(kfac.distribution, communicator, held, facts)
+    for index, layer in enumerate(kfac.layers):
+        kept, curvature = Item("factors", layer.name), Item("decomposition", layer.name)
+        kfac.states[index] = LayerState()
+        if kept in moved.tensors:
+            # Without a holder it is decomposed again in the next step.
+            kfac.states[index] = LayerState(
+                moved.tensors[kept],
+                moved.ages[kept],
+                moved.tensors.get(curvature, {}),
+                moved.ages.get(curvature, -1),
+            )
+    snapshots: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+    for item, parts in moved.tensors.items():
+        if item.kind == "snapshots":
+            for part, tensor in sorted(parts.items()):
+                key = (item.name, part.rpartition(".")[0])
+                snapshots[key] = (*snapshots.get(key, ()), tensor)
+    kfac.used = set(moved.facts["used"])
+    kfac.refresh.snapshots = snapshots
+    kfac.refresh.restore_clocks(moved.facts["clocks"])
+    kfac.distribution.take(moved.tensors)
+    counters = Counter(moved.facts["counters"])
+    if kfac.distribution.counts_are_local:
+        counters = Counter({**kfac.counters, "steps": counters["steps"]})
+    kfac.counters = counters
+    if kfac.damping_rule is not None:
+        kfac.damping_rule.value = moved.facts["damping"]
+    return moved.report
+
+
+def _total(kfac: Stateful) -> dict[str, int]:
+    if not kfac.distribution.counts_are_local:
+        return dict(kfac.counters)
+    total: Counter[str] = Counter()
+    for part in kfac.distribution.communicator.all_gather_object(
+        dict(kfac.counters), tag="kfac/state"
+    ):
+        total.update({name: value for name, value in part.items() if name != "steps"})
+    return {**total, "steps": kfac.counters["steps"]}
+
+
+def _collect_snapshots(
+    distribution: Distribution, refresh: Refresh
+) -> dict[str, dict[str, list[Tensor]]]:
+    own = {key: len(tensors) for key, tensors in refresh.snapshots.items()}
+    lengths: dict[tuple[str, str], int] = {}
+    for part in distribution.communicator.all_gather_object(own, tag="kfac/state"):
+        lengths.update(part)
+    slots, names = [], []
+    for index, layer in enumerate(distribution.layers):
+        like = layer.parameters[0].new_empty(0, dtype=layer.dtype)
+        for factor, shape in layer.factor_shapes.items():
+            key = (layer.name, factor)
+            for place in range(lengths.get(key, 0)):
+                tensor = refresh.snapshots[key][place] if key in refresh.snapshots else None
+                slots.append(Slot(distribution.decider(index), tensor, shape, like))
+                names.append(key)
+    collected: dict[str, dict[str, list[Tensor]]] = {}
+    for (name, factor), tensor in zip(names, distribution.from_owners(slots), strict=True):
+        collected.setdefault(name, {}).setdefault(factor, []).append(tensor)
+    return collected
+
+
+def _check(state: Mapping[str, Any], options: Mapping[str, Any], layers: Sequence[Layer]) -> None:
+    """Refuses a state that another model, other options or another version wrote."""
+    if state.get("version") != STATE_VERSION:
+        raise StateError(
+            "unknown version of K-FAC state", given=state.get("version"), allowed=STATE_VERSION
+        )
+    for key, value in options.items():
+        saved = state["options"].get(key)
+        if saved != value:
+            raise StateError(
+                f"the K-FAC state was saved with another {key}",
+                given=saved,
+                allowed=value,
+                change=f"build KFAC with {key}={saved!r} or start without this state",
+            )
+    names, known = {layer.name for layer in layers}, set(state["layers"])
+    if names != known:
+        raise StateError(
+            "the K-FAC state belongs to another model",
+            given="layers only in the state: " + (", ".join(sorted(known - names)) or "none"),
+            allowed="layers only in the model: " + (", ".join(sorted(names - known)) or "none"),
+        )
+    for layer in layers:
+        layer.check(state["layers"][layer.name])

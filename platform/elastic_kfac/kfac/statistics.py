@@ -1,0 +1,69 @@
+"""K-FAC's statistics as values: what one rank's passes added up, and what a reduction made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elastic_kfac.curvature.capture import Sums
+from elastic_kfac.curvature.factors import finite_sums
+from elastic_kfac.curvature.layer import Layer
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over samples and positions, by layer in the order of `KFAC.layers`."""
+
+    sums: Sequence[Mapping[str, Tensor]]
+    """By factor name; empty where nothing was due or another rank has them."""
+    counts: Sequence[tuple[float, float]]
+    """(samples, rows) of each layer; a row is a sample at one position."""
+    are_means: bool = False
+    """Whether the sums are divided by their normalizers already."""
+
+    def finite(self, indices: Sequence[int]) -> list[bool]:
+        """Whether the sums of layers are finite; one transfer to the host for all."""
+        return finite_sums([self.sums[index] for index in indices])
+
+    def normalizers(self, layer: Layer, index: int) -> dict[str, float]:
+        """What to divide the sums of a layer by."""
+        if self.are_means:
+            return dict.fromkeys(layer.factor_names, 1.0)
+        return layer.normalizers(*self.counts[index])
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The sums of one rank before they are brought to per-sample scale."""
+
+    layers: Sequence[Layer]
+    sums: Sequence[Sums]
+    due: Sequence[frozenset[str]]
+    """Factors to refresh, by layer."""
+    num_samples: int | None
+    """None counts the batch dimension of every layer's input."""
+    loss_scale: float | None
+    extra_scale: float
+    """A further factor on every gradient: loss scaling, accumulation."""
+
+    @property
+    def counts(self) -> list[tuple[float, float]]:
+        """(samples, rows) of each layer."""
+        return [
+            (float(s.samples if self.num_samples is None else self.num_samples), float(s.rows))
+            for s in self.sums
+        ]
+
+    def scaled(
+        self, index: int, names: frozenset[str], default_loss_scale: float | None = None
+    ) -> dict[str, Tensor]:
+        """A layer's sums of the named factors at per-sample scale; consumes them."""
+        scale = default_loss_scale if self.loss_scale is None else self.loss_scale
+        return self.sums[index].scaled(self.layers[index], names, scale, self.extra_scale)
+
+    def statistics(self) -> Statistics:
+        """All sums of this rank at per-sample scale; consumes them."""
+        sums = [self.scaled(index, names) for index, names in enumerate(self.due)]
+        return Statistics(sums, self.counts)
