@@ -38,8 +38,8 @@ from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
 from elastic_kfac.state.run_folder import RunFolder
@@ -48,7 +48,7 @@ STEPS = 40
 """Steps that a world takes before the next change."""
 
 
-class Changes(SilentDisplay):
+class Changes(Display):
     """Loses a node (or only a worker) and gets it back, so many times; then presses Ctrl-C."""
 
     def __init__(self, cluster: LocalCluster, cycles: int, *, nodes: bool) -> None:

@@ -1,7 +1,7 @@
 """CPU time that measuring and exporting cost, as a share of the CPU time of the steps.
 
 One rank trains the digits job in this process, exporting to a real Ray on this machine; the run's
-exporter (the recorder's part) lives here, too, and gets the same rows as in a run. CPU times are the
+exporter (the coordinator's part) lives here, too, and gets the same rows as in a run. CPU times are the
 thread's own (`time.thread_time`), so that other load on the machine does not count. The points of a
 step are counted apart: their cost per call is timed in a loop and multiplied by the calls.
 """
@@ -20,15 +20,17 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.metrics import Gauge
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.run.telemetry import (
+from elastic_kfac.cluster.run.reporting import MetricsExport
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import apply_overrides, parse_config, read_config
+from elastic_kfac.observability.telemetry import (
     RankTelemetry,
     RunTelemetry,
     TelemetryOptions,
 )
-from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import apply_overrides, parse_config, read_config
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Callbacks, FolderWriter, KeepGoing, Point
@@ -50,8 +52,8 @@ class CountingProbe(RankProbe):
         super().on_point(point, step)
 
 
-class RecorderRows(FolderWriter):
-    """The recorder's part of the telemetry beside a run's folder, with its CPU time."""
+class CoordinatorRows(FolderWriter):
+    """The coordinator's part of the telemetry beside a run's folder, with its CPU time."""
 
     def __init__(self, folder: RunFolder, run: RunTelemetry) -> None:
         super().__init__(folder)
@@ -79,19 +81,21 @@ def measure(epochs: float, folder: Path) -> dict[str, Any]:
     changes = [("data.shards", str(shards)), ("train.epochs", epochs)]
     config = parse_config(apply_overrides(base.model_dump(), changes))
     options = TelemetryOptions("telemetry-cost", 1, 2)
-    rows = RecorderRows(RunFolder(folder / "run"), RunTelemetry(options))
+    rows = CoordinatorRows(RunFolder(folder / "run"), RunTelemetry(options, Gauge))
     probe = CountingProbe()
-    telemetry = RankTelemetry(probe, options, 0, tell_run=rows.measured)
+    with probe.own_cpu():
+        telemetry = RankTelemetry(options, 0, Gauge)
+    export = MetricsExport(probe, telemetry, rows.measured)
     begin = time.perf_counter()
     outcome = run_rank(
         config,
         Communicator.solo(),
         store=CheckpointStore(folder / "run"),
-        callback=Callbacks(probe, rows),
+        callback=Callbacks(probe, export, rows),
         control=KeepGoing(),
     )
     elapsed_s = time.perf_counter() - begin
-    telemetry.export()
+    export.export()
     rank = probe.of_the_rank()
     alone = RankProbe()
     repeats = 20_000

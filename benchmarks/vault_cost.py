@@ -29,8 +29,12 @@ import torch
 
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.vault import Vault, VaultKeeper, head_node
-from elastic_kfac.cluster.run.vault_store import VaultStore
+from elastic_kfac.cluster.ray.nodes import head_node
+from elastic_kfac.cluster.run.replicas import (
+    ReplicaActor,
+    ReplicaActors,
+    ReplicatedStore,
+)
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import LedgerValue
 from elastic_kfac.state.state import Progress, capture
@@ -63,12 +67,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def process_ids(vault: Vault) -> tuple[int, int]:
+def process_ids(vault: ReplicaActor) -> tuple[int, int]:
     """Of a vault and of its node's raylet, which is its parent; called in the vault."""
     return os.getpid(), os.getppid()
 
 
-def measure(parameters: int, store: VaultStore, vault: Any, clocks: Clocks) -> dict[str, Any]:
+def measure(parameters: int, store: ReplicatedStore, vault: Any, clocks: Clocks) -> dict[str, Any]:
     """CPU seconds per snapshot of a model of this size with momentum."""
     width = round(parameters**0.5)
     model = torch.nn.Linear(width, width, bias=False)
@@ -110,7 +114,7 @@ def measure(parameters: int, store: VaultStore, vault: Any, clocks: Clocks) -> d
     total = sum(spent.values())
     return {
         "parameters": width * width,
-        "snapshot_bytes": ray.get(vault.notes.remote(0))[-1].num_bytes,
+        "snapshot_bytes": ray.get(vault.infos.remote(0))[-1].num_bytes,
         "cpu_s": round(total, 4),
         **{f"{name}_cpu_s": round(value, 4) for name, value in spent.items()},
         "of_which_between_steps_s": round(statistics.mean(capturing), 4),
@@ -136,17 +140,17 @@ def main() -> int:
         cluster.connect()
         home = head_node()
         assert home is not None
-        keeper = VaultKeeper(home)
+        keeper = ReplicaActors(home)
         buddy = cluster.node_id(cluster.nodes[0])
         keeper.follow({0: buddy}, {buddy})
         places = keeper.places
-        asked = [place.vault.__ray_call__.remote(process_ids) for place in places]
+        asked = [place.actor.__ray_call__.remote(process_ids) for place in places]
         vaults, raylets = zip(*ray.get(asked), strict=True)
         clocks = Clocks(vaults=vaults, raylets=raylets)
-        store = VaultStore(
+        store = ReplicatedStore(
             CheckpointStore(folder), lambda: places, attempt=1, checkpoint_interval_s=1e9
         )
-        rows = [measure(size, store, places[0].vault, clocks) for size in SIZES]
+        rows = [measure(size, store, places[0].actor, clocks) for size in SIZES]
         store.close()
         keeper.close()
     report = {

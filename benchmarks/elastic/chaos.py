@@ -38,8 +38,8 @@ import torch
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import CHANGES, RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
@@ -68,7 +68,7 @@ class Phase:
         return [cls(60 * float(minutes), float(every)) for minutes, every in pairs]
 
 
-class Chaos(SilentDisplay):
+class Chaos(Display):
     """Strikes at its times, whatever the run is doing; presses Ctrl-C after the last phase."""
 
     def __init__(self, cluster: LocalCluster, phases: Sequence[Phase], seed: int) -> None:
@@ -112,7 +112,7 @@ class Chaos(SilentDisplay):
         if self._leaving is None:
             return
         node, deadline = self._leaving
-        moved = view.phase == "running" and self._cluster.node_id(node) not in set(
+        moved = view.state == "running" and self._cluster.node_id(node) not in set(
             view.rank_nodes.values()
         )
         if moved or now > deadline:
@@ -154,7 +154,7 @@ def _drain(cluster: LocalCluster, node: int, *, deadline_s: float) -> None:
     drain_node(cluster, node, deadline_s=deadline_s)
 
 
-def go(folder: Path, config: Config, display: SilentDisplay, cluster: LocalCluster) -> RunResult:
+def go(folder: Path, config: Config, display: Display, cluster: LocalCluster) -> RunResult:
     """One call of `train`; a quiet one does not wait in its steps."""
     paced = {"rank_function": "paced_ranks:run"} if isinstance(display, Chaos) else {}
     return train(
@@ -259,8 +259,8 @@ def main() -> int:
             while len(cluster.nodes) < NODES:
                 cluster.add_node()
             last = config(stopped.values["steps"] // STEPS_PER_EPOCH + 2)
-            values = go(folder / "chaos", last, SilentDisplay(), cluster).values
-            quiet = go(folder / "quiet", last, SilentDisplay(), cluster).values
+            values = go(folder / "chaos", last, Display(), cluster).values
+            quiet = go(folder / "quiet", last, Display(), cluster).values
         audit = audit_run(struck)
         equal = values["final_state_sha256"] == quiet["final_state_sha256"]
         report: dict[str, Any] = {

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import time
 
-from elastic_kfac.cluster.run import worker
+from elastic_kfac.cluster.run import reporting
 from elastic_kfac.training.snapshots import run_rank_with_rescue
 
 STEP_S = 0.1
 
 run = run_rank_with_rescue
 
-_stop_reason = worker.RecorderControl.stop_reason
+_stop_reason = reporting.CoordinatorControl.stop_reason
 
 
-def _paced(control: worker.RecorderControl) -> str | None:
+def _paced(control: reporting.CoordinatorControl) -> str | None:
     time.sleep(STEP_S)
     return _stop_reason(control)
 
 
-worker.RecorderControl.stop_reason = _paced  # type: ignore[method-assign]
+reporting.CoordinatorControl.stop_reason = _paced  # type: ignore[method-assign]

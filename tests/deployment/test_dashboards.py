@@ -14,6 +14,7 @@ import pytest
 from deployment.manifests import ROOT, documents
 from deployment.promql import Expression, Selector, parse
 from elastic_kfac.observability.metric_names import METRICS, Metric, label
+from support.metrics import prometheus_name
 
 FOLDER = ROOT / "dashboards"
 DASHBOARDS = {
@@ -26,7 +27,7 @@ RULES = [
     for group in documents(FOLDER / "rules" / f"{name}.yaml")[0]["groups"]
     for rule in group["rules"]
 ]
-OURS = {entry.prometheus_name: entry for entry in METRICS}
+OURS = {prometheus_name(entry): entry for entry in METRICS}
 RECORDED = {rule["record"]: rule for rule in RULES if "record" in rule}
 RAY_LABELS = {"ray_train_run_name", "ray_train_controller_state"}
 SECONDS, BYTES = {"s"}, {"bytes"}
@@ -267,7 +268,7 @@ def test_promtool_accepts_and_passes_the_rules() -> None:
         ("alerts", "seconds > 1800 and", "seconds > 1800 or"),
         ("alerts", "> on (run) max", "< on (run) max"),
         ("recording", "avg by (run)", "sum by (run)"),
-        ("recording", "running|parking", "running"),
+        ("recording", "running|draining", "running"),
     ],
 )
 def test_rule_tests_notice_a_changed_rule(

@@ -66,12 +66,12 @@ def test_job_trains_on_the_cluster_it_was_submitted_to(head: RayHead, folder: Pa
     assert job.returncode == 0, job.stdout + job.stderr
     lines = own_lines(job.stdout)
     assert FIRST_LINE.fullmatch(lines[0]), lines[0]
-    assert "[step 0] training began on 2 workers" in job.stdout
+    assert "[step 0] training started on 2 workers" in job.stdout
     result = result_of(folder / "job")
     assert (result["status"], result["world_sizes"]) == ("finished", [2])
     assert (folder / "job" / "report.html").exists()
 
-    said = head.log_of_actor("RunRecorder(job)")
+    said = head.log_of_actor("RunCoordinator(job)")
     states = [line.get("state") for line in said]
     assert [state for state in states if state == "running"] == ["running"]
     assert (said[0]["run"], said[0]["rank"], said[-1]["step"]) == ("job", None, result["steps"])
@@ -99,7 +99,7 @@ def test_stopped_job_is_parked_and_the_same_name_continues(head: RayHead, folder
     job = head.submit("jobs/train.py", *words)
 
     assert job.returncode == 0, job.stdout
-    assert f"[step {interrupted['steps']}] training continues on 2 workers" in job.stdout
+    assert f"[step {interrupted['steps']}] training resumed on 2 workers" in job.stdout
     finished = result_of(run)
     assert (finished["status"], finished["epochs"]) == ("finished", epochs)
     assert finished["steps_redone"] == 0

@@ -13,6 +13,7 @@ import pytest
 from elastic_kfac.observability.metric_names import metric
 from elastic_kfac.runs.audit import audit_run
 from support.head_run import PATIENCE_S, await_group, events, started_job
+from support.metrics import prometheus_name
 from support.ray_head import RayHead, joined_node, ray_head, until
 
 NOTICE_S = 600
@@ -21,7 +22,7 @@ NOTICE_S = 600
 
 def value(head: RayHead, column: str) -> float | None:
     """The newest value of a run's metric, as Prometheus would read it."""
-    name = re.escape(metric(column).prometheus_name)
+    name = re.escape(prometheus_name(metric(column)))
     found = re.search(rf'^{name}\{{[^}}]*run="run"[^}}]*\}} (\S+)$', head.scrape(), re.MULTILINE)
     return float(found[1]) if found else None
 
@@ -70,7 +71,7 @@ def test_preempted_nodes_hand_over_and_a_notice_too_short_loses_no_committed_ste
             assert drained.returncode == 0, drained.stdout + drained.stderr
             os.killpg(node.pid, signal.SIGKILL)
             await_group(head, folder, 2, 1, 2, 1)
-        said = [line["message"] for line in head.log_of_actor("RunRecorder(run)")]
+        said = [line["message"] for line in head.log_of_actor("RunCoordinator(run)")]
         head.ray("job", "stop", "run")
 
     result = folder.result()
@@ -80,7 +81,7 @@ def test_preempted_nodes_hand_over_and_a_notice_too_short_loses_no_committed_ste
     kinds = [line.partition(":")[0] for line in said]
     assert kinds.count("preemption") >= 1
     assert kinds.count("resize") + kinds.count("recovery") == 3
-    assert {"starting", "running", "parking"} <= set(kinds)
+    assert {"starting", "running", "draining"} <= set(kinds)
     steps = [row["step"] for row in folder.metrics() if "loss" in row]
     assert steps == list(range(1, result["steps"] + 1))
     assert audit_run(folder).problems == ()

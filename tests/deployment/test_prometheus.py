@@ -16,6 +16,7 @@ import pytest
 
 from deployment.test_dashboards import panels
 from elastic_kfac.observability.metric_names import METRICS, metric
+from support.metrics import prometheus_name
 from support.ray_head import RayHead, free_ports, ray_head, until
 
 ONLY_AFTER_A_CHANGE = ("downtime_s", "moment_s", "notice_s", "hand_over_s")
@@ -32,7 +33,7 @@ ONLY_WITH_ATTACKS = ("eval_adversarial_loss", "eval_adversarial_accuracy")
 ONLY_AFTER_A_MERGE = ("merged_workers", "merge_newton_rank", "merge_sigma")
 OF_RAY_AFTER_A_CHANGE = {"ray_train_worker_group_shutdown_total_time_s"}
 MAY_BE_EMPTY = OF_RAY_AFTER_A_CHANGE | {
-    metric(name).prometheus_name
+    prometheus_name(metric(name))
     for name in (
         *ONLY_AFTER_A_CHANGE,
         *ONLY_IN_FP16,
@@ -130,7 +131,7 @@ def test_every_panel_of_a_run_shows_data(tmp_path: Path) -> None:
 
 
 def test_few_expressions_may_be_empty() -> None:
-    names = {entry.prometheus_name for entry in METRICS}
+    names = {prometheus_name(entry) for entry in METRICS}
     assert names | OF_RAY_AFTER_A_CHANGE > MAY_BE_EMPTY
     excused = [place for place, text in asked().items() if not must_have_data(text)]
     assert len(excused) == len(MAY_BE_EMPTY)

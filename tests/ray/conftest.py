@@ -15,7 +15,7 @@ from elastic_kfac.cli.entry import main
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import await_lost_nodes, staying_nodes
-from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, parse_config
@@ -129,7 +129,7 @@ def run(
     """Trains on the session's cluster with two nodes at the start."""
 
     def start(config: Config, folder: Path, **options: Any) -> RunResult:
-        options.setdefault("progress", SilentDisplay())
+        options.setdefault("progress", Display())
         cluster = in_order(session_cluster)
         await_free_nodes(NODES)
         return train(

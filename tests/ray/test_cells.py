@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import RunError
@@ -41,7 +41,7 @@ class Stage:
     new_group: bool = True
 
 
-class Play(SilentDisplay):
+class Play(Display):
     """Acts at the stages of a cell, then presses Ctrl-C."""
 
     def __init__(self, stages: Sequence[Stage], steps: int = 25) -> None:
@@ -56,7 +56,7 @@ class Play(SilentDisplay):
             return
         stage = self._stages[0]
         step = int(view.progress.get("step", 0))
-        fits = view.phase == "running" and view.world_size == stage.size and step > 0
+        fits = view.state == "running" and view.world_size == stage.size and step > 0
         if not fits or (stage.new_group and view.attempt <= self._attempt):
             self._since = None
             return
@@ -90,7 +90,7 @@ class Cell:
             "node_loss": [Stage(3, self.lose_node), *back],
             "drain_long": [Stage(3, self.drain), *back],
             "drain_short": [Stage(3, self.drain_and_lose), *back],
-            "vaults_lost": [Stage(3, self.end_vaults), Stage(3, interrupt, new_group=False)],
+            "replicas_lost": [Stage(3, self.end_replicas), Stage(3, interrupt, new_group=False)],
             "buddies_lost": [Stage(3, self.lose_buddies), *whole],
             "controller_lost": [Stage(3, self.end_controller)],
             "flapping": [
@@ -124,11 +124,11 @@ class Cell:
         drain_node(self._cluster, node, deadline_s=1)
         self._cluster.remove_node(node)
 
-    def end_vaults(self, view: RunView) -> None:
-        assert self._end_actors("Vault")
+    def end_replicas(self, view: RunView) -> None:
+        assert self._end_actors("ReplicaActor")
 
     def lose_buddies(self, view: RunView) -> None:
-        self.end_vaults(view)
+        self.end_replicas(view)
         self.kill(view)
 
     def end_controller(self, view: RunView) -> None:
@@ -163,7 +163,7 @@ CELLS = [
     ("drain_long", "rank0"),
     ("drain_long", "last"),
     ("drain_short", "owner"),
-    ("vaults_lost", "rank0"),
+    ("replicas_lost", "rank0"),
     ("buddies_lost", "rank0"),
     ("buddies_lost", "owner"),
     ("controller_lost", "rank0"),

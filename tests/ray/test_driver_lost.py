@@ -17,9 +17,10 @@ import yaml
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run import trainer
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
+from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.state.run_folder import RunFolder
@@ -71,13 +72,13 @@ def test_run_whose_driver_was_killed_continues_under_its_name(
     ("room", "line"),
     [
         (1, "Waiting: the cluster has room for 1 worker, the run needs 2."),
-        (2, "Waiting: Ray is placing a group (2 workers would fit)."),
+        (2, "Waiting: Ray is placing a group (capacity: 2 workers)."),
     ],
 )
 def test_run_without_a_group_says_what_it_waits_for(
     config: Callable[[int], Config], monkeypatch: pytest.MonkeyPatch, room: int, line: str
 ) -> None:
-    class Display(SilentDisplay):
+    class Shown(Display):
         def say(self, line: str) -> None:
             said.append(line)
 
@@ -85,19 +86,19 @@ def test_run_without_a_group_says_what_it_waits_for(
     monkeypatch.setattr(trainer, "room_for_workers", lambda per_worker: room)
     needs_two = apply_overrides(config(1).model_dump(), [("elastic.min_workers", 2)])
     run = SimpleNamespace(
-        _config=parse_config(needs_two), _display=Display(), _waiting_since=time.monotonic()
+        _config=parse_config(needs_two), _display=Shown(), _waiting_since=time.monotonic()
     )
-    look = trainer._Run._say_what_is_missing
+    look = trainer._Driver._report_missing_capacity
     look(run, WAITING, interval_s=0.0)  # type: ignore[arg-type]
     assert said == [line]
     # Not again before the time is over, and not at all while a group steps.
     look(run, WAITING, interval_s=3600.0)  # type: ignore[arg-type]
-    look(run, replace(WAITING, phase="running", world_size=2), interval_s=0.0)  # type: ignore[arg-type]
+    look(run, replace(WAITING, state=RunState.RUNNING, world_size=2), interval_s=0.0)  # type: ignore[arg-type]
     assert said == [line]
 
 
 WAITING = RunView(
-    phase="waiting",
+    state=RunState.WAITING,
     reason="1 node lost",
     attempt=1,
     world_size=0,
@@ -109,8 +110,6 @@ WAITING = RunView(
     outcome=None,
     error=None,
     world_sizes=(2,),
-    resizes=0,
-    steps_redone=0,
     worker_seconds=0.0,
-    phase_since=0.0,
+    state_since=0.0,
 )

@@ -14,8 +14,8 @@ import pytest
 import ray
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, apply_overrides, parse_config
@@ -202,7 +202,7 @@ def test_run_unreachable_address_is_one_usage_error(
     monkeypatch.setattr(ray, "init", refuse)
     options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "auto"}
     with pytest.raises(UsageError, match="cannot connect to a Ray cluster: Could not find any"):
-        train(config(1), progress=SilentDisplay(), **options)
+        train(config(1), progress=Display(), **options)
 
 
 def test_run_address_where_nobody_listens_is_a_usage_error_too(
@@ -212,10 +212,10 @@ def test_run_address_where_nobody_listens_is_a_usage_error_too(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "127.0.0.9:1"}
     with pytest.raises(UsageError, match=r"cannot connect to a Ray cluster: .*refused"):
-        train(config(1), progress=SilentDisplay(), **options)
+        train(config(1), progress=Display(), **options)
 
 
-class _InterruptWhen(SilentDisplay):
+class _InterruptWhen(Display):
     """Presses Ctrl-C once: so many steps after a condition has become true."""
 
     def __init__(self, condition: Callable[[RunView], bool], *, steps: int) -> None:
@@ -234,7 +234,7 @@ class _InterruptWhen(SilentDisplay):
             threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
-class _Preemptions(SilentDisplay):
+class _Preemptions(Display):
     """Drains a node with time, then another one that is gone at once; then presses Ctrl-C."""
 
     def __init__(self, cluster: LocalCluster) -> None:
@@ -243,7 +243,7 @@ class _Preemptions(SilentDisplay):
         self._since: dict[int, int] = {}
 
     def update(self, view: RunView) -> None:
-        if view.phase != "running" or not view.world_sizes:
+        if view.state != "running" or not view.world_sizes:
             return
         step = int(view.progress.get("step", 0))
         size = view.world_sizes[-1]

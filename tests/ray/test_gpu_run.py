@@ -15,12 +15,13 @@ import torch
 from elastic_kfac.cluster.ray.devices import backend_of, device_of_rank, local_gpu_ids
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.run import trainer
-from elastic_kfac.cluster.run.progress import SilentDisplay
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import ConfigError, UsageError
 
 NO_GPU = (
-    r"GPUs are asked for, and torch \S+ sees none .*resources.use_gpu=true; `elastic-kfac doctor`"
+    r"resources.use_gpu is set, and torch \S+ sees no GPU .*resources.use_gpu=true; "
+    r"run `elastic-kfac doctor`"
 )
 
 
@@ -59,7 +60,7 @@ def test_scaling_config_asks_for_gpus_between_the_bounds(
     asked: list[Any] = []
     monkeypatch.setattr(trainer, "TorchTrainer", Trainer)
     settings = on_gpus(config(1), ("elastic.max_workers", 3))
-    options: dict[str, Any] = {"storage": str(tmp_path), "progress": SilentDisplay()}
+    options: dict[str, Any] = {"storage": str(tmp_path), "progress": Display()}
     with pytest.raises(trainer.RunError, match="nothing is trained here"):
         trainer.train(settings, name="run", cluster=cluster, **options)
     (scaling,) = asked
@@ -136,7 +137,7 @@ def gpu_nodes(cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> list[st
 def options(cluster: LocalCluster, tmp_path: Path) -> dict[str, Any]:
     return {
         "storage": str(tmp_path),
-        "progress": SilentDisplay(),
+        "progress": Display(),
         "cluster": cluster,
         "rank_function": "gpu_ranks:notes_its_device",
     }

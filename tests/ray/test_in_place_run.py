@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import SilentDisplay
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.runs.audit import audit_run
@@ -50,7 +50,7 @@ def test_run_in_place_survivors_step_on_and_take_the_replacement_in(
     assert audit_run(folder).problems == ()
 
 
-class _KillOneAfterTheOther(SilentDisplay):
+class _KillOneAfterTheOther(Display):
     """Kills rank 1, then rank 0, each once the world is whole; then presses Ctrl-C."""
 
     def __init__(self, cluster: LocalCluster, steps: int = 30) -> None:

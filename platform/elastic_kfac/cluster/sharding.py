@@ -1,7 +1,7 @@
-"""Making shards on a Ray cluster: one task per shard, on whatever nodes there are.
+"""Makes shards on a Ray cluster: one task per shard, on any node.
 
 A task only names a range of a source, so a node that is lost costs the shards it was writing: Ray
-runs their tasks again elsewhere. Nodes that join take part at once.
+retries their tasks elsewhere. Nodes that join take part at once.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from elastic_kfac.data.sources import SourceSplit, open_source
 from elastic_kfac.errors import ElasticKfacError, RunError
 
 NODE_LOSSES = 5
-"""How often a shard may lose the node that writes it before the whole call gives up."""
+"""Limit on the node losses of one shard."""
 
 RunTasks = Callable[[Sequence[ShardTask]], Iterator[dict[str, Any]]]
 
 
 @contextlib.contextmanager
 def shard_tasks_on(address: str) -> Iterator[RunTasks]:
-    """A `run_tasks` for `make_shards` that uses a cluster; disconnects at the end.
+    """A `run_tasks` for `make_shards` that uses a cluster, for the duration of the block.
 
     An existing connection of this process is used and kept.
 
@@ -45,7 +45,7 @@ def shard_tasks_on(address: str) -> Iterator[RunTasks]:
 
 
 def run_shard_tasks(tasks: Sequence[ShardTask]) -> Iterator[dict[str, Any]]:
-    """Runs tasks on the connected cluster and yields their records as they come.
+    """Runs tasks on the connected cluster and yields their records in the order of completion.
 
     Raises:
         DataError: As the task raised it.
@@ -59,7 +59,7 @@ def run_shard_tasks(tasks: Sequence[ShardTask]) -> Iterator[dict[str, Any]]:
             task = pending.pop(done[0])
             yield _record(done[0], task)
     finally:
-        # The other shards are of no use after an error, and their nodes have better things to do.
+        # The other shards are useless after an error.
         for reference in pending:
             ray.cancel(reference)
 
@@ -74,7 +74,7 @@ def _record(reference: Any, task: ShardTask) -> dict[str, Any]:
             raise cause from None
         raise RunError(
             f"making {task.split}/{task.file} failed: {str(cause or error).strip().splitlines()[-1]}",
-            change="run the same command again, it continues",
+            change="run the same command again to resume",
         ) from error
 
 

@@ -26,7 +26,8 @@ from ray import tune
 from ray.tune.result import TIMESTEPS_TOTAL
 
 from elastic_kfac.cluster.ray.connection import StopSignals
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
@@ -261,7 +262,7 @@ class _LiveRun:
 _BUDGET = "the budget is used up"
 
 
-class _Watch:
+class _Watch(Display):
     """The display of a trial: passes evaluations on, and measures its processes."""
 
     def __init__(
@@ -281,12 +282,6 @@ class _Watch:
             float(extras.get("cpu_seconds") or 0.0), int(extras.get("peak_memory_bytes") or 0)
         )
         self._parent = str(extras.get("parent") or "")
-
-    def say(self, line: str) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
 
     def update(self, view: RunView) -> None:
         """About five times a second."""
@@ -347,7 +342,7 @@ class ProcessMeter:
 
     def look(self, view: RunView) -> None:
         """Reads the processes of the present group."""
-        if view.phase != "running" or self._is_blind:
+        if view.state != "running" or self._is_blind:
             return
         for rank, pid in view.pids.items():
             if self._host(str(view.rank_nodes.get(rank))) != socket.gethostname():

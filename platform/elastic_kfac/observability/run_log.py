@@ -1,8 +1,8 @@
-"""What the processes of a run say in their logs: one JSON object per line, with run, rank and step.
+"""Structured logs of a run's processes: one JSON object per line, with run, rank and step.
 
 Lines go to standard error, which Ray keeps per process: its dashboard shows them with the actor, and
 on Kubernetes they are what a log collector reads. They never reach the terminal of a run. There is
-one logger per concern (`CONCERNS`); `ELASTIC_KFAC_LOG` says which ones speak, for example
+one logger per concern (`CONCERNS`); `ELASTIC_KFAC_LOG` sets their levels, for example
 `info` or `warning,steps=info,checkpoints=debug`, and travels from the driver to every process.
 """
 
@@ -23,11 +23,11 @@ VARIABLE = "ELASTIC_KFAC_LOG"
 ROOT = "elastic_kfac"
 
 CONCERNS: Mapping[str, str] = {
-    "run": "what the run does: starts, runs, waits, ends, warns",
-    "resizes": "changes of the world, lost groups, notices of preemption",
-    "checkpoints": "states that were written or found",
+    "run": "states of the run, warnings",
+    "resizes": "changes of the worker group, lost groups, preemption notices",
+    "checkpoints": "states written and restored",
     "steps": "rows of metrics.jsonl",
-    "cluster": "what Ray's processes say to the driver",
+    "cluster": "messages of Ray's processes to the driver",
 }
 """Names of the loggers below `elastic_kfac`."""
 
@@ -54,7 +54,7 @@ def log_of(concern: str) -> logging.Logger:
 
 
 def read_levels(text: str) -> dict[str, int]:
-    """Levels by concern; the empty name is for all that are not named.
+    """Parses levels by concern; the empty name is for all other concerns.
 
     Args:
         text: Parts like `info` or `steps=debug`, with commas between them.
@@ -64,7 +64,7 @@ def read_levels(text: str) -> dict[str, int]:
     """
     levels = dict(DEFAULT)
     parts = [part.strip().lower() for part in text.split(",") if part.strip()]
-    # A level for all says so of run and resizes, too, wherever it stands.
+    # A level for all replaces the defaults of run and resizes, wherever it stands.
     for part in sorted(parts, key=lambda part: "=" in part):
         concern, _, level = part.rpartition("=")
         if level not in LEVELS or (concern and concern not in CONCERNS) or part.startswith("="):
@@ -82,12 +82,12 @@ def read_levels(text: str) -> dict[str, int]:
 
 
 class LogContext:
-    """Where a process stands: what every one of its lines repeats."""
+    """Position of a process, repeated in each of its lines."""
 
     def __init__(
         self, run: str, rank: int | None = None, step: Callable[[], int | None] = lambda: None
     ) -> None:
-        """A process that has no rank says null; `step` is asked at every line."""
+        """`rank` is None for a process without one; `step` is called at every line."""
         self.run = run
         self.rank = rank
         self.step = step
@@ -118,10 +118,10 @@ class JsonLines(logging.Formatter):
 
 
 def begin_log(context: LogContext, text: str, *, stream: TextIO | None = None) -> None:
-    """Has this process write its log, from now on with this context.
+    """Starts this process's log, or continues it with another context.
 
     Args:
-        context: What every line repeats.
+        context: Repeated in every line.
         text: As `read_levels` takes it.
         stream: Where lines go; None is standard error.
     """
@@ -133,7 +133,7 @@ def begin_log(context: LogContext, text: str, *, stream: TextIO | None = None) -
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonLines(context))
     root.addHandler(handler)
-    # Ray's processes have handlers of their own for everybody's lines.
+    # Ray's processes have handlers of their own on the root logger.
     root.propagate = False
     root.setLevel(levels.get("", logging.WARNING))
     for concern in CONCERNS:
@@ -141,10 +141,10 @@ def begin_log(context: LogContext, text: str, *, stream: TextIO | None = None) -
 
 
 def levels_of_this_process() -> str:
-    """What `ELASTIC_KFAC_LOG` says here.
+    """The value of `ELASTIC_KFAC_LOG`.
 
     Raises:
-        UsageError: If that is no list of levels.
+        UsageError: If it is not a list of levels.
     """
     text = os.environ.get(VARIABLE, "")
     read_levels(text)

@@ -10,22 +10,18 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from elastic_kfac.data.stream import SampleStream
+from elastic_kfac.observability.telemetry import Labels, Values
 from elastic_kfac.training.callbacks import Callback, Point, Trainer
 
 if TYPE_CHECKING:
     from elastic_kfac.curvature.layer import LayerState
     from elastic_kfac.kfac.kfac import KFAC
     from elastic_kfac.training.rank import RankTrainer
-
-Labels = tuple[str, ...]
-"""Values of a metric's labels besides run and rank, in the order of the table."""
-Values = dict[str, dict[Labels, float]]
-"""Column -> label values -> number."""
 
 _PHASES: Mapping[Point, str] = {
     "step_begin": "forward_backward",
@@ -45,8 +41,6 @@ class RankProbe(Callback):
     def __init__(self) -> None:
         self.step = 0
         """The step that is computed, or was committed last."""
-        self.after_commit: Callable[[], None] = lambda: None
-        """Is called in the thread of the loop after every committed step."""
         self._trainer: RankTrainer | None = None
         self._phase = ""
         self._phase_began = 0.0
@@ -86,7 +80,6 @@ class RankProbe(Callback):
             self._step_cpu_s += time.process_time() - self._step_cpu_began
             self._skipped += not self._preconditioned
             self._count_decompositions()
-            self.after_commit()
         elif point == "recovery":
             self._is_new_world = True
 

@@ -37,7 +37,7 @@ from elastic_kfac.cluster.ray.internals import (
 ROOM = Path(internals.__file__).parent
 
 
-@pytest.mark.parametrize("entry", INTERNALS, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", INTERNALS, ids=lambda entry: entry.module)
 def test_ray_internal_is_as_listed(entry: Internal) -> None:
     assert differences(entry) == []
     assert (ROOM.parent / f"{entry.used_by.replace('.', '/')}.py").exists()
@@ -46,48 +46,43 @@ def test_ray_internal_is_as_listed(entry: Internal) -> None:
 def test_every_difference_is_reported_with_its_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     elastic = "ray.train.v2._internal.execution.scaling_policy.elastic"
     changed = (
-        Internal("ray._private.nowhere:thing", (), "none", "ray.nodes"),
-        Internal(f"{elastic}:Gone", (), "none", "ray.nodes"),
-        Internal(f"{elastic}:ElasticScalingPolicy", ("_no_such_field",), "none", "ray.nodes"),
-        Internal(f"{elastic}:ElasticScalingPolicy", ("_no_such_method(self)",), "", "ray.nodes"),
-        Internal("ray._private.worker:print_to_stdstream", ("(data)",), "none", "ray.nodes"),
+        Internal("ray._private.nowhere", "ray.nodes", "none", "thing"),
+        Internal(elastic, "ray.nodes", "none", "Gone"),
+        Internal(elastic, "ray.nodes", "none", "Gone.method(self)"),
+        Internal(elastic, "ray.nodes", "none", "ElasticScalingPolicy._no_such_field"),
+        Internal(elastic, "ray.nodes", "none", "ElasticScalingPolicy._no_such_method(self)"),
+        Internal("ray._private.worker", "ray.nodes", "none", "print_to_stdstream(data)"),
     )
     monkeypatch.setattr(internals, "INTERNALS", changed)
     lines = changed_internals()
     assert len(lines) == len(changed)
     for entry, line in zip(changed, lines, strict=True):
-        assert line.startswith(f"{entry.name}: ")
+        assert line.startswith(f"{entry.module}: ")
         assert "used by ray.nodes" in line
+    assert "takes (data,ignore_prefix), not (data)" in lines[-1]
 
 
 def test_every_private_import_is_listed() -> None:
-    listed = {entry.name for entry in INTERNALS}
-    modules = {name.partition(":")[0] for name in listed}
+    listed = {
+        f"{entry.module}.{name.partition('(')[0].partition('.')[0]}"
+        for entry in INTERNALS
+        for name in entry.each_name()
+    }
+    modules = {entry.module for entry in INTERNALS}
     tree = ast.parse(Path(internals.__file__).read_text(encoding="utf-8"))
-    imported = [
-        (node.module or "", alias.name)
+    imported = {
+        f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray.")
         for alias in node.names
-    ]
+    }
     assert len(imported) > 10
-    unlisted = [
-        f"{module}:{name}"
-        for module, name in imported
-        # A module that is imported whole stands in the list with the names taken from it.
-        if f"{module}:{name}" not in listed and f"{module}.{name}" not in modules
-    ]
-    # Stubs are made from the listed servicers, requests belong to listed calls.
-    assert unlisted == ["ray.core.generated:gcs_service_pb2"]
+    assert imported - listed - modules == set()
 
 
 def test_callback_overrides_every_hook_it_lists() -> None:
-    hooks = {
-        member.partition("(")[0]
-        for entry in INTERNALS
-        if entry.name.endswith(("ControllerCallback", "WorkerGroupCallback"))
-        for member in entry.members
-    }
+    (entry,) = (entry for entry in INTERNALS if entry.module.endswith(".callback"))
+    hooks = {name.partition("(")[0].rpartition(".")[2] for name in entry.each_name()}
     assert len(hooks) == 8
     assert hooks <= set(vars(controller.ElasticCallback))
 

@@ -222,8 +222,8 @@ def test_process_meter_counts_from_first_look_and_goes_blind_elsewhere(
     ]
     monkeypatch.setattr("elastic_kfac.experiments.search_trial.ray.nodes", lambda: nodes)
 
-    def view(node: str, phase: str = "running") -> Any:
-        return SimpleNamespace(phase=phase, pids={0: os.getpid()}, rank_nodes={0: node})
+    def view(node: str, state: str = "running") -> Any:
+        return SimpleNamespace(state=state, pids={0: os.getpid()}, rank_nodes={0: node})
 
     meter = ProcessMeter(cpu_seconds=10.0)
     meter.look(view("here", "starting"))

@@ -33,15 +33,12 @@ MOST_UNREACHED_LINES = 100
 
 CIRCLES: tuple[set[str], ...] = ()
 IMPORTS = {
-    "cluster.run.trainer": 20,
-    "cluster.run.worker": 18,
     "training.rank": 28,
 }
 PARAMETERS: dict[str, int] = {}
 UNREACHED = {
     "cluster": 40,
     "communication": 30,
-    "observability": 10,
     "placement": 210,
     "training": 108,
 }

@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.observability.telemetry import Values
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.training.callbacks import KeepGoing
+from elastic_kfac.training.callbacks import Callback, Callbacks, KeepGoing, Point
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.measurement import RankProbe, Values
+from elastic_kfac.training.measurement import RankProbe
 from support.training_problems import memory_datasets, small_config
 
 STEPS = 12
 """Three epochs of 50 samples in batches of 16."""
 
 
-class Measured:
+class Measured(Callback):
     """A probe that is read after every committed step."""
 
     def __init__(self) -> None:
         self.probe = RankProbe()
         self.said: list[Values] = []
-        self.probe.after_commit = lambda: self.said.append(self.probe.of_the_run())
+
+    def on_point(self, point: Point, step: int) -> None:
+        if point == "committed":
+            self.said.append(self.probe.of_the_run())
 
 
 def trained(folder: Path, **changes: Any) -> Measured:
@@ -35,7 +39,7 @@ def trained(folder: Path, **changes: Any) -> Measured:
         small_config({key.replace("__", "."): value for key, value in changes.items()}),
         Communicator.solo(),
         store=store,
-        callback=recorded.probe,
+        callback=Callbacks(recorded.probe, recorded),
         control=KeepGoing(),
         datasets=memory_datasets(),
     )

@@ -54,42 +54,32 @@ class RunIsOver(Exception):
 
 
 class Coordinator(Protocol):
-    """The run coordinator as Ray Train's controller sees it; calls block."""
+    """The run coordinator as Ray Train's controller calls it; all calls but `group_planned` block."""
 
     def controller_started(self, controller: Any) -> None:
         """Receives the controller's handle; its `abort` ends the controller and its workers."""
-        ...
 
     def group_planned(self, world_size: int) -> None:
         """Ray has begun to place a group."""
-        ...
 
     def group_started(self, ranks: Sequence[RankProcess]) -> None:
         """All processes of a group are up; the training function has not begun."""
-        ...
 
     def drain(
         self, new_world_size: int, is_alive: Callable[[], bool], *, draining: Sequence[str]
     ) -> bool:
-        """Returns when all ranks have saved their state and exited, or one is not alive.
+        """Returns when all ranks have saved their state and exited, or `is_alive` is false.
 
-        Args:
-            new_world_size: Workers of the next group.
-            is_alive: Whether all ranks are alive.
-            draining: Nodes of the group that are about to leave.
-
-        Returns:
-            Whether the run is over, so that no new group is needed.
+        `draining` are nodes of the group that are about to leave. True means that the run is over, so
+        that no new group is needed.
         """
         ...
 
     def group_failed(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
         """Some ranks failed or died; returns why the run must end, or None to restart the group."""
-        ...
 
     def members_lost(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
         """Some ranks are gone while others run on; returns why the run must end, or None."""
-        ...
 
     def is_over(self) -> bool:
         """Whether every remaining rank has returned for good."""

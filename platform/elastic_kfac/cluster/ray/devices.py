@@ -1,7 +1,7 @@
-"""Which device a rank computes on, and which of its own devices a machine gives to an embedded cluster.
+"""Devices of ranks and tasks, and the GPUs of this machine for an embedded cluster.
 
-With `resources.use_gpu` a rank computes on the GPU that Ray gave it or not at all: a run never takes the
-CPU instead. Only who starts a run with `logical_gpus` says that Ray's GPUs are mere numbers.
+With `resources.use_gpu` a rank computes on the GPU that Ray assigned to it or fails: a run never falls
+back to the CPU. Only `logical_gpus` declares that Ray's GPUs are mere numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.devic
     """The device of this process, a worker of Ray Train; a GPU becomes the current one.
 
     Raises:
-        UsageError: If a GPU is wanted and torch sees none on this node.
+        UsageError: If a GPU is required and torch sees none on this node.
     """
     import torch
 
@@ -36,10 +36,10 @@ def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.devic
 
 
 def device_of_task(config: Config) -> torch.device:
-    """The device of a Ray task, which sees only the devices that it was given.
+    """The device of a Ray task, which sees only the devices assigned to it.
 
     Raises:
-        UsageError: If a GPU is wanted and torch sees none on this node.
+        UsageError: If a GPU is required and torch sees none on this node.
     """
     import torch
 
@@ -49,7 +49,7 @@ def device_of_task(config: Config) -> torch.device:
 
 
 def backend_of(config: Config, device: torch.device) -> str:
-    """The backend of process groups: NCCL between GPUs, unless another one is configured."""
+    """The backend of process groups: NCCL between GPUs, unless `train.backend` is set."""
     if config.train.backend != "auto":
         return config.train.backend
     return "nccl" if device.type == "cuda" else "gloo"
@@ -59,10 +59,10 @@ def local_gpu_ids(config: Config, workers: int) -> tuple[str, ...]:
     """The GPUs of this machine, as CUDA names them, for an embedded cluster of so many workers.
 
     Returns:
-        Nothing where the run wants none.
+        An empty tuple if the run uses none.
 
     Raises:
-        UsageError: If there is none, or workers would have to share one that NCCL does not let them.
+        UsageError: If there is none, or workers would have to share one, which NCCL forbids.
     """
     if not config.resources.use_gpu:
         return ()
@@ -87,9 +87,9 @@ def _require_cuda() -> None:
 
     if not torch.cuda.is_available():
         raise UsageError(
-            f"GPUs are asked for, and torch {torch.__version__} sees none on this machine "
+            f"resources.use_gpu is set, and torch {torch.__version__} sees no GPU on this machine "
             f"({os.uname().nodename})",
             given="resources.use_gpu=true",
-            change="`elastic-kfac doctor` there says what is missing; resources.use_gpu=false "
-            "takes the CPU",
+            change="run `elastic-kfac doctor` there to find out why, or set "
+            "resources.use_gpu=false for the CPU",
         )

@@ -68,272 +68,226 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Internal:
-    """A private name of Ray."""
+    """The names in use of a module of Ray."""
 
-    name: str
-    """`module:attribute`."""
-    members: tuple[str, ...]
-    """Members in use; a method with all of its parameters, as in `stop(self, reason)`."""
-    reason: str
+    module: str
     used_by: str
-    """Module of `cluster/` that depends on it."""
+    """Module of `cluster/` that depends on them."""
+    reason: str
+    names: str | tuple[str, ...]
+    """Lines of `Name`, `Class.attribute` and `function(parameters)`, separated by blanks."""
+
+    def each_name(self) -> list[str]:
+        """Every listed name, with its parameters."""
+        lines = (self.names,) if isinstance(self.names, str) else self.names
+        return [name for line in lines for name in line.split()]
 
 
-_TRAIN = "ray.train.v2._internal"
-_EXECUTION = f"{_TRAIN}.execution"
-_COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+_EXECUTION = "ray.train.v2._internal.execution"
+_GENERATED = "ray.core.generated"
 
 INTERNALS: tuple[Internal, ...] = (
     # ---- Ray Train's controller ------------------------------------------------------------
     Internal(
-        f"{_EXECUTION}.callback:ControllerCallback",
-        (
-            "after_controller_start(self, train_run_context)",
-            "on_controller_start_worker_group(self, scaling_config, num_workers)",
-            "before_controller_execute_failure_decision(self, failure_decision)",
-            "before_controller_execute_resize_decision(self, resize_decision)",
-        ),
-        "drains a group before it is resized and clears the way after a loss; objects in "
-        "RunConfig(callbacks=...) that are no UserCallback reach the controller unchanged",
+        f"{_EXECUTION}.callback",
         "ray.controller",
+        "drains a group before it is resized, clears the way after a loss and locates the ranks; objects "
+        "in RunConfig(callbacks=...) that are no UserCallback reach the controller unchanged",
+        (
+            "ControllerCallback.after_controller_start(self,train_run_context)",
+            "ControllerCallback.on_controller_start_worker_group(self,scaling_config,num_workers)",
+            "ControllerCallback.before_controller_execute_failure_decision(self,failure_decision)",
+            "ControllerCallback.before_controller_execute_resize_decision(self,resize_decision)",
+            "WorkerGroupCallback.before_worker_group_start(self,worker_group_context)",
+            "WorkerGroupCallback.after_worker_group_start(self,worker_group)",
+            "WorkerGroupCallback.after_worker_group_training_start(self,worker_group)",
+            "WorkerGroupCallback.after_worker_group_poll_status(self,worker_group_status)",
+        ),
     ),
     Internal(
-        f"{_EXECUTION}.callback:WorkerGroupCallback",
-        (
-            "before_worker_group_start(self, worker_group_context)",
-            "after_worker_group_start(self, worker_group)",
-            "after_worker_group_training_start(self, worker_group)",
-            "after_worker_group_poll_status(self, worker_group_status)",
-        ),
-        "reports where the ranks run and which of them failed",
-        "ray.controller",
-    ),
-    Internal(
-        f"{_EXECUTION}.controller:TrainController",
-        ("abort(self)",),
-        "ends a run, and a group that still waits for its placement, after a stop signal",
+        f"{_EXECUTION}.controller",
         "run.trainer",
+        "ends a run, and a group that still waits for its placement, after a stop signal",
+        "TrainController.abort(self)",
     ),
     Internal(
-        f"{_EXECUTION}.context:TrainRunContext",
-        ("run_id",),
-        "part of the name under which the controller requests nodes",
-        "ray.scaling",
-    ),
-    Internal(
-        f"{_EXECUTION}.worker_group:WorkerGroup",
-        (
-            "poll_status(self, timeout)",
-            "get_latest_poll_status(self)",
-            "get_replica_groups(self)",
-            "get_worker_group_state(self)",
-            "get_workers(self)",
-        ),
+        f"{_EXECUTION}.worker_group",
+        "ray.controller",
         "finds survivors, and ends the replica groups of dead workers before Ray replaces them",
-        "ray.controller",
+        "WorkerGroup.poll_status(self,timeout) WorkerGroup.get_latest_poll_status(self) "
+        "WorkerGroup.get_replica_groups(self) WorkerGroup.get_worker_group_state(self) "
+        "WorkerGroup.get_workers(self)",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.execution_group:ReplicaGroup",
-        ("shutdown(self)", "is_active(self)", "get_workers(self)"),
+        f"{_EXECUTION}.worker_group.execution_group",
+        "ray.controller",
         "the unit that Ray Train replaces while other workers run on",
-        "ray.controller",
+        "ReplicaGroup.shutdown(self) ReplicaGroup.is_active(self) ReplicaGroup.get_workers(self)",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.state:WorkerGroupState",
-        ("placement_group_handle",),
+        f"{_EXECUTION}.worker_group.state",
+        "ray.controller",
         "shows whether there is a place for a lost worker",
-        "ray.controller",
+        "WorkerGroupState.placement_group_handle",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.poll:WorkerGroupPollStatus",
-        ("errors", "failing_replica_group_indices"),
+        f"{_EXECUTION}.worker_group.poll",
+        "ray.controller",
         "names the workers that failed",
-        "ray.controller",
+        "WorkerGroupPollStatus.errors WorkerGroupPollStatus.failing_replica_group_indices",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.worker:Worker",
-        ("actor", "metadata", "distributed_context"),
-        "locates a rank's process",
+        f"{_EXECUTION}.worker_group.worker",
         "ray.controller",
+        "locates a rank's process; `get_metadata` fails only where it is dead",
+        "Worker.actor Worker.metadata Worker.distributed_context ActorMetadata.pid "
+        "ActorMetadata.node_id RayTrainWorker.get_metadata(self)",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.worker:ActorMetadata",
-        ("pid", "node_id", "node_ip"),
-        "locates a rank's process",
+        f"{_EXECUTION}.failure_handling.default",
         "ray.controller",
+        "patched: a worker that dies while another is replaced is one more failure to retry",
+        "RETRYABLE_CONTROLLER_ERRORS",
     ),
     Internal(
-        f"{_EXECUTION}.worker_group.worker:RayTrainWorker",
-        ("get_metadata(self)",),
-        "a call that fails only where the worker is dead",
+        "ray.train.v2._internal.exceptions",
         "ray.controller",
-    ),
-    Internal(
-        f"{_EXECUTION}.failure_handling.default:RETRYABLE_CONTROLLER_ERRORS",
-        (),
-        "extended by RayActorError: a worker that dies while another is replaced is one more "
-        "failure to retry, not the end of the run",
-        "ray.controller",
-    ),
-    Internal(
-        f"{_TRAIN}.exceptions:WorkerGroupStartupFailedError",
-        (),
         "raised instead of resizing a group that has just lost a worker; the controller retries",
-        "ray.controller",
+        "WorkerGroupStartupFailedError",
     ),
     Internal(
-        "ray.train.backend:Backend",
-        ("has_replica_groups",),
-        "makes Ray Train replace single workers",
+        "ray.train.backend",
         "ray.controller",
+        "makes Ray Train replace single workers",
+        "Backend.has_replica_groups",
     ),
     # ---- capacity --------------------------------------------------------------------------
     Internal(
-        f"{_EXECUTION}.scaling_policy.elastic:ElasticScalingPolicy",
-        (
-            "_get_reserved_resources(self)",
-            "_get_num_workers_for_resource_request(self)",
-            "_maybe_send_resource_request(self)",
-            "_send_resource_request(self)",
-            "_latest_reserved_resources_query_time",
-            "scaling_config",
-        ),
+        f"{_EXECUTION}.scaling_policy.elastic",
+        "ray.scaling",
         "patched: plans with the nodes that stay (Ray counts draining and dead nodes for up to 20 s "
-        "after their end), or with this run's share, and requests the workers that the batch needs",
-        "ray.scaling",
-    ),
-    Internal(
-        "ray.train:ScalingConfig",
-        ("_resources_per_worker_not_none",),
-        "resources of one worker, as the policy computes them",
-        "ray.scaling",
-    ),
-    Internal(
-        f"{_COORDINATOR}:get_or_create_autoscaling_coordinator",
-        (),
-        "the actor that tells the policy what it may use",
-        "ray.scaling",
-    ),
-    Internal(
-        f"{_COORDINATOR}:_AutoscalingCoordinatorActor",
+        "after their end) or with this run's share, and requests the workers that the batch needs",
         (
-            "get_reserved_resources(self, requester_id, recompute)",
-            "cancel_request(self, requester_id)",
+            "ElasticScalingPolicy._get_reserved_resources(self)",
+            "ElasticScalingPolicy._get_num_workers_for_resource_request(self)",
+            "ElasticScalingPolicy._maybe_send_resource_request(self)",
+            "ElasticScalingPolicy._send_resource_request(self)",
+            "ElasticScalingPolicy._latest_reserved_resources_query_time",
+            "ElasticScalingPolicy.scaling_config",
         ),
-        "recomputes now instead of at its next tick (20 s); forgets requests of killed controllers",
-        "ray.scaling",
     ),
     Internal(
-        "ray._private.state:state",
-        ("get_draining_nodes(self)",),
-        "`ray.nodes()` does not show which nodes are draining",
+        f"{_EXECUTION}.context",
         "ray.scaling",
+        "part of the name under which the controller requests nodes",
+        "TrainRunContext.run_id",
+    ),
+    Internal(
+        "ray.train",
+        "ray.scaling",
+        "resources of one worker, as the policy computes them",
+        "ScalingConfig._resources_per_worker_not_none",
+    ),
+    Internal(
+        "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+        "ray.scaling",
+        "tells the policy what it may use; recomputes on request instead of at its next tick (20 s), and "
+        "drops requests of killed controllers",
+        (
+            "get_or_create_autoscaling_coordinator()",
+            "_AutoscalingCoordinatorActor.get_reserved_resources(self,requester_id,recompute)",
+            "_AutoscalingCoordinatorActor.cancel_request(self,requester_id)",
+        ),
+    ),
+    Internal(
+        "ray._private.state",
+        "ray.nodes",
+        "`ray.nodes()` does not show which nodes are draining",
+        "state.get_draining_nodes(self)",
     ),
     # ---- idle worker processes -------------------------------------------------------------
     Internal(
-        f"{_TRAIN}.constants:get_env_vars_to_propagate",
-        (),
-        "the environment of Ray Train's workers: an idle process serves only its own environment",
+        "ray.train.v2._internal.constants",
         "ray.idle_workers",
+        "the environment of Ray Train's workers: an idle process serves only its own environment, hence "
+        "the variables are hidden from the workers",
+        "get_env_vars_to_propagate() ENV_VARS_TO_PROPAGATE "
+        "DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE",
     ),
     Internal(
-        f"{_TRAIN}.constants:ENV_VARS_TO_PROPAGATE",
-        (),
-        "hidden from the workers, whose environment then is the one of the idle processes",
-        "ray.controller",
-    ),
-    Internal(
-        f"{_TRAIN}.constants:DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE",
-        (),
+        "ray._common.constants",
+        "ray.idle_workers",
         "part of the controller's environment",
-        "ray.idle_workers",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR",
     ),
     Internal(
-        "ray._common.constants:RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR",
-        (),
-        "part of the controller's environment",
+        f"{_GENERATED}.node_manager_pb2_grpc",
         "ray.idle_workers",
-    ),
-    Internal(
-        "ray.core.generated.node_manager_pb2_grpc:NodeManagerServiceServicer",
-        ("PrestartWorkers(self, request, context)", "GetNodeStats(self, request, context)"),
         "keeps an idle process with torch imported on a node: a new rank starts in tenths of a second",
-        "ray.idle_workers",
+        "NodeManagerServiceServicer.PrestartWorkers(self,request,context) "
+        "NodeManagerServiceServicer.GetNodeStats(self,request,context) NodeManagerServiceStub",
     ),
     Internal(
-        "ray.core.generated.node_manager_pb2:PrestartWorkersRequest",
-        ("language", "num_workers", "keep_alive_duration_secs", "job_id", "runtime_env_info"),
-        "request to start idle processes",
+        f"{_GENERATED}.node_manager_pb2",
         "ray.idle_workers",
+        "the requests of these calls",
+        (
+            "PrestartWorkersRequest.language PrestartWorkersRequest.num_workers",
+            "PrestartWorkersRequest.keep_alive_duration_secs PrestartWorkersRequest.job_id",
+            "PrestartWorkersRequest.runtime_env_info GetNodeStatsRequest.include_memory_info",
+            "GetNodeStatsReply.core_workers_stats",
+        ),
     ),
     Internal(
-        "ray.core.generated.node_manager_pb2:GetNodeStatsRequest",
-        ("include_memory_info",),
-        "request for a node's processes",
+        f"{_GENERATED}.common_pb2",
         "ray.idle_workers",
-    ),
-    Internal(
-        "ray.core.generated.node_manager_pb2:GetNodeStatsReply",
-        ("core_workers_stats",),
-        "a node's processes",
-        "ray.idle_workers",
-    ),
-    Internal(
-        "ray.core.generated.common_pb2:CoreWorkerStats",
-        ("pid", "worker_type", "actor_id", "num_executed_tasks", "num_running_tasks"),
         "tells unused processes from used ones",
-        "ray.idle_workers",
+        "PYTHON WORKER CoreWorkerStats.pid CoreWorkerStats.worker_type CoreWorkerStats.actor_id "
+        "CoreWorkerStats.num_executed_tasks CoreWorkerStats.num_running_tasks",
     ),
     Internal(
-        "ray.experimental.internal_kv:internal_kv_get_gcs_client",
-        (),
+        "ray.experimental.internal_kv",
+        "ray.idle_workers",
         "a client that has the cluster's id, which raylets ask for",
-        "ray.idle_workers",
+        "internal_kv_get_gcs_client()",
     ),
-    Internal(
-        "ray._raylet:InnerGcsClient",
-        ("cluster_id",),
-        "the cluster's id, which raylets ask for",
-        "ray.idle_workers",
-    ),
+    Internal("ray._raylet", "ray.idle_workers", "that client", "InnerGcsClient.cluster_id"),
     # ---- connecting ------------------------------------------------------------------------
     Internal(
-        "ray._private.grpc_utils:init_grpc_channel",
-        ("(address, options, asynchronous, credentials)",),
+        "ray._private.grpc_utils",
+        "ray.connection",
         "a channel with this process's token and certificates",
-        "ray.connection",
+        "init_grpc_channel(address,options,asynchronous,credentials)",
     ),
     Internal(
-        "ray.core.generated.gcs_service_pb2_grpc:NodeInfoGcsServiceServicer",
-        ("GetClusterId(self, request, context)",),
-        "shows a refused token at once; `ray.init` tries for 20 s and does not say why",
+        f"{_GENERATED}.gcs_service_pb2_grpc",
         "ray.connection",
+        "shows a refused token at once; `ray.init` tries for 20 s and does not name the cause",
+        "NodeInfoGcsServiceServicer.GetClusterId(self,request,context) NodeInfoGcsServiceStub",
     ),
     Internal(
-        "ray._private.worker:print_to_stdstream",
-        ("(data, ignore_prefix)",),
+        f"{_GENERATED}.gcs_service_pb2", "ray.connection", "that request", "GetClusterIdRequest"
+    ),
+    Internal(
+        "ray._private.worker",
+        "ray.connection",
         "patched: output of other processes goes to the log instead of the terminal",
-        "ray.connection",
+        "print_to_stdstream(data,ignore_prefix)",
     ),
     # ---- the embedded cluster --------------------------------------------------------------
     Internal(
-        "ray.cluster_utils:Cluster",
-        (
-            "_wait_for_node(self, node, timeout)",
-            "wait_for_nodes(self, timeout)",
-            "remove_node(self, node, allow_graceful)",
-            "shutdown(self)",
-            "worker_nodes",
-            "head_node",
-        ),
-        "several nodes on one machine",
+        "ray.cluster_utils",
         "ray.local_cluster",
+        "several nodes on one machine",
+        "Cluster._wait_for_node(self,node,timeout) Cluster.wait_for_nodes(self,timeout) "
+        "Cluster.remove_node(self,node,allow_graceful) Cluster.shutdown(self) "
+        "Cluster.worker_nodes Cluster.head_node",
     ),
     Internal(
-        "ray._private.node:Node",
-        ("kill_all_processes(self, check_alive, allow_graceful, wait)", "all_processes", "node_id"),
-        "ends a node at once",
+        "ray._private.node",
         "ray.local_cluster",
+        "ends a node at once",
+        "Node.kill_all_processes(self,check_alive,allow_graceful,wait) Node.all_processes Node.node_id",
     ),
 )
 
@@ -342,41 +296,42 @@ def changed_internals() -> list[str]:
     """Compares `INTERNALS` with the installed Ray.
 
     Returns:
-        One line per difference: the entry, what differs, and the module that depends on it.
+        One line per difference: the name, what differs, and the module that depends on it.
     """
     return [
-        f"{entry.name}: {difference} (used by {entry.used_by}: {entry.reason})"
+        f"{entry.module}: {difference} (used by {entry.used_by}: {entry.reason})"
         for entry in INTERNALS
         for difference in differences(entry)
     ]
 
 
 def differences(entry: Internal) -> list[str]:
-    """What of an entry is missing or has other parameters than listed."""
-    module_name, _, attribute = entry.name.partition(":")
+    """Names of an entry that are gone or take other parameters."""
     try:
-        owner = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(entry.module)
+    except ImportError as error:
         return [str(error)]
-    found = []
-    for member in entry.members:
-        name, _, listed = member.rstrip(")").partition("(")
-        if not listed:
-            if not _has(owner, name):
-                found.append(f"{name} is gone")
-            continue
-        method = getattr(owner, name, None) if name else owner
-        if method is None:
-            found.append(f"{name} is gone")
-            continue
-        # Ray's actors wrap their methods in tracing, which hides the parameters.
-        parameters = list(inspect.signature(method).parameters)
-        if inspect.ismethod(method):
-            parameters.insert(0, "self")
-        parameters = [p for p in parameters if not p.startswith("_ray_trace")]
-        if parameters != listed.split(", "):
-            found.append(f"{name or attribute} takes ({', '.join(parameters)}), not ({listed})")
-    return found
+    found = (_difference(module, name) for name in entry.each_name())
+    return [difference for difference in found if difference is not None]
+
+
+def _difference(module: Any, listed: str) -> str | None:
+    path, _, parameters = listed.rstrip(")").partition("(")
+    owner = module
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part, None)
+    if owner is None or not _has(owner, name):
+        return f"{path} is gone"
+    if "(" not in listed:
+        return None
+    method = getattr(owner, name)
+    actual = list(inspect.signature(method).parameters)
+    if inspect.ismethod(method):
+        actual.insert(0, "self")
+    # Ray's actors wrap their methods in tracing, which adds a parameter.
+    taken = ",".join(name for name in actual if not name.startswith("_ray_trace"))
+    return None if taken == parameters else f"{path} takes ({taken}), not ({parameters})"
 
 
 def _has(owner: Any, name: str) -> bool:

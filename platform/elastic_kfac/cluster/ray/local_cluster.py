@@ -36,7 +36,7 @@ SOCKET_PATH_LIMIT = 107
 """Longest path of a unix socket on Linux."""
 
 NODE_START_TIMEOUT_S = 150
-"""How long a node may take to start; a quiet machine needs two seconds, a very busy one a minute."""
+"""Limit for the start of a node; a quiet machine needs two seconds, a very busy one a minute."""
 
 ALIVE_FILE = "alive"
 """File of a cluster's folder that its driver keeps locked."""
@@ -69,7 +69,7 @@ _PRELOADED = (
     "ray.train",
     "ray.train.torch",
     "elastic_kfac.cluster.run.worker",
-    "elastic_kfac.cluster.run.vault_store",
+    "elastic_kfac.cluster.run.replicas",
     "elastic_kfac.training.snapshots",
     "elastic_kfac.runs.results",
 )
@@ -100,22 +100,22 @@ class LocalCluster:
         dashboard: bool = False,
         start_attempts: int = 3,
     ) -> None:
-        """Starts the head and `num_nodes` nodes.
+        """Starts the head and `num_nodes` nodes besides it.
 
         Args:
             num_nodes: Nodes besides the head.
             cpus_per_node: Logical CPUs of a node; more than the machine has is allowed.
             gpus_per_node: Logical GPUs of a node.
-            gpu_ids: Devices of this machine, as CUDA names them, that nodes take turns with; without
-                them all nodes see the same ones.
+            gpu_ids: CUDA names of devices of this machine, assigned to nodes in turn; without them all
+                nodes see the same ones.
             resources_per_node: Further logical resources of a node.
             object_store_mib: Shared memory of a node's object store, in MiB.
             dashboard: Whether to start Ray's dashboard (needed for the jobs API).
-            start_attempts: How often a start is tried; on a busy machine the first may time out.
+            start_attempts: Limit on attempts; on a busy machine the first may time out.
 
         Raises:
             UsageError: Outside the main thread, where Ray cannot start nodes.
-            RunError: If no attempt succeeded; it ends with what the node's log says.
+            RunError: If no attempt succeeded, with the end of the node's log.
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("a local cluster can only be started in the main thread")
@@ -300,10 +300,10 @@ class LocalCluster:
 
 
 def cluster_for(config: Config, num_nodes: int, *, workers_per_node: int = 1) -> LocalCluster:
-    """Starts a cluster whose nodes have what so many workers of a run ask for.
+    """Starts a cluster whose nodes have the resources of `workers_per_node` workers each.
 
     Raises:
-        UsageError: Also if this machine has not the GPUs that the run wants.
+        UsageError: Also if this machine lacks the GPUs.
     """
     gpu_ids = local_gpu_ids(config, num_nodes * workers_per_node)
     resources = {
@@ -319,7 +319,7 @@ def cluster_for(config: Config, num_nodes: int, *, workers_per_node: int = 1) ->
 
 
 def _end(cluster: Cluster, patience_s: float = 10.0) -> None:
-    # Abruptly: nothing on these nodes has to be saved, and a graceful end takes seconds per node.
+    # Abruptly: nothing on these nodes has to be saved, and a graceful stop takes seconds per node.
     for node in [*cluster.worker_nodes, cluster.head_node]:
         if node is None:
             continue
@@ -355,7 +355,7 @@ def remove_abandoned_folders(parent: Path) -> list[Path]:
     removed = []
     for alive in parent.glob(f"{_PREFIX}*/{ALIVE_FILE}"):
         with contextlib.suppress(OSError):
-            # Only a driver that has ended lets go of its lock.
+            # Only the lock of a driver that has ended is free.
             with _hold(alive):
                 shutil.rmtree(alive.parent, ignore_errors=True)
             removed.append(alive.parent)

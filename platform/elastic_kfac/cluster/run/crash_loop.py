@@ -1,4 +1,4 @@
-"""Decides when a run that keeps failing should stop trying. Pure: no Ray, no clock."""
+"""Decides when a run that keeps failing has to end. Pure: no Ray, no clock."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 USAGE_EXIT_CODE = 2
-"""Errors with this exit code are wrong usage, configuration or data: another try cannot help."""
+"""Errors with this exit code are wrong usage, configuration or data: a retry cannot help."""
 
 
 @dataclass(frozen=True)
 class RankError:
-    """An exception of one rank, in a form that every process can hold."""
+    """An exception of one rank, in a form that every process can unpickle."""
 
     rank: int
     kind: str
     """Name of the exception's class."""
     line: str
-    """What a person sees."""
+    """For people."""
     traceback: str = ""
     exit_code: int = 1
     exception: Any = None
@@ -49,7 +49,7 @@ class CrashLoopBreaker:
 
     @property
     def reported_ranks(self) -> frozenset[int]:
-        """Ranks of the present group that told why they failed."""
+        """Ranks of the present group that reported why they failed."""
         return frozenset(error.rank for error in self._reported)
 
     def reported(self, error: RankError) -> None:
@@ -63,16 +63,16 @@ class CrashLoopBreaker:
     def judge(
         self, *, step: int, died: Sequence[int], errors: Mapping[int, str], lost_nodes: int
     ) -> RankError | None:
-        """Closes the present group's books.
+        """Judges the failure of the present group.
 
         Args:
             step: The newest committed step.
-            died: Ranks whose process ended without a word.
-            errors: What Ray says about ranks.
+            died: Ranks whose process ended without a report.
+            errors: Ray's errors by rank.
             lost_nodes: How many nodes of the group are dead.
 
         Returns:
-            Why the run must end, or None when another try is due.
+            Why the run must end, or None to retry.
         """
         reported, self._reported = self._reported, []
         causes = [error for error in reported if not error.is_collateral]

@@ -1,4 +1,4 @@
-"""Faults on request: real node losses, returns and kills on the embedded cluster, at given steps."""
+"""Requested faults: node losses, new nodes and kills on the embedded cluster, at given steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from elastic_kfac.training.callbacks import event_row
 
 @dataclass(frozen=True, order=True)
 class PlannedFault:
-    """What shall happen once a step is committed."""
+    """A fault that is due once a step is committed."""
 
     step: int
     kind: str
     """`resize` or `kill`."""
     value: int
-    """Nodes that shall be there, or the rank whose process shall die."""
+    """Target number of nodes, or the rank whose process is killed."""
 
     def __str__(self) -> str:
         return f"--{self.kind}-at {self.step}:{self.value}"
@@ -35,7 +35,7 @@ class FaultPlan:
         resize_at: Sequence[tuple[int, int]],
         kill_at: Sequence[tuple[int, int]],
     ) -> None:
-        """Keeps the plan.
+        """Orders the faults.
 
         Raises:
             UsageError: If there are faults but no embedded cluster to act on.
@@ -44,7 +44,7 @@ class FaultPlan:
         faults += [PlannedFault(step, "kill", rank) for step, rank in kill_at]
         if faults and cluster is None:
             raise UsageError(
-                "faults on request act on the embedded cluster only",
+                "requested faults act on the embedded cluster only",
                 given=str(faults[0]),
                 change="leave --address away",
             )
@@ -63,14 +63,14 @@ class FaultPlan:
         return self._pending[0].step if self._pending else None
 
     def fire_due(
-        self, step: int, pids: Mapping[int, int], tell: Callable[[Mapping[str, Any]], None]
+        self, step: int, pids: Mapping[int, int], record: Callable[[Mapping[str, Any]], None]
     ) -> bool:
-        """Carries out what is due at `step`; every fault that happened is told as an event.
+        """Carries out the faults due at `step` and records each as an event.
 
-        A kill waits until the rank has a process; a resize waits for nothing.
+        A kill waits until the rank has a process.
 
         Returns:
-            Whether nodes have come.
+            Whether nodes were added.
         """
         grown = False
         while self._pending and self._pending[0].step <= step:
@@ -81,7 +81,8 @@ class FaultPlan:
             grown = grown or added
             self._pending.pop(0)
             self.fired.append(fault)
-            tell(event_row("fault", step, reason=reason, asked_at_step=fault.step))
+            reason = f"--{fault.kind}-at: {reason}"
+            record(event_row("fault", step, reason=reason, asked_at_step=fault.step))
         return grown
 
     def _fire(self, fault: PlannedFault, pids: Mapping[int, int]) -> tuple[str, bool]:
@@ -95,7 +96,7 @@ class FaultPlan:
         while len(self._cluster.nodes) < fault.value:
             self._cluster.add_node()
         after = len(self._cluster.nodes)
-        verb = "took away" if after < before else "added"
+        verb = "removed" if after < before else "added"
         number = abs(after - before)
         plural = "s" if number != 1 else ""
-        return f"{verb} {number} node{plural} (now room for {workers(after)})", after > before
+        return f"{verb} {number} node{plural} (capacity: {workers(after)})", after > before

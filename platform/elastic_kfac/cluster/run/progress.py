@@ -1,43 +1,43 @@
-"""What a person sees while a run goes on: one live line, and a line whenever the group changes."""
+"""Display of a run: one live line, and a line whenever the worker group changes."""
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.states import RunState
 
 
-class Display(Protocol):
-    """Shows a run; called by the driver about five times a second."""
+class Display:
+    """Shows a run to a person; this one shows nothing. The driver calls it about five times a second."""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        ...
+        """Shows a line that stays."""
 
     def update(self, view: RunView) -> None:
-        """The run as it is now; `view.events` are new."""
-        ...
+        """Shows the present state of the run; `view.events` are new."""
+
+    def show(self, line: str) -> None:
+        """Shows the present state as a line that the next one replaces."""
 
     def close(self) -> None:
-        """Nothing more will come."""
-        ...
+        """Stops showing."""
 
 
-class ProgressLine:
+class ProgressLine(Display):
     """One live line on a terminal; elsewhere a plain line every `plain_interval_s` seconds."""
 
     def __init__(self, stream: TextIO | None = None, *, plain_interval_s: float = 5.0) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._plain_interval_s = plain_interval_s
-        self._last_plain = -math.inf  # a machine may have been up for less than the interval
+        self._last_plain = float("-inf")
         self._last_line = ""
         self._live: Live | None = None
         if self._console.is_terminal:
@@ -55,7 +55,6 @@ class ProgressLine:
         self.show(status_line(view))
 
     def show(self, line: str) -> None:
-        """The state now."""
         if self._live is not None:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"))
             return
@@ -70,24 +69,8 @@ class ProgressLine:
             self._live = None
 
 
-class SilentDisplay:
-    """Shows nothing, for programs and tests."""
-
-    def say(self, line: str) -> None:
-        return None
-
-    def update(self, view: RunView) -> None:
-        return None
-
-    def show(self, line: str) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
-
-
 def status_line(view: RunView) -> str:
-    """The live line: step, epoch, loss, accuracy, samples/s, world size, and what is waited for."""
+    """The live line: step, epoch, loss, accuracy, samples/s, and world size or state."""
     row = view.progress
     parts = []
     if "step" in row:
@@ -100,13 +83,13 @@ def status_line(view: RunView) -> str:
         parts.append(f"accuracy {float(row['accuracy']):.1%}")
     if view.evaluation.get("eval_accuracy") is not None:
         parts.append(f"test accuracy {float(view.evaluation['eval_accuracy']):.2%}")
-    if view.phase == "running" and row.get("samples_per_s") is not None:
+    if view.state is RunState.RUNNING and row.get("samples_per_s") is not None:
         parts.append(f"{float(row['samples_per_s']):,.0f} samples/s")
-    if view.phase == "running":
+    if view.state is RunState.RUNNING:
         parts.append(workers(view.world_size))
     else:
-        waited = max(0.0, time.time() - view.phase_since)
-        parts.append(f"{_phase_text(view)} ({waited:.0f} s)")
+        waited = max(0.0, time.time() - view.state_since)
+        parts.append(f"{_state_text(view)} ({waited:.0f} s)")
     return "  ".join(parts)
 
 
@@ -115,7 +98,7 @@ def event_line(event: Mapping[str, Any]) -> str | None:
     kind = event.get("kind")
     step = event.get("step")
     if kind in ("start", "continue"):
-        verb = "began" if kind == "start" else "continues"
+        verb = "started" if kind == "start" else "resumed"
         return f"[step {step}] training {verb} on {workers(event['to_world_size'])}"
     if kind in ("resize", "recovery"):
         before, after = event["from_world_size"], event["to_world_size"]
@@ -125,12 +108,12 @@ def event_line(event: Mapping[str, Any]) -> str | None:
             f"{event['steps_redone']} steps redone"
         )
     if kind == "failure":
-        then = "the others go on" if event.get("in_place") else "starting again from the last state"
+        then = "the others continue" if event.get("in_place") else "restarting from the last state"
         return f"[step {step}] {event['reason']}; {then}"
     if kind == "fallback":
-        return f"[step {step}] {event['reason']}; starting the whole group again"
+        return f"[step {step}] {event['reason']}; restarting the whole group"
     if kind == "fault":
-        return f"[step {step}] as asked: {event['reason']}"
+        return f"[step {step}] {event['reason']}"
     if kind == "warning":
         return f"[step {step}] warning: {event['reason']}"
     return None
@@ -141,11 +124,12 @@ def workers(number: int) -> str:
     return f"{number} worker" if number == 1 else f"{number} workers"
 
 
-def _phase_text(view: RunView) -> str:
-    if view.phase == "starting":
+def _state_text(view: RunView) -> str:
+    if view.state is RunState.STARTING:
         return f"starting {view.reason}".rstrip()
-    if view.phase == "parking":
-        return "saving state for the change"
-    if view.phase == "waiting":
-        return "waiting for workers"
-    return "ending"
+    texts = {
+        RunState.DRAINING: "saving the state before the change",
+        RunState.WAITING: "waiting for workers",
+        RunState.ENDED: "ending",
+    }
+    return texts[view.state]

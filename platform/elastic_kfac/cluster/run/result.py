@@ -1,4 +1,4 @@
-"""`result.json`: what a run was, put together from the last outcome and the recorder's books."""
+"""`result.json`, from the last outcome and the coordinator's view."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.errors import StateError
 from elastic_kfac.runs.results import compact_ledger
 from elastic_kfac.state.run_folder import RunFolder
@@ -28,11 +28,11 @@ class RunResult:
     values: dict[str, Any]
     """The content of `result.json`."""
     unfired: tuple[str, ...] = ()
-    """Faults that were asked for and never happened."""
+    """Requested faults that never happened."""
 
     @property
     def exit_code(self) -> int:
-        """0 success; 1 the run failed or was not what was asked for; 130 it was interrupted."""
+        """0 success; 1 the run failed or a requested fault never happened; 130 it was interrupted."""
         if self.status == "interrupted":
             return EXIT_INTERRUPTED
         return 0 if self.status == "finished" and not self.unfired else 1
@@ -47,7 +47,7 @@ def build_result(
     target_accuracy: float | None,
     failed: bool,
 ) -> RunResult:
-    """Writes `ledger.parquet` and `result.json`; of a failed run with what the driver has seen."""
+    """Writes `ledger.parquet` and `result.json`; for a failed run from what the driver has seen."""
     earlier = folder.result() or {}
     progress = view.progress
     # Of all calls for this run, not only of this one.

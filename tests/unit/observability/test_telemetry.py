@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.run.telemetry import (
+from elastic_kfac.cluster.run.reporting import MetricsExport
+from elastic_kfac.observability.metric_names import METRICS, OTHER, label, metric
+from elastic_kfac.observability.telemetry import (
     RankTelemetry,
     RunTelemetry,
     Series,
     TelemetryOptions,
+    Values,
 )
-from elastic_kfac.observability.metric_names import METRICS, OTHER, label, metric
 from elastic_kfac.training.callbacks import event_row
-from elastic_kfac.training.measurement import RankProbe, Values
+from elastic_kfac.training.measurement import RankProbe
 
 OPTIONS = TelemetryOptions("digits", 1, 4)
 
@@ -53,11 +55,11 @@ def board() -> Board:
 
 @pytest.fixture
 def run(board: Board) -> RunTelemetry:
-    return RunTelemetry(OPTIONS, make_gauge=board)
+    return RunTelemetry(OPTIONS, board)
 
 
 def test_exporters_share_the_whole_table(board: Board, run: RunTelemetry) -> None:
-    RankTelemetry(RankProbe(), OPTIONS, 0, make_gauge=board)
+    RankTelemetry(OPTIONS, 0, board)
     assert set(board.made) == {entry.exported_name for entry in METRICS}
 
 
@@ -78,7 +80,7 @@ def test_state_is_one_of_five_and_the_others_are_zero(board: Board, run: RunTele
         assert shown == {s: float(s == now) for s in shown}
 
 
-def test_every_flush_says_everything_again(board: Board, run: RunTelemetry) -> None:
+def test_every_flush_sets_everything_again(board: Board, run: RunTelemetry) -> None:
     board.values.clear()
     run.flush()
     assert board.value("failures") == 0
@@ -96,7 +98,7 @@ def test_samples_of_a_continued_run_count_from_its_beginning_and_not_twice(
     assert board.value("step") == 65
 
 
-def test_what_rows_say_seldom_stays_and_a_step_without_attack_says_so(
+def test_columns_that_rows_seldom_have_stay_and_a_step_without_attack_resets_one(
     board: Board, run: RunTelemetry
 ) -> None:
     run.logged({"step": 8, "loss": 1.0, "adversarial_fraction": 0.25, "computation_s": 3.0})
@@ -114,7 +116,7 @@ def test_what_rows_say_seldom_stays_and_a_step_without_attack_says_so(
     assert board.value("wanted_workers") == 3
 
 
-def test_preemption_and_its_hand_over_are_told(board: Board, run: RunTelemetry) -> None:
+def test_preemption_and_its_hand_over_are_exported(board: Board, run: RunTelemetry) -> None:
     run.event(event_row("preemption", 7, reason="node is being drained", notice_s=90.0))
     run.event(
         event_row(
@@ -152,7 +154,7 @@ def test_losses_add_up(board: Board, run: RunTelemetry) -> None:
 
 
 def test_open_labels_fold_into_other_when_there_are_too_many(board: Board) -> None:
-    series = Series("recorder", {"run": "digits"}, make_gauge=board)
+    series = Series("coordinator", {"run": "digits"}, make_gauge=board)
     most = label("tag").most
     for number in range(most + 5):
         series.add("communication_bytes", 10, (f"tag-{number}",))
@@ -172,25 +174,26 @@ def test_counter_never_falls(board: Board) -> None:
 
 
 def test_rank_beyond_the_bound_shares_a_series(board: Board) -> None:
-    RankTelemetry(RankProbe(), OPTIONS, label("rank").most, make_gauge=board).export()
+    RankTelemetry(OPTIONS, label("rank").most, board).export({"step_cpu_s": {(): 0.0}})
     assert board.value("step_cpu_s", rank=OTHER) == 0
 
 
 def test_rank_exports_once_a_second_and_not_at_every_step(board: Board) -> None:
     now = 0.0
-    told: list[Values] = []
-    probe = RankProbe()
-    RankTelemetry(probe, OPTIONS, 1, tell_run=told.append, make_gauge=board, clock=lambda: now)
-    for _ in range(100):
+    reported: list[Values] = []
+    telemetry = RankTelemetry(OPTIONS, 1, board, clock=lambda: now)
+    export = MetricsExport(RankProbe(), telemetry, reported.append)
+    for step in range(100):
         now += 0.05
-        probe.after_commit()
+        export.on_point("step_begin", step)
+        export.on_point("committed", step)
     sets_per_export = len([e for e in METRICS if e.exporter == "rank" and e.kind == "counter"])
     assert board.sets == 4 * sets_per_export or board.sets == 5 * sets_per_export
-    assert told == []  # It watches no trainer, so it speaks for no run.
+    assert reported == []  # Without a trainer the probe is no rank 0.
 
 
 def test_without_options_nothing_is_made(board: Board) -> None:
-    silent = RunTelemetry(None, make_gauge=board)
+    silent = RunTelemetry(None, board)
     silent.state("running")
     silent.event(event_row("failure", 1, reason="worker died"))
     silent.flush()

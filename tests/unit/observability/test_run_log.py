@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from elastic_kfac.cluster.run.telemetry import LogPosition, RunTelemetry, TelemetryOptions
+from elastic_kfac.cluster.run.reporting import LogPosition
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
 from elastic_kfac.observability.run_log import (
@@ -23,6 +23,7 @@ from elastic_kfac.observability.run_log import (
     log_of,
     read_levels,
 )
+from elastic_kfac.observability.telemetry import RunTelemetry, TelemetryOptions
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, event_row
 from elastic_kfac.training.loop import run_rank
@@ -122,13 +123,17 @@ def test_second_beginning_replaces_the_first(written: io.StringIO) -> None:
     assert [line["run"] for line in lines(written)] == ["b"]
 
 
-def test_recorder_says_states_and_changes_and_not_every_step(
+def _no_gauge(*arguments: Any) -> Any:
+    raise AssertionError("exports nothing")
+
+
+def test_coordinator_logs_states_and_changes_and_not_every_step(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = RunTelemetry(TelemetryOptions("digits", 1, 4, exports=False))
+    run = RunTelemetry(TelemetryOptions("digits", 1, 4, exports=False), _no_gauge)
     run.stepped({"step": 8, "samples": 64, "global_batch_size": 8})
     run.logged({"step": 8, "loss": 1.0})
-    run.state("parking", "a node was added")
+    run.state("draining", "a node was added")
     run.event(event_row("resize", 9, from_world_size=1, to_world_size=2, downtime_s=0.5))
     run.event(event_row("failure", 9, reason="rank 1 died"))
 
@@ -136,7 +141,7 @@ def test_recorder_says_states_and_changes_and_not_every_step(
     shown = [(line["logger"], line["level"], line["step"], line["message"]) for line in said]
     assert shown == [
         ("elastic_kfac.run", "info", None, "starting"),
-        ("elastic_kfac.run", "info", 8, "parking: a node was added"),
+        ("elastic_kfac.run", "info", 8, "draining: a node was added"),
         ("elastic_kfac.resizes", "info", 9, "resize"),
         ("elastic_kfac.resizes", "warning", 9, "failure: rank 1 died"),
     ]

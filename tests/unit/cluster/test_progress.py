@@ -1,23 +1,22 @@
-"""The live line, lines about changes, and the thin entry points of jobs."""
+"""The live line, lines about changes, and requested faults."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.progress import ProgressLine, event_line, status_line
-from elastic_kfac.cluster.run.recorder import RunView
+from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.errors import UsageError
 
 RUNNING = RunView(
-    phase="running",
+    state=RunState.RUNNING,
     reason="",
     attempt=1,
     world_size=2,
@@ -29,10 +28,8 @@ RUNNING = RunView(
     outcome=None,
     error=None,
     world_sizes=(2,),
-    resizes=0,
-    steps_redone=0,
     worker_seconds=1.0,
-    phase_since=0.0,
+    state_since=0.0,
 )
 
 
@@ -44,7 +41,7 @@ def test_status_line_running_names_everything_a_watcher_wants() -> None:
 
 
 def test_status_line_without_workers_says_what_is_waited_for() -> None:
-    line = status_line(replace(RUNNING, phase="waiting", world_size=0))
+    line = status_line(replace(RUNNING, state=RunState.WAITING, world_size=0))
     assert "waiting for workers" in line
     assert "samples/s" not in line
 
@@ -96,47 +93,23 @@ class _Nodes:
 
 
 def test_fault_plan_fires_in_order_and_only_when_due() -> None:
-    cluster, told = _Nodes(), list[Mapping[str, Any]]()
+    cluster, recorded = _Nodes(), list[Mapping[str, Any]]()
     plan = FaultPlan(cluster, resize_at=[(20, 2), (10, 1)], kill_at=[(30, 1)])  # type: ignore[arg-type]
 
-    assert (plan.next_step, plan.fire_due(9, {}, told.append), cluster.nodes) == (10, False, (0, 1))
-    assert (plan.fire_due(10, {}, told.append), cluster.nodes) == (False, (0,))
-    assert (plan.fire_due(25, {}, told.append), cluster.nodes) == (True, (0, 1))
+    assert (plan.next_step, plan.fire_due(9, {}, recorded.append), cluster.nodes) == (
+        10,
+        False,
+        (0, 1),
+    )
+    assert (plan.fire_due(10, {}, recorded.append), cluster.nodes) == (False, (0,))
+    assert (plan.fire_due(25, {}, recorded.append), cluster.nodes) == (True, (0, 1))
     # Rank 1 has no process yet: the kill waits for it.
-    assert (plan.fire_due(30, {0: 5}, told.append), cluster.killed) == (False, [])
-    assert (plan.fire_due(31, {0: 5, 1: 6}, told.append), cluster.killed) == (False, [6])
+    assert (plan.fire_due(30, {0: 5}, recorded.append), cluster.killed) == (False, [])
+    assert (plan.fire_due(31, {0: 5, 1: 6}, recorded.append), cluster.killed) == (False, [6])
     assert plan.pending == ()
-    assert [row["asked_at_step"] for row in told] == [10, 20, 30]
+    assert [row["asked_at_step"] for row in recorded] == [10, 20, 30]
 
 
 def test_fault_plan_without_embedded_cluster_is_refused() -> None:
     with pytest.raises(UsageError, match="embedded cluster only; given: --kill-at 5:0"):
         FaultPlan(None, resize_at=[], kill_at=[(5, 0)])
-
-
-@pytest.mark.parametrize(
-    ("argv", "environment", "expected"),
-    [
-        (["c.yaml"], {}, ["train", "c.yaml"]),
-        (
-            ["c.yaml"],
-            {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
-            ["train", "c.yaml", "--address", "auto"],
-        ),
-        (
-            ["c.yaml", "--address=h:1"],
-            {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
-            ["train", "c.yaml", "--address=h:1"],
-        ),
-    ],
-)
-def test_job_train_uses_the_cluster_of_the_job(
-    argv: list[str], environment: dict[str, str], expected: list[str]
-) -> None:
-    path = Path(__file__).parents[2] / "jobs" / "train.py"
-    spec = importlib.util.spec_from_file_location("job_train", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.arguments_for(argv, environment) == expected

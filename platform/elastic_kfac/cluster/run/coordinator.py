@@ -1,0 +1,569 @@
+"""The run coordinator: one actor that outlives every worker group and keeps the record of the run.
+
+It sits beside the driver. Rank 0 sends it rows (`reporting.py`), Ray Train's controller reports changes
+of the group and asks it to drain, every rank waits in it for a reason to stop, and the driver polls it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ray.util.metrics import Gauge
+
+from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
+from elastic_kfac.cluster.run.replicas import ReplicaPlace
+from elastic_kfac.cluster.run.states import Change, Group, RunState, transition
+from elastic_kfac.observability.telemetry import RunTelemetry, TelemetryOptions
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import event_row
+
+Message = tuple[Literal["metrics", "event", "step", "rollback", "measured"], Mapping[str, Any]]
+"""From rank 0: a kind and a row."""
+
+LOST = "a member of the world was lost"
+RETURNED = "a replacement joined the world"
+
+REPLICAS_INTERVAL_S = 5.0
+"""Between two measurements of what the replica actors hold."""
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A snapshot of a run for the driver."""
+
+    state: RunState
+    reason: str
+    """Of the state."""
+    attempt: int
+    world_size: int
+    pids: Mapping[int, int]
+    progress: Mapping[str, Any]
+    """The newest row of a step."""
+    evaluation: Mapping[str, Any]
+    """The newest metrics row of an evaluation."""
+    events: Sequence[Mapping[str, Any]]
+    """Event rows after the ones the driver has seen."""
+    num_events: int
+    outcome: Mapping[str, Any] | None
+    """Result of the training function when the run ended."""
+    error: RankError | None
+    """Why the run has to end."""
+    world_sizes: Sequence[int]
+    worker_seconds: float
+    state_since: float
+    """Unix time."""
+    rank_nodes: Mapping[int, str] = field(default_factory=dict)
+    """Ray's identifier of every rank's node."""
+    controller: Any = None
+    """Ray's handle of the controller."""
+    placement_group: Any = None
+    """Ray's handle of the newest group's placement group."""
+
+
+class RunCoordinator:
+    """The actor. Methods never block: waiting is done on events."""
+
+    def __init__(
+        self,
+        run_uri: str,
+        *,
+        in_place: bool = False,
+        breaker: CrashLoopBreaker | None = None,
+        survivors_timeout_s: float = 3.0,
+        telemetry: TelemetryOptions | None = None,
+    ) -> None:
+        """Opens the run's folder.
+
+        Args:
+            run_uri: The run's folder.
+            in_place: Whether Ray replaces failed ranks while the others run on.
+            breaker: Decides when a run that keeps failing has to end.
+            survivors_timeout_s: How long survivors have to save their state after processes died.
+            telemetry: What to export to Ray's metrics; None exports nothing.
+        """
+        self._telemetry = RunTelemetry(telemetry, Gauge)
+        self._in_place = in_place
+        self._survivors_timeout_s = survivors_timeout_s
+        self._folder = RunFolder(run_uri)
+        self._breaker = breaker or CrashLoopBreaker()
+        rows = self._folder.metrics()
+        self._last_step = max((int(row.get("step", 0)) for row in rows), default=0)
+        self._last_row_step = max((int(r["step"]) for r in rows if "loss" in r), default=0)
+        self._continued = self._last_step > 0
+        self._wanted_workers = next(
+            (r["wanted_workers"] for r in rows[:-9:-1] if "wanted_workers" in r), None
+        )
+        self._attempt = 0
+        self._group: Group | None = None
+        self._change: Change | None = None
+        self._stop_reason: str | None = None
+        self._progress: dict[str, Any] = {}
+        self._evaluation: dict[str, Any] = {}
+        self._events: list[dict[str, Any]] = []
+        self._outcome: dict[str, Any] | None = None
+        self._error: RankError | None = None
+        self._plan: Any = None
+        self._world_sizes: list[int] = []
+        self._steps_redone = 0
+        self._worker_seconds = 0.0
+        self._state, self._reason = RunState.STARTING, ""
+        self._state_since = self._last_step_time = time.time()
+        self._controller: Any = None
+        self._placement_group: Any = None
+        self._step_reached = asyncio.Condition()
+        self._replicas: tuple[ReplicaPlace, ...] = ()
+        self._replicas_measured_at = float("-inf")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._folder.uri.rpartition('/')[2]})"  # Ray shows it
+
+    # ---- called by Ray Train's controller --------------------------------------------------
+
+    async def controller_started(self, controller: Any) -> None:
+        """Keeps the controller's handle for the driver."""
+        self._controller = controller
+
+    async def group_planned(self, world_size: int) -> None:
+        """Ray has begun to place a group of this size."""
+        self._mark("planned")
+        self._enter(RunState.STARTING, f"{world_size} worker{'s' if world_size != 1 else ''}")
+
+    async def group_started(self, pids: Mapping[int, int], nodes: Mapping[int, str]) -> None:
+        """All processes of the next group are up; they are the founders of its first world."""
+        self._enter(RunState.STARTING, self._reason)
+        self._mark("started")
+        self._close_group()
+        self._attempt += 1
+        size = len(pids)
+        self._group = Group(self._attempt, size, dict(pids), dict(nodes), time.time(), size, size)
+        self._group.store_address = asyncio.get_running_loop().create_future()
+
+    async def drain(self, reason: str, *, timeout_s: float, notice_s: float | None = None) -> bool:
+        """Asks all ranks to stop at the same boundary and waits until they have exited.
+
+        Args:
+            reason: Of the planned change.
+            timeout_s: Upper bound on the wait.
+            notice_s: For a preemption, the time until the first node leaves.
+
+        Returns:
+            Whether the run is over instead.
+        """
+        group = self._group
+        if group is None:
+            return self._outcome is not None
+        self._begin_change("resize", reason)
+        if notice_s is not None:
+            change = group.next_change or self._change
+            assert change is not None
+            change.is_preemption = True
+            self._record_event(
+                event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
+            )
+        self._enter(RunState.DRAINING, reason)
+        group.drain_reason = reason
+        group.changed.set()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and "failed" not in group.ended.values():
+            if group.has_left:
+                break
+            await asyncio.sleep(0.005)
+        ends = set(group.ended.values()) if group.has_left else set()
+        if ends == {"parked"}:
+            self._change = self._change or group.next_change
+            self._mark("parked")
+        return ends == {"finished"}
+
+    async def group_failed(
+        self, errors: Mapping[int, str], lost_nodes: Sequence[str]
+    ) -> RankError | None:
+        """Notes a failure; returns why the run must end, or None to restart the group."""
+        group = self._group
+        silent = {rank for rank in (group.pids if group else {}) if rank in errors}
+        died = sorted(silent - self._breaker.reported_ranks)
+        if group is not None and died:
+            await self._await_survivors(group, gone=set(died))
+        self._error = self._breaker.judge(
+            step=self._last_step, died=died, errors=errors, lost_nodes=len(lost_nodes)
+        )
+        reason = self._breaker.last_reason
+        self._begin_change("failure", reason)
+        self._record_failure(group.world_size if group else None, None)
+        self._close_group()
+        self._enter(RunState.WAITING, reason)
+        return self._error
+
+    async def members_lost(
+        self, errors: Mapping[int, str], lost_nodes: Sequence[str]
+    ) -> RankError | None:
+        """Ranks are gone while others run on; returns why the run must end, or None."""
+        group = self._group
+        if group is None:
+            return None
+        silent = sorted(set(errors) - self._breaker.reported_ranks)
+        group.away.update(rank for rank in errors if rank in group.pids)
+        for rank in group.away:
+            group.ended.pop(rank, None)
+        self._error = self._breaker.judge(
+            step=self._last_step, died=silent, errors=errors, lost_nodes=len(lost_nodes)
+        )
+        if self._change is not None and self._change.reason == LOST:
+            self._change.reason = self._breaker.last_reason
+        size = len(group.pids)
+        self._record_failure(size, size - len(group.away), in_place=True)
+        return self._error
+
+    async def is_over(self) -> bool:
+        """Whether every remaining rank has returned for good."""
+        return self._group is not None and self._is_over(self._group)
+
+    async def fall_back(self, reason: str, *, timeout_s: float) -> bool:
+        """Drains the members before a restart; returns whether the run is over instead."""
+        self._record_event(event_row("fallback", self._last_step, reason=reason))
+        over = await self.drain(reason, timeout_s=timeout_s)
+        self._close_group()
+        self._enter(RunState.WAITING, reason)
+        return over
+
+    async def wanted_workers(self) -> int | None:
+        """How many workers the batch keeps busy; None before the first step."""
+        return self._wanted_workers
+
+    # ---- called by ranks -------------------------------------------------------------------
+
+    async def join(
+        self, rank: int, pid: int = 0, node_id: str = "", places: Any = None
+    ) -> dict[str, Any]:
+        """Registers a rank whose training function begins; returns its place in the group."""
+        self._mark("joined")
+        self._placement_group = places
+        group = self._group
+        if group is None:
+            raise RuntimeError(f"rank {rank} joined before its group was started")
+        slot = rank
+        if rank in group.joined:
+            # Another process in the place of one that was lost: a slot is not used again.
+            slot, group.next_slot = group.next_slot, group.next_slot + 1
+            group.pids[rank], group.nodes[rank] = pid, node_id
+        over = self._is_over(group)
+        group.joined.add(rank)
+        group.away.discard(rank)
+        return {
+            "attempt": group.attempt,
+            "stop_reason": self._stop_reason_of(group),
+            "slot": slot,
+            "founders": group.founders,
+            "over": over,
+        }
+
+    async def last_step(self) -> int:
+        """The newest committed step that was reported."""
+        return self._last_step
+
+    async def publish_store(self, host: str, port: int) -> None:
+        """Address of rank 0's rendezvous store."""
+        if self._group is not None and self._group.store_address is not None:
+            self._group.store_address.set_result((host, port))
+
+    async def store_address(self, attempt: int) -> tuple[str, int]:
+        """Waits for rank 0's rendezvous store."""
+        group = self._group
+        if group is None or group.attempt != attempt or group.store_address is None:
+            raise RuntimeError("this group has been replaced")
+        return await asyncio.shield(group.store_address)
+
+    async def stop_reason(self, attempt: int) -> str | None:
+        """Returns when this group should drain (why) or is over (None)."""
+        group = self._group
+        while group is not None and group.attempt == attempt:
+            reason = self._stop_reason_of(group)
+            if reason is not None:
+                return reason
+            await group.changed.wait()
+            group = self._group
+        return None
+
+    async def replica_places(self) -> tuple[ReplicaPlace, ...]:
+        """The present replica actors."""
+        return self._replicas
+
+    async def record(self, attempt: int, messages: Sequence[Message]) -> None:
+        """Rows of rank 0, in order; those of a group that was replaced are dropped."""
+        group = self._group
+        if group is None or group.attempt != attempt:
+            return
+        metrics: list[Mapping[str, Any]] = []
+        for kind, row in messages:
+            if kind == "metrics":
+                if "loss" in row:
+                    if int(row["step"]) <= self._last_row_step:
+                        continue  # a survivor repeats what the lost rank 0 may not have sent
+                    self._last_row_step = int(row["step"])
+                metrics.append(row)
+                self._telemetry.logged(row)
+                if row.get("eval_accuracy") is not None:
+                    self._evaluation = dict(row)
+            elif kind == "event":
+                self._record_rank_event(group, row)
+            elif kind == "rollback":
+                self._folder.append_metrics(metrics)
+                metrics = []
+                if group.stepped:
+                    self._begin_world(group)
+                self._roll_back(int(row["step"]), int(row["lost_steps"]))
+            elif kind == "measured":
+                self._telemetry.measured(dict(row))
+                self._measure_replicas()
+            else:
+                self._stepped(group, row)
+        self._folder.append_metrics(metrics)
+        async with self._step_reached:
+            self._step_reached.notify_all()
+
+    async def rank_left(self, attempt: int, rank: int, outcome: Mapping[str, Any]) -> None:
+        """A rank's training function returned."""
+        group = self._group
+        if group is None or group.attempt != attempt:
+            return
+        group.ended[rank] = str(outcome.get("status", ""))
+        is_last = outcome.get("status") != "parked" or self._stop_reason is not None
+        # In place, rank 0 may be a process that was never taken into the world.
+        knows = "steps" in outcome and (rank == 0 or self._in_place)
+        if is_last and (knows or (rank == 0 and self._outcome is None)):
+            self._outcome = dict(outcome)
+
+    async def rank_failed(self, attempt: int, error: RankError) -> None:
+        """A rank's training function raised."""
+        group = self._group
+        if group is None or group.attempt != attempt:
+            return
+        if self._in_place:
+            # Ray replaces its process.
+            group.away.add(error.rank)
+        else:
+            group.ended[error.rank] = "failed"
+        self._breaker.reported(error)
+        self._telemetry.rank_failed(error.kind)
+
+    # ---- called by the driver --------------------------------------------------------------
+
+    async def view(self, seen_events: int) -> RunView:
+        """A snapshot for the display, without the first `seen_events` events."""
+        group = self._group
+        running = (time.time() - group.began) * group.world_size if group is not None else 0.0
+        return RunView(
+            state=self._state,
+            reason=self._reason,
+            attempt=self._attempt,
+            world_size=group.world_size if group is not None else 0,
+            pids=dict(group.pids) if group is not None else {},
+            progress=dict(self._progress),
+            evaluation=dict(self._evaluation),
+            events=list(self._events[seen_events:]),
+            num_events=len(self._events),
+            outcome=self._outcome,
+            error=self._error,
+            world_sizes=list(self._world_sizes),
+            worker_seconds=self._worker_seconds + running,
+            state_since=self._state_since,
+            rank_nodes=dict(group.nodes) if group is not None else {},
+            controller=self._controller,
+            placement_group=self._placement_group,
+        )
+
+    async def reached(self, step: int) -> int:
+        """Waits until `step` is committed; returns the newest committed step."""
+        async with self._step_reached:
+            await self._step_reached.wait_for(lambda: self._progress.get("step", -1) >= step)
+        return int(self._progress["step"])
+
+    async def stop(self, reason: str) -> None:
+        """Drains this group and every later one: the run ends with its state safe."""
+        self._stop_reason = reason
+        if self._group is not None:
+            self._group.changed.set()
+
+    async def set_replica_places(self, places: Sequence[ReplicaPlace]) -> None:
+        """The replica actors from now on."""
+        self._replicas = tuple(places)
+
+    async def add_event(self, row: Mapping[str, Any]) -> None:
+        """Records an event that the driver caused."""
+        self._record_event(row)
+
+    async def close(self) -> RunView:
+        """Ends the run's record and returns the last view."""
+        self._close_group()
+        self._enter(RunState.ENDED, "")
+        return await self.view(0)
+
+    # ---- inside ----------------------------------------------------------------------------
+
+    def _enter(self, state: RunState, reason: str) -> None:
+        if state is not self._state or reason != self._reason:
+            self._state, self._reason = transition(self._state, state), reason
+            self._state_since = time.time()
+            self._telemetry.state(state, reason)
+
+    def _stop_reason_of(self, group: Group) -> str | None:
+        return self._stop_reason or group.drain_reason
+
+    def _is_over(self, group: Group) -> bool:
+        present = set(group.pids) - group.away
+        return self._outcome is not None and bool(present) and set(group.ended) >= present
+
+    def _begin_change(self, kind: Literal["resize", "failure"], reason: str) -> None:
+        change, group = self._change, self._group
+        before = group.world_size if group is not None else 0
+        if kind == "resize" and group is not None and not group.stepped:
+            group.next_change = Change(kind, reason, before, marks={"noticed": time.time()})
+            return
+        if change is None:
+            self._change = Change(kind, reason, before)
+        elif kind == "failure":
+            # A failure before the first new step is part of the same downtime.
+            change.kind, change.reason = kind, reason
+        self._mark("noticed")
+
+    def _begin_world(self, group: Group) -> None:
+        """Survivors of this group have formed another world."""
+        # The controller may have heard of the loss before the survivors stepped on.
+        reason = self._breaker.last_reason if group.away else LOST
+        self._change = self._change or Change(
+            "failure", reason, group.world_size, restored_from="a member", in_place=True
+        )
+        self._mark("noticed")
+        group.stepped = False
+
+    def _enter_world(self, group: Group, world_size: int) -> None:
+        now = time.time()
+        self._worker_seconds += (now - group.began) * group.world_size
+        group.began = now
+        change = self._change
+        if change is not None and change.in_place and world_size > group.world_size:
+            change.kind, change.reason = "resize", RETURNED
+        group.world_size = world_size
+
+    async def _await_survivors(self, group: Group, *, gone: set[int]) -> None:
+        # Ray ends them as soon as the failure is handled; a rank reports after its state is safe.
+        deadline = time.monotonic() + self._survivors_timeout_s
+        waiting_for = set(group.pids) - gone
+        while waiting_for - set(group.ended) - group.away and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    def _mark(self, name: str) -> None:
+        if self._change is not None:
+            self._change.mark(name)
+
+    def _roll_back(self, step: int, lost_steps: int) -> None:
+        self._mark("restored")
+        self._folder.rewind_metrics(step)
+        self._last_row_step = min(self._last_row_step, step)
+        self._steps_redone += lost_steps
+        if self._change is not None:
+            self._change.steps_redone += lost_steps
+
+    def _stepped(self, group: Group, row: Mapping[str, Any]) -> None:
+        step, now = int(row["step"]), time.time()
+        if not group.stepped:
+            group.stepped = True
+            self._first_step(group, now)
+        self._progress = {**row, "world_size": group.world_size}
+        self._last_step, self._last_step_time = step, now
+        self._breaker.stepped(step)
+        self._wanted_workers = row.get("wanted_workers")
+        self._telemetry.stepped(self._progress)
+
+    def _first_step(self, group: Group, now: float) -> None:
+        change, self._change = self._change, group.next_change
+        group.next_change = None
+        if self._state is not RunState.DRAINING:
+            self._enter(RunState.RUNNING, "")
+        if not self._world_sizes or self._world_sizes[-1] != group.world_size:
+            self._world_sizes.append(group.world_size)
+        if change is None:
+            details: dict[str, Any] = {
+                "kind": "continue" if self._continued else "start",
+                "from_world_size": 0,
+                "reason": "the run was continued" if self._continued else "the run began",
+                "downtime_s": 0.0,
+                "steps_redone": self._steps_redone,
+            }
+        else:
+            began = self._last_step_time
+            details = {
+                "kind": "recovery" if change.kind == "failure" else "resize",
+                "from_world_size": change.from_world_size,
+                "reason": change.reason,
+                "downtime_s": round(now - began, 3),
+                "steps_redone": change.steps_redone,
+                "restored_from": change.restored_from,
+                "hand_over_s": change.hand_over_s,
+                "in_place": change.in_place,
+                "phases_s": {name: round(at - began, 3) for name, at in change.marks.items()},
+            }
+        self._record_event(
+            event_row(
+                step=self._last_step, to_world_size=group.world_size, plan=self._plan, **details
+            )
+        )
+
+    def _record_rank_event(self, group: Group, row: Mapping[str, Any]) -> None:
+        self._plan = row.get("plan") or self._plan
+        if row.get("kind") == "state_found" and self._change is not None:
+            self._change.restored_from = str(row["source"])
+        elif row.get("kind") == "restored":
+            self._enter_world(group, int(row["world_size"]))
+        self._record_event({**row, "world_size": group.world_size})
+
+    def _record_failure(self, before: int | None, after: int | None, **details: Any) -> None:
+        self._record_event(
+            event_row(
+                "failure",
+                self._last_step,
+                from_world_size=before,
+                to_world_size=after,
+                reason=self._breaker.last_reason,
+                downtime_s=None,
+                steps_redone=None,
+                plan=None,
+                **details,
+            )
+        )
+
+    def _record_event(self, row: Mapping[str, Any]) -> None:
+        self._events.append(dict(row))
+        self._telemetry.event(row)
+        self._folder.append_events([row])
+
+    def _measure_replicas(self) -> None:
+        now = time.monotonic()
+        if (
+            self._telemetry.exports
+            and self._replicas
+            and now - self._replicas_measured_at >= REPLICAS_INTERVAL_S
+        ):
+            self._replicas_measured_at = now
+            self._measuring = asyncio.create_task(self._sum_replicas(self._replicas))
+
+    async def _sum_replicas(self, places: Sequence[ReplicaPlace]) -> None:
+        # An actor that is gone is replaced by the driver; the next answer counts.
+        with contextlib.suppress(Exception):
+            answers = [place.actor.infos.remote(0) for place in places]
+            held = await asyncio.wait_for(asyncio.gather(*answers), REPLICAS_INTERVAL_S)
+            size = sum(info.num_bytes for infos in held for info in infos)
+            self._telemetry.set("vault_bytes", size)
+
+    def _close_group(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            self._change = self._change or group.next_change
+            self._worker_seconds += (time.time() - group.began) * group.world_size
+            group.changed.set()
+            if group.store_address is not None and not group.store_address.done():
+                group.store_address.cancel()

@@ -1,0 +1,222 @@
+"""The processes of one run: coordinator, replica actors, and Ray Train's controller with its workers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.util import remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from elastic_kfac.cluster.ray.connection import environment
+from elastic_kfac.cluster.ray.controller import (
+    ElasticCallback,
+    InPlaceCallback,
+    OwnGroupBackend,
+    ReplicaBackend,
+)
+from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node
+from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
+from elastic_kfac.cluster.run.controller_client import ControllerClient
+from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
+from elastic_kfac.cluster.run.membership import create_membership_host
+from elastic_kfac.cluster.run.replicas import ReplicaActors
+from elastic_kfac.cluster.run.states import RunState
+from elastic_kfac.cluster.run.worker import RANK_FUNCTION, WorkerSettings, run_worker
+from elastic_kfac.config import Config
+from elastic_kfac.observability.telemetry import TelemetryOptions
+from elastic_kfac.state.run_folder import RunFolder
+
+RAY_FOLDER = ".ray"
+"""Folder of a run where Ray Train keeps its own files while the run lasts."""
+REQUEST_FILE = f"{RAY_FOLDER}/request"
+"""Name under which the run requests nodes from Ray."""
+
+_TRAIN_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A worker that hangs is found within 30 s, the time of two polls included.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
+    # Draining nodes are left out of the plan; Ray's own way would wait for the deadline.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Relative paths of a configuration are relative to where the command was given.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+# The embedded cluster is not scraped: one process fewer per group.
+_EMBEDDED_TRAIN_ENVIRONMENT = {"RAY_TRAIN_METRICS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How a run is started; see `trainer.train`."""
+
+    rank_function: str = RANK_FUNCTION
+    """`module:function` that runs one rank."""
+    share: Callable[[], int] | None = None
+    """How many workers the run may use now; None leaves that to Ray."""
+    logical_gpus: bool = False
+    """Whether the cluster's GPUs are only Ray's numbers."""
+    log: str = ""
+    """Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`."""
+
+
+class Launch:
+    """Starts a run on the connected cluster, keeps up with its nodes, and cleans up after it."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        cluster: LocalCluster | None,
+        options: LaunchOptions,
+    ) -> None:
+        """Creates the actors and Ray Train's trainer; `start` runs it.
+
+        Args:
+            config: The run.
+            folder: The run's folder.
+            cluster: The embedded cluster, if it is one.
+            options: Of the run.
+        """
+        self._folder = folder
+        self._nodes: set[str] = set(alive_worker_nodes())
+        self._nodes_checked = time.monotonic()
+        # Only our own nodes preload what a rank imports; elsewhere an idle process saves little.
+        self._spares = 1 if cluster is not None else 0
+        self._embedded = cluster is not None
+        self.error: BaseException | None = None
+        """Raised by Ray Train."""
+        run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
+        elastic = config.elastic
+        telemetry = TelemetryOptions(
+            run_uri.rpartition("/")[2],
+            elastic.min_workers,
+            elastic.max_workers,
+            exports=cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1",
+            log=options.log,
+        )
+        here = ray.get_runtime_context().get_node_id()
+        home = head_node() or here
+        self.coordinator: Any = (
+            ray.remote(RunCoordinator)
+            .options(
+                num_cpus=0,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+            )
+            .remote(run_uri, in_place=elastic.in_place, telemetry=telemetry)
+        )
+        self._replicas = ReplicaActors(home)
+        ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
+        settings = WorkerSettings(
+            config,
+            run_uri,
+            self.coordinator,
+            options.rank_function,
+            telemetry=telemetry,
+            membership_host=create_membership_host(home) if elastic.in_place else None,
+            logical_gpus=options.logical_gpus,
+        )
+        scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
+        self._trainer = TorchTrainer(
+            run_worker,
+            train_loop_config=settings,
+            torch_config=ReplicaBackend() if elastic.in_place else OwnGroupBackend(),
+            scaling_config=ScalingConfig(
+                num_workers=(elastic.min_workers, elastic.max_workers),
+                elastic_resize_monitor_interval_s=elastic.resize_poll_s,
+                use_gpu=config.resources.use_gpu,
+                resources_per_worker=dict(config.resources.per_worker),
+            ),
+            run_config=RunConfig(
+                name=run_uri.rpartition("/")[2],
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=-1),
+                callbacks=[self._callback(config, options.share)],
+            ),
+        )
+        self._request = request_of(self._trainer)
+
+    def start(self) -> threading.Thread:
+        """Starts Ray Train in a thread, which ends with the run."""
+        storage = self._folder.storage
+        if storage.exists(REQUEST_FILE):
+            # The driver before this one was killed, and its controller with it.
+            refresh_capacity(withdraw=[storage.read(REQUEST_FILE).decode()])
+        storage.write(REQUEST_FILE, self._request.encode())
+        fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
+        fit.start()
+        return fit
+
+    def environment(self) -> Any:
+        """A context manager with Ray Train's settings; the run takes place inside it."""
+        embedded = _EMBEDDED_TRAIN_ENVIRONMENT if self._embedded else {}
+        return environment({**_TRAIN_ENVIRONMENT, **embedded}, user_wins=True)
+
+    def follow_nodes(self, view: RunView, *, at_once: bool, interval_s: float = 1.0) -> None:
+        """Makes new nodes known to Ray Train, and moves replicas to where the ranks are."""
+        if not at_once and time.monotonic() - self._nodes_checked < interval_s:
+            return
+        self._nodes_checked = time.monotonic()
+        nodes = set(alive_worker_nodes())
+        if nodes - self._nodes:
+            # Ray Train looks at the nodes every 20 s only.
+            refresh_capacity()
+            if self._spares:
+                prestart_workers(nodes - self._nodes, self._spares, environment=train_environment())
+        self._nodes = nodes
+        if view.state is RunState.RUNNING and self._replicas.follow(view.rank_nodes, nodes):
+            self.coordinator.set_replica_places.remote(self._replicas.places)
+
+    def end_replicas(self) -> None:
+        """Ends the replica actors."""
+        self._replicas.close()
+
+    def close(self) -> RunView:
+        """Removes what Ray Train leaves behind; returns the last view of the run."""
+        view: RunView = ray.get(self.coordinator.close.remote())
+        self._folder.storage.delete(RAY_FOLDER)
+        if self.error is not None:
+            # A controller that was killed has freed nothing.
+            refresh_capacity(withdraw=[self._request])
+            if view.placement_group is not None:
+                remove_placement_group(view.placement_group)
+        if (view.outcome or {}).get("status") == "finished":
+            self.error = None
+        return view
+
+    def _callback(self, config: Config, share: Callable[[], int] | None) -> ElasticCallback:
+        client = ControllerClient(self.coordinator)
+        elastic = config.elastic
+        grows = elastic.batch_policy == "abs" and config.batch.policy != "constant"
+        options: dict[str, Any] = {
+            "spare_processes": self._spares,
+            "wanted": client.wanted_workers if grows else None,
+            "share": share,
+        }
+        if not elastic.in_place:
+            return ElasticCallback(client, **options)
+        return InPlaceCallback(
+            client, wait_s=elastic.in_place_wait_s, min_workers=elastic.min_workers, **options
+        )
+
+    def _fit(self) -> None:
+        try:
+            if self._spares:
+                # The controller and its helpers on this node, the first group on the others.
+                inherited = train_environment()
+                here = ray.get_runtime_context().get_node_id()
+                prestart_workers(self._nodes, 1, environment=inherited)
+                prestart_workers({here}, 3, environment=inherited)
+            self._trainer.fit()
+        except BaseException as error:
+            self.error = error

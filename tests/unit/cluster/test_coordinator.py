@@ -1,0 +1,317 @@
+"""The run coordinator without Ray: states, groups, rows, draining, downtime, redone steps."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elastic_kfac.cluster.run.coordinator import RunCoordinator
+from elastic_kfac.cluster.run.crash_loop import RankError
+from elastic_kfac.cluster.run.states import TRANSITIONS, RunState, transition
+from elastic_kfac.errors import RunError
+from elastic_kfac.observability.metric_names import label
+from elastic_kfac.state.run_folder import RunFolder
+
+PIDS = {0: 10, 1: 11}
+NODES = {0: "127.0.0.3", 1: "127.0.0.4"}
+
+
+def _steps(*steps: int) -> list[Any]:
+    return [
+        message
+        for step in steps
+        for message in (
+            ("step", {"step": step, "loss": 1.0}),
+            ("metrics", {"step": step, "loss": 1.0}),
+        )
+    ]
+
+
+def test_coordinator_node_lost_writes_failure_and_recovery_with_redone_steps(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1, 2, 3, 4))
+        failing = asyncio.create_task(coordinator.group_failed({1: "ActorDied"}, ["node"]))
+        await asyncio.sleep(0.05)
+        # Rank 0 may still be saving what it has.
+        assert not failing.done()
+        await coordinator.rank_failed(1, RankError(0, "CommunicationError", "rank 0 lost a peer"))
+        assert await failing is None
+        await coordinator.group_started({0: 10}, {0: "127.0.0.3"})
+        joined = await coordinator.join(0)
+        assert (joined["attempt"], joined["stop_reason"], joined["over"]) == (2, None, False)
+        assert await coordinator.last_step() == 4
+        await coordinator.record(2, [("rollback", {"step": 2, "lost_steps": 2}), *_steps(3, 4, 5)])
+
+    asyncio.run(scenario())
+    folder = RunFolder(tmp_path)
+    start, failure, recovery = folder.events()
+    assert (start["kind"], start["to_world_size"]) == ("start", 2)
+    assert (failure["kind"], failure["step"], failure["reason"]) == ("failure", 4, "1 node lost")
+    assert recovery["kind"] == "recovery"
+    assert (recovery["from_world_size"], recovery["to_world_size"]) == (2, 1)
+    assert (recovery["step"], recovery["steps_redone"]) == (4, 2)
+    assert recovery["downtime_s"] >= 0.0
+    assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_coordinator_drain_wakes_every_rank_and_waits_for_all(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        waiting = [asyncio.create_task(coordinator.stop_reason(1)) for _ in PIDS]
+        draining = asyncio.create_task(coordinator.drain("room for 3 workers", timeout_s=30.0))
+        assert await asyncio.gather(*waiting) == ["room for 3 workers"] * 2
+        await coordinator.rank_left(1, 0, {"status": "parked"})
+        await asyncio.sleep(0.05)
+        assert not draining.done()
+        await coordinator.rank_left(1, 1, {"status": "parked"})
+        assert await draining is False
+        assert (await coordinator.view(0)).outcome is None
+
+    asyncio.run(scenario())
+
+
+def test_coordinator_drain_asked_before_the_first_step_is_a_change_of_its_own(
+    tmp_path: Path,
+) -> None:
+    async def parked_after(coordinator: RunCoordinator, attempt: int, *steps: int) -> None:
+        draining = asyncio.create_task(
+            coordinator.drain("a node goes", timeout_s=30.0, notice_s=9.0)
+        )
+        await asyncio.sleep(0)
+        await coordinator.record(attempt, _steps(*steps))
+        await coordinator.rank_left(attempt, 0, {"status": "parked"})
+        assert await draining is False
+
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started({0: 10}, NODES)
+        await parked_after(coordinator, 1, 1, 2)
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(2, _steps(3))
+        await coordinator.group_failed({0: "ActorDied", 1: "ActorDied"}, ["node"])
+        await coordinator.group_started({0: 12}, NODES)
+        await parked_after(coordinator, 3, 4)
+        await coordinator.group_started({0: 13}, NODES)
+        # This group is over before it has stepped: the next one's change is the same.
+        await parked_after(coordinator, 4)
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(5, _steps(5))
+
+    asyncio.run(scenario())
+    changes = [row for row in RunFolder(tmp_path).events() if "to_world_size" in row]
+    assert [(row["kind"], row["from_world_size"], row["to_world_size"]) for row in changes] == [
+        ("start", 0, 1),
+        ("resize", 1, 2),
+        ("failure", 2, None),
+        ("recovery", 2, 1),
+        ("resize", 1, 2),
+    ]
+    handed_over = [row.get("hand_over_s") is not None for row in changes]
+    assert handed_over == [False, True, False, False, True]
+
+
+def test_coordinator_drain_of_a_finished_run_says_that_it_is_over(tmp_path: Path) -> None:
+    async def scenario() -> bool:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        for rank in PIDS:
+            await coordinator.rank_left(1, rank, {"status": "finished", "steps": 9})
+        over = await coordinator.drain("room for 3 workers", timeout_s=30.0)
+        assert (await coordinator.view(0)).outcome == {"status": "finished", "steps": 9}
+        return over
+
+    assert asyncio.run(scenario())
+
+
+def test_coordinator_drain_does_not_wait_for_a_rank_that_failed(tmp_path: Path) -> None:
+    async def scenario() -> bool:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.rank_failed(1, RankError(1, "ValueError", "ValueError: no"))
+        return await coordinator.drain("room for 3 workers", timeout_s=3600.0)
+
+    assert not asyncio.run(asyncio.wait_for(scenario(), 20.0))
+
+
+def test_coordinator_stop_holds_for_later_groups_too(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.stop("SIGTERM")
+        await coordinator.group_started(PIDS, NODES)
+        assert (await coordinator.join(1))["stop_reason"] == "SIGTERM"
+        assert await coordinator.stop_reason(1) == "SIGTERM"
+        await coordinator.rank_left(1, 0, {"status": "parked", "steps": 5})
+        assert (await coordinator.view(0)).outcome == {"status": "parked", "steps": 5}
+
+    asyncio.run(scenario())
+
+
+def test_coordinator_rows_of_a_replaced_group_are_dropped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1))
+        await coordinator.group_failed({}, [])
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(2))
+        assert (await coordinator.view(0)).progress["step"] == 1
+        assert await coordinator.stop_reason(1) is None
+
+    asyncio.run(scenario())
+    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1]
+
+
+def test_coordinator_reached_answers_at_the_step(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        reached = asyncio.create_task(coordinator.reached(3))
+        await coordinator.record(1, _steps(1, 2))
+        await asyncio.sleep(0.02)
+        assert not reached.done()
+        await coordinator.record(1, _steps(3))
+        assert await asyncio.wait_for(reached, 10.0) == 3
+
+    asyncio.run(scenario())
+
+
+def test_coordinator_opened_on_an_earlier_run_continues_it(tmp_path: Path) -> None:
+    RunFolder(tmp_path).append_metrics([{"step": 1}, {"step": 7}])
+
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        assert await coordinator.last_step() == 7
+        await coordinator.record(1, _steps(8))
+
+    asyncio.run(scenario())
+    (event,) = RunFolder(tmp_path).events()
+    assert (event["kind"], event["step"], event["steps_redone"]) == ("continue", 7, 0)
+
+
+def test_coordinator_view_sends_each_event_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.add_event({"kind": "fault", "step": 1})
+        first = await coordinator.view(0)
+        await coordinator.add_event({"kind": "fault", "step": 2})
+        second = await coordinator.view(first.num_events)
+        assert [row["step"] for row in first.events] == [1]
+        assert [row["step"] for row in second.events] == [2]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(RunState, RunState)])
+def test_transition_is_legal_or_raises(before: RunState, after: RunState) -> None:
+    if after in {*TRANSITIONS[before], before, RunState.ENDED}:
+        assert transition(before, after) is after
+        return
+    with pytest.raises(RunError, match=f"given: {before} -> {after}; allowed: "):
+        transition(before, after)
+
+
+def test_every_state_is_documented_reachable_and_exported() -> None:
+    assert set(TRANSITIONS) == set(RunState)
+    reachable = {RunState.STARTING, RunState.ENDED}.union(*TRANSITIONS.values())
+    assert reachable == set(RunState)
+    assert tuple(RunState) == label("state").values
+    # The states that a closed or failed run must not come back from.
+    assert TRANSITIONS[RunState.ENDED] == frozenset()
+    assert RunState.RUNNING not in TRANSITIONS[RunState.WAITING]
+
+
+def test_coordinator_passes_through_the_states_and_refuses_to_leave_the_last(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> list[RunState]:
+        coordinator = RunCoordinator(str(tmp_path))
+        states = [(await coordinator.view(0)).state]
+
+        async def note() -> None:
+            states.append((await coordinator.view(0)).state)
+
+        await coordinator.group_planned(2)
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1))
+        await note()
+        draining = asyncio.create_task(coordinator.drain("a node was added", timeout_s=30.0))
+        await asyncio.sleep(0)
+        await note()
+        for rank in PIDS:
+            await coordinator.rank_left(1, rank, {"status": "parked"})
+        await draining
+        await coordinator.group_planned(2)
+        await note()
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.group_failed({0: "ActorDied", 1: "ActorDied"}, ["node"])
+        await note()
+        await coordinator.close()
+        await note()
+        with pytest.raises(RunError, match="illegal change of the run's state"):
+            await coordinator.group_planned(2)
+        return states
+
+    assert asyncio.run(scenario()) == [
+        "starting",
+        "running",
+        "draining",
+        "starting",
+        "waiting",
+        "ended",
+    ]
+
+
+def test_coordinator_in_place_follows_the_worlds_of_one_group(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.group_started(PIDS, NODES)
+        slots = [(await coordinator.join(rank))["slot"] for rank in PIDS]
+        await coordinator.record(1, _steps(1, 2))
+        assert await coordinator.members_lost({1: "ActorDied"}, []) is None
+        # Both worlds begin in the middle of a batch of rows.
+        restored = {"kind": "restored", "step": 2}
+        await coordinator.record(
+            1,
+            [
+                *_steps(3),
+                ("rollback", {"step": 2, "lost_steps": 1}),
+                ("event", {**restored, "world_size": 1}),
+                *_steps(3),
+            ],
+        )
+        slots.append((await coordinator.join(1, pid=12, node_id="n"))["slot"])
+        assert slots == [0, 1, 2]
+        await coordinator.record(
+            1,
+            [
+                ("rollback", {"step": 3, "lost_steps": 0}),
+                ("event", {**restored, "step": 3, "world_size": 2}),
+                *_steps(4),
+            ],
+        )
+        view = await coordinator.view(0)
+        assert (view.world_sizes, view.pids[1], view.state) == ([2, 1, 2], 12, "running")
+        assert not await coordinator.is_over()
+        for rank in PIDS:
+            await coordinator.rank_left(1, rank, {"status": "finished", "steps": 4})
+        assert await coordinator.is_over()
+
+    asyncio.run(scenario())
+    rows = [row for row in RunFolder(tmp_path).events() if "downtime_s" in row]
+    assert [(r["kind"], r["to_world_size"], r["steps_redone"]) for r in rows] == [
+        ("start", 2, 0),
+        ("failure", 1, None),
+        ("recovery", 1, 1),
+        ("resize", 2, 0),
+    ]
+    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4]
