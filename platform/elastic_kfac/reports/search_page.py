@@ -81,9 +81,6 @@ def render_search(experiment: Experiment) -> str:
     found, count = importances(experiment)
     order = [each.parameter for each in found]
     order += [name for name in experiment.parameters if name not in order]
-    shown = order[:MOST_AXES]
-    where = shlex.quote(f"{experiment.location}/best_config.yaml")
-    others = len(experiment.points) - 1
     return page(
         "search.html",
         script="search.js",
@@ -91,42 +88,35 @@ def render_search(experiment: Experiment) -> str:
         headline=headline(experiment),
         tiles=_tiles(experiment),
         sections=SECTIONS,
-        status=experiment.status,
+        experiment=experiment,
         progress=progress_line(experiment),
-        done=experiment.done,
-        total=experiment.total,
-        unit=experiment.unit,
-        rule=str(experiment.about.get("rule_for_censored") or "").strip(),
         compared=_compared(experiment),
-        confidence=_confidence(experiment),
         points=_points(experiment),
         failures=_failures(experiment),
         best=_best(experiment),
-        best_config=experiment.best_config,
-        train_command=f"elastic-kfac train {where}",
-        lacking=no_best(experiment),
-        references=", ".join(experiment.references) or BEST,
-        curves={"seconds": curves_figure(experiment, "seconds")}
-        | {"step": curves_figure(experiment, "step")},
-        curves_left_out=f" Of {others} other points, {MOST_OTHERS} are drawn."
-        if others > MOST_OTHERS
-        else "",
+        location=shlex.quote(experiment.location),
+        config_file=shlex.quote(f"{experiment.location}/best_config.yaml"),
+        no_best=no_best(experiment),
+        by_seconds=curves_figure(experiment, "seconds"),
+        by_step=curves_figure(experiment, "step"),
+        most_others=MOST_OTHERS,
         pareto=pareto_figure(experiment),
-        pareto_note=_pareto_note(experiment),
-        shown=shown,
-        parallel=parallel_figure(experiment, shown),
-        parallel_note=_parallel_note(order),
+        missed=sum(p.tried and p.value is None for p in experiment.points),
+        parallel=parallel_figure(experiment, order[:MOST_AXES]),
+        axes=order[:MOST_AXES],
+        not_drawn=order[MOST_AXES:],
         ranges=_ranges(experiment),
         importance=importance_figure(found, count),
-        importance_words="Importance: "
-        + ", ".join(f"{each.parameter} {each.share:.0%}" for each in found),
-        importance_note=_importance_note(bool(found), count),
+        shares=[f"{each.parameter} {each.share:.0%}" for each in found],
+        ranked=count,
+        fewest=FEWEST,
+        reliable=RELIABLE,
         timeline=timeline_figure(experiment),
-        timeline_note=_timeline_note(experiment),
+        resizes=_resizes(experiment),
+        clones=[f"{t.id} from {t.parent}" for t in experiment.trials.values() if t.parent],
         trials=_trials(experiment),
         csv=experiment.csv if len(experiment.csv) <= LARGEST_CSV else None,
         facts=_facts(experiment),
-        report_command=f"elastic-kfac report {shlex.quote(experiment.location)}",
         space=yaml_text(experiment.space) + "\n" if experiment.space else "",
     )
 
@@ -220,62 +210,13 @@ def _against(experiment: Experiment, value: float, name: str, point: Point) -> s
     return f"no different from {label} ({other})"
 
 
-def _confidence(experiment: Experiment) -> str:
-    seeds = "1 seed per point"
-    if experiment.repeats > 1:
-        seeds = f"{experiment.repeats} seeds per point whose first one finished"
-    if experiment.confirmed:
-        return (
-            f"The search used {seeds}. The rows of unseen seeds repeat the winner and the "
-            "references with seeds that had no part in choosing it: they are the fair comparison."
-        )
-    return (
-        f"{seeds[0].upper()}{seeds[1:]}. The winner was chosen by these same trials, so its value "
-        "is optimistic; “confirm: N” in the space repeats it with unseen seeds."
-    )
-
-
-def _pareto_note(experiment: Experiment) -> str:
-    note = "No other point is both faster and smaller than one on the line. "
-    note += "Star: best; diamonds: references."
-    left_out = sum(p.tried and p.value is None for p in experiment.points)
-    return note + (f" Left out: {left_out} that did not reach the target." if left_out else "")
-
-
-def _parallel_note(order: Sequence[str]) -> str:
-    note = (
-        "A line per point, orange the best, the darker the better; dashed lines did not reach the "
-        "target. Axes in order of importance."
-    )
-    left_out = ", ".join(order[MOST_AXES:])
-    return note + (f" Not drawn: {left_out}." if left_out else "")
-
-
-def _importance_note(is_known: bool, count: int) -> str:
-    if not is_known:
-        return f"{count} points have ended; at least {FEWEST} with different values are needed."
-    note = (
-        "Share of the variance of the points' ranks that a parameter explains by itself (eta "
-        f"squared of Kruskal and Wallis; numbers in two or three parts), over n = {count} points "
-        "that finished or were stopped; points that missed the target rank last. The line is the "
-        "share by chance alone; a bar near it means nothing."
-    )
-    hint = f" With fewer than {RELIABLE} points this is a hint at most."
-    return note + (hint if count < RELIABLE else "")
-
-
-def _timeline_note(experiment: Experiment) -> str:
-    resizes = [
+def _resizes(experiment: Experiment) -> list[str]:
+    """World sizes of every trial whose workers changed."""
+    return [
         f"{trial.id}: {' → '.join(map(str, [trial.resizes[0].before, *sizes]))}"
         for trial in experiment.trials.values()
         if (sizes := [change.after for change in trial.resizes])
     ]
-    note = "A bar per trial, in the order in which they were planned."
-    if resizes:
-        note += f" Black lines: the trial's workers changed ({'; '.join(resizes[:12])}"
-        note += f"; and {len(resizes) - 12} more)." if len(resizes) > 12 else ")."
-    clones = [f"{t.id} from {t.parent}" for t in experiment.trials.values() if t.parent]
-    return note + (f" Continued another trial's state: {', '.join(clones)}." if clones else "")
 
 
 # ---- tables ----------------------------------------------------------------------------------
