@@ -52,7 +52,6 @@ def render_report(run: Run) -> str:
         analysis=analysis_section(run),
         events=_events([event for event in run.events if "provenance" not in event]),
         torn=f"{run.torn_lines} torn line(s) left out." if run.torn_lines else "",
-        plan=_newest_plan(run),
         configuration=yaml_text(run.config),
         result=result or {"status": "no result yet"},
         provenance=run.provenance,
@@ -87,7 +86,7 @@ def _events(events: Sequence[Row]) -> Table:
     rows = [_event_row(event, origin) for event in events]
     if has_plans:
         head += "|plan"
-        rows = [[*r, code(_plan_name(e.get("plan")))] for r, e in zip(rows, events, strict=True)]
+        rows = [[*r, code(e.get("plan") or "")] for r, e in zip(rows, events, strict=True)]
     return Table.of("Events", head, rows)
 
 
@@ -116,28 +115,6 @@ def _phases(event: Row) -> Markup:
         return Markup("")
     parts = [f"{name} {max(0.0, number(phases, name) or 0.0):.1f} s" for name in phases]
     return Markup('<div class="note">{}</div>').format(" · ".join(parts))
-
-
-def _plan_name(plan: object) -> str:
-    if isinstance(plan, Mapping):
-        name = str(plan.get("sha256", ""))[:12]
-        fraction = plan.get("grad_worker_frac")
-        return name if fraction is None else f"{name} grad_worker_frac={fraction:g}".strip()
-    text = "" if plan is None else str(plan)
-    if "\n" in text:
-        return "below"
-    return text[:12] if len(text) == 64 else text
-
-
-def _newest_plan(run: Run) -> str:
-    for event in reversed(run.events):
-        plan = event.get("plan")
-        if isinstance(plan, str) and "\n" in plan:
-            return plan
-        if isinstance(plan, Mapping):
-            table = plan.get("table")
-            return str(table) if table else yaml_text(plan)
-    return ""
 
 
 def _section_of(run: Run, name: str) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
-"""What a run's folder says: its rows as they are, and the few things that are derived from them.
+"""The record of a run, read from its folder, and quantities derived from it.
 
-A run that is still going, or died, has no `result.json` and may end in half a line; all of this
-module works on what there is.
+A running or crashed run has no `result.json` and may end in half a line; everything here works on
+the rows that exist.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from elastic_kfac.errors import UsageError
 FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "result.json")
 FINISHED = "finished"
 ANALYSES = "analysis/"
-"""Where `analyze` and the probes write, as JSON."""
+"""Folder of the JSON files of `analyze` and the probes."""
 Row = Mapping[str, Any]
 
 
@@ -47,7 +47,7 @@ class Run:
     result: Mapping[str, Any] | None
     torn_lines: int = field(default=0)
     analyses: Sequence[Row] = ()
-    """What was found about the loss surface, in training and afterwards; oldest step first."""
+    """Analyses of the loss surface, in training and afterwards; oldest step first."""
 
     @cached_property
     def steps(self) -> list[Row]:
@@ -60,11 +60,10 @@ class Run:
         found = []
         for row in self.metrics:
             if is_evaluation(row) and number(row, "step") is not None:
-                accuracy = first_number(row, "eval_accuracy", "accuracy")
+                accuracy = number(row, "eval_accuracy")
                 if accuracy is not None:
                     wall = number(row, "wall_time_s") or 0.0
-                    loss = first_number(row, "eval_loss", "loss")
-                    found.append((int(row["step"]), wall, accuracy, loss))
+                    found.append((int(row["step"]), wall, accuracy, number(row, "eval_loss")))
         return found
 
     @cached_property
@@ -85,12 +84,12 @@ class Run:
 
     @cached_property
     def world_sizes(self) -> list[int]:
-        """World sizes in their order, as the steps saw them."""
+        """World sizes of the steps, in order."""
         return [segment.world_size for segment in self.segments]
 
     @cached_property
     def changes(self) -> list[Row]:
-        """Events after which another group of workers went on, the first start left out."""
+        """Events that changed the group of workers, except the first start."""
         return [
             event
             for event in self.events
@@ -99,7 +98,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run ended as it was meant to."""
+        """Whether the run finished."""
         return self.result is not None and self.result.get("status") == FINISHED
 
     @property
@@ -111,7 +110,7 @@ class Run:
 
     @property
     def target_accuracy(self) -> float | None:
-        """The accuracy that the run was to reach, None when it had no target."""
+        """The target accuracy; None without a target."""
         given = None if self.result is None else number(self.result, "target_accuracy")
         return (
             given if given is not None else number(self.config.get("train", {}), "target_accuracy")
@@ -128,7 +127,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The newest committed step that was logged."""
+        """The last committed step that was logged."""
         given = None if self.result is None else number(self.result, "steps")
         return (
             int(given)
@@ -143,12 +142,12 @@ class Run:
 
     @property
     def downtime_s(self) -> float:
-        """Seconds without stepping around changes of the group."""
+        """Seconds without steps around changes of the group."""
         return float(sum(number(event, "downtime_s") or 0.0 for event in self.changes))
 
     @property
     def steps_redone(self) -> int:
-        """Steps that were computed again after an unplanned loss."""
+        """Steps that were redone after an unplanned loss."""
         given = None if self.result is None else number(self.result, "steps_redone")
         if given is not None:
             return int(given)
@@ -156,7 +155,7 @@ class Run:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """Versions and hardware as the run itself recorded them; empty when it did not."""
+        """Versions and hardware as recorded by the run; may be empty."""
         for row in (self.result or {}, *self.events):
             if isinstance(row.get("provenance"), dict):
                 return dict(row["provenance"])
@@ -180,7 +179,7 @@ def read_run(folder: Path) -> Run:
 
 
 def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
-    """A run from the contents of its files, wherever they lie.
+    """A run from the contents of its files.
 
     Raises:
         UsageError: If `config.yaml` or `result.json` cannot be read.
@@ -199,11 +198,11 @@ def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
 
 def is_evaluation(row: Row) -> bool:
     """Whether a row of `metrics.jsonl` comes from an evaluation."""
-    return "eval_accuracy" in row or row.get("kind") in ("eval", "evaluation")
+    return "eval_accuracy" in row
 
 
 def is_step(row: Row) -> bool:
-    """Whether a row of `metrics.jsonl` is about one step and nothing else."""
+    """Whether a row of `metrics.jsonl` comes from one training step."""
     aside = is_evaluation(row) or "analysis_time_s" in row or "hessian_time_s" in row
     return "step" in row and not aside
 

@@ -24,7 +24,7 @@ def headline(run: Run) -> str:
 def _outcome(run: Run) -> str:
     best, target, reached = run.best_accuracy, run.target_accuracy, run.time_to_accuracy_s
     if run.result is None:
-        text = f"Still going, or died: step {run.last_step:,} after {duration(run.wall_time_s)}"
+        text = f"Running or crashed: step {run.last_step:,} after {duration(run.wall_time_s)}"
         return text + (f", {best:.2%} test accuracy so far" if best is not None else "")
     if run.result.get("error"):
         return f"Failed at step {run.last_step:,} ({str(run.result['error']).rstrip('.')})"
@@ -37,7 +37,7 @@ def _outcome(run: Run) -> str:
     if target is None:
         return f"Reached {best:.2%} test accuracy in {duration(run.wall_time_s)}"
     if reached is None:
-        return f"Missed the target: {best:.2%} test accuracy, {target:.2%} was asked for,"
+        return f"Missed the target of {target:.2%} test accuracy with {best:.2%}"
     return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%})"
 
 

@@ -94,7 +94,7 @@ def test_report_of_run_that_has_just_begun_says_so(make_run: MakeRun, metrics: s
     folder = make_run(metrics__jsonl=metrics, events__jsonl=None, result__json=None)
     text = write_report(folder).read_text(encoding="utf-8")
     assert Page(text).open == []
-    assert "Still going, or died" in text
+    assert "Running or crashed" in text
 
 
 def test_report_with_non_finite_losses_is_still_drawn(make_run: MakeRun) -> None:
@@ -139,7 +139,7 @@ def test_living_run_derives_time_to_accuracy_from_its_rows(make_run: MakeRun) ->
 def test_headline_of_run_below_target_says_missed(make_run: MakeRun) -> None:
     result = {"status": "finished", "best_accuracy": 0.91, "target_accuracy": 0.97, "steps": 9}
     run = read_run(make_run(result__json=json.dumps(result), metrics__jsonl=""))
-    assert headline(run).startswith("Missed the target: 91.00% test accuracy, 97.00%")
+    assert headline(run).startswith("Missed the target of 97.00% test accuracy with 91.00%")
 
 
 def test_headline_of_failed_run_names_the_status(make_run: MakeRun) -> None:
