@@ -25,6 +25,7 @@ from elastic_kfac.experiments.trials import (
     REFUSED,
     RUNNING,
     WAITING,
+    WORDS,
     Trial,
     TrialTable,
 )
@@ -150,7 +151,7 @@ def status_line(
     parts = [f"{total - len(running) - len(waiting) - unplanned} of {total} trials"]
     for status in (DIVERGED, FAILED, REFUSED):
         if count := sum(trial.status == status for trial in trials):
-            parts.append(f"{count} {status}")
+            parts.append(f"{count} {WORDS.get(status, status)}")
     if running:
         parts.append("training " + ", ".join(f"{t.id} {t.fraction:.0%}" for t in running))
     left = _seconds_left(trials, running, waiting, unplanned, clock())

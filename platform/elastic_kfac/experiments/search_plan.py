@@ -1,6 +1,6 @@
 """The trials of a search: references, points, further seeds of points, and the confirmation.
 
-A trial that cannot work here is refused with its reason before it costs anything.
+A trial that cannot run here is rejected with a reason before it costs anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class SearchPlan:
     """Adds trials to the table of a search."""
 
     def __init__(self, folder: SearchFolder, room: int, say: Callable[[str], None]) -> None:
-        """`room` is how many workers the cluster can carry; `say` reports refusals."""
+        """`room` is how many workers the cluster can carry; `say` reports rejections."""
         self._folder = folder
         self._space = folder.space
         self._table = folder.trials
@@ -118,5 +118,5 @@ class SearchPlan:
             reason = error.line()
         if reason is not None:
             trial.status, trial.reason = REFUSED, reason
-            self._say(f"{trial.id} refused: {reason}")
+            self._say(f"{trial.id} rejected: {reason}")
         return trial

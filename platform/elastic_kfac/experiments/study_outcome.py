@@ -304,7 +304,7 @@ def claims_text(claims: Sequence[Claim]) -> str:
         for comparison in claim.comparisons:
             said = interval_text(assertion, comparison.interval)
             label = comparison.label(assertion.is_ratio)
-            lines.append(f"             {label}: {said}, wanted {bounds_text(assertion)}")
+            lines.append(f"             {label}: {said}, expected {bounds_text(assertion)}")
     return "\n".join([f"Claims ({TEST}):", *lines])
 
 

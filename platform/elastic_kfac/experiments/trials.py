@@ -27,6 +27,9 @@ DIVERGED: Final = "diverged"
 WAITING: Final = "waiting"
 """A cell of a study that has not been trained yet."""
 
+WORDS = {REFUSED: "rejected"}
+"""States that people read under another name than the files have."""
+
 ENDED = (FINISHED, STOPPED, FAILED, REFUSED)
 """States of trials that a search does not run again."""
 TRIED = (FINISHED, STOPPED)

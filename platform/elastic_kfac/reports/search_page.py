@@ -23,7 +23,7 @@ from elastic_kfac.experiments.search_folder import (
     mapping,
     read_experiment,
 )
-from elastic_kfac.experiments.trials import Point, Trial, is_real
+from elastic_kfac.experiments.trials import WORDS, Point, Trial, is_real
 from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.search_figures import (
     MIB,
@@ -171,8 +171,8 @@ def progress_line(experiment: Experiment) -> str:
     text = f"· {experiment.done} of {experiment.total} trials done"
     if running := experiment.trials.count("running"):
         text += f", {running} running"
-    names = {"failed": "failed", "refused": "rejected", "stopped": "stopped"}
-    lost = [f"{n} {word}" for s, word in names.items() if (n := experiment.trials.count(s))]
+    states = ("failed", "refused", "stopped")
+    lost = [f"{n} {WORDS.get(s, s)}" for s in states if (n := experiment.trials.count(s))]
     return text + (f" ({', '.join(lost)})" if lost else "")
 
 
@@ -183,8 +183,6 @@ def amount(experiment: Experiment, value: float | None) -> str:
     unit = experiment.unit
     if unit == "steps":
         return f"{value:,.0f} steps"
-    if not unit.endswith("seconds") and not unit.startswith("seconds"):
-        return f"{value:.4g} {unit}"
     words = unit.replace("seconds", "").strip()
     return duration(value) + (f" ({words})" if words not in ("", "training") else "")
 
@@ -446,7 +444,7 @@ def _number(value: float | None, form: str) -> Cell:
 
 def _badge(status: str) -> Markup:
     css = {"finished": " good", "failed": " bad", "refused": " bad"}.get(status, "")
-    return Markup('<span class="kind{}">{}</span>').format(css, status)
+    return Markup('<span class="kind{}">{}</span>').format(css, WORDS.get(status, status))
 
 
 def _pairs(trial: Trial) -> Markup:

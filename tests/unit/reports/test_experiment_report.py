@@ -177,7 +177,8 @@ def test_table_of_trials_has_every_row_and_its_numbers(
     head, *table = page.tables["All trials"]
     assert [cells[0] for cells in table] == [r["trial_id"] for r in found]
     for cells, each in zip(table, found, strict=True):
-        assert cells[head.index("state")] == each["status"]
+        state = "rejected" if each["status"] == "refused" else each["status"]
+        assert cells[head.index("state")] == state
         for column, name in (("CPU seconds", "cpu_seconds"), ("worker-seconds", "worker_seconds")):
             expected = "–" if each[name] == "" else f"{each[name]:,.1f}"
             assert cells[head.index(column)] == expected
