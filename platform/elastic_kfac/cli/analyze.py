@@ -1,4 +1,4 @@
-"""`analyze` and `probe`: what a run's checkpoint says about its loss surface and its matrices."""
+"""`analyze` and `probe`: the loss surface and the matrices of a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def analyze(arguments: argparse.Namespace) -> int:
 
 
 def lowrank(arguments: argparse.Namespace) -> int:
-    """Ranks of a checkpoint's matrices beside a kernel matrix's."""
+    """Ranks of a checkpoint's matrices, compared with a kernel matrix."""
     uri = locate_run(arguments.run, arguments.storage)
     folder = open_run(uri)
 
@@ -73,7 +73,7 @@ def lowrank(arguments: argparse.Namespace) -> int:
 
 
 def bias_variance(arguments: argparse.Namespace) -> int:
-    """Training loss + C·√(variance of the samples' losses / n), beside the other split's loss."""
+    """Training loss + C·√(variance of the samples' losses / n), and the other split's loss."""
     uri = locate_run(arguments.run, arguments.storage)
     folder = open_run(uri)
 
@@ -107,13 +107,13 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"  largest eigenvalue   {high:.4g}"
         yield f"  smallest eigenvalue  {low:.4g}{_saddle(low, high)}"
         top = " ".join(f"{value:.3g}" for value in whole["eigenvalues"])
-        yield from _wrapped(f"  top {len(whole['eigenvalues'])} by size", top)
+        yield from _wrapped(f"  top {len(whole['eigenvalues'])} by magnitude", top)
     if last := found.get("last_layer"):
         top = " ".join(f"{value:.3g}" for value in last["eigenvalues"])
-        yield from _wrapped("  of the last layer", top)
+        yield from _wrapped("  last layer", top)
     if one := found.get("one_sample"):
         top = " ".join(f"{value:.3g}" for value in one["mean"])
-        yield from _wrapped(f"  of one sample (n={one['samples']})", top)
+        yield from _wrapped(f"  one sample (n={one['samples']})", top)
     if trace := found.get("trace"):
         error = trace["standard_error"]
         spread = "" if error is None else f" ± {error:.2g} ({trace['draws']} draws)"
@@ -124,14 +124,14 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def low_rank_table(found: Mapping[str, Any]) -> Iterator[str]:
-    """A low-rank probe on one screen, with the verdict that the numbers give."""
+    """A low-rank probe on one screen, with its verdicts."""
     yield (
         f"step {found['step']:,}: ranks at ε = {found['epsilon']:g} "
         f"({found['images']} images for the unrolled inputs)"
     )
     yield (
         f"  {'matrix':<28} {'size':>12} {'rank':>6} {'of full':>8} {'entries saved':>14} "
-        f"{'products to earn back':>22}"
+        f"{'products to amortise':>22}"
     )
     for row in (found["kernel"], *found["matrices"]):
         name = f"{row['kind']} {row['layer']}"
@@ -145,11 +145,11 @@ def low_rank_table(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def low_rank_verdict(claims: Mapping[str, bool]) -> Iterator[str]:
-    """Each of the source's three claims, and whether this run agrees."""
+    """The three claims of the literature, and whether they hold for this run."""
     texts = {
         "kernel_blocks_have_low_rank": "kernel blocks have a rank far below their size",
         "network_matrices_do_not": "the network's matrices do not (at least half of full rank)",
-        "compression_is_not_earned_back_in_a_step": "compression is not earned back in one step",
+        "compression_is_not_earned_back_in_a_step": "compression does not pay for itself within one step",
     }
     for key, text in texts.items():
         yield f"  {'holds' if claims[key] else 'FAILS'}: {text}"
@@ -164,14 +164,14 @@ def _finish(uri: str, folder: RunFolder, found: Mapping[str, Any]) -> None:
         folder.storage.write(file, text.encode())
         written.append(file)
     write_report(uri)
-    print(f"Written below {uri}: {', '.join(written)}, report.html")
+    print(f"Written to {uri}: {', '.join(written)}, report.html")
 
 
 def _saddle(low: float, high: float) -> str:
     if high <= 0:
         return "  (no direction curves upwards)"
     share = max(0.0, -low) / high
-    # Within rounding and the stopping rule a minimum has a slightly negative end, too.
+    # Rounding and the stopping rule make the smallest eigenvalue of a minimum slightly negative.
     verdict = "a saddle" if share > 0.1 else "not a saddle"
     return f"  ({share:.1%} of the largest: {verdict})"
 

@@ -57,7 +57,7 @@ def _run_name(text: str) -> str:
 
 
 def _number(option: str, convert: Callable[[str], Any] = _whole) -> Callable[[str], Any]:
-    return _checked(option, "a whole number from 1", convert)
+    return _checked(option, "whole numbers from 1", convert)
 
 
 NAME = _checked("--name", "letters, digits, '.', '_' and '-', at most 100", _run_name)

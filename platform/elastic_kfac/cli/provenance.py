@@ -1,4 +1,4 @@
-"""Which versions and which machine a result comes from."""
+"""Versions and hardware behind a result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import elastic_kfac
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Ray sets it for the entry point of a submitted job."""
+"""Set by Ray for the entry point of a submitted job."""
 
 PACKAGES = ("elastic-kfac", "torch", "torchvision", "ray", "pyarrow", "numpy")
 
 
 def announce() -> None:
-    """Prints which package was imported: an installed one may hide the one that was meant."""
+    """Prints the imported package: an installed one may hide the intended one."""
     folder = Path(elastic_kfac.__file__).parent
     print(f"elastic-kfac {elastic_kfac.__version__} from {folder}", flush=True)
 
@@ -28,7 +28,7 @@ def is_ray_job(environment: Mapping[str, str]) -> bool:
 
 
 def provenance(use_gpu: bool) -> dict[str, str]:
-    """Versions and hardware of this process: the driver's, which may not be the workers'."""
+    """Versions and hardware of this process, the driver; workers may differ."""
     from elastic_kfac.state.identity import processor_name
 
     found = {"python": platform.python_version()}

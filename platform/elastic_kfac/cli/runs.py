@@ -1,4 +1,4 @@
-"""Subcommands about a run that exists, or about what one would do: nothing here trains."""
+"""Subcommands that look at a run, or at what a run would do; none of them trains."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def is_remote(uri: str) -> bool:
 
 
 def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
-    """The URI of a run that was named by its folder or by its name below `storage`.
+    """The URI of a run, given its folder, or its name below `storage`.
 
     Args:
         run: Folder, URI or name.
         storage: Folder or URI of runs.
-        searches: Whether the folder of a search will do as well.
+        searches: Also accept the folder of a search.
 
     Raises:
-        UsageError: If there is no such run; it names the nearest one.
+        UsageError: If there is no such run; the error names the nearest one.
     """
     marks = ("config.yaml", "experiment.json") if searches else ("config.yaml",)
     what = "run or search" if searches else "run"
@@ -52,10 +52,10 @@ def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
     raise UsageError(
         f"no such {what}",
         given=run,
-        allowed=f"its folder, or one of {', '.join(there[-8:])} in {folder}" if there else None,
+        allowed=f"a folder, or one of {', '.join(there[-8:])} in {folder}" if there else None,
         change=f"did you mean {close[0]}?"
         if close
-        else "name its folder, or the folder that it is in with --storage",
+        else "name its folder, or the folder above it with --storage",
     )
 
 
@@ -74,7 +74,7 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def write_report_and_summary(uri: str) -> None:
-    """Writes `report.html` into a run's folder, wherever it lies, and prints one screen.
+    """Writes `report.html` into a run's folder, local or remote, and prints a summary.
 
     Raises:
         UsageError: If there is no run.
@@ -86,7 +86,7 @@ def write_report_and_summary(uri: str) -> None:
 
 
 def write_report(uri: str) -> Run:
-    """Writes `report.html` into a run's folder, wherever it lies.
+    """Writes `report.html` into a run's folder, local or remote.
 
     Raises:
         UsageError: If there is no run.
@@ -106,7 +106,7 @@ def write_report(uri: str) -> Run:
 
 
 def audit(arguments: argparse.Namespace) -> int:
-    """Proves from the ledger that every sample was used exactly once; 1 if it was not."""
+    """Verifies from the ledger that every sample was used exactly once; returns 1 if not."""
     from elastic_kfac.runs.audit import audit_run
 
     found = audit_run(open_run(locate_run(arguments.run, arguments.storage)))
@@ -117,7 +117,7 @@ def audit(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Loss and accuracy of the newest checkpoint."""
+    """Prints loss and accuracy of the newest checkpoint."""
     import torch
 
     from elastic_kfac.runs.evaluate import evaluate_run
@@ -132,7 +132,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     )
     if found.adversarial_accuracy is not None:
         print(
-            f"attacked: accuracy {found.adversarial_accuracy:.2%}, "
+            f"under attack: accuracy {found.adversarial_accuracy:.2%}, "
             f"loss {found.adversarial_loss:.4f}"
         )
     return 0
@@ -157,7 +157,7 @@ def export(arguments: argparse.Namespace) -> int:
 
     uri = locate_run(arguments.run, arguments.storage)
     if arguments.out is None and is_remote(uri):
-        raise UsageError("a remote run needs a local file to write to", change="add --out FILE")
+        raise UsageError("exporting a remote run needs a local file", change="add --out FILE")
     out = arguments.out or f"{uri}/model.safetensors"
     count = export_run(open_run(uri), out)
     print(f"{count} tensors: {out}")
@@ -165,13 +165,13 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    """Prints the plan of a configuration at each world size; starts no process."""
+    """Prints the plan for each world size; starts no process."""
     from elastic_kfac.config import read_config
 
     config = read_config(arguments.config, arguments.overrides)
     if not config.kfac.enabled:
         raise UsageError(
-            "without K-FAC there is nothing to place",
+            "there is nothing to plan without K-FAC",
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from elastic_kfac.config import Config
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
-"""Where Ray's jobs find their cluster; used when no `--address` is given."""
+"""Set by Ray in its jobs; used without `--address`."""
 
 
 def make(arguments: argparse.Namespace) -> int:
-    """Writes a source as shards, on a cluster if there is one; an interrupted call continues."""
+    """Writes a source as shards, on a cluster if there is one; continues an interrupted call."""
     address = arguments.address or os.environ.get(ADDRESS_VARIABLE)
     _make(arguments.source, arguments.out, arguments.split, address)
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Checks a shard set against its manifest; a bad shard is an error that names the file."""
+    """Checks a shard set against its manifest; raises an error that names a bad shard."""
     from elastic_kfac.data.inspection import verify_shards
 
     print(verify_shards(arguments.uri, deep=not arguments.quick).line())
@@ -37,7 +37,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def describe(arguments: argparse.Namespace) -> int:
-    """Prints what the manifests say, as JSON; on request draws samples of every class."""
+    """Prints the manifests as JSON; `--contact-sheet` also draws samples of every class."""
     from elastic_kfac.data.inspection import describe_shards
 
     described = describe_shards(arguments.uri)
@@ -48,10 +48,10 @@ def describe(arguments: argparse.Namespace) -> int:
 
 
 def make_missing_shards(config: Config) -> None:
-    """Makes the shards of `data.shards` from `data.source` when there are none yet.
+    """Writes `data.shards` from `data.source` if there are none.
 
     Raises:
-        DataError: If there are none and no source is configured, or a configured split is missing.
+        DataError: If there are none and no source is configured, or if a split is missing.
     """
     from elastic_kfac.data.manifest import ShardSet
 
@@ -82,7 +82,7 @@ def _make(source: str, out: str, split: str | None, address: str | None) -> None
         made = make_shards(source, out, split, progress=progress, run_tasks=run_tasks)
     for name, part in made["splits"].items():
         size = part["bytes"] / 2**20
-        reused = " (already there)" if not part["made"] else ""
+        reused = " (already existed)" if not part["made"] else ""
         shards = "1 shard" if part["shards"] == 1 else f"{part['shards']} shards"
         print(
             f"{name}: {part['samples']:,} samples of {part['classes']} classes in "
@@ -101,7 +101,7 @@ def _tasks_on(address: str | None) -> Any:
 
 
 def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
-    """Writes the sheet of every split and notes its path; several splits get a name each."""
+    """Draws a sheet per split and adds its path to `splits`; several get the split's name."""
     from elastic_kfac.data.inspection import contact_sheet
     from elastic_kfac.data.manifest import open_splits
 
@@ -118,12 +118,12 @@ def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
 
 
 class MakingProgress:
-    """Samples done, their rate and the time left: one live line on a terminal, else plain lines.
+    """Progress of `shards make`: one live line on a terminal, else a plain line per interval.
 
     Args:
-        stream: Where it is written.
-        interval_s: Time between plain lines; the first comes after one interval.
-        clock: Seconds, monotonic.
+        stream: Where to write.
+        interval_s: Seconds between plain lines; the first comes after one interval.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class MakingProgress:
         self._written = False
 
     def __call__(self, split: str, done: int, total: int) -> None:
-        """Takes the state of `make_shards`; the first call of a split says what is there already."""
+        """Shows the state of `make_shards`; the first call of a split counts the existing samples."""
         now = self._clock()
         if split != self._split:
             self._split, self._began, self._done_before = split, now, done
@@ -157,7 +157,7 @@ class MakingProgress:
         self._stream.flush()
 
     def close(self) -> None:
-        """Takes the live line away."""
+        """Erases the live line."""
         if self._written:
             self._stream.write("\r\033[K")
             self._stream.flush()
@@ -167,11 +167,11 @@ def progress_line(split: str, done: int, total: int, made: int, seconds: float) 
     """`train: 512 of 1,438 samples (36 %), 900 samples/s, 1 s left`.
 
     Args:
-        split: Its name.
+        split: Name of the split.
         done: Samples in finished shards.
         total: Samples of the split.
-        made: Those of `done` that this call has made; the others were there before.
-        seconds: What those took.
+        made: Samples of `done` that this call has written.
+        seconds: Time that writing them took.
     """
     line = f"{split}: {done:,} of {total:,} samples ({done / total:.0%})"
     if made <= 0 or seconds <= 0 or done >= total:

@@ -1,4 +1,4 @@
-"""`elastic-kfac train`: check everything, make shards if needed, train, report."""
+"""`elastic-kfac train`: check everything, write missing shards, train, report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Runs the job that a configuration file describes; prints a summary and the report's path."""
+    """Trains; prints a summary and the path of the report."""
     from elastic_kfac.config import read_config
 
-    if not is_ray_job(os.environ):  # There it is the first line of every command.
+    if not is_ray_job(os.environ):  # A job has printed this as its first line.
         announce()
     config = read_config(arguments.config, arguments.overrides)
     check_local_cluster_events(config, arguments)
@@ -54,27 +54,27 @@ def train(arguments: argparse.Namespace) -> int:
         )
     except ElasticKfacError as error:
         if error.exit_code == 1:
-            # What a failed run did until then is the first thing that people want to see; one
-            # that failed before it had a folder has nothing to show.
+            # People want to see first how far a failed run came. One that failed before it had
+            # a folder has nothing to show.
             with contextlib.suppress(UsageError):
                 _finish(uri, config)
         raise
     _finish(uri, config)
     if result.unfired:
         raise RunError(
-            "the run ended before everything that was asked for had happened",
+            "the run ended before all of --resize-at and --kill-at had happened",
             given=", ".join(result.unfired),
-            change="give earlier steps, or train for more epochs",
+            change="use earlier steps, or train for more epochs",
         )
     return result.exit_code
 
 
 def check_local_cluster_events(config: Config, arguments: argparse.Namespace) -> None:
-    """Refuses `--resize-at` and `--kill-at` values that could never come true.
+    """Refuses `--resize-at` and `--kill-at` values that cannot happen.
 
     Raises:
-        UsageError: With a foreign cluster, a world size outside the configured bounds, a rank that
-            cannot exist, or two resizes at one step.
+        UsageError: On a given cluster, for a world size outside the configured bounds, a rank that
+            cannot exist, or two events at the same step.
     """
     resizes: Sequence[tuple[int, int]] = arguments.resize_at
     kills: Sequence[tuple[int, int]] = arguments.kill_at
@@ -82,20 +82,20 @@ def check_local_cluster_events(config: Config, arguments: argparse.Namespace) ->
         raise UsageError(
             "--resize-at and --kill-at act on the local cluster only",
             given=f"--address {arguments.address}",
-            change="drop --address, or drain and kill nodes of that cluster yourself",
+            change="drop --address, or drain and kill nodes of that cluster with its own tools",
         )
     low, high = config.elastic.min_workers, config.elastic.max_workers
     for step, nodes in resizes:
         if not low <= nodes <= high:
             raise UsageError(
-                "--resize-at asks for a world size that this run never has",
+                "--resize-at is outside the limits of this run",
                 given=f"{step}:{nodes}",
                 allowed=f"{low} to {high} nodes (elastic.min_workers to elastic.max_workers)",
             )
     for step, rank in kills:
         if rank >= high:
             raise UsageError(
-                "--kill-at names a rank that this run never has",
+                "--kill-at names a rank that cannot exist",
                 given=f"{step}:{rank}",
                 allowed=f"ranks 0 to {high - 1} (elastic.max_workers={high})",
             )
@@ -107,12 +107,12 @@ def check_local_cluster_events(config: Config, arguments: argparse.Namespace) ->
             raise UsageError(
                 f"two {option} for the same step",
                 given=" ".join(str(pair[0]) for pair in pairs),
-                change="give each its own step",
+                change="use different steps",
             )
 
 
 def fresh_name(stem: str, storage: str) -> str:
-    """The first of `<stem>-1`, `<stem>-2`, … that is not in a local storage folder yet."""
+    """The first of `<stem>-1`, `<stem>-2`, … that does not exist in a local storage folder."""
     if is_remote(storage):
         raise UsageError(
             "a run in remote storage needs a name", given=storage, change="add --name NAME"

@@ -179,7 +179,7 @@ def test_examine_looks_at_everything(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "torch",
         "GPU",
         "Ray",
-        "model zoo",
+        "models",
         "storage",
         "shared memory",
         "temporary",
