@@ -478,6 +478,17 @@ class KFAC:
         product = float(self.distribution.total(self._last_product))
         return product * (0.5 * size * size - size)
 
+    def reduction_due(self) -> bool:
+        """Whether the rule for damping wants to know what the coming step does to the loss."""
+        adaptive = self.damping_rule
+        return adaptive is not None and (self.steps + 1) % adaptive.rule.interval == 0
+
+    def adapt_damping(self, actual_change: float) -> float:
+        """Adapts γ to the change of the mean loss over the last step's samples; returns ρ, the ratio to
+        the predicted change. Call after `optimizer.step()`. Collective with `sharding`."""
+        assert self.damping_rule is not None
+        return self.damping_rule.update(actual_change, self.predicted_change())
+
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,12 +62,11 @@ class Run:
             loss = F.cross_entropy(self.model(x), y)
             loss.backward()
             self.kfac.step()
-            predicted = self.kfac.predicted_change()
             self.optimizer.step()
             if self.kfac.damping_rule is not None:
                 with torch.no_grad():
                     after = F.cross_entropy(self.model(x), y)
-                self.kfac.damping_rule.update(float(after - loss.detach()), predicted)
+                self.kfac.adapt_damping(float(after - loss.detach()))
 
     def everything(self) -> dict[str, torch.Tensor]:
         state = dict(self.model.state_dict())
