@@ -120,7 +120,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Prints loss and accuracy of the newest checkpoint."""
     import torch
 
-    from elastic_kfac.runs.evaluate import evaluate_run
+    from elastic_kfac.runs.measures import evaluate_run
 
     folder = open_run(locate_run(arguments.run, arguments.storage))
     use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
@@ -153,7 +153,7 @@ def _attack(arguments: argparse.Namespace) -> dict[str, object]:
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes the newest checkpoint's weights as safetensors."""
-    from elastic_kfac.runs.evaluate import export_run
+    from elastic_kfac.runs.checkpoints import export_run
 
     uri = locate_run(arguments.run, arguments.storage)
     if arguments.out is None and is_remote(uri):

@@ -37,7 +37,7 @@ from elastic_kfac.experiments.study_outcome import (
     trial_of_cell,
 )
 from elastic_kfac.experiments.trials import FAILED, FINISHED, RUNNING, WAITING, Trial, TrialTable
-from elastic_kfac.runs.final_state import FinalMeasures
+from elastic_kfac.runs.measures import FinalMeasures
 from elastic_kfac.state.run_folder import RunFolder
 
 CELLS_FOLDER = "cells"

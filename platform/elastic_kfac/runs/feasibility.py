@@ -1,4 +1,4 @@
-"""What can be known before a run starts: its plan in worlds that do not exist, and whether it fits."""
+"""Before a run starts: its plan at any world size, and whether it fits the cluster."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.manifest import ShardSet
-from elastic_kfac.data.stream import SampleStream
+from elastic_kfac.data.dataset import open_split
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.plan import Plan
@@ -28,30 +27,30 @@ class ImaginedWorld(Communicator):
         self.world_size = world_size
 
     def subgroup(self, ranks: Sequence[int]) -> None:
-        """Nobody is there to form a group with."""
+        """There are no peers to form a group with."""
         return
 
     def all_gather_object(self, obj: Any, *, tag: str) -> list[Any]:
-        """Everybody says the same."""
+        """Every rank would send the same object."""
         return [obj] * self.world_size
 
 
 def imagined_paths(
     config: Config, world_sizes: Sequence[int]
 ) -> Iterator[tuple[nn.Module, GradientPath]]:
-    """The model and its gradient path at every world size, made by the code that training runs.
+    """The model and its gradient path at every world size, built by the training code.
 
     Raises:
-        DataError: If the shards, which say how large images are, are not there.
+        DataError: If the shards are missing: they give the shape of the images.
         ConfigError: If the model or a plan is impossible.
     """
-    shards = ShardSet.open(f"{config.data.shards.rstrip('/')}/{config.data.train_split}")
-    model = build_model(
-        config.model,
-        num_classes=shards.num_classes,
-        image_shape=SampleStream(shards, seed=config.train.seed).image_shape,
-        seed=config.train.seed,
-    )
+    with open_split(config, config.data.train_split) as split:
+        model = build_model(
+            config.model,
+            num_classes=split.num_classes,
+            image_shape=split.image_shape,
+            seed=config.train.seed,
+        )
     optimizer = make_optimizer(model, config.optimizer)
     for world_size in world_sizes:
         path = GradientPath(model, optimizer, config, ImaginedWorld(world_size))
@@ -62,7 +61,7 @@ def imagined_paths(
 
 
 def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
-    """The plan of every world size.
+    """The plan for every world size.
 
     Raises:
         DataError: As `imagined_paths`.
@@ -73,9 +72,9 @@ def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
 
 
 def why_infeasible(config: Config, room: int) -> str | None:
-    """Why a run cannot work on a cluster with room for so many workers; None if it can.
+    """The reason why a run cannot work on a cluster with room for `room` workers, or None.
 
-    It has to fit at every size that it may be brought to: at the smallest one, where an owner keeps
+    It must fit at every size that it may be resized to: at the smallest one, where an owner keeps
     most, and at the largest.
     """
     elastic = config.elastic

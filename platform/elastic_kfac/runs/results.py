@@ -1,4 +1,4 @@
-"""The end of a run: `ledger.parquet` and `result.json`."""
+"""The files at the end of a run: `ledger.parquet` and the training part of `result.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elastic_kfac.training.loop import Outcome
 
 
 def read_ledger(folder: RunFolder) -> Rows:
-    """The ledger of a run: `ledger.parquet` when it has ended, else that of its last checkpoint."""
+    """The ledger of a run: `ledger.parquet` after its end, else that of its last checkpoint."""
     if folder.storage.exists("ledger.parquet"):
         return from_parquet(folder.storage.read("ledger.parquet"))
     state = CheckpointStore(folder.uri).load_latest()
@@ -38,7 +38,7 @@ def compact_ledger(folder: RunFolder) -> int:
 def result_row(
     config: Config, outcome: Outcome, *, status: str | None = None, steps_redone: int = 0
 ) -> dict[str, Any]:
-    """The content of `result.json`."""
+    """The columns of `result.json` that the training loop provides."""
     progress = outcome.progress
     return {
         "status": status or outcome.status,

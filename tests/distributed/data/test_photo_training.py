@@ -19,7 +19,7 @@ from elastic_kfac.config import Config, read_config
 from elastic_kfac.data import SampleStream, ShardSet, verify_shards
 from elastic_kfac.data.augment import augmentation_key, center_boxes, resized_crop_boxes
 from elastic_kfac.runs.audit import audit_run
-from elastic_kfac.runs.evaluate import evaluate_run
+from elastic_kfac.runs.measures import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing

@@ -24,9 +24,9 @@ from elastic_kfac.reports.analysis import analysis_section, figures, training_fi
 from elastic_kfac.runs.checkpoint_analysis import (
     analyse_run,
     bias_variance_of_run,
-    choose_state,
     low_rank_of_run,
 )
+from elastic_kfac.runs.checkpoints import choose_state
 from elastic_kfac.runs.history import read_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
