@@ -6,6 +6,8 @@ Ray: `elastic-kfac doctor` reports differences and a test fails on them. Behavio
 not show (order of hooks, length of caches) is tested in `tests/unit/cluster/test_ray_internals.py`.
 """
 
+# ruff: noqa: F401  the other modules of the room import these names from here
+
 from __future__ import annotations
 
 import importlib
@@ -38,32 +40,6 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import default as failure_policy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-
-__all__ = [
-    "DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE",
-    "ENV_VARS_TO_PROPAGATE",
-    "INTERNALS",
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR",
-    "Cluster",
-    "ControllerCallback",
-    "ElasticScalingPolicy",
-    "Internal",
-    "WorkerGroupCallback",
-    "WorkerGroupStartupFailedError",
-    "changed_internals",
-    "common_pb2",
-    "failure_policy",
-    "gcs_service_pb2",
-    "gcs_service_pb2_grpc",
-    "get_env_vars_to_propagate",
-    "get_or_create_autoscaling_coordinator",
-    "init_grpc_channel",
-    "internal_kv_get_gcs_client",
-    "node_manager_pb2",
-    "node_manager_pb2_grpc",
-    "ray_state",
-    "ray_worker",
-]
 
 
 @dataclass(frozen=True)
