@@ -1,1 +1,1 @@
-"""What a run reports about itself: the metric table and the structured log."""
+"""The metric table, telemetry and the structured log."""

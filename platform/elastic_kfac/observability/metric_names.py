@@ -44,7 +44,7 @@ class Label:
 LABELS: tuple[Label, ...] = (
     Label("run", "Name of the run.", most=64),
     Label("rank", "Rank in the process group.", most=256),
-    Label("tag", "What a collective carries.", most=24),
+    Label("tag", "Content of a collective.", most=24),
     Label(
         "phase",
         "Part of a step.",
@@ -75,7 +75,7 @@ LABELS: tuple[Label, ...] = (
     Label("statistic", "Statistic over layers.", values=("median", "max")),
     Label(
         "part",
-        "What the memory holds.",
+        "Content of the memory.",
         values=("factors", "second_order", "pending", "snapshots", "momentum"),
     ),
 )

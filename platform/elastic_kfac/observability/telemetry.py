@@ -208,7 +208,7 @@ class RunTelemetry:
             self._series.set("adversarial_fraction", row.get("adversarial_fraction", 0.0))
 
     def measured(self, values: Values) -> None:
-        """What rank 0 has measured since the last time."""
+        """Measurements of rank 0 since the last call."""
         self._series.update(values, totals=False)
 
     def set(self, column: str, value: float) -> None:
@@ -287,7 +287,7 @@ class RankTelemetry:
         """Creates the gauges.
 
         Args:
-            options: Of the run.
+            options: Settings of the run.
             rank: Number of this rank; from the label's bound on, ranks share a series.
             make_gauge: Ray's gauge, or a stand-in.
             clock: Monotonic time in s.

@@ -167,7 +167,7 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
         "ray.scaling",
-        "tells the policy what it may use; recomputes on request instead of at its next tick (20 s), and "
+        "grants capacity to the policy; recomputes on request instead of at its next tick (20 s), and "
         "drops requests of killed controllers",
         (
             "get_or_create_autoscaling_coordinator()",
@@ -217,7 +217,7 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         f"{_GENERATED}.common_pb2",
         "ray.idle_workers",
-        "tells unused processes from used ones",
+        "separates unused processes from used ones",
         "PYTHON WORKER CoreWorkerStats.pid CoreWorkerStats.worker_type CoreWorkerStats.actor_id "
         "CoreWorkerStats.num_executed_tasks CoreWorkerStats.num_running_tasks",
     ),

@@ -62,7 +62,7 @@ _ENVIRONMENT = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
 }
 
-# What a rank imports: an idle process that has it can begin at once.
+# Imports of a rank: an idle process that has them can begin at once.
 _PRELOADED = (
     "torch",
     "torch.distributed",

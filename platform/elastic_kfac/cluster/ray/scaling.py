@@ -1,6 +1,6 @@
 """How many workers Ray Train plans with and requests.
 
-A run's elastic policy asks an actor of the cluster, the autoscaling coordinator, what it may use. That
+A run's elastic policy asks an actor of the cluster, the autoscaling coordinator, for its share. The
 answer is up to 20 s old and counts nodes that are dead or draining; and Ray Train sends one request for
 the whole cluster and renews it, so that a second one of our own would overwrite it and be overwritten.
 Hence the policy itself is patched, in the process of Ray Train's controller.
@@ -89,7 +89,7 @@ def plan_within(share: Callable[[], int]) -> None:
 def request_wanted_workers(wanted: Callable[[], int | None]) -> None:
     """Makes this process's policy request `wanted()` workers instead of the maximum.
 
-    The reservation that comes back is the plan; where no node comes the run continues with what it has,
+    The reservation that comes back is the plan; without new nodes the run continues with what it has,
     accumulating gradients.
 
     Args:

@@ -38,7 +38,7 @@ class RunView:
 
     state: RunState
     reason: str
-    """Of the state."""
+    """Reason of the state."""
     attempt: int
     world_size: int
     pids: Mapping[int, int]
@@ -84,7 +84,7 @@ class RunCoordinator:
             in_place: Whether Ray replaces failed ranks while the others run on.
             breaker: Decides when a run that keeps failing has to end.
             survivors_timeout_s: How long survivors have to save their state after processes died.
-            telemetry: What to export to Ray's metrics; None exports nothing.
+            telemetry: Settings of the exporter; None exports nothing.
         """
         self._telemetry = RunTelemetry(telemetry, Gauge)
         self._in_place = in_place
@@ -147,7 +147,7 @@ class RunCoordinator:
         """Asks all ranks to stop at the same boundary and waits until they have exited.
 
         Args:
-            reason: Of the planned change.
+            reason: Why the group changes.
             timeout_s: Upper bound on the wait.
             notice_s: For a preemption, the time until the first node leaves.
 

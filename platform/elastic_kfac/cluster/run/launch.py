@@ -85,7 +85,7 @@ class Launch:
             config: The run.
             folder: The run's folder.
             cluster: The embedded cluster, if it is one.
-            options: Of the run.
+            options: Further settings.
         """
         self._folder = folder
         self._nodes: set[str] = set(alive_worker_nodes())

@@ -75,7 +75,7 @@ def membership_of(
         host: Handle of the `MembershipHost`.
         joined: The coordinator's answer when this process joined.
         control: Has a stop reason when it is too late to join.
-        backend: Of the process groups.
+        backend: Backend of the process groups.
     """
     from torch.distributed import TCPStore
 

@@ -97,7 +97,7 @@ class ReplicaActor:
         return time.process_time() - begin
 
     def infos(self, attempt: int) -> list[ReplicaInfo]:
-        """What is here; from now on only groups from `attempt` on may add to it."""
+        """Lists the replicas; from now on only groups from `attempt` on may add to them."""
         self._attempt = max(self._attempt, attempt)
         return [info for info, _ in self._replicas.values()]
 
@@ -177,7 +177,7 @@ def _end_actor(actor: Any) -> None:
 
 
 class StoreCallback:
-    """What a `ReplicatedStore` reports."""
+    """Receives the events of a `ReplicatedStore`; every method does nothing unless overridden."""
 
     def on_warning(self, line: str) -> None:
         """Something could not be kept or read."""

@@ -1,4 +1,4 @@
-"""What a rank reports, to the run coordinator, to Ray's metrics and to its log."""
+"""Reports of a rank to the run coordinator, to Ray's metrics and to its log."""
 
 from __future__ import annotations
 
