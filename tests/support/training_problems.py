@@ -217,3 +217,5 @@ class Seen:
     steps: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     rewinds: list[tuple[int, int]] = field(default_factory=list)
+    continued: list[tuple[int, str, int]] = field(default_factory=list)
+    """(world size, way, moved bytes) of every world that continued a run, as rank 0 reported it."""

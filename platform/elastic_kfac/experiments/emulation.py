@@ -45,13 +45,13 @@ class Emulator:
         micro = min(config.train.micro_batch_size or share, share)
         calibration = self._calibration(config)
         forward_backward, statistics = self._measured(config)
-        for model, path in imagined_paths(config, [links.world_size]):
+        for model, preconditioner in imagined_paths(config, [links.world_size]):
             parameters = sum(each.numel() for each in model.parameters())
-            if path.kfac is None or path.kfac.sums_gradients:
+            if preconditioner is None or preconditioner.sums_gradients:
                 passes = -(-share // micro) * forward_backward.at(micro)
                 return passes + calibration.all_reduce_seconds(links.world_size, parameters * 4)
             workload = Workload(
-                layers=tuple(layer_shape(layer) for layer in path.kfac.layers),
+                layers=tuple(layer_shape(layer) for layer in preconditioner.layers),
                 parameter_elements=parameters,
                 forward_backward=forward_backward,
                 factor_statistics=statistics,
@@ -65,7 +65,7 @@ class Emulator:
             step = predict_step(
                 workload,
                 calibration,
-                path.kfac.plan,
+                preconditioner.plan,
                 global_batch_size=batch,
                 micro_batch_size=micro,
             )
@@ -97,12 +97,10 @@ def _measure_passes(config: Config) -> tuple[Line, Line]:
     shape = SampleStream(shards, seed=config.train.seed).image_shape
     on = config.model_copy(update={"kfac": config.kfac.model_copy(update={"enabled": True})})
     with_statistics = plain = [0.0, 0.0]
-    for model, path in imagined_paths(on, [1]):
-        assert path.kfac is not None
-        with_statistics = [
-            _pass_seconds(model, shape, n, path.discard_statistics) for n in _BATCHES
-        ]
-        path.close()
+    for model, kfac in imagined_paths(on, [1]):
+        assert kfac is not None
+        with_statistics = [_pass_seconds(model, shape, n, kfac.skip_step) for n in _BATCHES]
+        kfac.close()
         plain = [_pass_seconds(model, shape, n, lambda: None) for n in _BATCHES]
     more = [max(0.0, a - b) for a, b in zip(with_statistics, plain, strict=True)]
     return fit_line(_BATCHES, plain), fit_line(_BATCHES, more)

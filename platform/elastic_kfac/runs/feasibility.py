@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,7 +16,10 @@ from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.traffic import memory_elements
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.training.first_order import make_optimizer
-from elastic_kfac.training.second_order import GradientPath
+from elastic_kfac.training.preconditioner import make_preconditioner
+
+if TYPE_CHECKING:
+    from elastic_kfac.kfac.kfac import KFAC
 
 
 class ImaginedWorld(Communicator):
@@ -37,8 +40,8 @@ class ImaginedWorld(Communicator):
 
 def imagined_paths(
     config: Config, world_sizes: Sequence[int]
-) -> Iterator[tuple[nn.Module, GradientPath]]:
-    """The model and its gradient path at every world size, built by the training code.
+) -> Iterator[tuple[nn.Module, KFAC | None]]:
+    """The model and its preconditioner at every world size, built by the training code.
 
     Raises:
         DataError: If the shards are missing: they give the shape of the images.
@@ -53,11 +56,12 @@ def imagined_paths(
         )
     optimizer = make_optimizer(model, config.optimizer)
     for world_size in world_sizes:
-        path = GradientPath(model, optimizer, config, ImaginedWorld(world_size))
+        kfac = make_preconditioner(model, optimizer, config, ImaginedWorld(world_size))
         try:
-            yield model, path
+            yield model, kfac
         finally:
-            path.close()
+            if kfac is not None:
+                kfac.close()
 
 
 def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
@@ -66,9 +70,9 @@ def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
     Raises:
         DataError: As `imagined_paths`.
     """
-    for _, path in imagined_paths(config, world_sizes):
-        if path.kfac is not None:
-            yield path.kfac.plan
+    for _, kfac in imagined_paths(config, world_sizes):
+        if kfac is not None:
+            yield kfac.plan
 
 
 def why_infeasible(config: Config, room: int) -> str | None:
@@ -91,13 +95,13 @@ def why_infeasible(config: Config, room: int) -> str | None:
         return None
     sizes = sorted({elastic.min_workers, largest})
     try:
-        for world_size, (_, path) in zip(sizes, imagined_paths(config, sizes), strict=True):
-            if path.kfac is None or path.kfac.sums_gradients:
+        for world_size, (_, kfac) in zip(sizes, imagined_paths(config, sizes), strict=True):
+            if kfac is None or kfac.sums_gradients:
                 continue
             held = max(
                 memory_elements(
-                    path.kfac.plan,
-                    [layer_shape(layer) for layer in path.kfac.layers],
+                    kfac.plan,
+                    [layer_shape(layer) for layer in kfac.layers],
                     method=config.kfac.method,
                     precompute=config.kfac.precompute,
                 )

@@ -1,14 +1,21 @@
-"""Who says how large a batch is: the policy of the run's course, and that of its world.
+"""The size of the batch: by schedule (`batch.policy`) or by the number of workers.
 
-`batch.policy` follows epochs and curvature and knows no world; `elastic.batch_policy` follows the
-workers. Only one of them moves the batch in a run. With `elastic.batch_policy: abs` a batch that grows
-asks for workers; whether they come changes nothing but the time that a step takes.
+`batch.policy` follows epochs and curvature; `elastic.batch_policy` follows the workers. Only one of them
+moves the batch in a run.
+
+- `keep_global`: neither batch nor rate follows the workers.
+- `abs`: the workers follow the batch. A batch that grows asks for workers; whether they come changes
+  nothing but the time of a step.
+- `keep_local`: every worker keeps its slice, so the batch is proportional to the workers, and the rate
+  follows it by the linear scaling rule (Goyal et al. 2017, section 2.1), ramped after every change
+  because a jump upwards is what diverges (section 2.2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from elastic_kfac.config import Config
 from elastic_kfac.errors import StateError
@@ -19,7 +26,58 @@ from elastic_kfac.optimizers.batch_size import (
     make_policy,
     wanted_workers,
 )
-from elastic_kfac.training.batch_policy import BatchPolicy
+
+RAMP_EPOCHS = 1.0
+"""How long the rate takes from its old to its new value."""
+
+
+@dataclass
+class WorldBatch:
+    """Batch size and rate factor at a position; its state does not name a world size.
+
+    `full_batch_size` is the global batch of `full_world_size` workers; a factor of 1 belongs to it.
+    """
+
+    kind: Literal["keep_global", "keep_local", "abs"]
+    full_batch_size: int
+    full_world_size: int
+    num_samples: int
+    """Of an epoch."""
+    ramp_from: float = 1.0
+    ramp_to: float = 1.0
+    ramp_begin: int = 0
+    """Samples of the run that were committed when the last ramp began."""
+    begun: bool = False
+
+    def batch_size(self, world_size: int) -> int:
+        """Samples per step."""
+        if self.kind != "keep_local":
+            return self.full_batch_size
+        return max(1, self.full_batch_size * world_size // self.full_world_size)
+
+    def enter_world(self, world_size: int, position: int) -> None:
+        """Notes the world in which the next step is taken; a change begins a ramp."""
+        target = self.batch_size(world_size) / self.full_batch_size
+        if not self.begun:
+            self.ramp_from = self.ramp_to = target
+            self.begun = True
+        elif target != self.ramp_to:
+            self.ramp_from = self.lr_factor(position)
+            self.ramp_to = target
+            self.ramp_begin = position
+
+    def lr_factor(self, position: float) -> float:
+        """What the scheduled rate is multiplied by."""
+        done = (position - self.ramp_begin) / (RAMP_EPOCHS * self.num_samples)
+        return self.ramp_from + (self.ramp_to - self.ramp_from) * min(max(done, 0.0), 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = asdict(self)
+        return {name: state[name] for name in ("ramp_from", "ramp_to", "ramp_begin", "begun")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
 
 class BatchControl:
@@ -28,30 +86,30 @@ class BatchControl:
     def __init__(self, config: Config, num_samples: int) -> None:
         self._config = config
         self._num_samples = num_samples
-        self.of_world = BatchPolicy(
+        self.of_world = WorldBatch(
             config.elastic.batch_policy,
             full_batch_size=config.train.global_batch_size,
             full_world_size=config.elastic.max_workers,
             num_samples=num_samples,
         )
-        self.of_course = course_policy(config)
+        self.schedule = schedule_policy(config)
         self.epochs = 0
         """Epochs whose end was noted."""
 
     @property
     def needs_eigenvalue(self) -> bool:
         """Whether the next end of an epoch uses an eigenvalue."""
-        return self.of_course is not None and self.of_course.needs_eigenvalue
+        return self.schedule is not None and self.schedule.needs_eigenvalue
 
     def size(self, world_size: int, position: int) -> int:
         """Samples of the step that begins at `position`, if the epoch has so many left."""
-        if self.of_course is None:
+        if self.schedule is None:
             return self.of_world.batch_size(world_size)
         return self._decision(position).batch_size
 
     def lr_factor(self, position: float) -> float:
         """What the scheduled rate is multiplied by."""
-        if self.of_course is None:
+        if self.schedule is None:
             return self.of_world.lr_factor(position)
         return self._decision(position).lr_multiplier
 
@@ -85,7 +143,7 @@ class BatchControl:
     def end_epoch(self, epoch: int, eigenvalue: float | None) -> Growth | None:
         """Notes that `epoch` epochs are complete; returns the growth that it brings."""
         self.epochs = epoch
-        policy = self.of_course
+        policy = self.schedule
         if policy is None:
             return None
         before = policy.at(epoch - 1e-9).batch_size
@@ -96,12 +154,12 @@ class BatchControl:
         return growth
 
     def _decision(self, position: float) -> BatchDecision:
-        assert self.of_course is not None
-        return self.of_course.at(position / self._num_samples)
+        assert self.schedule is not None
+        return self.schedule.at(position / self._num_samples)
 
     def state_dict(self) -> dict[str, Any]:
         """World-size-free."""
-        policy = self.of_course
+        policy = self.schedule
         return {
             "policy": self._config.batch.policy,
             "epochs": self.epochs,
@@ -124,11 +182,11 @@ class BatchControl:
                 change="go on with that policy, or start a run under another name",
             )
         self.epochs = int(state["epochs"])
-        if self.of_course is not None:
-            self.of_course.load_state_dict(state["state"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["state"])
 
 
-def course_policy(config: Config) -> BatchSizePolicy | None:
+def schedule_policy(config: Config) -> BatchSizePolicy | None:
     """The policy of `batch.policy`; None is a constant batch.
 
     Raises:

@@ -23,7 +23,6 @@ from elastic_kfac.training.loop import Outcome, RunLoop
 from elastic_kfac.training.membership import Membership, World
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.regroup import leave
-from elastic_kfac.training.snapshots import holds_everything
 
 _CHANGE = "the world changes"
 
@@ -53,15 +52,15 @@ def run_member(
     gc.collect()
     gc.freeze()
     try:
-        # Alone first: members and newcomers then take part in the same collectives of `regroup`.
+        # Alone first: members and newcomers then take part in the same collectives.
         trainer = RankTrainer(config, Communicator.solo(), opened, device=device, callback=callback)
         loop = RunLoop(trainer, store, keep_newest=True)
         world: World | None = membership.join()
         outcome: Outcome | None = None
         while world is not None:
             try:
-                trainer.regroup(membership.connect(world))
-                loop.go_on_from_newest()
+                trainer.enter(membership.connect(world))
+                loop.continue_on_other_ranks()
                 loop.forget_rows_of_lost_steps()
                 if repeat_rows:
                     loop.report_rows_again()
@@ -70,7 +69,7 @@ def run_member(
                 )
             except CommunicationError:
                 outcome = None
-            if outcome is None and trainer.is_committed and holds_everything(trainer):
+            if outcome is None and trainer.is_committed and trainer.holds_everything:
                 # Newer than what was captured at the last snapshot: nothing is computed again.
                 with contextlib.suppress(CommunicationError):
                     loop.keep_live_state()
@@ -80,7 +79,7 @@ def run_member(
                 outcome.status == "finished" or _is_durable(outcome.reasons)
             ):
                 return outcome
-            trainer.disband()
+            trainer.leave()
             leave()
             world = membership.next_world(world)
         assert outcome is not None

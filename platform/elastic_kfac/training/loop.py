@@ -21,10 +21,11 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import Progress, TrainingState
-from elastic_kfac.state.state_transfer import share_state, state_held_by_all
 from elastic_kfac.training.callbacks import Callback, Control, event_row
+from elastic_kfac.training.continuation import Continued, continue_on, restore_newest
 from elastic_kfac.training.evaluation import EvalResult
-from elastic_kfac.training.rank import EpochEnd, RankTrainer, StepResult
+from elastic_kfac.training.rank import EpochEnd, RankTrainer
+from elastic_kfac.training.step import StepResult
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_rank(
     try:
         trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
         loop = RunLoop(trainer, store)
-        loop.go_on_from_newest()
+        loop.continue_from_newest()
         return loop.until_parked_or_finished(control)
     finally:
         if datasets is None:
@@ -125,41 +126,45 @@ class RunLoop:
         """The callback on rank 0; elsewhere one that does nothing."""
         return self._trainer.callback if self._is_chief else Callback()
 
-    def go_on_from_newest(self) -> None:
-        """Restores the newest state that any rank holds in memory, else the durable one.
-
-        Collective. Without any state the run starts afresh.
-        """
+    def continue_from_newest(self) -> None:
+        """Restores the newest durable state; without one the run starts afresh. Collective."""
         trainer = self._trainer
-        communicator = trainer.communicator
         trainer.is_committed = False
         trainer.callback.on_point("recovery", trainer.progress.step)
-        held = self._newest
-        steps = communicator.all_gather_object(
-            -1 if held is None else held.progress.step, tag="state"
-        )
-        source = steps.index(max(steps))
-        state = None
-        if held is not None and min(steps) == max(steps):
-            state = state_held_by_all(communicator, held)
-        if state is None:
-            load = (lambda: held) if max(steps) >= 0 else self._store.load_latest
-            state = share_state(communicator, load, device=trainer.device, src=source)
-        if state is not None:
-            trainer.restore(state)
-            self._newest = state if self._keep_newest else None
-            self._target_said = state.progress.time_to_accuracy_s is not None
+        self._continue(restore_newest(trainer, self._newest, self._store.load_latest))
+
+    def continue_on_other_ranks(self) -> None:
+        """Continues on the ranks that the trainer has entered, in place where that is exact.
+
+        Collective.
+        """
+        trainer = self._trainer
+        trainer.callback.on_point("recovery", trainer.progress.step)
+        self._continue(continue_on(trainer, self._newest, self._store.load_latest))
+
+    def _continue(self, continued: Continued) -> None:
+        trainer = self._trainer
+        if continued.state is not None:
+            self._newest = continued.state if self._keep_newest else None
+        self._target_said = trainer.progress.time_to_accuracy_s is not None
         if trainer.progress.started_at == 0.0:
-            started_at = communicator.broadcast_object(time.time(), 0, tag="start")
+            started_at = trainer.communicator.broadcast_object(time.time(), 0, tag="start")
             trainer.progress = replace(trainer.progress, started_at=started_at)
         self._saved_at_train_time_s = trainer.progress.train_time_s
         step = trainer.progress.step
         lost = max(0, self._report.last_step() - step)
-        if state is not None or lost:
+        if continued.state is not None or continued.resized or lost:
             self._report.on_rollback(step, lost)
-            plan = trainer.path.plan_summary()
             self._report.on_event(
-                event_row("restored", step, **self._world(), steps_redone=lost, plan=plan)
+                event_row(
+                    "restored",
+                    step,
+                    **self._world(),
+                    steps_redone=lost,
+                    plan=_plan_summary(trainer),
+                    way="resize" if continued.resized else "restore",
+                    moved_bytes=continued.moved_bytes,
+                )
             )
 
     def keep_live_state(self) -> None:
@@ -287,8 +292,8 @@ class RunLoop:
             row["wanted_workers"] = wanted
         self._report.on_step(row)
         if trainer.progress.step % trainer.config.train.log_every_steps == 0 or trainer.finished:
-            row.update(trainer.path.columns())
-            row.update(trainer.apart.columns())
+            row.update({} if trainer.kfac is None else trainer.kfac.metrics())
+            row.update(trainer.sync.metrics())
             traffic = trainer.communicator.counters.total()
             row["communication_bytes"] = traffic.payload_bytes
             row["communication_calls"] = traffic.calls
@@ -343,3 +348,15 @@ class RunLoop:
 
     def _world(self) -> dict[str, int]:
         return {"world_size": self._trainer.communicator.world_size}
+
+
+def _plan_summary(trainer: RankTrainer) -> str | None:
+    """Who decomposes and preconditions what, in one line; None without K-FAC."""
+    if trainer.kfac is None:
+        return None
+    plan = trainer.kfac.plan
+    return (
+        f"{plan.strategy}, {len(plan.columns)} columns over {plan.world_size} ranks, "
+        f"grad_worker_frac {plan.grad_worker_frac:.4g}, {len(plan.layers)} layers, "
+        f"{plan.sha256[:12]}"
+    )

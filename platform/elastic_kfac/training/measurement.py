@@ -116,7 +116,7 @@ class RankProbe(Callback):
             name: {labels: self._growth(name, labels, total) for labels, total in totals.items()}
             for name, totals in self._totals(trainer).items()
         }
-        columns = trainer.path.columns()
+        columns = {} if trainer.kfac is None else trainer.kfac.metrics()
         for name in ("damping", "kl_clip_scale", "inverse_age_steps"):
             if name in columns:
                 values[name] = {(): float(columns[name])}

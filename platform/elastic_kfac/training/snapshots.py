@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config, steps_apart
+from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
@@ -55,10 +55,10 @@ def run_rank_with_rescue(
         trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
         loop = RunLoop(trainer, store)
         try:
-            loop.go_on_from_newest()
+            loop.continue_from_newest()
             return loop.until_parked_or_finished(control)
         except CommunicationError:
-            if trainer.is_committed and communicator.rank < RESCUERS and holds_everything(trainer):
+            if trainer.is_committed and communicator.rank < RESCUERS and trainer.holds_everything:
                 # A decomposition may still be on its way from the lost peer.
                 with contextlib.suppress(CommunicationError):
                     store.rescue(trainer.capture(), list(loop.recent_rows))
@@ -66,13 +66,3 @@ def run_rank_with_rescue(
     finally:
         if datasets is None:
             opened.close()
-
-
-def holds_everything(trainer: RankTrainer) -> bool:
-    """Whether this rank alone can capture: no part of the state is kept by an owner or in residuals."""
-    config = trainer.config
-    if steps_apart(config):
-        return False
-    if config.communication.wire_format != "fp32":
-        return False
-    return trainer.kfac is None or trainer.kfac.holds_everything

@@ -75,6 +75,11 @@ def member(folder: str, script: Script) -> Seen:
         datasets=memory_datasets(),
     )
     seen.rewinds = recorded.rewinds
+    seen.continued = [
+        (row["world_size"], row["way"], row["moved_bytes"])
+        for row in recorded.events
+        if row["kind"] == "restored"
+    ]
     return seen
 
 
@@ -125,6 +130,52 @@ def test_kill_within_a_kfac_update_redoes_no_committed_step(
         assert survivor is None or survivor.steps == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("changes", "way"),
+    [
+        ({"kfac.grad_worker_frac": 0.34}, "restore"),
+        ({"kfac.grad_worker_frac": 1.0}, "resize"),
+    ],
+    ids=["decompositions-kept-by-one", "by-all"],
+)
+def test_survivors_resize_unless_the_lost_rank_alone_kept_decompositions(
+    tmp_path: Path, changes: dict[str, Any], way: str
+) -> None:
+    changes = {**KFAC, **changes}
+    alone = in_one_process(tmp_path / "alone", changes)
+    # Captured right before: what survivors hold in memory is at most one step old.
+    script = Script((0, 1, 2), changes, kills={2: (7, "backward_done")})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+    ((world_size, used, moved),) = seen[0].continued
+    assert (world_size, used) == (2, way)
+    assert moved == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.name": "sharded_kfac", "kfac.damping": 0.01},
+        {"communication.wire_format": "int8", **KFAC},
+        {**KFAC, "kfac.grad_worker_frac": 0.5},
+    ],
+    ids=["sharded", "compressed", "two-columns"],
+)
+def test_newcomer_receives_what_it_lacks_and_all_end_alike(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    script = Script((0, 1), changes, joins={2: 6})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert state.ledger.world_sizes == (2, 3)
+    ((world_size, way, moved),) = seen[0].continued
+    assert (world_size, way) == (3, "resize")
+    size = sum(tensor.nbytes for tensor in state.tensors.values())
+    assert 0 < moved <= size
+    hashes = {one.outcome.state_sha256 for one in seen if one.outcome is not None}
+    assert hashes == {state.sha256()}
+
+
 def test_kill_of_rank_zero_another_rank_takes_over_and_saves(tmp_path: Path) -> None:
     alone = in_one_process(tmp_path / "alone", KFAC)
     script = Script((0, 1, 2), KFAC, kills={0: (7, "backward_done")})
@@ -155,6 +206,10 @@ def test_departure_and_newcomer_end_as_one_process_without_a_step_redone(
     assert state.ledger.world_sizes == (2, 1, 2)
     assert seen[0].steps == list(range(1, 13))
     assert [lost for _, lost in seen[0].rewinds] == [0, 0]
+    # Nothing travels to the one that stays alone; the newcomer alone receives the state.
+    (_, shrunk, grown) = [(1, "", 0), *seen[0].continued]
+    assert shrunk == (1, "resize", 0)
+    assert grown == (2, "resize", sum(t.nbytes for t in state.tensors.values()))
     assert seen[1].outcome is not None and seen[1].outcome.status == "parked"
     outcomes = [seen[0].outcome, seen[2].outcome]
     assert {o.state_sha256 for o in outcomes if o is not None} == {state.sha256()}
@@ -183,5 +238,7 @@ def test_newcomer_into_a_world_of_one_receives_the_state_of_a_peer_not_of_a_file
     script = Script((0,), KFAC, joins={1: 3})
     seen, state = play(tmp_path / "run", 2, script)
     assert state.ledger.world_sizes == (1, 2)
+    size = sum(tensor.nbytes for tensor in state.tensors.values())
+    assert seen[0].continued == [(2, "resize", size)]
     # Asked after step 3 was committed, admitted at the boundary of step 4.
     assert seen[1].steps == list(range(5, 13))

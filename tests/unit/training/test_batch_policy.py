@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from elastic_kfac.training.batch_policy import BatchPolicy
+from elastic_kfac.training.batch_control import WorldBatch
 
 
-def policy(kind: str) -> BatchPolicy:
-    return BatchPolicy(kind, full_batch_size=64, full_world_size=4, num_samples=100)  # type: ignore[arg-type]
+def policy(kind: str) -> WorldBatch:
+    return WorldBatch(kind, full_batch_size=64, full_world_size=4, num_samples=100)  # type: ignore[arg-type]
 
 
 def test_keep_global_never_changes_batch_or_rate() -> None:

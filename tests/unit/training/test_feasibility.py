@@ -55,12 +55,12 @@ def test_memory_budget_is_the_one_of_the_plan(base: Config, world_size: int) -> 
     )
     [(needed, plan_size)] = [
         (
-            factor_elements(shapes := [layer_shape(x) for x in path.kfac.layers])
-            + max_second_order_elements(path.kfac.plan, shapes, precompute=False),
-            path.kfac.plan.world_size,
+            factor_elements(shapes := [layer_shape(x) for x in kfac.layers])
+            + max_second_order_elements(kfac.plan, shapes, precompute=False),
+            kfac.plan.world_size,
         )
-        for _, path in imagined_paths(sized, [world_size])
-        if path.kfac is not None
+        for _, kfac in imagined_paths(sized, [world_size])
+        if kfac is not None
     ]
     assert plan_size == world_size
     gib = needed * 4 / 2**30

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elastic_kfac.config import Config, parse_config, read_config
-from elastic_kfac.training.batch_control import course_policy
+from elastic_kfac.training.batch_control import schedule_policy
 from elastic_kfac.training.first_order import schedule_of
 from elastic_kfac.training.rates import RateControl
 from support.recipes import IMAGENET_SAMPLES, PRESETS
@@ -62,7 +62,7 @@ ABSA: dict[str, Any] = {**ABS, "batch__policy": "absa"}
 
 def test_absa_begins_with_the_configured_share_and_stops_half_way() -> None:
     config = _config(**ABSA, adversarial__attack="fgsm", adversarial__fraction=0.4)
-    policy = course_policy(config)
+    policy = schedule_policy(config)
     assert policy is not None
     assert policy.at(0).adversarial_fraction == 0.4
     assert policy.at(config.train.epochs / 2).adversarial_fraction == 0.0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from elastic_kfac.errors import StateError
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.sync import reproducible
 from elastic_kfac.training.sync.reproducible import (
-    ReproducibleExchange,
+    CanonicalTree,
     check_conditions,
     conditions,
 )
@@ -147,11 +148,12 @@ def test_inputs_of_every_shard_begin_on_a_cache_line() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("count", [22, 6, 1, 8])
-def test_shares_of_the_ranks_follow_each_other_without_gap(world_size: int, count: int) -> None:
-    exchange = ReproducibleExchange(nn.Linear(2, 2), 8)
+def test_slices_of_the_ranks_follow_each_other_without_gap(world_size: int, count: int) -> None:
+    tree = CanonicalTree(nn.Linear(2, 2), 8)
     position = 100
     for rank in range(world_size):
-        first, size = exchange.share(100, count, rank, world_size)
+        tree.communicator = cast(Any, SimpleNamespace(rank=rank, world_size=world_size))
+        first, size = tree.slice(100, count)
         assert first == position
         position += size
     assert position == 100 + count

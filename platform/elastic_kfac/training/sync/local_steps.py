@@ -1,9 +1,8 @@
-"""Ranks that step apart and come together again: averaging, or DistNewton's quasi-Newton step.
+"""Local steps between merges: parameter averaging, or DistNewton's quasi-Newton step.
 
-Between two merges every rank takes its own optimizer steps on its own share of each batch, as the parts
-of a network that has split would; only counters and normalisation statistics still travel. Which samples
-are used does not change. Whoever looks at the model (an evaluation, a checkpoint, a resize) merges first,
-so that nothing outlives a world but merged parameters (spec 4.5).
+Between two merges only counters and normalisation statistics travel. Which samples are used does not
+change. An evaluation, a checkpoint or a resize merges first, so that only merged parameters outlive a
+set of ranks.
 """
 
 from __future__ import annotations
@@ -16,17 +15,18 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.data.dataset import Dataset, rank_slice
+from elastic_kfac.data.dataset import Dataset
 from elastic_kfac.optimizers.dist_newton import DistNewton, merge_ranks
-from elastic_kfac.training.passes import Passes
-from elastic_kfac.training.sync.exchange import Exchange
+from elastic_kfac.training.sync.exchange import Exchange, Totals
+from elastic_kfac.training.sync.global_sum import MicroBatches
+from elastic_kfac.training.sync.synchronisation import Passes, Span
 
 _TAG = "merge"
 
 
 @dataclass(frozen=True)
 class Merged:
-    """How ranks came together."""
+    """The newest merge."""
 
     workers: int
     rank: int = 0
@@ -35,8 +35,14 @@ class Merged:
     """σ̂: a lower bound of the largest singular value of the Hessian."""
 
 
-class StepsApart:
-    """Whether the ranks of a world are apart, and how they merge."""
+class LocalSteps(MicroBatches):
+    """Every rank steps on its own slice of each batch; every k steps, and before anyone looks at the
+    model, parameters and momenta are merged.
+
+        rank 0  θ ─ step ─ step ─┐             ┌─ θ' ─ step ─ …
+        rank 1  θ ─ step ─ step ─┼─ merge(θᵣ) ─┼─ θ' ─ step ─ …
+        rank 2  θ ─ step ─ step ─┘             └─ θ' ─ step ─ …
+    """
 
     def __init__(
         self,
@@ -46,80 +52,92 @@ class StepsApart:
         passes: Passes,
         dataset: Dataset,
     ) -> None:
+        super().__init__(Exchange(model), config)
         self._config = config
         self._model, self._optimizer = model, optimizer
         self._passes, self._dataset = passes, dataset
         self._steps = 0
-        self._newest_batch = (0, 0, 0)
-        self.newest: Merged | None = None
+        self._newest_span = (0, 0, 0)
+        self._newest_lr = config.optimizer.lr
+        self._merged: Merged | None = None
 
     @property
-    def apart(self) -> bool:
-        """Whether ranks have stepped since they were together."""
-        return self._steps > 0
+    def holds_everything(self) -> bool:
+        return False
 
-    @property
-    def due(self) -> bool:
-        """Whether they have stepped apart for as long as configured."""
+    def reduce(self, local: Totals, step: int) -> Totals:
+        return self.vector.reduce(self.communicator, local, reduce_gradients=lambda flat: None)
+
+    def publish(self, totals: Totals, local: Totals, divisor: int, scale: float) -> bool:
+        # The mean over this rank's samples only; a rank without any keeps its parameters.
+        self.vector.publish_gradients(max(local.count, 1) / divisor)
+        return local.count > 0
+
+    def committed(self, span: Span, lr: float) -> bool:
+        self._steps += 1
+        self._newest_span, self._newest_lr = (span.epoch, span.first, span.count), lr
         return self._steps >= self._config.elastic.merge_every_steps
 
-    def stepped(self, epoch: int, first: int, count: int) -> None:
-        """Notes a step that every rank took on its own share of a batch."""
-        self._steps += 1
-        self._newest_batch = (epoch, first, count)
-
-    def columns(self) -> dict[str, float]:
-        """What a metric row says about the newest merge."""
-        newest = self.newest
-        if newest is None:
+    def metrics(self) -> dict[str, float]:
+        if self._merged is None:
             return {}
         return {
-            "merged_workers": newest.workers,
-            "merge_newton_rank": newest.rank,
-            "merge_sigma": newest.sigma,
+            "merged_workers": self._merged.workers,
+            "merge_newton_rank": self._merged.rank,
+            "merge_sigma": self._merged.sigma,
         }
 
-    def forget(self) -> None:
-        """The ranks hold equal parameters again, from a checkpoint or a peer."""
-        self._steps = 0
+    def load_state_dict(self, state: Any) -> None:
+        self._steps = 0  # ranks that restore hold equal parameters
 
     @torch.no_grad()
-    def merge(self, communicator: Communicator, exchange: Exchange, lr: float) -> None:
-        """Gives every rank the merged parameters and the mean of the optimizer's state. Collective.
-
-        `exchange` is borrowed for gradients between two steps; `lr` is τ where none is configured.
-        """
+    def settle(self) -> bool:
+        """Merges parameters and the optimizer's state, if ranks have stepped since the last merge."""
+        if not self._steps:
+            return False
         self._steps = 0
+        communicator = self.communicator
         if communicator.world_size == 1:
-            return
+            return True
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         theta = torch.cat([p.detach().reshape(-1) for p in parameters])
         if self._config.elastic.merge == "average":
             communicator.all_reduce(theta, tag=_TAG).wait()
             merged = theta.div_(communicator.world_size)
-            self.newest = Merged(communicator.world_size)
+            self._merged = Merged(communicator.world_size)
         else:
             with torch.enable_grad():
-                own = self._gradient(communicator, exchange)
-            found = merge_ranks(theta, own, self._options(lr), communicator)
+                own = self._gradient()
+            found = merge_ranks(theta, own, self._options(self._newest_lr), communicator)
             merged = found.parameters
-            self.newest = Merged(found.workers, found.rank, found.sigma)
+            self._merged = Merged(found.workers, found.rank, found.sigma)
         sizes = [p.numel() for p in parameters]
         for parameter, values in zip(parameters, merged.split(sizes), strict=True):
             parameter.copy_(values.view(parameter.shape))
         self._average_state(communicator, parameters)
+        return True
 
-    def _gradient(self, communicator: Communicator, exchange: Exchange) -> Tensor:
-        """This rank's mean gradient over the newest batch: the whole of it, or its share [n]."""
-        epoch, first, count = self._newest_batch
+    def _gradient(self) -> Tensor:
+        """This rank's mean gradient [n] over the newest batch: the whole of it, or its slice."""
+        epoch, first, count = self._newest_span
         if not self._config.distnewton.common_batch:
-            first, count = rank_slice(first, count, communicator.rank, communicator.world_size)
+            first, count = self.slice(first, count)
         samples = self._dataset.read(epoch, first, count) if count else None
         try:
-            seen = self._passes.gradient(exchange, samples)
-            return exchange.local_gradient(seen.count)
+            self.vector.begin_step()
+            seen = 0
+            if samples is not None:
+                inputs = self._passes.preprocess(samples)
+                seen = len(inputs.labels)
+                size = self._micro_batch_size or max(seen, 1)
+                for start in range(0, seen, size):
+                    labels = inputs.labels[start : start + size]
+                    self.vector.begin_pass()
+                    self._passes.backward(inputs.images[start : start + size], labels, 1.0, None)
+                    self.vector.end_pass(len(labels))
+            return self.vector.local_gradient(seen)
         finally:
-            exchange.abandon_step()
+            self.vector.abandon_step()
 
     def _options(self, lr: float) -> DistNewton:
         given = self._config.distnewton

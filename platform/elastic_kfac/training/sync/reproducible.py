@@ -12,7 +12,7 @@ round differently otherwise. They are saved with the state, and another one is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,12 @@ from elastic_kfac.communication.summation_tree import (
     shard_range,
     shards_of_rank,
 )
-from elastic_kfac.config import ElasticConfig
+from elastic_kfac.data.order import id_hash
+from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import StateError
 from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.sync.exchange import Exchange, Totals
+from elastic_kfac.training.sync.synchronisation import Passes, Span, Synchronisation
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.distribution.tree import StatisticsLayout
@@ -100,7 +102,7 @@ def agree_on_conditions(communicator: Communicator, own: Mapping[str, Any]) -> N
                 )
 
 
-class ReproducibleExchange(Exchange):
+class ShardVector(Exchange):
     """The flat vector of a model as a leaf of the summation tree, once per logical shard.
 
     [gradients | running statistics x count | used flags | totals | K-FAC's statistics where due]
@@ -114,38 +116,13 @@ class ReproducibleExchange(Exchange):
         self._partials: PartialSums | None = None
         self._global_count = 0
 
-    def loss_divisor(self, global_count: int) -> int:
-        """One: dividing first would round what the tree adds."""
-        return 1
-
-    def share(self, first: int, count: int, rank: int, world_size: int) -> tuple[int, int]:
-        """(first position, count) of the samples in a rank's shards of a batch."""
-        shards = shards_of_rank(rank, world_size, self.num_shards)
-        ends = [*shards, shards.stop]
-        begins = [min(shard_range(count, self.num_shards, shard)[0], count) for shard in ends]
-        return first + begins[0], begins[-1] - begins[0]
-
-    def shards(
-        self, communicator: Communicator, kfac: KFAC | None, global_count: int
-    ) -> Iterator[tuple[int, slice]]:
-        """Goes through this rank's shards of a batch: (shard, where its samples are in the share).
-
-        Shards without samples are pushed here; the others by `end_shard`.
-        """
+    def begin(self, kfac: KFAC | None, global_count: int) -> None:
+        """Starts the tree of a batch."""
         self._global_count = global_count
         if self._partials is None or kfac is not self._kfac:
             self._prepare(kfac)
         assert self._partials is not None
-        partials = self._partials
-        partials.restart(self.flat.numel() + self._statistics_size())
-        begin = 0
-        for shard in shards_of_rank(communicator.rank, communicator.world_size, self.num_shards):
-            _, count = shard_range(global_count, self.num_shards, shard)
-            if count:
-                yield shard, slice(begin, begin + count)
-                begin += count
-            else:
-                partials.push(shard, None)
+        self._partials.restart(self.flat.numel() + self.statistics_size())
 
     def _prepare(self, kfac: KFAC | None) -> None:
         self._kfac, self._layout = kfac, None
@@ -158,16 +135,18 @@ class ReproducibleExchange(Exchange):
         dtype, device = self.flat.dtype, self.flat.device
         self._partials = PartialSums(capacity, dtype=dtype, device=device)
 
-    def carries_statistics(self) -> bool:
-        """Whether K-FAC's statistics travel in this step."""
-        return self._statistics_size() > 0
-
-    def _statistics_size(self) -> int:
+    def statistics_size(self) -> int:
+        """Elements of K-FAC's statistics in this step."""
         if self._kfac is None or self._layout is None or not self._kfac.factors_due():
             return 0
         return self._layout.size
 
-    def end_shard(self, shard: int, totals: Totals, loss_scale: float) -> None:
+    def push_empty(self, shard: int) -> None:
+        """Adds the leaf of a shard without samples."""
+        assert self._partials is not None
+        self._partials.push(shard, None)
+
+    def push(self, shard: int, totals: Totals, loss_scale: float) -> None:
         """Makes a leaf of what the passes since `begin_pass` left in the model."""
         assert self._partials is not None
         leaf = self._partials.buffer()
@@ -183,7 +162,7 @@ class ReproducibleExchange(Exchange):
             view.zero_()
         self.statistics.collect(sums, totals.count)
         self._write_counters(counters, used, totals)
-        if self._statistics_size():
+        if self.statistics_size():
             assert self._kfac is not None and self._layout is not None
             statistics = self._kfac.take_statistics(totals.count, loss_scale)
             size = self.flat.numel()
@@ -199,7 +178,7 @@ class ReproducibleExchange(Exchange):
     ) -> Totals:
         """Finishes the tree over all ranks; of `local` only the flags count."""
         assert self._partials is not None and reduce_gradients is None
-        size, extra = self.flat.numel(), self._statistics_size()
+        size, extra = self.flat.numel(), self.statistics_size()
         flags = torch.tensor([local.stop, local.snapshot]).to(self.flat)
         total, flags = exchange_partials(
             communicator,
@@ -220,8 +199,87 @@ class ReproducibleExchange(Exchange):
         return replace(totals, stop=int(stop), snapshot=int(snapshot))
 
 
-def make_exchange(model: nn.Module, elastic: ElasticConfig) -> Exchange:
-    """The flat vector of the configured mode."""
-    if elastic.reproducible:
-        return ReproducibleExchange(model, elastic.logical_shards)
-    return Exchange(model)
+class CanonicalTree(Synchronisation):
+    r"""Every bit of a run is the same for any number of ranks.
+
+    shards   0   1   2   3   4   5   6   7      of every batch, however many ranks there are
+              \ /     \ /     \ /     \ /       each rank adds the subtrees it has whole,
+                \     /         \     /          one exchange completes the others
+                   \______ ______/
+                           Σ                   gradients | BatchNorm | counters | K-FAC statistics
+    """
+
+    part = "reproducible"
+    evaluates_whole_batches = True
+
+    vector: ShardVector
+
+    def __init__(self, model: nn.Module, num_shards: int) -> None:
+        super().__init__(ShardVector(model, num_shards))
+        self._model, self._num_shards = model, num_shards
+
+    def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
+        super().join(communicator, kfac)
+        if communicator.world_size > 1:
+            agree_on_conditions(communicator, self.state_dict())
+
+    @property
+    def holds_everything(self) -> bool:
+        return True
+
+    def loss_divisor(self, count: int) -> int:
+        return 1  # dividing first would round what the tree adds
+
+    def slice(self, first: int, count: int) -> tuple[int, int]:
+        shards = self._own_shards()
+        ends = [*shards, shards.stop]
+        begins = [min(shard_range(count, self._num_shards, shard)[0], count) for shard in ends]
+        return first + begins[0], begins[-1] - begins[0]
+
+    def _own_shards(self) -> range:
+        return shards_of_rank(
+            self.communicator.rank, self.communicator.world_size, self._num_shards
+        )
+
+    def accumulate(
+        self, passes: Passes, samples: Batch | None, span: Span, loss_scale: float
+    ) -> Totals:
+        self.vector.begin_step()
+        self.vector.begin(self.kfac, span.count)
+        begin = 0
+        for shard in self._own_shards():
+            _, count = shard_range(span.count, self._num_shards, shard)
+            if not count:
+                self.vector.push_empty(shard)
+                continue
+            assert samples is not None
+            part = slice(begin, begin + count)
+            begin += count
+            inputs = passes.inputs(samples.part(part), span)
+            passes.seed(span.step, shard)
+            self.vector.begin_pass()
+            loss = right = 0.0
+            if len(inputs.labels):
+                # Clones, because kernels may round differently on memory that begins elsewhere.
+                values = passes.backward(
+                    inputs.images.clone(), inputs.labels.clone(), loss_scale, self.kfac
+                )
+                loss, right = float(values[0]), float(values[1])
+            totals = Totals(loss, right, len(inputs.labels), id_hash=id_hash(samples.ids[part]))
+            self.vector.push(shard, totals, loss_scale)
+        return Totals()
+
+    @property
+    def carries_statistics(self) -> bool:
+        return self.vector.statistics_size() > 0
+
+    def reduce(self, local: Totals, step: int) -> Totals:
+        return self.vector.reduce(self.communicator, local)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The conditions under which bits are equal."""
+        device = self.vector.flat.device
+        return conditions(self._model, device, self._num_shards)
+
+    def load_state_dict(self, state: Any) -> None:
+        check_conditions(state, self.state_dict())

@@ -1,0 +1,380 @@
+"""One training step, from samples to the commit, and the state that outlives it.
+
+Nothing of the mathematics depends on the world size: the global batch is cut by position, losses are
+divided by the global count, and sums travel in one vector.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.data.dataset import Datasets
+from elastic_kfac.data.stream import Batch
+from elastic_kfac.errors import NumericalError, StateError
+from elastic_kfac.state.identity import config_sha256
+from elastic_kfac.state.ledger import Ledger
+from elastic_kfac.state.state import (
+    Progress,
+    TrainingState,
+    capture,
+    restore_model,
+    restore_optimizer,
+)
+from elastic_kfac.training.assembly import assemble, join_batch_norm
+from elastic_kfac.training.batch_control import BatchControl
+from elastic_kfac.training.callbacks import Callback, Point
+from elastic_kfac.training.preconditioner import make_preconditioner
+from elastic_kfac.training.rates import RateControl, Rates
+from elastic_kfac.training.sync.synchronisation import Span, Totals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A committed step."""
+
+    totals: Totals
+    lr: float
+    step_time_s: float
+    data_wait_s: float
+    attacked_fraction: float = 0.0
+    """γ: share of each logical micro-batch that was attacked."""
+
+
+class StepTrainer:
+    """Takes steps as one rank of `communicator`; `join` moves it to other ranks between steps."""
+
+    def __init__(
+        self,
+        config: Config,
+        communicator: Communicator,
+        datasets: Datasets,
+        *,
+        device: torch.device | None = None,
+        callback: Callback | None = None,
+    ) -> None:
+        self.config = config
+        self.callback = callback or Callback()
+        self.datasets = datasets
+        self.device = device or torch.device("cpu")
+        self.is_committed = False
+        """Whether model, optimizer and curvature are those of the last committed step: not while a step
+        or a restore changes them, nor after either has failed."""
+        parts = assemble(config, communicator, datasets.train, self.device)
+        self._parts, self.model, self.optimizer = parts, parts.model, parts.optimizer
+        self.sync, self.scaler = parts.sync, parts.scaler
+        self.batch = BatchControl(config, datasets.train.num_samples)
+        self.rates = RateControl(config)
+        self.ledger = Ledger()
+        self.progress = Progress()
+        self.communicator = communicator
+        self.left_world_size = 0
+        """Ranks of the world that was left last; 0 before."""
+        self._precondition_for(communicator)
+
+    def _precondition_for(self, communicator: Communicator) -> None:
+        self.kfac = make_preconditioner(self.model, self.optimizer, self.config, communicator)
+        if self.kfac is not None:
+            self.kfac.on_phase = self._on_phase
+        self.sync.join(communicator, self.kfac)
+
+    def _on_phase(self, phase: Point) -> None:
+        if phase == "factor_update":
+            # From here on, factors, decompositions and parameters change one after another.
+            self.is_committed = False
+        self.callback.on_point(phase, self.progress.step + 1)
+
+    # -- where the run is ------------------------------------------------------------------------
+
+    @property
+    def total_samples(self) -> int:
+        """Samples after which the run is over (a fraction of an epoch counts)."""
+        return max(1, round(self.config.train.epochs * self.datasets.train.num_samples))
+
+    @property
+    def position(self) -> int:
+        """Committed samples of the order, over all epochs."""
+        return self.progress.epoch * self.datasets.train.num_samples + self.progress.consumed
+
+    @property
+    def fractional_epoch(self) -> float:
+        return self.position / self.datasets.train.num_samples
+
+    # -- one step --------------------------------------------------------------------------------
+
+    def step(self, *, stop: bool = False, snapshot: bool = False) -> StepResult:
+        """Takes one optimizer step and commits it; flags are summed over all ranks.
+
+        Raises:
+            NumericalError: If loss or gradients are not finite (outside fp16).
+            CommunicationError: If a peer left; the step is not committed then.
+        """
+        begin, waited_s = time.perf_counter(), self.communicator.counters.waited_s
+        number = self.progress.step + 1
+        self.callback.on_point("step_begin", number)
+        span = self._next_span()
+        try:
+            samples, data_wait_s = self._read(span)
+
+            divisor = self.sync.loss_divisor(span.count)
+            loss_scale = self.scaler.scale / divisor
+            local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
+            self.callback.on_point("backward_done", number)
+
+            if self.sync.carries_statistics:
+                self._on_phase("factor_exchange")
+            local = replace(local, stop=int(stop), snapshot=int(snapshot))
+            totals = self.sync.reduce(local, span.step)
+            self.callback.on_point("gradients_exchanged", number)
+
+            rates = self._rates_of(span)
+            self._check(totals)
+            has_update = self.sync.publish(totals, local, divisor, self.scaler.scale)
+            if not totals.gradients_are_finite:
+                if self.kfac is not None:
+                    self.kfac.skip_step()
+            elif has_update:
+                self._precondition_and_update(local, loss_scale)
+                self.callback.on_point("preconditioned", number)
+            self.sync.finish_step(totals)
+            self.scaler.update(overflow=not totals.gradients_are_finite)
+            self.rates.took(rates)
+        except BaseException:
+            self.sync.abort_step()
+            raise
+        elapsed = time.perf_counter() - begin
+        waited_s = self.communicator.counters.waited_s - waited_s
+        self._commit(span, totals, elapsed, data_wait_s, waited_s)
+        if self.sync.committed(span, rates.lr):
+            self.settle()
+        self.is_committed = True
+        self.callback.on_point("committed", number)
+        return StepResult(totals, rates.lr, elapsed, data_wait_s, span.attacked_fraction)
+
+    def _next_span(self) -> Span:
+        before, total = self.progress, self.datasets.train.num_samples
+        self.batch.of_world.enter_world(self.communicator.world_size, self.position)
+        size = self.batch.size(self.communicator.world_size, self.position)
+        count = min(size, total - before.consumed)
+        return Span(
+            before.step,
+            before.epoch,
+            before.consumed,
+            count,
+            *self.sync.slice(before.consumed, count),
+            attacked_fraction=self.batch.attacked_fraction(self.position),
+        )
+
+    def _read(self, span: Span) -> tuple[Batch | None, float]:
+        """This rank's samples, and how long they took; announces the next ones to the dataset."""
+        begin, dataset = time.perf_counter(), self.datasets.train
+        samples = None
+        if span.own_count:
+            samples = dataset.read(span.epoch, span.own_first, span.own_count)
+        waited = time.perf_counter() - begin
+        position = span.epoch * dataset.num_samples + span.first + span.count
+        if position < self.total_samples:
+            epoch, first = divmod(position, dataset.num_samples)
+            size = self.batch.size(self.communicator.world_size, position)
+            dataset.prefetch(epoch, *self.sync.slice(first, min(size, dataset.num_samples - first)))
+        return samples, waited
+
+    def _rates_of(self, span: Span) -> Rates:
+        # The middle of the batch: neither the first rate of a warm-up nor a last one is 0.
+        position = self.position + span.count / 2
+        rates = self.rates.at(
+            position / self.datasets.train.num_samples, self.batch.lr_factor(position)
+        )
+        self.rates.apply(self.optimizer, rates)
+        return rates
+
+    def _check(self, totals: Totals) -> None:
+        if totals.count == 0:
+            raise NumericalError(
+                f"every record of step {self.progress.step + 1} is bad",
+                change="check the shards with `elastic-kfac shards verify`",
+            )
+        if not totals.gradients_are_finite and not self.scaler.enabled:
+            raise NumericalError(
+                f"loss or gradients are not finite in step {self.progress.step + 1}",
+                given=f"mean loss {totals.loss_sum / max(totals.count, 1)}",
+                change="lower optimizer.lr or raise kfac.damping; the last checkpoint is kept",
+            )
+
+    def _precondition_and_update(self, local: Totals, loss_scale: float) -> None:
+        if self.kfac is not None:
+            self.kfac.step(local.count, loss_scale, statistics=self.sync.statistics)
+        self.is_committed = False
+        if self.kfac is None or not self.kfac.updates_weights:
+            self.optimizer.step()
+        if self._parts.rescaling is not None:
+            self._parts.rescaling.apply()
+
+    def _commit(
+        self, span: Span, totals: Totals, elapsed: float, data_wait_s: float, waited_s: float
+    ) -> None:
+        before = self.progress
+        self.ledger.append(
+            step=span.step + 1,
+            epoch=span.epoch,
+            first_position=span.first,
+            num_samples=span.count,
+            world_size=self.communicator.world_size,
+            id_hash=totals.id_hash,
+        )
+        epoch_is_over = span.first + span.count == self.datasets.train.num_samples
+        self.progress = replace(
+            before,
+            step=span.step + 1,
+            epoch=span.epoch + epoch_is_over,
+            consumed=0 if epoch_is_over else span.first + span.count,
+            samples_committed=before.samples_committed + totals.count,
+            train_time_s=before.train_time_s + elapsed,
+            computation_s=before.computation_s + elapsed - waited_s - data_wait_s,
+            communication_s=before.communication_s + waited_s,
+        )
+        self.account(elapsed)
+
+    def account(self, elapsed_s: float) -> None:
+        """Adds time that all ranks spent to the cost of the run."""
+        cost = elapsed_s * self.communicator.world_size
+        self.progress = replace(
+            self.progress,
+            worker_seconds=self.progress.worker_seconds + cost,
+            gpu_seconds=self.progress.gpu_seconds + (cost if self.device.type == "cuda" else 0.0),
+        )
+
+    def settle(self) -> None:
+        """Gives all ranks one model before it is evaluated, saved or handed over. Collective."""
+        begin = time.perf_counter()
+        if self.sync.settle():
+            elapsed = time.perf_counter() - begin
+            self.account(elapsed)
+            train_time_s = self.progress.train_time_s + elapsed
+            self.progress = replace(self.progress, train_time_s=train_time_s)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether this rank can capture alone: no part of the state is kept by its owner only."""
+        return self.sync.holds_everything and (self.kfac is None or self.kfac.holds_everything)
+
+    def small_parts(self) -> dict[str, Any]:
+        """Equal on every rank: name in the state -> object with `state_dict` and `load_state_dict`."""
+        return {
+            "scaler": self.scaler,
+            "batch_policy": self.batch.of_world,
+            "batch_size": self.batch,
+            "rates": self.rates,
+        }
+
+    def capture(self) -> TrainingState:
+        """The state of this step boundary. Collective, because K-FAC gathers what owners keep."""
+        parts = self.join_capture()
+        parts |= {name: part.state_dict() for name, part in self.small_parts().items()}
+        return capture(
+            model=self.model,
+            optimizer=self.optimizer,
+            parts=parts,
+            progress=self.progress,
+            ledger=self.ledger.value(),
+            seed=self.config.train.seed,
+            data_sha256=self.datasets.train.sha256,
+            config_sha256=config_sha256(self.config),
+        )
+
+    def join_capture(self) -> dict[str, Any]:
+        """The collective part of `capture`, for ranks that need no copy themselves."""
+        self.callback.on_point("capture", self.progress.step)
+        self.settle()
+        self.ledger.seal()
+        parts: dict[str, Any] = {}
+        if self.kfac is not None:
+            parts["kfac"] = self.kfac.state_dict()
+        if self.sync.part is not None and (state := self.sync.state_dict()) is not None:
+            parts[self.sync.part] = state
+        return parts
+
+    def restore(self, state: TrainingState) -> None:
+        """Continues from `state`, whatever world size wrote it.
+
+        Raises:
+            StateError: If it belongs to another model, data set or seed, or if the reproducible mode
+                cannot promise equal bits.
+        """
+        self._check_identity(state)
+        self.restore_all_but_kfac(state)
+        if self.kfac is not None and (saved := state.part("kfac")) is not None:
+            self.kfac.load_state_dict(saved)
+
+    def restore_all_but_kfac(self, state: TrainingState) -> None:
+        """`restore` where `KFAC.resize` brings the preconditioner."""
+        self.sync.load_state_dict(state.part(self.sync.part) if self.sync.part else None)
+        self.is_committed = False
+        restore_model(self.model, state)
+        restore_optimizer(self.model, self.optimizer, state.part("optimizer") or {})
+        for name, part in self.small_parts().items():
+            part.load_state_dict(state.part(name) or {})
+        self.ledger = Ledger(state.ledger)
+        self.progress = state.progress
+        self._parts.passes.forget_mixed()
+
+    def _check_identity(self, state: TrainingState) -> None:
+        if state.data_sha256 != self.datasets.train.sha256:
+            raise StateError(
+                "the run's data set has changed: its manifest is not the one of the checkpoint",
+                given=self.config.data.shards,
+                change="restore the shards, or start a run under another name",
+            )
+        if state.seed != self.config.train.seed:
+            raise StateError(
+                "train.seed differs from the seed of the checkpoint",
+                given=self.config.train.seed,
+                allowed=state.seed,
+            )
+
+    # -- other ranks -----------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Drops every reference to the present process group; what this rank holds stays."""
+        self.left_world_size = self.communicator.world_size
+        self.sync.close()
+        if self.kfac is not None:
+            self.kfac.leave()
+        self.communicator = Communicator.solo()
+        join_batch_norm(self.config, self.model, self.communicator)
+
+    def enter(self, communicator: Communicator) -> None:
+        """Becomes one of other ranks after `leave`; `continuation.continue_on` follows. Collective."""
+        self.communicator = communicator
+        self._parts.passes.forget_mixed()
+        join_batch_norm(self.config, self.model, communicator)
+
+    def build_preconditioner(self) -> None:
+        """K-FAC anew for the present ranks; its state must be restored. Collective."""
+        if self.kfac is not None:
+            self.kfac.close()
+        self._precondition_for(self.communicator)
+
+    def reset_preconditioner(self) -> None:
+        """K-FAC anew, as one that holds nothing yet."""
+        if self.kfac is not None:
+            self.kfac.close()
+        self._precondition_for(Communicator.solo())
+
+    def resize_preconditioner(self) -> int | None:
+        """K-FAC works with the present ranks and keeps what it holds; the bytes that moved. Collective.
+
+        None if a part of the state left with the rank that kept it.
+        """
+        report = None if self.kfac is None else self.kfac.resize(self.communicator)
+        self.sync.join(self.communicator, self.kfac)
+        if report is None:
+            return 0
+        return None if report.lost else report.moved_bytes
