@@ -1,4 +1,4 @@
-"""Arrow shards: making them, their global order, and the exact stream that training reads."""
+"""Shard sets of images: making and inspecting them, their global order, and reading batches."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training-time augmentation whose randomness is a function of (seed, epoch, sample id).
 
-Never of a rank, a batch or a position: the same sample of the same epoch is augmented the same way at
-any world size. Pixels stay uint8; normalisation happens on the device with `SampleStream.normalization`.
+A sample is augmented the same way in an epoch at any world size, batch and position. Pixels stay uint8;
+normalisation happens on the device with `SampleStream.normalization`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,12 @@ _CROP_ATTEMPTS: Final = 10
 
 
 def augmentation_key(seed: int, epoch: int) -> int:
-    """The key that all draws of an epoch come from."""
+    """The key of all draws of an epoch."""
     return stream_key(seed, epoch, AUGMENTATION)
 
 
 def check_augmentation(name: str) -> None:
-    """Refuses unknown names.
-
-    Raises:
-        DataError: If there is no such augmentation.
-    """
+    """Raises a DataError for an unknown augmentation."""
     if name not in AUGMENTATIONS:
         raise DataError("unknown augmentation", given=name, allowed=", ".join(AUGMENTATIONS))
 
@@ -42,8 +38,8 @@ def crop_flip(images: NDArray[np.uint8], key: int, ids: NDArray[np.integer]) -> 
 
     Args:
         images: [n, channels, height, width].
-        key: Of the epoch, from `augmentation_key`.
-        ids: Of the samples, [n].
+        key: From `augmentation_key`.
+        ids: Sample ids [n].
     """
     count, _, height, width = images.shape
     border = max(1, max(height, width) // 8)
@@ -61,7 +57,7 @@ def crop_flip(images: NDArray[np.uint8], key: int, ids: NDArray[np.integer]) -> 
 
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:
-    """(where it goes, where it comes from) for a window moved by `shift` over `size` pixels."""
+    """(target, source) of a window shifted by `shift` over `size` pixels."""
     return slice(max(-shift, 0), size - max(shift, 0)), slice(max(shift, 0), size - max(-shift, 0))
 
 
@@ -75,12 +71,12 @@ def resized_crop_boxes(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Boxes of the random resized crop (Szegedy et al. 2015, section 6) and whether to flip.
 
-    The first of ten draws that fits counts; otherwise the largest centred box whose aspect is allowed.
+    The first of ten draws that fits; otherwise the largest centred box with an allowed aspect.
 
     Args:
         sizes: (height, width) per sample, [n, 2].
-        key: Of the epoch, from `augmentation_key`.
-        ids: Of the samples, [n].
+        key: From `augmentation_key`.
+        ids: Sample ids [n].
         area: Range of the box's share of the image, uniform.
         aspect: Range of width / height, uniform in the logarithm.
 

@@ -51,7 +51,7 @@ class OpenShard:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
         self.num_rows = batch.num_rows
-        # Arrow's own `to_numpy` imports pandas, half a second that a new worker is waited for.
+        # Arrow's own `to_numpy` imports pandas, which takes half a second in a new worker.
         self.labels: NDArray[np.int32] = np.asarray(
             np.from_dlpack(batch.column("label")), dtype=np.int32
         )
@@ -243,7 +243,7 @@ class ShardCache:
                 file.truncate(need)
 
     def _abandoned(self, name: str) -> bool:
-        """Whether the process that wrote this temporary file is gone: its shard lock is free."""
+        """Whether the writer of this temporary file has died: its shard lock is free."""
         lock = filelock.FileLock(self.folder / f"{name.split('.')[1]}.lock")
         try:
             lock.acquire(timeout=0)

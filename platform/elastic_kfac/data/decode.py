@@ -1,4 +1,4 @@
-"""Encoded images to pixels: simplejpeg where it can, PIL for everything else.
+"""Encoded images to pixels: JPEG by simplejpeg, everything else by PIL.
 
 Layout: pixels are uint8 [height, width, 3] here; the stream delivers [batch, channels, height, width].
 """
@@ -21,11 +21,11 @@ Box = tuple[float, float, float, float]
 
 _JPEG_MAGIC = b"\xff\xd8"
 _LARGEST_SCRATCH = 48 << 20
-"""Bytes, 16 megapixels; a thread keeps no more than this."""
+"""Bytes that a thread keeps at most: 16 megapixels."""
 
 
 class UndecodableImage(ValueError):
-    """Bytes that no decoder takes for an image."""
+    """Bytes that no decoder accepts as an image."""
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int]:
@@ -45,16 +45,16 @@ def image_size(data: bytes | memoryview) -> tuple[int, int]:
 
 
 class Scratch(threading.local):
-    """Memory that the decoder of a thread writes into again and again.
+    """Reusable output memory of the decoder, per thread.
 
-    Pages that are fresh from the kernel for every photo cost a fifth of the decoding.
+    Fresh pages from the kernel for every photo cost a fifth of decoding it.
     """
 
     def __init__(self) -> None:
         self._pixels = np.empty(0, dtype=np.uint8)
 
     def of(self, size: int) -> UInt8Array | None:
-        """At least so many bytes; None (take your own) where keeping them would be a waste."""
+        """Memory of at least `size` bytes; None if the size is too large to keep."""
         if size > _LARGEST_SCRATCH:
             return None
         if size > len(self._pixels):
@@ -74,7 +74,7 @@ def decode_rgb(
         data: A JPEG, or anything else that PIL reads.
         at_least: (height, width) that suffice; a JPEG may then be decoded at half of its size or
             less (the DCT does the scaling), never below this.
-        into: Memory for the pixels of the whole image, which the result may then be a view of.
+        into: Memory for the pixels of the whole image; the result may be a view of it.
 
     Raises:
         UndecodableImage: If the bytes are empty, truncated or not an image.
@@ -105,13 +105,13 @@ def resize_box(
 ) -> UInt8Array:
     """Cuts `box` = (left, top, right, bottom), rounded to pixels, and resizes it to `size`.
 
-    Bilinear with antialiasing, by torch: the same rule as PIL's at less than half of its time.
+    Bilinear with antialiasing, by torch: the same filter as PIL's in less than half of the time.
 
     Args:
         pixels: uint8 [height, width, channels].
         size: (height, width) of the result.
-        box: None takes the whole image.
-        flip: Mirrors left and right.
+        box: None is the whole image.
+        flip: Mirror left and right.
     """
     if box is not None:
         left, top, right, bottom = (round(edge) for edge in box)
@@ -121,7 +121,7 @@ def resize_box(
     planes = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)
     if planes.shape[2:] != size:
         planes = interpolate(planes, size, mode="bilinear", antialias=True)
-    if flip:  # What is wanted has fewer pixels than what was cut, as a rule.
+    if flip:  # After resizing, which usually leaves fewer pixels.
         planes = planes.flip(3)
     return planes[0].permute(1, 2, 0).numpy()
 

@@ -1,8 +1,8 @@
-"""Sample ids to pixels: gather raw rows or decode images, bring them to one size, augment.
+"""Sample ids to pixels: gather raw rows or decode images, resize to one size, augment.
 
-Layout: raw shards hold [channels, height, width] per row, so a gather is already what a model takes.
-Decoded images are [height, width, 3]; they are stored that way and given out transposed, which
-torch calls channels_last.
+Layout: raw shards hold [channels, height, width] per row, the layout of the model's input. Decoded
+images are [height, width, 3]; they are stored that way and returned transposed, which torch calls
+channels_last.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class SampleLoader:
     def _boxes(
         self, sizes: NDArray[np.int64], ids: NDArray[np.int64], augment: str, key: int
     ) -> tuple[list[Box], list[bool]]:
-        """What to cut out of images of these sizes, and which of them to flip."""
+        """Crop boxes for images of these sizes, and which of them to flip."""
         if augment == "random_resized_crop":
             boxes, flips = resized_crop_boxes(sizes, key, ids)
             return [tuple(box) for box in boxes.tolist()], flips.tolist()
@@ -240,7 +240,7 @@ def decode_into(
     """
     height, width = size
     left, top, right, bottom = box
-    # The decoder may shrink by the DCT as long as the box keeps the pixels that are wanted.
+    # The decoder may downscale by the DCT as long as the box keeps enough pixels.
     share = max(out.shape[0] / (bottom - top), out.shape[1] / (right - left))
     at_least = (math.ceil(height * share), math.ceil(width * share)) if share < 1 else None
     pixels = decode_rgb(data, at_least=at_least, into=scratch.of(3 * height * width))
@@ -250,21 +250,21 @@ def decode_into(
 
 
 class BatchMemory:
-    """Memory of batches that comes back once nobody holds a batch any more.
+    """Reuses the memory of batches that are no longer referenced.
 
-    Pages fresh from the kernel for every batch cost a tenth of decoding it.
+    Fresh pages from the kernel for every batch cost a tenth of decoding it.
     """
 
     _MOST = 4
     _UNUSED = 3
-    """References to an array that only the list, the loop and the question itself hold."""
+    """Reference count of a free array: the list, the loop variable and the argument of the call."""
 
     def __init__(self) -> None:
         self._arrays: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """An array of this shape, with any content, that nothing else refers to.
+        """An unreferenced array of this shape with arbitrary content.
 
         Views and tensors made from it count as references as long as they live.
         """
@@ -272,7 +272,7 @@ class BatchMemory:
             for array in self._arrays:
                 if array.shape == shape and sys.getrefcount(array) == self._UNUSED:
                     return array
-            # Batches may change their size: what was for another one is let go of.
+            # When the batch size changes, arrays of other sizes are freed.
             kept = [array for array in self._arrays if array.shape == shape]
             self._arrays = kept[-self._MOST + 1 :]
             self._arrays.append(np.empty(shape, dtype=np.uint8))
@@ -280,7 +280,7 @@ class BatchMemory:
 
 
 class _Quarantine:
-    """Distinct bad records of a stream: counted against a limit, each with a line in a file."""
+    """The distinct bad records of a stream, limited in number and logged to a file."""
 
     def __init__(self, shard_set: ShardSet, cache: ShardCache, limit: int) -> None:
         self.ids: set[int] = set()
@@ -294,7 +294,7 @@ class _Quarantine:
             self.ids.update(new)
             lines = "".join(json.dumps({"id": i, "problem": error.line()}) + "\n" for i in new)
             if lines:
-                # One append per batch: lines of several processes do not mix.
+                # One append per batch, so that lines of several processes do not interleave.
                 descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
                 try:
                     os.write(descriptor, lines.encode())

@@ -1,8 +1,8 @@
-"""The manifest: what a finished shard set holds. It is written last, so a set with one is whole.
+"""The manifest of a shard set. It is written last: a set with a manifest is complete.
 
 A root URI holds one shard set per split: `<root>/train/manifest.json`, `<root>/test/manifest.json`.
-The manifest holds no time, path or machine: the same source gives the same manifest, and its
-sha256 identifies the data of a run.
+It contains no time, path or machine: the same source gives the same manifest, whose sha256 identifies
+the data of a run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VERSION: Final = 1
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One Parquet shard, as it was when the set was made."""
+    """One Parquet shard at the time it was made."""
 
     file: str
     rows: int
@@ -42,7 +42,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A finished shard set of one split: a frozen value, picklable, cheap to hand to workers.
+    """A finished shard set of one split: an immutable, small, picklable value.
 
     `image_shape` is (channels, height, width), None where encoded images differ in size; `mean`
     and `std` are per channel for pixels scaled to 0..1; `shuffle_window` is None when an epoch is
@@ -111,7 +111,7 @@ class ShardSet:
         return result
 
     def to_json(self) -> bytes:
-        """The manifest's bytes; the same for the same content."""
+        """The bytes of the manifest; equal for equal content."""
         values = asdict(self)
         del values["uri"], values["manifest_sha256"]
         head = {"format": FORMAT, "version": VERSION, "num_samples": self.num_samples}
@@ -177,7 +177,7 @@ def open_splits(uri: str | Path) -> list[ShardSet]:
 
 
 class CorruptShard(DataError):
-    """A shard whose bytes are not those that were written."""
+    """A shard whose bytes differ from those that were written."""
 
 
 def corrupt_shard(where: str, found: str, expected: str) -> CorruptShard:

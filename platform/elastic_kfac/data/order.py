@@ -1,8 +1,8 @@
-"""Which sample stands at which position, and hashes of sample identities.
+"""The sample order of an epoch, and hashes of sample ids.
 
 Everything here is a pure function of integers, computed by a counter-based hash of our own: a library's
-permutation streams may change between versions, and a resumed run must not. The golden values in
-the tests pin it. Arithmetic is modulo 2^64 throughout.
+permutations may change between versions, and the order of a resumed run must not. Golden values in the
+tests pin it. Arithmetic is modulo 2^64.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIRST: Final = 0xBF58476D1CE4E5B9
 _SECOND: Final = 0x94D049BB133111EB
 _IDENTITY_KEY: Final = 0x5A3C_96D1_7E44_B02F
 
-# What a hash is drawn for: two purposes never share a stream.
+# Purposes of draws: two purposes never share a stream.
 SHARD_ORDER: Final = 1
 SAMPLE_ORDER: Final = 2
 AUGMENTATION: Final = 3
@@ -70,7 +70,7 @@ def id_hash(ids: NDArray[np.integer]) -> int:
 
 
 def permutation(key: int, ids: Int64Array) -> Int64Array:
-    """`ids` sorted by their keyed hash: a random-looking permutation that only `key` decides."""
+    """`ids` sorted by their keyed hash: a pseudorandom permutation determined by `key`."""
     return ids[np.argsort(keyed_hash(key, ids), kind="stable")]
 
 
@@ -84,10 +84,10 @@ class SampleOrder:
 
     Args:
         num_samples: Samples of the set; ids are 0 … num_samples - 1.
-        seed: Of the run.
+        seed: Seed of the run.
         epoch: From 0.
         shard_rows: Rows of every shard, in id order; None means one shard.
-        window: Samples that a block holds at least; None for a full permutation.
+        window: Minimum samples per block; None is a full permutation.
         shuffle: False gives position == id.
 
     Raises:
@@ -161,7 +161,7 @@ class SampleOrder:
         return np.concatenate([self._blocks[block] for block in blocks])
 
     def upcoming_shards(self, position: int) -> Int64Array:
-        """What the block at `position` and the one after it need, in fetch order.
+        """Shards of the block at `position` and of the next one, in fetch order.
 
         Without shuffling a block is a shard.
         """
@@ -203,7 +203,7 @@ def _cut(shards: Int64Array, rows: Int64Array, window: int) -> list[Int64Array]:
             blocks.append(shards[first : index + 1])
             first, filled = index + 1, 0
     if first < len(shards):
-        # A short tail would be a poorly shuffled end of every epoch; the last block takes it.
+        # A short tail would be a poorly shuffled end of every epoch: the last block absorbs it.
         tail = shards[first:]
         if blocks and filled * 2 < window:
             blocks[-1] = np.concatenate([blocks[-1], tail])

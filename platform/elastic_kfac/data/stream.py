@@ -57,19 +57,19 @@ class SampleStream:
 
     Args:
         shard_set: What to read.
-        seed: Of order and augmentation.
+        seed: Seed of order and augmentation.
         augment: `none`, `crop_flip` or `random_resized_crop`.
-        image_size: Height and width to bring images to; None keeps the stored size, which encoded
-            images must then share. Without augmentation, images that differ in size are cut to
-            the centred 7/8 square first.
-        decode_threads: Threads that decode one batch together; 0 and 1 decode in the reading thread.
-        prefetch_batches: Batches that may be prepared ahead; 0 makes `prefetch` do nothing.
+        image_size: Height and width of the result; None keeps the stored size, which encoded images
+            must then share. Without augmentation, images that differ in size are cropped to the
+            centred 7/8 square first.
+        decode_threads: Threads that decode one batch; 0 and 1 decode in the reading thread.
+        prefetch_batches: Batches to prepare ahead; 0 makes `prefetch` do nothing.
         bad_records: `raise`, or `skip`: an undecodable image or a corrupt shard gives zeros with
             weight 0, and a line in the quarantine file.
         cache_dir: Node-local folder of the memory-mapped shards; None is the user's cache directory.
-        cache_gib: Bound of that folder, GiB.
+        cache_gib: Maximum size of that folder, GiB.
         shuffle: False reads in id order.
-        max_bad_records: Distinct bad records after which `skip` gives up.
+        max_bad_records: Distinct bad records that `skip` tolerates.
 
     Raises:
         DataError: If an option is impossible for this set.
@@ -130,7 +130,7 @@ class SampleStream:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images that `read` gives."""
+        """(channels, height, width) of the images that `read` returns."""
         return self._loader.image_shape
 
     @property
@@ -143,7 +143,7 @@ class SampleStream:
 
     @property
     def quarantined(self) -> int:
-        """Distinct bad records that this stream has skipped."""
+        """Number of distinct bad records skipped so far."""
         return self._loader.quarantined
 
     @property
@@ -180,7 +180,7 @@ class SampleStream:
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         """Starts preparing what a later `read` with the same arguments will return.
 
-        Batches that nobody came for (a resize moved the positions) make room for newer ones.
+        Unused batches (after a resize moved the positions) make room for newer ones.
         """
         self._check_open()
         if self._prefetch_batches <= 0 or count <= 0 or not 0 <= first_position < self.num_samples:
@@ -194,7 +194,7 @@ class SampleStream:
             self._ahead[key] = self._executor().submit(self._load, *key)
 
     def close(self) -> None:
-        """Stops the threads and lets go of the mapped files; may be called again."""
+        """Stops the threads and unmaps the files; may be called again."""
         self._closed = True
         with self._lock:
             self._ahead.clear()

@@ -197,7 +197,7 @@ def _members(path: Path, file: Any) -> Iterator[tuple[str, int, int]]:
 
 
 class _Section(io.RawIOBase):
-    """A byte range of an open file, as a file of its own."""
+    """A byte range of an open file, as a file object."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file = file
