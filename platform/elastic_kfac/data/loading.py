@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,19 @@ from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
 
 Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The samples to load [n] and their opened shards; a bad record sets its weight to 0."""
+
+    ids: NDArray[np.int64]
+    shards: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    weights: NDArray[np.float32]
+    opened: dict[int, OpenShard]
+    augment: str
+    key: int
 
 
 class SampleLoader:
@@ -102,39 +116,30 @@ class SampleLoader:
             labels[members] = opened[shard].labels[rows[members]]
         check_class_labels(labels, self._set.num_classes, self._set.uri)
         key = augmentation_key(self._seed, epoch)
-        if self._set.encoding == "raw":
-            images = self._raw(ids, shards, rows, opened, augment, key)
-        else:
-            images = self._encoded(ids, shards, rows, opened, augment, key, weights)
+        request = _Request(ids, shards, rows, weights, opened, augment, key)
+        images = self._raw(request) if self._set.encoding == "raw" else self._encoded(request)
         if augment == "crop_flip":
             images = crop_flip(images, key, ids)
         return images, labels, weights
 
-    def _raw(
-        self,
-        ids: NDArray[np.int64],
-        shards: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        opened: dict[int, OpenShard],
-        augment: str,
-        key: int,
-    ) -> NDArray[np.uint8]:
+    def _raw(self, request: _Request) -> NDArray[np.uint8]:
+        ids = request.ids
         stored = self._set.image_shape
         assert stored is not None
         out = np.empty((len(ids), math.prod(stored)), dtype=np.uint8)
-        for shard in np.unique(shards).tolist():
-            members = np.flatnonzero(shards == shard)
-            if shard not in opened:
+        for shard in np.unique(request.shards).tolist():
+            members = np.flatnonzero(request.shards == shard)
+            if shard not in request.opened:
                 out[members] = 0
                 continue
-            pixels_of_shard = opened[shard].pixels
+            pixels_of_shard = request.opened[shard].pixels
             assert pixels_of_shard is not None
-            out[members] = pixels_of_shard[rows[members]]
+            out[members] = pixels_of_shard[request.rows[members]]
         pixels = out.reshape(len(ids), *stored)
-        if augment != "random_resized_crop" and stored == self.image_shape:
+        if request.augment != "random_resized_crop" and stored == self.image_shape:
             return pixels
         sizes = np.broadcast_to(np.array(stored[1:], dtype=np.int64), (len(ids), 2))
-        boxes, flips = self._boxes(sizes, ids, augment, key)
+        boxes, flips = self._boxes(sizes, ids, request)
         images = np.empty((len(ids), *self.image_shape), dtype=np.uint8)
         for i in range(len(ids)):
             image = pixels[i].transpose(1, 2, 0)
@@ -142,16 +147,8 @@ class SampleLoader:
             images[i] = resized.transpose(2, 0, 1)
         return images
 
-    def _encoded(
-        self,
-        ids: NDArray[np.int64],
-        shards: NDArray[np.int64],
-        rows: NDArray[np.int64],
-        opened: dict[int, OpenShard],
-        augment: str,
-        key: int,
-        weights: NDArray[np.float32],
-    ) -> NDArray[np.uint8]:
+    def _encoded(self, request: _Request) -> NDArray[np.uint8]:
+        ids, shards, rows, opened = request.ids, request.shards, request.rows, request.opened
         # Not zeroed: clearing a batch first costs a tenth of what decoding it does.
         out = self._memory.take((len(ids), *self.image_shape[1:], 3))
 
@@ -171,7 +168,7 @@ class SampleLoader:
                 except UndecodableImage as error:
                     problems.append((i, f"{source.key(int(rows[i]))}: {error}"))
             chosen = ids[[i for i, _ in found]]
-            boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, augment, key)
+            boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, request)
             for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
                 try:
                     decode_into(out[i], data, size, box, flip, self._scratch)
@@ -188,15 +185,15 @@ class SampleLoader:
                     given=problem,
                     change="make the set again without it, or set data.bad_records=skip",
                 )
-                self._bad(ids[i : i + 1], weights, np.array([i]), error)
+                self._bad(ids[i : i + 1], request.weights, np.array([i]), error)
         return out.transpose(0, 3, 1, 2)
 
     def _boxes(
-        self, sizes: NDArray[np.int64], ids: NDArray[np.int64], augment: str, key: int
+        self, sizes: NDArray[np.int64], ids: NDArray[np.int64], request: _Request
     ) -> tuple[list[Box], list[bool]]:
         """Crop boxes for images of these sizes, and which of them to flip."""
-        if augment == "random_resized_crop":
-            boxes, flips = resized_crop_boxes(sizes, key, ids)
+        if request.augment == "random_resized_crop":
+            boxes, flips = resized_crop_boxes(sizes, request.key, ids)
             return [tuple(box) for box in boxes.tolist()], flips.tolist()
         if self._set.image_shape is None:
             return [tuple(box) for box in center_boxes(sizes).tolist()], [False] * len(sizes)
