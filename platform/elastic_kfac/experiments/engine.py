@@ -137,7 +137,7 @@ class Engine:
         try:
             self._write_page()
         except Exception as error:
-            # Training goes on; `elastic-kfac report` can be called at any time.
+            # Training continues; `elastic-kfac report` can be called at any time.
             self.line.say(f"the report could not be written: {type(error).__name__}: {error}")
 
 
@@ -192,7 +192,7 @@ def _seconds_left(
 
 
 def start_actor(kind: type, *arguments: Any) -> Any:
-    """An actor beside this process, without resources of its own."""
+    """An actor on the node of this process, without resources of its own."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here)
     return options.remote(*arguments)

@@ -193,7 +193,7 @@ class TuneCallback(RayTuneCallback):
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ray Tune saves a copy beside its own files, which is never read.
+        # Ray Tune saves a copy with its own files, which is never read.
         return (RayTuneCallback, ())
 
 

@@ -51,7 +51,7 @@ _END_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What all trials of a search share."""
+    """Settings that all trials of a search share."""
 
     space: SearchSpace
     folder: str

@@ -127,7 +127,7 @@ def _start_of(key: str, parameter: Parameter) -> Callable[[Any], float]:
 
 
 class TrialSource(Protocol):
-    """What a searcher asks a search for."""
+    """A source of trials and scores for a searcher."""
 
     def new_point(self, values: Mapping[str, Any]) -> Sequence[Assignment]:
         """Trials of a new point; none if it is refused."""
@@ -159,7 +159,7 @@ class TrialSearcher(TuneSearcher):
 
         Args:
             space: The search.
-            source: Makes trials of points, and knows their scores.
+            source: Makes trials of points, and scores them.
             planned: Trials that are known already.
             evaluated: Points of an earlier call with their scores.
             num_points: How many points Optuna may still suggest.
@@ -248,7 +248,7 @@ class TrialSearcher(TuneSearcher):
         """Nothing to restore: a search continues from its folder."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ray Tune saves a copy beside its own files, which is never read.
+        # Ray Tune saves a copy with its own files, which is never read.
         return (TuneSearcher, ())
 
 

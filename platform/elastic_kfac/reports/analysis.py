@@ -1,7 +1,7 @@
 """Figures and tables of `analyze`, of the probes, and of analyses during training.
 
 The largest eigenvalues of the whole set and of one sample, the loss along the dominant eigenvector on
-both splits, the spectral density, and the dominant eigenvalue beside the gradient norm over epochs.
+both splits, the spectral density, and the dominant eigenvalue and the gradient norm over epochs.
 """
 
 from __future__ import annotations

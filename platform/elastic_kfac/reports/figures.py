@@ -1,4 +1,4 @@
-"""What all figures share: style, colours, axes, and SVG text that is equal for equal input."""
+"""The parts that all figures share: style, colours, axes, and SVG text that is equal for equal input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 INK, SOFT, GRID = "#1f2933", "#616e7c", "#e4e7eb"
 TRAINING, EVALUATION, ACCENT, GREEN = "#9fb3c8", "#0b69a3", "#c4580f", "#5b8c5a"
 HALF = (5.5, 3.4)
-"""Size of a figure that has another one beside it, in inches."""
+"""Size of a figure at half the width of the page, in inches."""
 
 STYLE = {
     "svg.fonttype": "none",

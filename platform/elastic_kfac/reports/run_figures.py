@@ -166,7 +166,7 @@ def _update_steps(run: Run, key: str) -> list[float]:
     if any(count is not None for _, count in counts):
         known = [(step, count) for step, count in counts if count is not None]
         return [b[0] for a, b in itertools.pairwise(known) if b[1] > a[1]]
-    # The run did not count them: the configured interval says when they were due.
+    # The rows have no count: the configured interval gives the steps.
     kfac = run.config.get("kfac")
     interval = number(kfac, key.replace("updates", "update_steps")) if kfac else None
     if not interval:

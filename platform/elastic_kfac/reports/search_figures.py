@@ -36,7 +36,7 @@ from elastic_kfac.runs.summary import duration
 
 MIB = 2**20
 MOST_OTHERS = 40
-"""Trials drawn beside the best and the references; more would only be grey."""
+"""Other trials drawn; more would only be grey."""
 MOST_AXES = 8
 REFERENCES = ("#1f2933", "#8d4a97", "#5b8c5a", "#b7950b")
 DASHES = ((0, (5, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2)), (0, (1, 1)))

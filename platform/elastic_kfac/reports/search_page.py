@@ -1,7 +1,7 @@
 """The page of a search, while it runs and afterwards.
 
 The order of its sections: the result in a sentence and a table, trials that went wrong, the
-configuration to use, accuracy over time beside the references, memory against time, the parameters,
+configuration to use, accuracy over time against the references, memory against time, the parameters,
 their importance, when each trial ran, every trial with the file to save, and provenance.
 """
 
@@ -235,7 +235,7 @@ def _tiles(experiment: Experiment) -> dict[str, str]:
 
 
 def _compared(experiment: Experiment) -> Table:
-    """The best point beside the references."""
+    """The best point and the references."""
     named: list[tuple[str, Point]] = []
     if experiment.best is not None:
         named.append((f"best: {experiment.best.representative.id}", experiment.best))
@@ -339,7 +339,7 @@ def _failures(experiment: Experiment) -> list[tuple[Table, int, str]]:
 
 
 def _best(experiment: Experiment) -> Table | None:
-    """The values of the best point beside the default ones."""
+    """The values of the best point and the default ones."""
     if experiment.best is None:
         return None
     default = mapping(mapping(experiment.about.get("references")).get("default")).get("config")
