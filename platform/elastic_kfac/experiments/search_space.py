@@ -13,14 +13,13 @@ Everything is checked against the configuration model before anything starts.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from elastic_kfac.config import (
     Config,
@@ -389,55 +388,32 @@ def _refuse_owned(key: str, where: str) -> None:
 
 
 def _check_value(key: str, value: Any, parameter: Parameter | None) -> None:
-    field = _field(key)
-    if field is None:
-        return
-    try:
-        TypeAdapter(field).validate_python(value)
-    except ValidationError as error:
-        said = dict.fromkeys(str(p["msg"]).removeprefix("Input should be ") for p in error.errors())
-        source = "" if parameter is None else f" (from {parameter.kind})"
+    """Refuses an unknown key and a value outside the key's own bounds."""
+    if "." not in key:
         raise ConfigError(
-            f"the search space gives {key} a value that it cannot have",
-            given=f"{value!r}{source}",
-            allowed=" or ".join(said),
-            change="use choice or randint for whole numbers"
-            if isinstance(value, float) and not value.is_integer()
-            else None,
-        ) from None
-
-
-def _field(key: str) -> Any:
-    """The type of `section.key` with its bounds; None below a mapping, where anything goes."""
-    section, _, name = key.partition(".")
-    sections = Config.model_fields
-    if section not in sections or not name:
-        raise _unknown(key, section, list(sections))
-    model = sections[section].annotation
-    assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
-    name, _, below = name.partition(".")
-    if name not in model.model_fields:
-        known = [f"{section}.{field}" for field in model.model_fields]
-        raise _unknown(key, f"{section}.{name}", known)
-    field = model.model_fields[name]
-    if below:
-        if get_origin(field.annotation) is not dict:
-            raise ConfigError(f"{section}.{name} has nothing below it", given=key)
-        return None
-    annotation: Any = field.annotation
-    for rule in field.metadata:
-        annotation = Annotated[annotation, rule]
-    return annotation
-
-
-def _unknown(key: str, part: str, known: list[str]) -> ConfigError:
-    close = difflib.get_close_matches(part, known, n=1)
-    return ConfigError(
-        f"the search space names {key}, which is no configuration key",
-        allowed=", ".join(known),
-        change=f"did you mean {close[0]}?" if close else None,
-    )
+            f"the search space names {key}, which is no configuration key", allowed="section.key"
+        )
+    try:
+        Config.model_validate(apply_overrides({}, [(key, value)]))
+    except ConfigError:
+        # Rules between keys are checked for every trial.
+        return
+    except ValidationError as error:
+        problems = [problem for problem in error.errors() if len(problem["loc"]) > 1]
+        if any(problem["type"] == "extra_forbidden" for problem in error.errors()):
+            parse_config(apply_overrides({}, [(key, value)]))
+        if problems:
+            allowed = dict.fromkeys(
+                str(p["msg"]).removeprefix("Input should be ") for p in problems
+            )
+            source = "" if parameter is None else f" (from {parameter.kind})"
+            is_fraction = isinstance(value, float) and not value.is_integer()
+            raise ConfigError(
+                f"the search space gives {key} a value that it cannot have",
+                given=f"{value!r}{source}",
+                allowed=" or ".join(allowed),
+                change="use choice or randint for whole numbers" if is_fraction else None,
+            ) from None
 
 
 def log_scaled(parameter: Parameter, value: float) -> float:
