@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from elastic_kfac.cluster.run.progress import Display
 
-class SilentLine:
+
+class SilentLine(Display):
     """Keeps the lines that would have stayed on the terminal."""
 
     def __init__(self, lines: list[str] | None = None) -> None:
@@ -11,9 +13,3 @@ class SilentLine:
 
     def say(self, line: str) -> None:
         self.lines.append(line)
-
-    def show(self, line: str) -> None:
-        return None
-
-    def close(self) -> None:
-        return None

@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster.ray.connection import StopSignals, connected, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
+from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
 from elastic_kfac.experiments.trials import (
     DIVERGED,
@@ -30,22 +31,6 @@ from elastic_kfac.experiments.trials import (
     TrialTable,
 )
 from elastic_kfac.runs.summary import duration
-
-
-class Line(Protocol):
-    """Where progress is shown; `cluster.run.progress.ProgressLine` is one."""
-
-    def say(self, line: str) -> None:
-        """A line that stays."""
-        ...
-
-    def show(self, line: str) -> None:
-        """The state now."""
-        ...
-
-    def close(self) -> None:
-        """Removes the live line."""
-        ...
 
 
 class Executor(Protocol):
@@ -62,7 +47,7 @@ class Executor(Protocol):
 
 @contextlib.contextmanager
 def session(
-    line: Line,
+    line: Display,
     config: Config,
     *,
     nodes: int,
@@ -99,7 +84,7 @@ class Engine:
     def __init__(
         self,
         table: TrialTable,
-        line: Line,
+        line: Display,
         signals: StopSignals,
         write_page: Callable[[], object],
         *,

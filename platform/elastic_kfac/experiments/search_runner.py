@@ -18,10 +18,10 @@ from ray.tune.logger import TBXLoggerCallback
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import room_for_workers
-from elastic_kfac.cluster.run.progress import ProgressLine
+from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
 from elastic_kfac.errors import RunError, UsageError
-from elastic_kfac.experiments.engine import Engine, Line, session, start_actor
+from elastic_kfac.experiments.engine import Engine, session, start_actor
 from elastic_kfac.experiments.resource_broker import ResourceBroker
 from elastic_kfac.experiments.search_folder import SearchFolder, hardware_of
 from elastic_kfac.experiments.search_plan import SearchPlan
@@ -74,7 +74,7 @@ def search(
     storage: str = "./runs",
     address: str | None = None,
     cluster: LocalCluster | None = None,
-    display: Line | None = None,
+    display: Display | None = None,
     rank_function: str | None = None,
 ) -> SearchResult:
     """Searches until all trials have ended; the same `name` continues an earlier call.

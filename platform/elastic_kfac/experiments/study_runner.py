@@ -16,11 +16,11 @@ from typing import Any
 import ray
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.progress import ProgressLine
+from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
-from elastic_kfac.experiments.engine import Engine, Line, session, start_actor
+from elastic_kfac.experiments.engine import Engine, session, start_actor
 from elastic_kfac.experiments.study import COLUMNS, Cell, LoadedStudy
 from elastic_kfac.experiments.study_cell import (
     CellTask,
@@ -71,7 +71,7 @@ def compare(
     storage: str = "./runs",
     address: str | None = None,
     provenance: Mapping[str, Any] | None = None,
-    display: Line | None = None,
+    display: Display | None = None,
     cluster: LocalCluster | None = None,
 ) -> StudyResult:
     """Trains what has no result yet and writes the study's files; the same `name` continues.
