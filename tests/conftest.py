@@ -11,6 +11,24 @@ from pathlib import Path
 import pytest
 
 SKIPS_FILE = Path(__file__).with_name("skips.toml")
+SLOW = (
+    "unit/cli/test_arguments.py::test_script_of_a_job_*",
+    "unit/cli/test_doctor.py::test_examine_*",
+    "unit/cluster/test_tuning_population.py::*",
+    "unit/data/test_cache.py::*",
+    "unit/data/test_remote.py::*",
+    "unit/data/test_shards.py::test_make_killed_*",
+    "unit/optimizers/test_kfac_layers.py::test_compiled_model_*",
+    "unit/reports/*",
+    "unit/repository/*",
+    "unit/training/test_analysis.py::test_analyze_and_probe_*",
+    "unit/training/test_curvature_policies.py::test_surrogates_*",
+    "unit/training/test_hostile_input.py::*",
+    "unit/training/test_lean_imports.py::*",
+    "unit/training/test_mixing.py::test_weights_have_the_moments_*",
+    "unit/training/test_object_store.py::*",
+)
+"""Unit tests that start processes, draw figures or take seconds: `make test-fast` leaves them out."""
 TOLERATED = pytest.StashKey[list[tuple[str, str, str]]]()
 
 
@@ -20,6 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TOLERATED] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

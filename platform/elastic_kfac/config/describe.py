@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from elastic_kfac.config.reader import models_in
 from elastic_kfac.config.run import RULES, Config, shown
 from elastic_kfac.config.section import Section
 from elastic_kfac.errors import UsageError
@@ -39,9 +40,12 @@ class Key(NamedTuple):
 def keys_of(section: type[Section]) -> Iterator[Key]:
     """The keys of a section in the order of their declaration."""
     for name, field in section.model_fields.items():
-        default = field.get_default(call_default_factory=True)
+        if field.description is None and get_origin(field.annotation) is Literal:
+            continue  # The mark of a mapping, which stands in its title.
+        default = shown(field.get_default(call_default_factory=True))
         text = " ".join((field.description or "").split())
-        yield Key(name, _kind(field.annotation, field.metadata), shown(default), text)
+        kind = _kind(field.annotation, field.metadata)
+        yield Key(name, kind, "(required)" if field.is_required() else default, text)
 
 
 def as_text(names: Sequence[str], width: int) -> str:
@@ -52,17 +56,20 @@ def as_text(names: Sequence[str], width: int) -> str:
     """
     sections = _sections()
     blocks = []
-    for name in names or sections:
+    for name in names or [name for name in sections if " " not in name]:
         head, _, wanted = name.partition(".")
         if head not in sections:
             raise _unknown("section", head, list(sections))
         section = sections[head]
-        keys = [key for key in keys_of(section) if wanted in ("", key.name)]
+        keys = [(f"{head}.{k.name}", k) for k in keys_of(section) if wanted in ("", k.name)]
         if not keys:
             raise _unknown(f"key in section {head}:", wanted, list(section.model_fields))
         blocks.append(textwrap.fill(f"{head}: {_summary(section)}", width))
-        for key in keys:
-            line = f"  {head}.{key.name} = {key.default}"
+        for title, variant in _variants(section).items():
+            if any(title in key.kind for _, key in keys):
+                keys += [(f"{{{title}}} {key.name}", key) for key in keys_of(variant)]
+        for path, key in keys:
+            line = f"  {path} = {key.default}"
             kind = f"({key.kind})"
             indent = " " * 6
             title = f"{line}  {kind}"
@@ -90,7 +97,23 @@ def as_markdown() -> str:
 
 
 def _sections() -> dict[str, type[Section]]:
-    return {name: field.annotation for name, field in Config.model_fields.items()}  # type: ignore[misc]
+    """Sections of a configuration, and behind each one the mappings that its keys may hold."""
+    found: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        found[name] = field.annotation  # type: ignore[assignment]
+        found |= _variants(found[name])
+    return found
+
+
+def _variants(section: type[Section]) -> dict[str, type[Section]]:
+    fields = section.model_fields.values()
+    return {_mark(model): model for field in fields for model in models_in(field.annotation)}
+
+
+def _mark(variant: type[Section]) -> str:
+    """The key by which a mapping is told from others, with its value: `schedule: warmup`."""
+    name, field = next(iter(variant.model_fields.items()))
+    return f"{name}: {shown(field.default)}"
 
 
 def _summary(section: type[Section]) -> str:
@@ -123,8 +146,7 @@ def _kind(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping of {_kind(arguments[1], ())}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        first, field = next(iter(annotation.model_fields.items()))
-        return f"{{{first}: {shown(field.default)}, …}}"
+        return f"{{{_mark(annotation)}, …}}"
     name = "null" if annotation is type(None) else annotation.__name__
     return name + _bounds(metadata)
 

@@ -63,7 +63,9 @@ class LevenbergMarquardt(Section):
     interval: Annotated[int, Field(ge=1)] = 5
     """Steps between measurements; each costs one forward pass."""
     minimum: Positive = 1e-8
+    """Smallest damping."""
     maximum: Positive = 1e8
+    """Largest damping."""
 
     @model_validator(mode="after")
     def _starts_inside(self) -> LevenbergMarquardt:

@@ -207,12 +207,13 @@ def _model_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel
     for part in location:
         field = model.model_fields.get(str(part))
         if field is not None:
-            model = next(_models_in(field.annotation), model)
+            model = next(models_in(field.annotation), model)
     return model
 
 
-def _models_in(annotation: Any) -> typing.Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> typing.Iterator[type[Any]]:
+    """The models that a value of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in typing.get_args(annotation):
-        yield from _models_in(argument)
+        yield from models_in(argument)

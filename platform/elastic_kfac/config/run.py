@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,13 +73,6 @@ class Rule(NamedTuple):
         return ConfigError(self.text, given=given, change=self.change)
 
 
-class Values(NamedTuple):
-    """A set of values and its text behind a key, such as `=fp32` or ` > 0`."""
-
-    holds: Callable[[Any], bool]
-    text: str
-
-
 def shown(value: object) -> str:
     """A value as YAML writes it."""
     if value is None or isinstance(value, bool):
@@ -92,117 +86,79 @@ def shown(value: object) -> str:
     return str(value)
 
 
-def is_(*values: object) -> Values:
-    """One of these values."""
-    names = [shown(value) for value in values]
-    text = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-    return Values(lambda value: value in values, f"={text}")
+# Mode -> what it needs. A condition is KEY=VALUE|VALUE, KEY!=VALUE, KEY>NUMBER, or KEY alone: it is set.
+_EXCHANGES = "communication.algorithm=native communication.wire_format=fp32"
+_LOCAL = (
+    "kfac.enabled=false optimizer.name!=sharded_kfac train.precision=fp32|bf16 "
+    f"train.sync_batch_norm=false {_EXCHANGES}"
+)
+_NEEDS = {
+    "train.sync_batch_norm_group": "train.sync_batch_norm=true",
+    "optimizer.nesterov=true": "optimizer.momentum>0 optimizer.name=sgd|sharded_kfac",
+    "optimizer.momentum_rule!=constant": (
+        "optimizer.name=velocity_sgd|sharded_kfac sharded.gather=weights batch.policy=constant "
+        "elastic.batch_policy=keep_global|abs"
+    ),
+    "optimizer.name=sharded_kfac": "train.precision=fp32|bf16",
+    "communication.algorithm!=native": "communication.wire_format=fp32",
+    "elastic.batch_policy=abs": "batch.policy=gg|abs|absa|warmup",
+    "batch.policy!=constant": "batch.max_batch_size elastic.batch_policy=keep_global|abs",
+    "batch.policy=gg": "optimizer.lr_schedule=step optimizer.decay_epochs",
+    "batch.policy=fb": "optimizer.warmup_epochs=0",  # it has batch.warmup_epochs
+    "batch.policy=abs": "adversarial.attack=none",
+    "batch.policy=absa": "adversarial.attack!=none adversarial.fraction>0",
+    "adversarial.attack=fgsm": "adversarial.steps=1",
+    "adversarial.eval_attack=fgsm": "adversarial.eval_steps=1",
+    # Workers that take local steps exchange nothing in between.
+    "elastic.merge=distnewton": _LOCAL,
+    "elastic.merge_every_steps>1": _LOCAL,
+    # With other values the bits depend on the number of workers.
+    "elastic.reproducible=true": (
+        f"optimizer.name!=sharded_kfac {_EXCHANGES} elastic.batch_policy=keep_global|abs "
+        "elastic.merge=average elastic.merge_every_steps=1 batch.policy=constant|bl|fb|gg|warmup "
+        "adversarial.attack=none mixing.mixup=none train.sync_batch_norm=false"
+    ),
+}
 
 
-def is_not(value: object) -> Values:
-    """Any other value."""
-    return Values(lambda given: given != value, f" other than {shown(value)}")
+class _Condition(NamedTuple):
+    """A condition of the table above."""
+
+    key: str
+    sign: str
+    values: list[str]
+
+    @classmethod
+    def parse(cls, text: str) -> _Condition:
+        key, sign, values = re.fullmatch(r"([\w.]+)(!=|=|>|)(.*)", text).groups()  # type: ignore[union-attr]
+        return cls(key, sign, values.split("|"))
+
+    def text(self) -> str:
+        *most, last = self.values
+        values = f"{', '.join(most)} or {last}" if most else last
+        return self.key + {"=": "=", "!=": " other than ", ">": " > ", "": ""}[self.sign] + values
+
+    def holds(self, config: Config) -> bool:
+        value = _value(config, self.key)
+        if self.sign == ">":
+            return float(value) > float(self.values[0])
+        if self.sign:
+            return (shown(value) in self.values) == (self.sign == "=")
+        return value not in (None, ())
 
 
-def needs(mode: str, when: Values, key: str, allowed: Values) -> Rule:
-    """The rule that `mode` with such a value needs such a value of `key`."""
+def _needs(mode: _Condition, need: _Condition) -> Rule:
     return Rule(
-        f"{mode}{when.text} needs {key}{allowed.text}",
-        (mode, key),
-        lambda c: when.holds(_value(c, mode)) and not allowed.holds(_value(c, key)),
-        f"change {key} or {mode}",
+        f"{mode.text()} needs {need.text()}",
+        (mode.key, need.key),
+        lambda config: mode.holds(config) and not need.holds(config),
+        f"change {need.key} or {mode.key}",
     )
 
 
 def _value(config: Config, path: str) -> Any:
     section, key = path.split(".")
     return getattr(getattr(config, section), key)
-
-
-SET = Values(lambda value: value is not None and value != (), "")
-ABOVE_0 = Values(lambda value: value > 0, " > 0")
-FULL_RANGE = is_("fp32", "bf16")
-NOT_PER_WORKER = is_("keep_global", "abs")
-
-# A mode, when it is on, and the values that other keys must then have.
-_NEEDS: list[tuple[str, Values, dict[str, Values]]] = [
-    ("train.sync_batch_norm_group", SET, {"train.sync_batch_norm": is_(True)}),
-    ("optimizer.nesterov", is_(True), {"optimizer.momentum": ABOVE_0}),
-    ("optimizer.nesterov", is_(True), {"optimizer.name": is_("sgd", "sharded_kfac")}),
-    (
-        "optimizer.momentum_rule",
-        is_not("constant"),
-        {
-            "optimizer.name": is_("velocity_sgd", "sharded_kfac"),
-            "sharded.gather": is_("weights"),
-            "batch.policy": is_("constant"),
-            "elastic.batch_policy": NOT_PER_WORKER,
-        },
-    ),
-    (
-        "optimizer.name",
-        is_("sharded_kfac"),
-        {"train.precision": FULL_RANGE},
-    ),
-    ("communication.algorithm", is_not("native"), {"communication.wire_format": is_("fp32")}),
-    ("elastic.batch_policy", is_("abs"), {"batch.policy": is_("gg", "abs", "absa", "warmup")}),
-    (
-        "batch.policy",
-        is_not("constant"),
-        {"batch.max_batch_size": SET, "elastic.batch_policy": NOT_PER_WORKER},
-    ),
-    (
-        "batch.policy",
-        is_("gg"),
-        {"optimizer.lr_schedule": is_("step"), "optimizer.decay_epochs": SET},
-    ),
-    # fb has a warm-up of its own, batch.warmup_epochs.
-    ("batch.policy", is_("fb"), {"optimizer.warmup_epochs": is_(0)}),
-    ("batch.policy", is_("abs"), {"adversarial.attack": is_("none")}),
-    (
-        "batch.policy",
-        is_("absa"),
-        {"adversarial.attack": is_not("none"), "adversarial.fraction": ABOVE_0},
-    ),
-    ("adversarial.attack", is_("fgsm"), {"adversarial.steps": is_(1)}),
-    ("adversarial.eval_attack", is_("fgsm"), {"adversarial.eval_steps": is_(1)}),
-    *(
-        # Workers that take local steps exchange nothing in between.
-        (
-            mode,
-            when,
-            {
-                "kfac.enabled": is_(False),
-                "optimizer.name": is_not("sharded_kfac"),
-                "train.precision": FULL_RANGE,
-                "train.sync_batch_norm": is_(False),
-                "communication.algorithm": is_("native"),
-                "communication.wire_format": is_("fp32"),
-            },
-        )
-        for mode, when in (
-            ("elastic.merge", is_("distnewton")),
-            ("elastic.merge_every_steps", Values(lambda value: value > 1, " > 1")),
-        )
-    ),
-    (
-        # With other values the bits depend on the number of workers.
-        "elastic.reproducible",
-        is_(True),
-        {
-            "optimizer.name": is_not("sharded_kfac"),
-            "communication.algorithm": is_("native"),
-            "communication.wire_format": is_("fp32"),
-            "elastic.batch_policy": NOT_PER_WORKER,
-            "elastic.merge": is_("average"),
-            "elastic.merge_every_steps": is_(1),
-            "batch.policy": is_("constant", "bl", "fb", "gg", "warmup"),
-            "adversarial.attack": is_("none"),
-            "mixing.mixup": is_("none"),
-            "train.sync_batch_norm": is_(False),
-        },
-    ),
-]
 
 
 def _largest_shard(config: Config) -> int:
@@ -328,9 +284,9 @@ _ORDER = (
 
 RULES: tuple[Rule, ...] = (
     *(
-        needs(mode, when, key, allowed)
-        for mode, when, keys in _NEEDS
-        for key, allowed in keys.items()
+        _needs(_Condition.parse(mode), _Condition.parse(need))
+        for mode, needs in _NEEDS.items()
+        for need in needs.split()
     ),
     *_ORDER,
 )

@@ -9,13 +9,19 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.config import Config
 from elastic_kfac.config.describe import as_markdown, as_text, keys_of
+from elastic_kfac.config.kfac import LevenbergMarquardt, MilestoneSchedule, WarmupSchedule
 
 PAGE = Path(__file__).parents[3] / "docs" / "configuration.md"
+MAPPINGS = (WarmupSchedule, MilestoneSchedule, LevenbergMarquardt)
 SECTIONS = {name: field.annotation for name, field in Config.model_fields.items()}
 
 
 def test_every_key_and_section_has_a_meaning() -> None:
-    keys = {(name, key.name): key.help for name, each in SECTIONS.items() for key in keys_of(each)}
+    named = {**SECTIONS, **{mapping.__name__: mapping for mapping in MAPPINGS}}
+    keys = {(name, key.name): key.help for name, each in named.items() for key in keys_of(each)}
+    assert {key for name, key in keys if name in SECTIONS} == {
+        key for section in SECTIONS.values() for key in section.model_fields
+    }
     assert [key for key, text in keys.items() if not text.endswith(".")] == []
     assert [name for name, section in SECTIONS.items() if not section.__doc__] == []
 
@@ -42,6 +48,7 @@ def test_command_prints_a_section_or_a_key(capsys: pytest.CaptureFixture[str]) -
     assert "kfac.damping = 0.001" in out and "levenberg_marquardt" in out
     assert "(float in (0, 1] | null)" in out
     assert "factor_decay" not in out
+    assert "{rule: levenberg_marquardt} initial = (required)  (float > 0)" in out
     assert main(["config", "--markdown"]) == 0
     assert capsys.readouterr().out == as_markdown()
 
