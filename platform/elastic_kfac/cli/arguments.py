@@ -112,13 +112,18 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "count singular values above EPSILON times the largest", type=float, default=1e-6
     ),
     "--factor": _of("C in loss + C·√(variance/n)", type=float, default=1.0, metavar="C"),
+    "--gbit-per-s": _of("bandwidth between workers", type=float, default=10.0, metavar="GBIT"),
     "--images": _of(
         "images whose unrolled patches are analysed", type=IMAGES, default=64, metavar="N"
     ),
+    "--json": _of("print JSON", action="store_true"),
     "--kill-at": _repeated(
         "local cluster only: SIGKILL worker RANK when STEP is committed",
         type=KILLS,
         metavar="STEP:RANK",
+    ),
+    "--latency-us": _of(
+        "latency of a message between workers", type=float, default=50.0, metavar="MICROSECONDS"
     ),
     "--markdown": _of("print docs/configuration.md", action="store_true"),
     "--memory-gib": _of(
@@ -232,8 +237,15 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         "runs:plan",
-        "Show which worker computes what at given world sizes.",
-        "CONFIG --set --world-size",
+        "Show placement, predicted costs and the planner's suggestion at given world sizes.",
+        "CONFIG --set --world-size --memory-gib --gbit-per-s --latency-us --json",
+        {
+            "--memory-gib": _of(
+                "device memory that a suggestion must fit (default: no limit)",
+                type=float,
+                metavar="GIB",
+            )
+        },
     ),
     "audit": Command(
         "runs:audit", "Verify that every sample was used exactly once.", "RUN --storage"

@@ -1,11 +1,20 @@
-"""What placement needs to know about layers."""
+"""Layers as placement sees them, and the plans that follow: pure functions of a model and its options."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
+from torch import nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.discovery import clean_name, find_layers, unwrap
 from elastic_kfac.curvature.layer import Layer
-from elastic_kfac.placement.costs import LayerShape
+from elastic_kfac.kfac.options import value_at
+from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
+from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.planner import auto_fraction, make_plan
 
 
 def layer_shape(layer: Layer) -> LayerShape:
@@ -18,3 +27,116 @@ def layer_shape(layer: Layer) -> LayerShape:
     a = 0 if layer.is_diagonal("A") else shapes["A"][-1]
     groups = shapes["G"][0] if len(shapes["G"]) == 3 else 1
     return LayerShape(layer.name, a, shapes["G"][-1], weights, groups)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters with one owner: layers that share parameters, or a parameter outside all layers."""
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    layers: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Elements of its parameters together."""
+        return sum(p.numel() for p in self.parameters.values())
+
+
+def find_units(model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
+    """Covered layers in registration order, joined where they share parameters (packed attention
+    projections), then every other trainable parameter."""
+    names = {
+        id(p): clean_name(name) for name, p in unwrap(model).named_parameters() if p.requires_grad
+    }
+    units: list[Unit] = []
+    covered: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        own = {names[id(p)]: p for p in layer.parameters}
+        place = next((covered[id(p)] for p in layer.parameters if id(p) in covered), len(units))
+        if place == len(units):
+            units.append(Unit(layer.name, own, (index,)))
+        else:
+            first = units[place]
+            units[place] = Unit(first.name, {**first.parameters, **own}, (*first.layers, index))
+        covered.update((id(p), place) for p in layer.parameters)
+    for name, parameter in unwrap(model).named_parameters():
+        if parameter.requires_grad and id(parameter) not in covered:
+            units.append(Unit(clean_name(name), {clean_name(name): parameter}))
+    return units
+
+
+def unit_shape(unit: Unit, layers: Sequence[Layer]) -> LayerShape:
+    """The sizes of one unit."""
+    if not unit.layers:
+        return LayerShape(unit.name, 0, 0, unit.elements)
+    shapes = [layer_shape(layers[index]) for index in unit.layers]
+    widest = max(shapes, key=lambda shape: shape.a_dim)
+    copies = sum(shape.copies for shape in shapes)
+    return LayerShape(unit.name, widest.a_dim, widest.g_dim, unit.elements, copies)
+
+
+def shapes(
+    model: nn.Module, options: KfacOptions, *, sharded: bool = False
+) -> tuple[LayerShape, ...]:
+    """The shapes that a plan places: covered layers, or units with one owner each if `sharded`.
+
+    Raises:
+        ConfigError: If K-FAC covers no layer.
+    """
+    layers = find_layers(model, options).layers
+    if sharded:
+        return tuple(unit_shape(unit, layers) for unit in find_units(model, layers))
+    return tuple(map(layer_shape, layers))
+
+
+def plan_of(
+    shapes: Sequence[LayerShape],
+    world_size: int,
+    options: KfacOptions,
+    *,
+    sharded: bool = False,
+    costs: CostModel | None = None,
+    memory_budget_bytes: float | None = None,
+    element_bytes: int = 4,
+    previous: Plan | None = None,
+    previous_ranks: Sequence[int | None] | None = None,
+) -> Plan:
+    """The plan of `shapes` at a world size.
+
+    Args:
+        shapes: As from the function `shapes`.
+        world_size: Number of ranks.
+        options: `grad_worker_frac`, `method` and the other options of K-FAC.
+        sharded: Whether every shape has a single owner, instead of a share of gradient workers.
+        costs: Seconds per decomposition; by default the stored measurement.
+        memory_budget_bytes: Budget per rank, for `grad_worker_frac="auto"`.
+        element_bytes: Bytes per element of factors and decompositions.
+        previous: See `make_plan`.
+        previous_ranks: See `make_plan`.
+
+    Raises:
+        ConfigError: If nothing fits the budget.
+    """
+    costs = costs or default_costs(options.method)
+    fraction: float | str = 1.0 / world_size if sharded else options.grad_worker_frac
+    if isinstance(fraction, str):
+        fraction = auto_fraction(
+            shapes,
+            world_size,
+            value_at(options, "inverse_update_steps", 0),
+            options.precompute,
+            memory_budget_bytes,
+            method=options.method,
+            element_bytes=element_bytes,
+            costs=costs,
+        )
+    return make_plan(
+        shapes,
+        world_size,
+        fraction,
+        colocate=sharded or options.colocate,
+        costs=costs,
+        previous=previous,
+        previous_ranks=previous_ranks,
+    )

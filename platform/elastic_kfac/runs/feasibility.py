@@ -1,85 +1,89 @@
-"""Before a run starts: its plan at any world size, and whether it fits the cluster."""
+"""Before a run: its placement at any number of ranks, from shapes alone, and whether it fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from torch import nn
 
-from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import open_split
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.kfac.shapes import layer_shape
+from elastic_kfac.kfac.shapes import plan_of, shapes
+from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.traffic import memory_elements
-from elastic_kfac.tasks.models import build_model
-from elastic_kfac.training.first_order import make_optimizer
-from elastic_kfac.training.preconditioner import make_preconditioner
-
-if TYPE_CHECKING:
-    from elastic_kfac.kfac.kfac import KFAC
+from elastic_kfac.tasks.models import ImageShape, build_model
 
 
-class ImaginedWorld(Communicator):
-    """Rank 0 of `world_size` ranks that all agree with it: enough to plan, not to communicate."""
+@dataclass(frozen=True)
+class Sized:
+    """A configured model with the shapes that placement depends on."""
 
-    def __init__(self, world_size: int) -> None:
-        super().__init__(None)
-        self.world_size = world_size
+    config: Config
+    model: nn.Module
+    image_shape: ImageShape
+    layers: tuple[LayerShape, ...]
+    """Layers that K-FAC covers, or what one rank owns with `optimizer.name: sharded_kfac`."""
 
-    def subgroup(self, ranks: Sequence[int]) -> None:
-        """There are no peers to form a group with."""
-        return
+    @classmethod
+    def of(cls, config: Config) -> Sized:
+        """Builds the model of a configuration.
 
-    def all_gather_object(self, obj: Any, *, tag: str) -> list[Any]:
-        """Every rank would send the same object."""
-        return [obj] * self.world_size
+        Raises:
+            DataError: If the shards, which define the image shape, do not exist.
+            ConfigError: If the model is impossible.
+        """
+        with open_split(config, config.data.train_split) as split:
+            image_shape = split.image_shape
+            model = build_model(
+                config.model,
+                num_classes=split.num_classes,
+                image_shape=image_shape,
+                seed=config.train.seed,
+            )
+        sharded = config.optimizer.name == "sharded_kfac"
+        has_layers = config.kfac.enabled or sharded
+        layers = shapes(model, config.kfac, sharded=sharded) if has_layers else ()
+        return cls(config, model, image_shape, tuple(layers))
 
+    @property
+    def parameter_elements(self) -> int:
+        """Parameters of the model."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
-def imagined_paths(
-    config: Config, world_sizes: Sequence[int]
-) -> Iterator[tuple[nn.Module, KFAC | None]]:
-    """The model and its preconditioner at every world size, built by the training code.
+    def plan(self, world_size: int, previous: Plan | None = None) -> Plan:
+        """The plan of a run, or after a resize from `previous`, with stored costs of decompositions.
 
-    Raises:
-        DataError: If the shards are missing: they give the shape of the images.
-        ConfigError: If the model or a plan is impossible.
-    """
-    with open_split(config, config.data.train_split) as split:
-        model = build_model(
-            config.model,
-            num_classes=split.num_classes,
-            image_shape=split.image_shape,
-            seed=config.train.seed,
+        Raises:
+            ConfigError: If nothing fits the memory budget.
+        """
+        budget = self.config.plan.memory_budget_gib
+        return plan_of(
+            self.layers,
+            world_size,
+            self.config.kfac,
+            sharded=self.config.optimizer.name == "sharded_kfac",
+            memory_budget_bytes=None if budget is None else budget * 2**30,
+            previous=previous,
         )
-    optimizer = make_optimizer(model, config.optimizer)
-    for world_size in world_sizes:
-        kfac = make_preconditioner(model, optimizer, config, ImaginedWorld(world_size))
-        try:
-            yield model, kfac
-        finally:
-            if kfac is not None:
-                kfac.close()
 
 
 def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
-    """The plan for every world size.
+    """The plan of every world size.
 
     Raises:
-        DataError: As `imagined_paths`.
+        DataError: As `Sized.of`.
     """
-    for _, kfac in imagined_paths(config, world_sizes):
-        if kfac is not None:
-            yield kfac.plan
+    sized = Sized.of(config)
+    yield from map(sized.plan, world_sizes)
 
 
 def why_infeasible(config: Config, room: int) -> str | None:
-    """The reason why a run cannot work on a cluster with room for `room` workers, or None.
+    """Why a run cannot work on a cluster with room for `room` workers; None if it can.
 
-    It must fit at every size that it may be resized to: at the smallest one, where an owner keeps
-    most, and at the largest.
+    It must fit at the smallest world size, where an owner holds most, and at the largest.
     """
     elastic = config.elastic
     if elastic.min_workers > room:
@@ -91,17 +95,15 @@ def why_infeasible(config: Config, room: int) -> str | None:
             "workers without a sample"
         )
     budget_gib = config.plan.memory_budget_gib
-    if budget_gib is None:
+    if budget_gib is None or not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
         return None
-    sizes = sorted({elastic.min_workers, largest})
     try:
-        for world_size, (_, kfac) in zip(sizes, imagined_paths(config, sizes), strict=True):
-            if kfac is None or kfac.sums_gradients:
-                continue
+        sized = Sized.of(config)
+        for world_size in sorted({elastic.min_workers, largest}):
             held = max(
                 memory_elements(
-                    kfac.plan,
-                    [layer_shape(layer) for layer in kfac.layers],
+                    sized.plan(world_size),
+                    sized.layers,
                     method=config.kfac.method,
                     precompute=config.kfac.precompute,
                 )

@@ -145,6 +145,23 @@ def test_plan_prints_one_plan_per_world_size(
     assert "plan for 1 ranks" in out
     assert "plan for 5 ranks" in out
     assert "3 columns of 1 or 2 (" in out
+    assert out.count("predicted: ") == out.count("suggested: kfac.grad_worker_frac ") == 2
+    assert "cross-over: dividing decompositions among ranks" in out
+    assert main(["plan", str(DIGITS), "--world-size", "1,5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["world_size"] for row in found["world_sizes"]] == [1, 5]
+    assert set(found["world_sizes"][1]["suggested"]) == {
+        "grad_worker_frac",
+        "micro_batch_size",
+        "inverse_update_steps",
+        "step_s",
+        "received_bytes",
+        "memory_bytes",
+    }
+    assert set(found["cross_over"]) == {"divide_from", "flat_from"}
+    [resize] = found["resizes"]
+    assert (resize["from"], resize["to"]) == (1, 5)
+    assert resize["moved_bytes"] > 0
 
 
 def test_plan_without_kfac_returns_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,8 +36,6 @@ IMPORTS: dict[str, int] = {}
 PARAMETERS: dict[str, int] = {}
 UNREACHED = {
     "cluster": 40,
-    "communication": 30,
-    "placement": 210,
     "training": 108,
 }
 """Lines by room."""

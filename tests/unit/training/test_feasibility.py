@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.data.shards import make_shards
+from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_space import Links
-from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.costs import factor_elements
 from elastic_kfac.placement.planner import max_second_order_elements
-from elastic_kfac.runs.feasibility import imagined_paths, why_infeasible
+from elastic_kfac.placement.simulator import Line
+from elastic_kfac.runs.feasibility import Sized, why_infeasible
+from elastic_kfac.runs.prediction import Outlook
+from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.preconditioner import make_preconditioner
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +58,10 @@ def test_memory_budget_is_the_one_of_the_plan(base: Config, world_size: int) -> 
         elastic__max_workers=world_size,
         kfac__grad_worker_frac=1 / world_size,
     )
-    [(needed, plan_size)] = [
-        (
-            factor_elements(shapes := [layer_shape(x) for x in kfac.layers])
-            + max_second_order_elements(kfac.plan, shapes, precompute=False),
-            kfac.plan.world_size,
-        )
-        for _, kfac in imagined_paths(sized, [world_size])
-        if kfac is not None
-    ]
+    model = Sized.of(sized)
+    plan = model.plan(world_size)
+    decompositions = max_second_order_elements(plan, model.layers, precompute=False)
+    needed, plan_size = factor_elements(model.layers) + decompositions, plan.world_size
     assert plan_size == world_size
     gib = needed * 4 / 2**30
     assert why_infeasible(changed(sized, plan__memory_budget_gib=gib * 1.001), room=4) is None
@@ -83,9 +83,7 @@ def test_emulated_step_without_kfac_is_one_all_reduce_on_slow_links(base: Config
     # Rabenseifner: 2 log2(8) latencies of a second each.
     assert late == pytest.approx(6.0, rel=0.05)
     thin = Emulator(Links(world_size=8, latency_s=1e-9, gbit_per_s=1e-5)).step_seconds(plain)
-    [parameters] = [
-        sum(each.numel() for each in model.parameters()) for model, _ in imagined_paths(base, [8])
-    ]
+    parameters = Sized.of(base).parameter_elements
     # 2 (N - 1) / N of the gradient's bits.
     assert thin == pytest.approx(2 * 7 / 8 * parameters * 32 / 1e4, rel=0.05)
 
@@ -100,3 +98,48 @@ def test_emulated_step_with_kfac_pays_for_its_exchanges(base: Config) -> None:
     # preconditioned gradient is broadcast every step, with eight the decomposition every tenth.
     assert seconds[1.0] == pytest.approx(6 + 6 + 3 / 10, rel=0.1)
     assert seconds[1 / 8] == pytest.approx(6 + 6 + 3, rel=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sharded_kfac"])
+@pytest.mark.parametrize("fraction", [0.5, "auto"])
+def test_plan_from_shapes_is_the_plan_of_training(
+    base: Config, optimizer: str, fraction: float | str
+) -> None:
+    config = changed(base, optimizer__name=optimizer, kfac__grad_worker_frac=fraction)
+    sized = Sized.of(config)
+    first_order = make_optimizer(sized.model, config.optimizer)
+    kfac = make_preconditioner(sized.model, first_order, config, Communicator.solo())
+    assert kfac is not None
+    assert sized.plan(1) == kfac.plan
+    assert [x.name for x in sized.plan(4).layers] == [x.name for x in kfac.plan.layers]
+    kfac.close()
+
+
+def test_outlook_predicts_the_plan_and_suggests_one_that_costs_no_more(base: Config) -> None:
+    outlook = Outlook(Sized.of(base), Line(50e-6, 8e-10))
+    one, four = outlook.at(1), outlook.at(4)
+    for row in (one, four):
+        assert row["suggested"]["step_s"] <= row["predicted"]["step_s"]
+        assert row["suggested"]["micro_batch_size"] >= 1
+        assert row["predicted"]["memory_bytes"] > 12 * Sized.of(base).parameter_elements
+    assert one["predicted"]["received_bytes"] == 0 < four["predicted"]["received_bytes"]
+    assert four["plan"]["world_size"] == 4
+    found = outlook.cross_over()
+    assert found["flat_from"] is not None and found["flat_from"] >= 1
+
+
+def test_suggestion_fits_the_memory_budget_or_names_what_is_needed(base: Config) -> None:
+    sized, network = Sized.of(base), Line(50e-6, 8e-10)
+    free = Outlook(sized, network).at(2)["suggested"]["memory_bytes"]
+    tight = Outlook(sized, network, memory_budget_bytes=0.9 * free).at(2)["suggested"]
+    assert tight["memory_bytes"] <= 0.9 * free
+    with pytest.raises(ConfigError, match="not even one sample at a time"):
+        Outlook(sized, network, memory_budget_bytes=1.0).at(2)
+
+
+def test_outlook_of_the_sharded_pipeline_names_the_cheapest_v_collective(base: Config) -> None:
+    config = changed(base, optimizer__name="sharded_kfac")
+    slow = Outlook(Sized.of(config), Line(1.0, 1e-12)).at(4)["suggested"]["sharded.v_method"]
+    wide = Outlook(Sized.of(config), Line(1e-12, 1.0)).at(4)["suggested"]["sharded.v_method"]
+    assert slow in ("padded", "fused")
+    assert wide == "per_owner"

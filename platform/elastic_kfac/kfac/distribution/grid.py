@@ -24,12 +24,9 @@ from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
-from elastic_kfac.kfac.options import value_at
-from elastic_kfac.kfac.shapes import layer_shape
+from elastic_kfac.kfac.shapes import layer_shape, plan_of
 from elastic_kfac.kfac.statistics import Captured, Statistics
-from elastic_kfac.placement.costs import default_costs
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.planner import auto_fraction, make_plan
 
 
 class KaisaGrid(Distribution):
@@ -42,27 +39,13 @@ class KaisaGrid(Distribution):
         previous_ranks: Sequence[int | None] | None = None,
     ) -> None:
         self.communicator, self.rank = communicator, communicator.rank
-        options = self.options
-        shapes = [layer_shape(layer) for layer in self.layers]
-        costs = self.placing.costs or default_costs(options.method)
-        fraction = options.grad_worker_frac
-        if fraction == "auto":
-            fraction = auto_fraction(
-                shapes,
-                communicator.world_size,
-                value_at(options, "inverse_update_steps", 0),
-                options.precompute,
-                self.placing.memory_budget_bytes,
-                method=options.method,
-                element_bytes=self.layers[0].dtype.itemsize,
-                costs=costs,
-            )
-        self.plan = make_plan(
-            shapes,
+        self.plan = plan_of(
+            [layer_shape(layer) for layer in self.layers],
             communicator.world_size,
-            fraction,
-            colocate=options.colocate,
-            costs=costs,
+            self.options,
+            costs=self.placing.costs,
+            memory_budget_bytes=self.placing.memory_budget_bytes,
+            element_bytes=self.layers[0].dtype.itemsize,
             previous=previous,
             previous_ranks=previous_ranks,
         )

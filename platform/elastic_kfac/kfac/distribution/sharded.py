@@ -13,7 +13,6 @@ all-reduce, to the byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -28,31 +27,14 @@ from elastic_kfac.communication.v_collectives import (
     reduce_scatter_v,
 )
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
-from elastic_kfac.curvature.discovery import clean_name, unwrap
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Placing, Slot, States
 from elastic_kfac.kfac.options import Rates
-from elastic_kfac.kfac.shapes import layer_shape
+from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
 from elastic_kfac.kfac.statistics import Captured, Statistics
-from elastic_kfac.placement.costs import LayerShape, default_costs
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.planner import make_plan
 
 _WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one rank owns as a whole: layers that share parameters, or a parameter outside all layers."""
-
-    name: str
-    parameters: Mapping[str, nn.Parameter]
-    layers: tuple[int, ...] = ()
-
-    @property
-    def elements(self) -> int:
-        """Elements of its parameters together."""
-        return sum(p.numel() for p in self.parameters.values())
 
 
 class ShardedByOwner(Distribution):
@@ -93,11 +75,12 @@ class ShardedByOwner(Distribution):
     ) -> None:
         self.communicator, self.rank = communicator, communicator.rank
         world_size = communicator.world_size
-        self.plan = make_plan(
-            [self._shape(unit) for unit in self.units],
+        self.plan = plan_of(
+            [unit_shape(unit, self.layers) for unit in self.units],
             world_size,
-            1.0 / world_size,
-            costs=self.placing.costs or default_costs(self.options.method),
+            self.options,
+            sharded=True,
+            costs=self.placing.costs,
             previous=previous,
             previous_ranks=previous_ranks,
         )
@@ -107,14 +90,6 @@ class ShardedByOwner(Distribution):
         self._by_owner: list[list[Unit]] = [[] for _ in range(world_size)]
         for unit in self.units:
             self._by_owner[self._owner(unit)].append(unit)
-
-    def _shape(self, unit: Unit) -> LayerShape:
-        if not unit.layers:
-            return LayerShape(unit.name, 0, 0, unit.elements)
-        shapes = [layer_shape(self.layers[index]) for index in unit.layers]
-        widest = max(shapes, key=lambda shape: shape.a_dim)
-        copies = sum(shape.copies for shape in shapes)
-        return LayerShape(unit.name, widest.a_dim, widest.g_dim, unit.elements, copies)
 
     # -- roles ----------------------------------------------------------------------------------
 
@@ -341,26 +316,3 @@ class ShardedByOwner(Distribution):
             for name, p in unit.parameters.items()
             if name in saved
         }
-
-
-def find_units(model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
-    """Covered layers in registration order, joined where they share parameters (packed attention
-    projections), then every other trainable parameter."""
-    names = {
-        id(p): clean_name(name) for name, p in unwrap(model).named_parameters() if p.requires_grad
-    }
-    units: list[Unit] = []
-    covered: dict[int, int] = {}
-    for index, layer in enumerate(layers):
-        own = {names[id(p)]: p for p in layer.parameters}
-        place = next((covered[id(p)] for p in layer.parameters if id(p) in covered), len(units))
-        if place == len(units):
-            units.append(Unit(layer.name, own, (index,)))
-        else:
-            first = units[place]
-            units[place] = Unit(first.name, {**first.parameters, **own}, (*first.layers, index))
-        covered.update((id(p), place) for p in layer.parameters)
-    for name, parameter in unwrap(model).named_parameters():
-        if parameter.requires_grad and id(parameter) not in covered:
-            units.append(Unit(clean_name(name), {clean_name(name): parameter}))
-    return units
