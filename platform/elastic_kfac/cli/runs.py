@@ -188,10 +188,7 @@ def plan(arguments: argparse.Namespace) -> int:
     budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
     outlook = Outlook(sized, network, memory_budget_bytes=budget)
     rows = [outlook.at(world_size) for world_size in arguments.world_size]
-    resizes = [
-        {"from": before, "to": after, "moved_bytes": outlook.moved_bytes(before, after)}
-        for before, after in pairwise(arguments.world_size)
-    ]
+    resizes = [outlook.resize(*sizes) for sizes in pairwise(arguments.world_size)]
     cross_over = outlook.cross_over()
     if arguments.json:
         found = {"world_sizes": rows, "resizes": resizes, "cross_over": cross_over}
@@ -205,6 +202,7 @@ def plan(arguments: argparse.Namespace) -> int:
     for resize in resizes:
         moved = resize["moved_bytes"] / 2**20
         print(f"resize {resize['from']} -> {resize['to']}: {moved:.4g} MiB of decompositions move")
+        print(*(f"  {change}" for change in resize["changes"]), sep="\n")
     if cross_over:
         divide, flat = cross_over["divide_from"], cross_over["flat_from"]
         from_ranks = "never pays" if divide is None else f"pays from N* = {divide} ranks"

@@ -16,7 +16,6 @@ run can be compared with the model exactly. A world of one rank counts nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -51,21 +50,6 @@ class Traffic:
             self.received_bytes + other.received_bytes,
         )
 
-    def __sub__(self, other: Traffic) -> Traffic:
-        return Traffic(
-            self.calls - other.calls,
-            self.payload_bytes - other.payload_bytes,
-            self.received_bytes - other.received_bytes,
-        )
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain numbers, for a log line."""
-        return {
-            "calls": self.calls,
-            "payload_bytes": self.payload_bytes,
-            "received_bytes": float(self.received_bytes),
-        }
-
 
 class CommunicationCounters:
     """Traffic by tag; one object is shared by a communicator and all its subgroups."""
@@ -84,15 +68,12 @@ class CommunicationCounters:
     def __getitem__(self, tag: str) -> Traffic:
         return self._traffic.get(tag, Traffic())
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._traffic)
-
     def total(self) -> Traffic:
         """The sum over all tags."""
         return sum(self._traffic.values(), Traffic())
 
     def snapshot(self) -> dict[str, Traffic]:
-        """A copy by tag; subtract two snapshots' entries for the traffic between them."""
+        """A copy by tag."""
         return dict(self._traffic)
 
     def reset(self) -> None:

@@ -149,8 +149,8 @@ def settle(
     order: Sequence[int],
     moves: np.ndarray,
     stay: Sequence[Place | None],
-) -> Packing:
-    """The packing with no larger makespan than `balanced` that moves the fewest elements found.
+) -> list[Place]:
+    """The places with no larger makespan than `balanced` that move the fewest elements found.
 
     Exact for few layers and places (up to a number of search nodes). Otherwise layers stay where they
     are as far as the makespan allows; where that fails, pairs of layers of `balanced` are swapped.
@@ -162,7 +162,7 @@ def settle(
         stay: The present place of each layer, where that place still exists.
     """
     if not order:
-        return balanced
+        return []
     # Each cost was rounded by at most half a unit (2e-10 of the largest), so makespans that differ by
     # less than this are equal.
     limit = balanced.makespan + 2 * len(order)
@@ -172,8 +172,8 @@ def settle(
         if len(order) <= _SWAP_LAYERS:
             _swap(best, order, moves, limit)
     if len(order) <= _EXACT_LAYERS and len(best.places()) <= _EXACT_PLACES:
-        best = _Exact(best, order, moves, stay, limit).run()
-    return best
+        return _fewest_moves(best, order, moves, stay, limit)
+    return best.placed
 
 
 def _moved(packing: Packing, moves: np.ndarray) -> int:
@@ -236,57 +236,36 @@ def _try_swap(packing: Packing, first: int, second: int, moves: np.ndarray, limi
     return False
 
 
-class _Exact:
-    """Branch and bound over all places; stops after a fixed number of nodes."""
+def _fewest_moves(
+    start: Packing,
+    order: Sequence[int],
+    moves: np.ndarray,
+    stay: Sequence[Place | None],
+    limit: int,
+) -> list[Place]:
+    """Branch and bound over all places from `start`; stops after a fixed number of nodes."""
+    work, best, fewest, nodes = start.copy_empty(), start.placed, _moved(start, moves), 0
+    choices = {
+        index: sorted(work.places(), key=lambda p: (moves[index, p[0]], p != stay[index], p))
+        for index in order
+    }
+    least_after = [sum(int(moves[i].min()) for i in order[depth:]) for depth in range(len(order))]
 
-    def __init__(
-        self,
-        start: Packing,
-        order: Sequence[int],
-        moves: np.ndarray,
-        stay: Sequence[Place | None],
-        limit: int,
-    ) -> None:
-        self.best = start
-        self.best_moved = _moved(start, moves)
-        self.order = order
-        self.moves = moves
-        self.limit = limit
-        self.nodes = 0
-        self.work = start.copy_empty()
-        self.places = {
-            index: sorted(
-                self.work.places(),
-                key=lambda place, index=index: (  # type: ignore[misc]
-                    int(moves[index, place[0]]),
-                    place != stay[index],
-                    place,
-                ),
-            )
-            for index in order
-        }
-        tails = [0]
-        for index in reversed(order):
-            tails.append(tails[-1] + int(moves[index].min()))
-        self.least_after = tails[::-1]
-
-    def run(self) -> Packing:
-        self._visit(0, 0)
-        return self.best
-
-    def _visit(self, depth: int, moved: int) -> None:
-        if moved + self.least_after[depth] >= self.best_moved or self.nodes >= _EXACT_NODES:
+    def visit(depth: int, moved: int) -> None:
+        nonlocal best, fewest, nodes
+        if depth == len(order):
+            if moved < fewest:
+                best, fewest = list(work.placed), moved
             return
-        self.nodes += 1
-        if depth == len(self.order):
-            found = self.work.copy_empty()
-            for index, place in enumerate(self.work.placed):
-                found.add(index, place)
-            self.best, self.best_moved = found, moved
+        if moved + least_after[depth] >= fewest or nodes >= _EXACT_NODES:
             return
-        index = self.order[depth]
-        for place in self.places[index]:
-            if self.work.fits(index, place, self.limit):
-                self.work.add(index, place)
-                self._visit(depth + 1, moved + int(self.moves[index, place[0]]))
-                self.work.remove(index)
+        nodes += 1
+        index = order[depth]
+        for place in choices[index]:
+            if work.fits(index, place, limit):
+                work.add(index, place)
+                visit(depth + 1, moved + int(moves[index, place[0]]))
+                work.remove(index)
+
+    visit(0, 0)
+    return best

@@ -74,13 +74,14 @@ def make_plan(
     packing = Packing(columns, a_units, g_units, colocate=colocate)
     for index in order:
         packing.place_least_loaded(index)
+    places = packing.placed
     if previous is not None:
         old_ranks = _old_ranks(world_size, previous, previous_ranks)
         moves = _move_costs(layers, columns, previous, old_ranks)
         stay = _stay(layers, num_columns, previous, old_ranks)
-        packing = settle(packing, order, moves, stay)
+        places = settle(packing, order, moves, stay)
     placed = tuple(
-        LayerPlacement(layer.name, *packing.placed[index]) for index, layer in enumerate(layers)
+        LayerPlacement(layer.name, *place) for layer, place in zip(layers, places, strict=True)
     )
     return Plan(world_size, 1.0 / num_columns, columns, placed)
 

@@ -159,11 +159,16 @@ class Outlook:
         row["suggested"] = self._suggestion(choice)
         return row
 
-    def moved_bytes(self, before: int, after: int) -> int:
-        """Bytes of decompositions that move in a resize in which ranks keep their numbers."""
+    def resize(self, before: int, after: int) -> dict[str, Any]:
+        """What a resize changes and moves if ranks keep their numbers, as JSON."""
         previous = self._sized.plan(before)
         plan = self._sized.plan(after, previous)
-        return 4 * moved_elements(previous, plan, self._sized.layers)
+        return {
+            "from": before,
+            "to": after,
+            "moved_bytes": 4 * moved_elements(previous, plan, self._sized.layers),
+            "changes": previous.diff(plan).splitlines(),
+        }
 
     def cross_over(self) -> dict[str, int | None]:
         """N* and N** of the model on this network; empty for the sharded pipeline."""

@@ -162,6 +162,7 @@ def test_plan_prints_one_plan_per_world_size(
     [resize] = found["resizes"]
     assert (resize["from"], resize["to"]) == (1, 5)
     assert resize["moved_bytes"] > 0
+    assert "world_size: 1 -> 5" in resize["changes"]
 
 
 def test_plan_without_kfac_returns_2(capsys: pytest.CaptureFixture[str]) -> None:

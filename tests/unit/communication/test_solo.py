@@ -34,20 +34,14 @@ def test_solo_refuses_other_ranks() -> None:
         Communicator.solo().broadcast(torch.ones(1), 1, tag="x")
 
 
-def test_counters_add_subtract_and_reset() -> None:
+def test_counters_add_and_reset() -> None:
     counters = CommunicationCounters()
     counters.add("factors", 100, 50)
-    before = counters.snapshot()
     counters.add("factors", 10, 5)
     counters.add("gradients", 1, 1)
-    assert counters["factors"] - before["factors"] == Traffic(1, 10, 5)
+    assert counters["factors"] == Traffic(2, 110, 55)
     assert counters.total() == Traffic(3, 111, 56)
     assert counters["never"] == Traffic()
-    assert set(counters) == {"factors", "gradients"}
-    assert counters["factors"].to_dict() == {
-        "calls": 2,
-        "payload_bytes": 110,
-        "received_bytes": 55.0,
-    }
+    assert set(counters.snapshot()) == {"factors", "gradients"}
     counters.reset()
     assert counters.snapshot() == {}

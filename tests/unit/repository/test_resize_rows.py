@@ -1,7 +1,6 @@
-"""Which test proves that each kind of state survives a resize: a row without one cannot be added.
+"""The tests which prove that every kind of state survives a resize, one row per system with state.
 
-The rows are those of the specification's table of state by system (section 10.2); a named test that
-is gone, renamed or emptied fails here.
+A named test that is gone, renamed or without an assertion fails here.
 """
 
 from __future__ import annotations
