@@ -326,7 +326,7 @@ def _no_page(folder: Path) -> None:
 # ---- PB2 ----------------------------------------------------------------------------------------
 
 
-# A minute and a half; its rounds are played without a cluster in tests/unit/cluster.
+# A minute and a half; its rounds are played without a cluster in tests/unit/experiments.
 @pytest.mark.soak
 def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
     cluster: LocalCluster, config: Make, tmp_path: Path
