@@ -60,7 +60,9 @@ def _number(option: str, convert: Callable[[str], Any] = _whole) -> Callable[[st
     return _checked(option, "whole numbers from 1", convert)
 
 
-NAME = _checked("--name", "letters, digits, '.', '_' and '-', at most 100", _run_name)
+NAME = _checked(
+    "--name", "up to 100 letters, digits, '.', '_' and '-', the first a letter or digit", _run_name
+)
 KILLS = _checked(
     "--kill-at", "STEP:RANK with step >= 1 and rank >= 0", lambda text: _step_and(text, 0), "60:1"
 )

@@ -25,7 +25,7 @@ from elastic_kfac.config.reader import (
     validate,
     write_config,
 )
-from elastic_kfac.config.run import Config, steps_apart
+from elastic_kfac.config.run import Config
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.train import ModelConfig, TrainConfig
 
@@ -52,7 +52,6 @@ __all__ = [
     "read_config",
     "read_yaml",
     "split_override",
-    "steps_apart",
     "validate",
     "write_config",
 ]

@@ -56,10 +56,10 @@ def as_text(names: Sequence[str], width: int) -> str:
     """
     sections = _sections()
     blocks = []
-    for name in names or [name for name in sections if " " not in name]:
+    for name in names or Config.model_fields:
         head, _, wanted = name.partition(".")
         if head not in sections:
-            raise _unknown("section", head, list(sections))
+            raise _unknown("section", head, list(Config.model_fields))
         section = sections[head]
         keys = [(f"{head}.{k.name}", k) for k in keys_of(section) if wanted in ("", k.name)]
         if not keys:

@@ -52,11 +52,6 @@ class Config(Section):
         return self
 
 
-def steps_apart(config: Config) -> bool:
-    """`elastic.takes_local_steps`."""
-    return config.elastic.takes_local_steps
-
-
 class Rule(NamedTuple):
     """Settings that exclude each other, and the line that refuses them."""
 
