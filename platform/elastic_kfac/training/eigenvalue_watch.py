@@ -1,7 +1,7 @@
 """The eigenvalue that drives the batch, measured after each epoch, and what K-FAC says beside it.
 
 Samples are fixed for the run and not augmented; products are summed over ranks, weighted by samples; and
-start vectors are functions of the seed: every world size measures the same (spec 5.5).
+start vectors are functions of the seed: every world size measures the same.
 """
 
 from __future__ import annotations

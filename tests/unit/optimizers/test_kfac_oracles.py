@@ -1,4 +1,4 @@
-"""KFAC against closed forms and dense algebra (spec 1.3), in float64 to 1e-10."""
+"""KFAC against closed forms and dense algebra, in float64 to 1e-10."""
 
 from __future__ import annotations
 

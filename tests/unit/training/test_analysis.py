@@ -234,7 +234,7 @@ def test_analysed_run_shows_its_figures_and_probes_in_the_report(tmp_path: Path)
 def test_kernel_block_has_low_rank_and_unrolled_inputs_have_not() -> None:
     block = gaussian_kernel_block()
     assert block.shape == (256, 256)
-    assert epsilon_rank(block, 1e-6) == 7  # measured for the specification
+    assert epsilon_rank(block, 1e-6) == 7
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(512, 144, generator=generator)
     assert epsilon_rank(patches, 1e-6) == 144

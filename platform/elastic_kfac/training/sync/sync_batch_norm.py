@@ -1,4 +1,4 @@
-"""Batch normalisation over the samples of a group of ranks, on any backend (spec 7.5).
+"""Batch normalisation over the samples of a group of ranks, on any backend.
 
 torch's own SyncBatchNorm needs a GPU. This one gives, on every rank, what one process gives on the
 concatenated batch, for shares of any size: a rank without samples takes part with an empty batch.
