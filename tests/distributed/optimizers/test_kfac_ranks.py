@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import triangle_size
-from elastic_kfac.errors import CommunicationError
+from elastic_kfac.config.kfac import ShardedConfig
+from elastic_kfac.errors import CommunicationError, UsageError
 from elastic_kfac.kfac.shapes import layer_shape
+from elastic_kfac.placement.costs import factor_elements
+from elastic_kfac.placement.planner import moved_elements
 from elastic_kfac.placement.traffic import TrafficModel, traffic_per_step
 from support.gloo import run_ranks
 
@@ -63,7 +66,7 @@ def train(
             p.grad = torch.zeros_like(p)
         if len(x[share]):
             (F.cross_entropy(model(x[share]), y[share], reduction="sum") / BATCH).backward()
-        for p in model.parameters():
+        for p in () if kfac.sums_gradients else model.parameters():
             communicator.all_reduce(p.grad, tag="gradients").wait()
         kfac.step(num_samples=len(x[share]), loss_scale_per_sample=1 / BATCH)
         with torch.no_grad():
@@ -378,6 +381,79 @@ def test_resize_in_a_living_process_equals_constant_world() -> None:
     for results in run_ranks(3, _resize_all):
         for fraction, result in zip(FRACTIONS, results, strict=True):
             assert_equal(result, constant_world(fraction, 8))
+
+
+def _resize_report(sharded: bool) -> dict[str, Any]:
+    """Three ranks; the last one leaves, and comes back as a newcomer."""
+    world = Communicator.world()
+    pair = world.subgroup([0, 1])
+    options = {"damping": 0.01, "inverse_update_steps": 1, "grad_worker_frac": 0.34}
+    sharding = ShardedConfig(gather="gradients") if sharded else None
+    model = network()
+    kfac = KFAC(model, process_group=world, sharding=sharding, **options)
+    train(model, kfac, world, range(2))
+    before = kfac.plan
+    reports = []
+    if pair is not None:
+        kfac.leave()
+        with pytest.raises(UsageError, match="after leave"):
+            kfac.step()
+        reports.append(kfac.resize(pair))
+        train(model, kfac, pair, range(2, 4))
+    else:
+        model = network()
+        kfac = KFAC(model, process_group=Communicator.solo(), sharding=sharding, **options)
+    for tensor in model.state_dict().values():
+        world.broadcast(tensor, 0, tag="model").wait()
+    reports.append(kfac.resize(world))
+    train(model, kfac, world, range(4, 6))
+    shapes = [layer_shape(layer) for layer in kfac.layers]
+    held = [set(f) for f in world.all_gather_object(kfac.factors(), tag="test")]
+    return {
+        "reports": reports,
+        "before": before,
+        "shapes": shapes,
+        "steps": kfac.steps,
+        "weights": model.state_dict(),
+        "held": held,
+    }
+
+
+def test_resize_moves_the_fewest_bytes_and_reports_them() -> None:
+    ranks = run_ranks(3, _resize_report, False)
+    shrunk, grown = ranks[0]["reports"]
+    assert [rank["reports"][-1] for rank in ranks] == [grown] * 3
+    assert ranks[1]["reports"][0] == shrunk and shrunk.previous == ranks[0]["before"]
+    # The grid keeps factors everywhere: only decompositions move when a rank leaves, those of the
+    # survivors' own; what only the lost rank held is decomposed again, from factors that all have.
+    lost = {x.name for x in shrunk.previous.layers if x.column == 2}
+    moved = [shape for shape in ranks[0]["shapes"] if shape.name not in lost]
+    elements = moved_elements(shrunk.previous, shrunk.plan, moved, previous_ranks=[0, 1])
+    assert shrunk.moved_bytes == 8 * elements and shrunk.lost == ()
+    # A newcomer lacks every factor, and the decompositions of its column.
+    column = [s for s in ranks[0]["shapes"] if grown.plan.is_gradient_worker(s.name, 2)]
+    survivors = moved_elements(
+        shrunk.plan, grown.plan, ranks[0]["shapes"], previous_ranks=[0, 1, None]
+    )
+    assert column and grown.moved_bytes == 8 * (survivors + factor_elements(ranks[0]["shapes"]))
+    model = network()
+    kfac = KFAC(model, process_group=Communicator.solo(), damping=0.01, inverse_update_steps=1)
+    train(model, kfac, Communicator.solo(), range(6))
+    for rank in ranks:
+        assert rank["steps"] == 6
+        assert_equal(rank["weights"], model.state_dict())
+
+
+def test_sharded_resize_keeps_what_survives_and_names_what_is_lost() -> None:
+    ranks = run_ranks(3, _resize_report, True)
+    shrunk, grown = ranks[0]["reports"]
+    names = {shape.name for shape in ranks[0]["shapes"]}
+    owned = {x.name for x in shrunk.previous.layers if x.a_worker == 2} & names
+    assert owned and set(shrunk.lost) == owned and grown.lost == ()
+    for rank in ranks:
+        # One owner each, who has the factors.
+        assert sorted(itertools.chain(*rank["held"])) == sorted(names)
+    assert grown.moved_bytes > 0
 
 
 def _disagree() -> list[str]:
