@@ -123,6 +123,7 @@ class KFAC:
         self._warned = False
         self.used: set[str] = set()
         """Layers that a pass has gone through."""
+        self._last_damping = self.damping
         self._last_clip = torch.ones((), dtype=torch.float64)
         self._last_product: Tensor | None = None
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
@@ -153,6 +154,7 @@ class KFAC:
         if not self._gradients_are_usable():
             self.skip_step()
             return
+        self._last_damping = self.damping
         with self._timed("factors"):
             if statistics is None and (self.factors_due() or self.sums_gradients):
                 self._enter("factor_exchange", if_=self.factors_due())
@@ -440,7 +442,7 @@ class KFAC:
         held = [state for state in self.states if state.factor_updates]
         oldest = min((state.inverse_step for state in held), default=self.steps - 1)
         return {
-            "damping": self.damping,
+            "damping": self._last_damping,
             "kl_clip_scale": self.kl_clip_scale,
             "factor_updates": max((state.factor_updates for state in held), default=0),
             "inverse_age_steps": max(0, self.steps - 1 - oldest),

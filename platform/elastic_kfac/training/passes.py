@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ from elastic_kfac.training.sync.synchronisation import Span
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
+
+
+class _Recorded(NamedTuple):
+    """One pass."""
+
+    images: Tensor
+    labels: Tensor
+    seed: tuple[int, int]
+    loss: Tensor
 
 
 class ModelPasses:
@@ -42,6 +51,8 @@ class ModelPasses:
                 running=mixing.mixup == "running",
                 on_smaller=mixing.on_smaller,
             )
+        self._recorded: list[_Recorded] | None = None
+        self._seed = (0, 0)
         self._erasing = RandomErasing(seed, mixing.erasing) if mixing.erasing > 0 else None
 
     def forget_mixed(self) -> None:
@@ -52,7 +63,26 @@ class ModelPasses:
     def no_inputs(self) -> Batch:
         return self.preprocess.empty()
 
+    def record(self, recording: bool) -> None:
+        """Whether the coming passes are kept for `replay`; earlier ones are dropped."""
+        self._recorded = [] if recording else None
+
+    @torch.no_grad()
+    def replay(self) -> list[tuple[float, float, int]]:
+        """(loss then, loss with the present weights, samples) of each recorded pass.
+
+        Inputs and randomness are the same. Overwrites running statistics, which `finish_step` sets anew.
+        """
+        found = []
+        for one in self._recorded or ():
+            self.seed(*one.seed)
+            loss = self._loss(one.images, one.labels)[1]
+            found.append((float(one.loss), float(loss), len(one.labels)))
+        self._recorded = None
+        return found
+
     def seed(self, step: int, index: int) -> None:
+        self._seed = (step, index)
         torch.manual_seed(counter_seed(self._config.train.seed, step, index))
 
     def inputs(self, samples: Batch, span: Span) -> Batch:
@@ -87,10 +117,16 @@ class ModelPasses:
     def backward(
         self, images: Tensor, labels: Tensor, loss_scale: float, kfac: KFAC | None
     ) -> tuple[Tensor, Tensor]:
-        with autocast(self._config.train.precision, self._device):
-            outputs = self._model(images)
-            loss = self._task.loss(outputs, labels)
+        outputs, loss = self._loss(images, labels)
+        if self._recorded is not None:
+            self._recorded.append(_Recorded(images, labels, self._seed, loss.detach()))
         if kfac is not None and self._config.kfac.fisher != "empirical":
             kfac.sample_fisher(outputs)
         (loss * loss_scale).backward()
         return loss.detach(), self._task.correct(outputs.detach(), labels)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs and the summed loss."""
+        with autocast(self._config.train.precision, self._device):
+            outputs = self._model(images)
+            return outputs, self._task.loss(outputs, labels)

@@ -6,6 +6,7 @@ divided by the global count, and sums travel in one vector.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -123,6 +124,8 @@ class StepTrainer:
 
             divisor = self.sync.loss_divisor(span.count)
             loss_scale = self.scaler.scale / divisor
+            adapts = self.kfac is not None and self.kfac.reduction_due()
+            self._parts.passes.record(adapts)
             local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
             self.callback.on_point("backward_done", number)
 
@@ -140,6 +143,8 @@ class StepTrainer:
                     self.kfac.skip_step()
             elif has_update:
                 self._precondition_and_update(local, loss_scale)
+                if adapts:
+                    self._adapt_damping()
                 self.callback.on_point("preconditioned", number)
             self.sync.finish_step(totals)
             self.scaler.update(overflow=not totals.gradients_are_finite)
@@ -214,6 +219,15 @@ class StepTrainer:
             self.optimizer.step()
         if self._parts.rescaling is not None:
             self._parts.rescaling.apply()
+
+    def _adapt_damping(self) -> None:
+        """Compares what the update did to the loss of this step's samples with what K-FAC predicted."""
+        assert self.kfac is not None
+        own = self._parts.passes.replay()
+        everybody = self.communicator.all_gather_object(own, tag="damping")
+        before, after, counts = zip(*(one for part in everybody for one in part), strict=True)
+        # Correctly rounded sums: the same passes give the same bits for any number of ranks.
+        self.kfac.adapt_damping((math.fsum(after) - math.fsum(before)) / sum(counts))
 
     def _commit(
         self, span: Span, totals: Totals, elapsed: float, data_wait_s: float, waited_s: float
