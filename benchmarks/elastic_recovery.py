@@ -32,11 +32,11 @@ import ray
 import torch
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_model
-from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import quiet_driver
+from elastic_kfac.cluster.ray.internals import ControllerCallback
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display

@@ -14,7 +14,7 @@ STEPS = 30
 
 
 def started_job(head: RayHead, storage: Path) -> RunFolder:
-    """A run that goes on until it is stopped, on as many nodes as there are."""
+    """A run that continues until it is stopped, on as many nodes as there are."""
     job = head.submit(
         "jobs/train.py",
         *("jobs/configs/digits.yaml", "--storage", str(storage), "--name", "run"),
