@@ -9,9 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 ALLOWED = ROOT / "platform" / "elastic_kfac" / "cluster" / "ray" / "internals.py"
-PRIVATE = ("ray._", "ray.core.generated", "ray.cluster_utils", "ray.autoscaler", "ray.dashboard")
-PRIVATE = (*PRIVATE, "ray.experimental")
-"""Beside every module of Ray with a part that begins with an underscore."""
+PRIVATE = (
+    "ray.core.generated",
+    "ray.cluster_utils",
+    "ray.autoscaler",
+    "ray.dashboard",
+    "ray.experimental",
+)
+"""Besides every module of Ray with a part that begins with an underscore."""
 
 
 def private_names(source: str) -> list[str]:
