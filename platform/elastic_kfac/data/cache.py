@@ -151,8 +151,7 @@ class ShardCache:
 
     def _materialised(self, shard_set: ShardSet, shard: ShardInfo) -> OpenShard:
         path = self._path(shard)
-        # Twice: another process may evict the file between its making and its opening, and a
-        # damaged file is made anew once.
+        # Another process may evict the file before it is opened, and a damaged one is rebuilt.
         for attempt in range(_ATTEMPTS):
             with self._writing(), self._shard_lock(shard):
                 if path.exists():
@@ -163,7 +162,9 @@ class ShardCache:
             try:
                 opened = OpenShard(path)
                 if opened.num_rows == shard.rows:
-                    os.utime(path)  # Least recently used is by modification time.
+                    # Marks the file as recently used. If it was evicted meanwhile, the mapping is valid.
+                    with contextlib.suppress(FileNotFoundError):
+                        os.utime(path)
                     return opened
                 problem = f"{opened.num_rows} rows instead of {shard.rows}"
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:

@@ -23,8 +23,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, NumericalError, RunError
 from elastic_kfac.experiments.trials import DIVERGED, FAILED, FINISHED
+from elastic_kfac.runs.final_record import compact_ledger, result_row
 from elastic_kfac.runs.measures import FinalMeasures, measure_final_state
-from elastic_kfac.runs.results import compact_ledger, result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing

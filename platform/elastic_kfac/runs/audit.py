@@ -17,7 +17,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder, id_hash
 from elastic_kfac.data.storage import join_uri
-from elastic_kfac.runs.results import read_ledger
+from elastic_kfac.runs.final_record import read_ledger
 from elastic_kfac.state.ledger import Rows, world_sizes
 from elastic_kfac.state.run_folder import RunFolder
 

@@ -9,8 +9,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.runs.final_record import compact_ledger, read_ledger
 from elastic_kfac.runs.measures import evaluate_run
-from elastic_kfac.runs.results import compact_ledger, read_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import to_parquet
 from elastic_kfac.state.run_folder import RunFolder

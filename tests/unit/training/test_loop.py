@@ -14,8 +14,8 @@ from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import ConfigError, NumericalError, StateError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.runs.checkpoints import export_run
+from elastic_kfac.runs.final_record import compact_ledger, read_ledger, result_row
 from elastic_kfac.runs.measures import evaluate_run
-from elastic_kfac.runs.results import compact_ledger, read_ledger, result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.run_folder import RunFolder

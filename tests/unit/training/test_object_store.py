@@ -12,7 +12,7 @@ from pyarrow import fs
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError, UsageError
-from elastic_kfac.runs.results import compact_ledger, read_ledger
+from elastic_kfac.runs.final_record import compact_ledger, read_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Control, FolderWriter, KeepGoing

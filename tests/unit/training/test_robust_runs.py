@@ -10,8 +10,8 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import read_config
+from elastic_kfac.runs.final_record import result_row
 from elastic_kfac.runs.measures import evaluate_run
-from elastic_kfac.runs.results import result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.attacks import check_attacks

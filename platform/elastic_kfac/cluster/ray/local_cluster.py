@@ -71,7 +71,7 @@ _PRELOADED = (
     "elastic_kfac.cluster.run.worker",
     "elastic_kfac.cluster.run.replicas",
     "elastic_kfac.training.snapshots",
-    "elastic_kfac.runs.results",
+    "elastic_kfac.runs.final_record",
 )
 
 _WORKER_ENVIRONMENT = {

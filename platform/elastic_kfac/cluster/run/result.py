@@ -9,7 +9,7 @@ from typing import Any
 
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.errors import StateError
-from elastic_kfac.runs.results import compact_ledger
+from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.state.run_folder import RunFolder
 
 EXIT_INTERRUPTED = 130

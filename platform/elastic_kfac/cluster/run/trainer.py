@@ -88,7 +88,7 @@ def train(
         elif address is not None:
             stack.enter_context(connected(address))
         faults = FaultPlan(cluster, resize_at, kill_at)
-        if folder.storage.exists("checkpoints"):
+        if folder.storage.folders("checkpoints"):
             display.say(f"Run {name} exists in {storage}: resuming it.")
         folder.write_config(config)
         signals.defer()

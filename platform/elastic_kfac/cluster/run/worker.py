@@ -102,7 +102,7 @@ def _run(
 ) -> dict[str, Any]:
     import torch
 
-    from elastic_kfac.runs.results import result_row
+    from elastic_kfac.runs.final_record import result_row
     from elastic_kfac.state.checkpoint import CheckpointStore
     from elastic_kfac.training.in_place import run_member
     from elastic_kfac.training.measurement import RankProbe

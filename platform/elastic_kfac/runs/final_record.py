@@ -1,4 +1,4 @@
-"""The files at the end of a run: `ledger.parquet` and the training part of `result.json`."""
+"""The final record of a run: `ledger.parquet` and the training columns of `result.json`."""
 
 from __future__ import annotations
 
