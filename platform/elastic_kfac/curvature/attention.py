@@ -17,7 +17,7 @@ def forward_with_linear(module: nn.MultiheadAttention, linear: Linear) -> Callab
     """The module's own forward, calling `linear(input, weight, bias)` for its projections.
 
     The functions between are torch's, run with globals of their own in which `linear` is ours: nothing
-    is patched for anybody else, in this thread or another.
+    is patched outside this module, in any thread.
     """
     scope: dict[str, Any] = dict(vars(F))
     scope["linear"] = linear

@@ -33,7 +33,7 @@ def split_damping(
         return one * root, one * root
     a_mean, g_mean = mean_eigenvalue(a_factor), mean_eigenvalue(g_factor)
     pi = (a_mean / g_mean).sqrt()
-    # A factor that is all zero (a dead layer) says nothing about the balance.
+    # A factor that is all zero (a dead layer) has no balance.
     pi = torch.where((a_mean > 0) & (g_mean > 0), pi, torch.ones_like(pi))
     return pi * root, root / pi
 

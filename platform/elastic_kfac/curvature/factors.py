@@ -171,7 +171,7 @@ def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> list[bool]:
     if not sums:
         return []
     # Diagonals are sums of squares: they are finite if and only if every summand was, and by
-    # Cauchy-Schwarz nothing beside them can overflow first. One transfer for all layers.
+    # Cauchy-Schwarz no other entry can overflow first. One transfer for all layers.
     traces = []
     for part in sums:
         diagonals = [t.diagonal(dim1=-2, dim2=-1) if t.dim() > 1 else t for t in part.values()]

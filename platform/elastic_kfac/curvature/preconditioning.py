@@ -31,7 +31,7 @@ class EigenForm:
         vectors = {f"{name}_vectors": shape for name, shape in factors.items() if len(shape) > 1}
         if self.precompute:
             return {**vectors, "E_reciprocal": gradient}
-        # A diagonal A beside a dense G belongs to an Embedding, which has no groups.
+        # A diagonal A with a dense G belongs to an Embedding, which has no groups.
         values = {f"{name}_values": (*shape[:-2], shape[-1]) for name, shape in factors.items()}
         return {**vectors, **values}
 
@@ -67,7 +67,7 @@ class EigenForm:
 
 @dataclass(frozen=True)
 class InverseForm:
-    """Inverses of the damped factors: `(G + γ_G I)⁻¹ D (A + γ_A I)⁻¹`, γ split as `split` says."""
+    """Inverses of the damped factors: `(G + γ_G I)⁻¹ D (A + γ_A I)⁻¹`, with `split_damping`."""
 
     split: str
 

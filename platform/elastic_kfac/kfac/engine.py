@@ -11,7 +11,7 @@ from elastic_kfac.kfac.kfac import KFAC
 
 
 class Engine(Protocol):
-    """What such engines have in common."""
+    """The part of an engine that is used here."""
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the last backward pass completed a step."""
@@ -29,7 +29,7 @@ class EnginePreconditioner:
 
     Args:
         kfac: Built over the engine's module.
-        engine: Tells where steps end.
+        engine: Where a step ends.
         loss_scale: The scale on the present gradients, which are brought to 1 before the step and to
             the scale again after it, because the engine will divide by it.
     """

@@ -49,7 +49,7 @@ class KFAC:
 
     Args:
         model: Its Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm and GroupNorm
-            layers are covered; one warning names the others, and `coverage()` says why.
+            layers are covered; one warning names the others; reasons are in `coverage()`.
         config: Options as one value; keywords replace parts of it.
         lr: The learning rate the KL clip measures with: a number, a function of the step, or the
             optimizer itself, so that the schedule and the clip cannot disagree.
@@ -216,7 +216,7 @@ class KFAC:
                 self.counters["inverse_failures"] += 1
                 if state.inverse_step < 0:
                     raise
-            # Ranks that do not hold the decomposition know its age all the same.
+            # Ranks that do not hold the decomposition track its age, too.
             self.states[i] = state.decomposed(parts, self.steps)
         self._enter("decomposition", if_=bool(due))
         self.distribution.share(self.states, due)
@@ -364,7 +364,7 @@ class KFAC:
             loss_scale=1.0 if self.grad_scaler is None else self.grad_scaler.get_scale(),
         )
 
-    # -- what it knows --------------------------------------------------------------------------
+    # -- properties and reports ------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -481,7 +481,7 @@ class KFAC:
         return product * (0.5 * size * size - size)
 
     def reduction_due(self) -> bool:
-        """Whether the rule for damping wants to know what the coming step does to the loss."""
+        """Whether the rule for damping needs the change of the loss in the coming step."""
         adaptive = self.damping_rule
         return adaptive is not None and (self.steps + 1) % adaptive.rule.interval == 0
 

@@ -55,7 +55,7 @@ class KaisaGrid(Distribution):
         self._workers: list[Communicator | None] = []
         self._receivers: list[Communicator | None] = []
         for layer in self.layers:
-            # Creating a group is collective over everybody, members or not.
+            # Creating a group is collective over all ranks, members or not.
             self._workers.append(self._group(self.plan.worker_group(layer.name)))
             groups = [self._group(ranks) for ranks in self.plan.receiver_groups(layer.name)]
             self._receivers.append(next((group for group in groups if group is not None), None))

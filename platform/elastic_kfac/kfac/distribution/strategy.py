@@ -53,7 +53,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Placing:
-    """What a plan depends on beside layers and ranks."""
+    """Inputs of a plan other than layers and ranks."""
 
     costs: CostModel | None = None
     """Seconds per decomposition by size; None takes stored measurements."""
@@ -71,7 +71,7 @@ class Distribution(ABC):
     sums_gradients: ClassVar[bool] = False
     """Whether gradients come in local and are summed here, with the statistics."""
     counts_are_local: ClassVar[bool] = False
-    """Whether a rank knows the events (discarded statistics, failures) of its own layers only."""
+    """Whether a rank counts events (discarded statistics, failures) of its own layers only."""
     updates_weights = False
     """Whether `publish` leaves updated weights, so that no optimizer step must follow."""
 
@@ -157,7 +157,7 @@ class Distribution(ABC):
         """All states, whole, on every rank. Collective."""
 
     def held(self) -> dict[Item, dict[str, Tensor]]:
-        """What this rank keeps beside the states of layers."""
+        """State of this rank other than that of layers."""
         return {}
 
     def take(self, items: Mapping[Item, Mapping[str, Tensor]]) -> None:  # noqa: B027 (optional)
@@ -171,7 +171,7 @@ class Distribution(ABC):
         """Keeps this rank's part of saved momentum.
 
         Raises:
-            StateError: If there is momentum that nobody would keep.
+            StateError: If there is momentum and this strategy keeps none.
         """
         if saved:
             raise StateError(
