@@ -10,11 +10,11 @@ from __future__ import annotations
 import time
 
 from elastic_kfac.cluster.run import reporting
-from elastic_kfac.training.snapshots import run_rank_with_rescue
+from elastic_kfac.training.loop import run_rank
 
 STEP_S = 0.1
 
-run = run_rank_with_rescue
+run = run_rank
 
 _stop_reason = reporting.CoordinatorControl.stop_reason
 

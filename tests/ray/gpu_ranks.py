@@ -9,13 +9,13 @@ from typing import Any
 
 import ray
 
-from elastic_kfac.training.snapshots import run_rank_with_rescue
+from elastic_kfac.training.loop import run_rank
 
 
 def notes_its_device(
     config: Any, communicator: Any, *, store: Any, device: Any, **seams: Any
 ) -> Any:
-    """`run_rank_with_rescue`; every rank leaves `device-<rank>.json` in the run's folder."""
+    """`run_rank`; every rank leaves `device-<rank>.json` in the run's folder."""
     seen = {
         "node": ray.get_runtime_context().get_node_id(),
         "gpus": ray.get_gpu_ids(),
@@ -24,4 +24,4 @@ def notes_its_device(
     }
     folder = Path(store._durable.storage.path())
     (folder / f"device-{communicator.rank}.json").write_text(json.dumps(seen))
-    return run_rank_with_rescue(config, communicator, store=store, device=device, **seams)
+    return run_rank(config, communicator, store=store, device=device, **seams)

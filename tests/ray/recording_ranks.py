@@ -11,8 +11,8 @@ from elastic_kfac.config import apply_overrides, parse_config
 from elastic_kfac.errors import DataError
 from elastic_kfac.experiments.rounds import run_in_rounds
 from elastic_kfac.state.state import TrainingState
+from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.snapshots import run_rank_with_rescue
 
 FILE = "restored-{step:06d}.safetensors"
 
@@ -43,7 +43,7 @@ def ends_once_grown(config: Any, communicator: Any, **seams: Any) -> Any:
         raise DataError("shard 3 is torn", change="make the shards again")
     if communicator.world_size > 1:
         config = _ending_soon(config)
-    return run_rank_with_rescue(config, communicator, **seams)
+    return run_rank(config, communicator, **seams)
 
 
 def second_trial_ends_when_told(config: Any, communicator: Any, *, store: Any, **seams: Any) -> Any:
@@ -51,7 +51,7 @@ def second_trial_ends_when_told(config: Any, communicator: Any, *, store: Any, *
     run = Path(store.storage.path())
     if run.name != "t001" or (run.parents[1] / "finish").exists():
         config = _ending_soon(config)
-    return run_rank_with_rescue(config, communicator, store=store, **seams)
+    return run_rank(config, communicator, store=store, **seams)
 
 
 def _ending_soon(config: Any) -> Any:

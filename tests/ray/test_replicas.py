@@ -172,7 +172,7 @@ def test_store_restores_the_newest_of_replicas_and_disk_and_skips_what_is_damage
     assert "step 9 was skipped" in heard.warnings[-1]
 
     # What a survivor hands over is as good.
-    heard.store(tmp_path, places, 4).rescue(_state(10))
+    heard.store(tmp_path, places, 4).save_survivor(_state(10))
     assert heard.store(tmp_path, places, 5).load_latest() == _Same(_state(10))
     assert heard.sources[-1][0].startswith("survivor's checkpoint (replica on node ")
 

@@ -14,8 +14,7 @@ from typing import Any
 
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Callback, Callbacks, Control, Trainer
-from elastic_kfac.training.loop import Outcome
-from elastic_kfac.training.snapshots import run_rank_with_rescue
+from elastic_kfac.training.loop import Outcome, run_rank
 
 RANK_FUNCTION = "elastic_kfac.experiments.rounds:run_in_rounds"
 
@@ -99,7 +98,7 @@ def run_in_rounds(
     control: Control,
     **seams: Any,
 ) -> Outcome:
-    """`run_rank_with_rescue`, waiting at the end of every announced round.
+    """`run_rank`, waiting at the end of every announced round.
 
     Raises:
         ElasticKfacError: As `run_rank`.
@@ -113,6 +112,6 @@ def run_in_rounds(
         return str(row["measure"]), float(row["end"])
 
     gate = RoundGate(control, read_round)
-    return run_rank_with_rescue(
+    return run_rank(
         config, communicator, store=store, callback=Callbacks(gate, callback), control=gate, **seams
     )

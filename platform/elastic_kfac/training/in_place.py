@@ -61,10 +61,10 @@ def run_member(
             try:
                 trainer.enter(membership.connect(world))
                 loop.continue_on_other_ranks()
-                loop.forget_rows_of_lost_steps()
+                loop.drop_rows_of_lost_steps()
                 if repeat_rows:
                     loop.report_rows_again()
-                outcome = loop.until_parked_or_finished(
+                outcome = loop.run_until_stopped(
                     _ControlOfMember(control, membership), durable=_is_durable
                 )
             except CommunicationError:

@@ -1,24 +1,26 @@
-"""The loop of one rank: restore, step, evaluate, snapshot, park or finish.
+"""The loop of one rank: restore, step, evaluate, snapshot, stop or finish.
 
-The life of a step boundary: flags ride on the step's own all-reduce, so every rank learns at the same
-boundary that some rank wants to stop, or that rank 0 wants a snapshot. A parked run has saved its
-state and returns; whoever starts it again, with any number of ranks, goes on with the next step.
+Flags ride on the step's own all-reduce, so every rank learns at the same boundary that some rank wants to
+stop, or that rank 0 wants a snapshot. A run that stops (status `parked`) has saved its state; started
+again with any number of ranks, it continues with the next step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets, open_datasets
+from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.state.state import Progress, TrainingState
 from elastic_kfac.training.callbacks import Callback, Control, event_row
@@ -34,7 +36,7 @@ class Outcome:
 
     status: Literal["finished", "parked"]
     reasons: tuple[str, ...]
-    """Why it parked: what the ranks' controls said."""
+    """Why it stopped: the distinct reasons of the ranks' controls."""
     progress: Progress
     fractional_epoch: float
     state_sha256: str
@@ -42,6 +44,20 @@ class Outcome:
     on in place and nothing was saved."""
     world_sizes: tuple[int, ...]
     """World sizes that committed steps so far, over all attempts, without repetitions in a row."""
+
+
+SURVIVORS = 3
+"""Only the lowest ranks leave their state: all of them would send the same bytes."""
+
+
+class SurvivorStore(Protocol):
+    """Where a rank that loses a peer leaves its last committed state before its process ends, so that
+    the loss costs no committed step."""
+
+    def save_survivor(self, state: TrainingState, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps the state and the metric rows that led to it, of which a lost rank 0 may have reported
+        only some; returns quickly, whether or not it worked."""
+        ...
 
 
 def run_rank(
@@ -53,6 +69,7 @@ def run_rank(
     control: Control,
     device: torch.device | None = None,
     datasets: Datasets | None = None,
+    survivors: SurvivorStore | None = None,
 ) -> Outcome:
     """Trains as one rank until the run is finished or some rank's control asks to stop.
 
@@ -67,8 +84,16 @@ def run_rank(
     try:
         trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
         loop = RunLoop(trainer, store)
-        loop.continue_from_newest()
-        return loop.until_parked_or_finished(control)
+        try:
+            loop.continue_from_newest()
+            return loop.run_until_stopped(control)
+        except CommunicationError:
+            can_save = trainer.is_committed and trainer.holds_everything
+            if survivors is not None and can_save and communicator.rank < SURVIVORS:
+                # A decomposition may still be under way from the lost peer.
+                with contextlib.suppress(CommunicationError):
+                    survivors.save_survivor(trainer.capture(), list(loop.recent_rows))
+            raise
     finally:
         if datasets is None:
             opened.close()
@@ -112,19 +137,19 @@ class RunLoop:
         self._saved_at_train_time_s = 0.0
         self._capture_cpu_s = 0.0
         self._last_step_time_s = 0.0
-        self._target_said = False
+        self._target_reported = False
         self._saving: Future[bool] | None = None
         self._segments_being_saved = 0
         self._safe_segments = 0
 
     @property
-    def _is_chief(self) -> bool:
+    def _is_rank_zero(self) -> bool:
         return self._trainer.communicator.rank == 0
 
     @property
     def _report(self) -> Callback:
         """The callback on rank 0; elsewhere one that does nothing."""
-        return self._trainer.callback if self._is_chief else Callback()
+        return self._trainer.callback if self._is_rank_zero else Callback()
 
     def continue_from_newest(self) -> None:
         """Restores the newest durable state; without one the run starts afresh. Collective."""
@@ -146,7 +171,7 @@ class RunLoop:
         trainer = self._trainer
         if continued.state is not None:
             self._newest = continued.state if self._keep_newest else None
-        self._target_said = trainer.progress.time_to_accuracy_s is not None
+        self._target_reported = trainer.progress.time_to_accuracy_s is not None
         if trainer.progress.started_at == 0.0:
             started_at = trainer.communicator.broadcast_object(time.time(), 0, tag="start")
             trainer.progress = replace(trainer.progress, started_at=started_at)
@@ -171,7 +196,7 @@ class RunLoop:
         """Keeps the live state as the newest one; for ranks that hold all of it."""
         self._newest = self._trainer.capture()
 
-    def forget_rows_of_lost_steps(self) -> None:
+    def drop_rows_of_lost_steps(self) -> None:
         """Drops rows of steps after the present one: they will be taken again."""
         while self.recent_rows and self.recent_rows[-1]["step"] > self._trainer.progress.step:
             self.recent_rows.pop()
@@ -181,7 +206,7 @@ class RunLoop:
         for row in self.recent_rows:
             self._report.on_metrics(row)
 
-    def until_parked_or_finished(
+    def run_until_stopped(
         self,
         control: Control,
         *,
@@ -207,8 +232,8 @@ class RunLoop:
             result = trainer.step(stop=reason is not None, snapshot=self._wants_snapshot())
             self._report_step(result)
             if result.totals.stop:
-                said = trainer.communicator.all_gather_object(reason, tag="stop")
-                reasons = tuple(dict.fromkeys(r for r in said if r is not None))
+                given = trainer.communicator.all_gather_object(reason, tag="stop")
+                reasons = tuple(dict.fromkeys(r for r in given if r is not None))
                 return self._end("parked", reasons, save=durable(reasons))
             snapshot = result.totals.snapshot > 0
 
@@ -217,15 +242,15 @@ class RunLoop:
         interval = max(interval, affordable_interval_s(self._capture_cpu_s, self._store))
         age = self._trainer.progress.train_time_s - self._saved_at_train_time_s
         # The age that it would have at the end of the coming step.
-        return self._is_chief and age + self._last_step_time_s >= interval
+        return self._is_rank_zero and age + self._last_step_time_s >= interval
 
     def _snapshot(self) -> None:
         trainer = self._trainer
-        if not self._is_chief and not self._keep_newest:
+        if not self._is_rank_zero and not self._keep_newest:
             trainer.join_capture()
         else:
             state = self._captured()
-            if self._is_chief:
+            if self._is_rank_zero:
                 self._save_in_background(state)
         safe = trainer.communicator.broadcast_object(self._safe_segments, 0, tag="snapshot")
         trainer.ledger.written(safe)
@@ -254,7 +279,7 @@ class RunLoop:
     ) -> Outcome:
         trainer = self._trainer
         state = self._captured()
-        if self._is_chief and save:
+        if self._is_rank_zero and save:
             self._store.wait()
             self._store.save(state)
         # Nobody leaves before the state is safe: a rank that ends may take its node with it.
@@ -329,8 +354,8 @@ class RunLoop:
             row["eval_adversarial_accuracy"] = result.attacked.accuracy
         self._report.on_metrics(row)
         progress = self._trainer.progress
-        if progress.time_to_accuracy_s is not None and not self._target_said:
-            self._target_said = True
+        if progress.time_to_accuracy_s is not None and not self._target_reported:
+            self._target_reported = True
             self._report.on_event(
                 event_row("target_reached", progress.step, eval_accuracy=result.accuracy)
             )

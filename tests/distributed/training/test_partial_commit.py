@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
+from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.membership import StoreMembership
+from support.faults import Faults
 from support.gloo import disband, run_ranks
 from support.training_problems import (
     KFAC,
@@ -90,3 +96,41 @@ def test_partial_commit_goes_on_from_the_survivor_that_committed(
     assert committed == list(range(1, 13))
     assert sorted({*committed[:STEP], *seen[2][0]}) == list(range(1, 13))
     assert STEP not in seen[2][0] or not torn
+
+
+class Kept:
+    """Where survivors leave their state."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, list[int]]] = []
+
+    def save_survivor(self, state: TrainingState, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.seen.append((state.progress.step, [row["step"] for row in rows]))
+
+
+def lose_a_peer(folder: str, changes: dict[str, Any]) -> list[tuple[int, list[int]]]:
+    communicator, kept = Communicator.world(), Kept()
+    faults = Faults(communicator.rank).fail_at(1, STEP, "backward_done")
+    with pytest.raises(CommunicationError):
+        run_rank(
+            small_config({**changes, **NO_SNAPSHOTS}),
+            communicator,
+            store=CheckpointStore(folder),
+            callback=faults,
+            control=KeepGoing(),
+            datasets=memory_datasets(),
+            survivors=kept,
+        )
+    return kept.seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [(KFAC, [(STEP - 1, list(range(1, STEP)))]), ({"elastic.merge_every_steps": 2}, [])],
+    ids=["whole", "steps-of-its-own"],
+)
+def test_survivor_leaves_its_last_committed_state_if_it_holds_all_of_it(
+    tmp_path: Path, changes: dict[str, Any], left: list[tuple[int, list[int]]]
+) -> None:
+    seen = run_ranks(2, lose_a_peer, str(tmp_path), changes, expect_death=(1,))
+    assert seen[0] == left

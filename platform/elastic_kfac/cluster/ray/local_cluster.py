@@ -70,7 +70,7 @@ _PRELOADED = (
     "ray.train.torch",
     "elastic_kfac.cluster.run.worker",
     "elastic_kfac.cluster.run.replicas",
-    "elastic_kfac.training.snapshots",
+    "elastic_kfac.training.loop",
     "elastic_kfac.runs.final_record",
 )
 

@@ -249,7 +249,7 @@ class ReplicatedStore:
         self._durable.save(state)
         copying.result()
 
-    def rescue(self, state: TrainingState, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+    def save_survivor(self, state: TrainingState, rows: Sequence[Mapping[str, Any]] = ()) -> None:
         """Replicates the state of any rank whose peers are lost."""
         self.wait()
         with contextlib.suppress(OSError):

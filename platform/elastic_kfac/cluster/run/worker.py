@@ -33,7 +33,7 @@ from elastic_kfac.training.callbacks import Callback, Callbacks
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
 
-RANK_FUNCTION = "elastic_kfac.training.snapshots:run_rank_with_rescue"
+RANK_FUNCTION = "elastic_kfac.training.loop:run_rank"
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ def _run(
                     callback=callback,
                     control=control,
                     device=device,
+                    survivors=store,
                 )
         store.close()
     finally:
