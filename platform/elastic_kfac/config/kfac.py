@@ -1,8 +1,8 @@
 """K-FAC and its sharded pipeline: the one declaration of every option.
 
-`KfacOptions` is what `elastic_kfac.KFAC` takes as keywords; the section `kfac` of a run is the same plus
-`enabled`. A value that may follow a schedule is a number, one of the schedules below, or (from Python) a
-function of the step.
+`KfacOptions` is what the section `kfac` of a run and `elastic_kfac.KFAC` have in common; a script tells
+KFAC about its loss as well (`ScriptOptions`). A value that may follow a schedule is a number, one of the
+schedules below, or (from Python) a function of the step.
 """
 
 from __future__ import annotations
@@ -192,6 +192,19 @@ RANGES: dict[str, TypeAdapter[Any]] = {
     "inverse_update_steps": TypeAdapter(Annotated[int, Field(ge=1)]),
 }
 """Validators of what a schedule returns, by option."""
+
+
+class ScriptOptions(KfacOptions):
+    """The keywords of `elastic_kfac.KFAC`: a script's loss and layout, too, which `train` has itself."""
+
+    loss_reduction: Literal["mean", "positions", "sum"] | None = None
+    """How the loss is normalised: `mean` over the samples of a batch, the mean over all
+    its `positions` (tokens, pixels; the real ones where `KFAC.micro_batch` has a mask), which then are
+    the samples, or their `sum`. It sets the scale of the Fisher, and so what damping competes with: a
+    mean over T positions that is taken for one over samples makes damping T times too strong. null is
+    `mean`, with a warning where outputs have positions."""
+    batch_axis: Annotated[int, Field(ge=0)] = 0
+    """The dimension of a model's inputs that counts samples: 1 for time-major sequences."""
 
 
 class KfacConfig(KfacOptions):

@@ -1,30 +1,22 @@
-"""Capture: from forward and backward passes to the sums of each layer.
+"""Capture: the sums that a layer's passes add up to, for as long as they are part of its gradient.
 
-The input side of a call is summed in a forward hook; the output side in a hook on the gradient of the
-output tensor, which also commits the input side. So a forward pass that is never differentiated, a
-recomputation under activation checkpointing, and evaluation contribute nothing, and every call
-contributes exactly once.
+Which passes count is decided in passes.py. Here a call's input and output gradient become sums, by
+batch: a batch knows how many samples it holds, on which axis they are, which rows are real, and what
+a sample's loss was multiplied by.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from elastic_kfac.curvature.attention import forward_with_linear
 from elastic_kfac.curvature.fisher import fisher_losses
-from elastic_kfac.curvature.kronecker import AttentionProjection
 from elastic_kfac.curvature.layer import Layer, Observation
-
-P = ParamSpec("P")
-T = TypeVar("T")
+from elastic_kfac.curvature.passes import Batch, Call, Recorder
 
 # Key of output sums that already are at per-sample scale.
 _SAMPLED = 0
@@ -35,12 +27,17 @@ class Sums:
     """What the passes of one rank have added up for one layer."""
 
     inputs: Tensor | None = None
-    outputs: dict[int, Tensor] = field(default_factory=dict)
-    """By micro-batch size: a mean loss multiplies each gradient by one over that size, and which scale
-    applies is known for certain only at the step."""
-    samples: int = 0
+    outputs: dict[float, Tensor] = field(default_factory=dict)
+    """By what a sample's loss was multiplied by, where the batch says so, else by the negative size of
+    the batch: a mean loss multiplies by one over that size, and which scale applies is known for
+    certain only at the step."""
+    batches: dict[Batch, None] = field(default_factory=dict)
     rows: int = 0
-    micro_batch: int = -1
+
+    @property
+    def samples(self) -> int:
+        """Samples of all batches: a layer that is called several times sees the same ones."""
+        return sum(batch.size for batch in self.batches)
 
     def scaled(
         self, layer: Layer, names: frozenset[str], loss_scale: float | None, extra_scale: float
@@ -52,15 +49,16 @@ class Sums:
             layer: Whose sums they are.
             names: Factors that are wanted.
             loss_scale: What one sample's loss was multiplied by before backward; None means one over
-                the size of its micro-batch.
+                the size of its batch.
             extra_scale: A further factor on every gradient (accumulation, loss scaling).
         """
         raw = layer.options.factor_scale == "kaisa"  # squares the gradients of the mean loss
         total: Tensor | None = None
-        for size, part in self.outputs.items():
+        for key, part in self.outputs.items():
             scale = 1.0
-            if size != _SAMPLED and not raw:
-                scale = (1.0 / size if loss_scale is None else loss_scale) * extra_scale
+            if key != _SAMPLED and not raw:
+                told = key if key > 0 else loss_scale
+                scale = (-1.0 / key if told is None else told) * extra_scale
             part.mul_(1.0 / (scale * scale))
             total = part if total is None else total.add_(part)
         found = {layer.factor_names[0]: self.inputs} if len(layer.factor_names) > 1 else {}
@@ -78,76 +76,181 @@ class Sums:
     def tensors(self) -> list[Tensor]:
         return [*self.outputs.values(), *(() if self.inputs is None else (self.inputs,))]
 
+    def add_inputs(self, part: Tensor | None) -> None:
+        if part is not None:
+            self.inputs = part if self.inputs is None else self.inputs.add_(part)
+
+    def add_outputs(self, key: float, part: Tensor) -> None:
+        self.outputs[key] = self.outputs[key].add_(part) if key in self.outputs else part
+
 
 @dataclass
-class _Call:
-    """One forward call of a layer whose output gradient is still to come."""
+class _Shared:
+    """What the layers of one capture share."""
 
-    observation: Observation
-    samples: int
-    micro_batch: int
-    counted: bool = False
+    fisher: str
+    counts_positions: bool
+    due: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    saw_empty: bool = False
+    """Whether a call without any rows was part of the gradient."""
+    has_positions: bool = False
+    """Whether a batch was seen whose outputs have several positions per sample."""
+
+    def due_of(self, layer: Layer) -> frozenset[str]:
+        """The factors of a layer that the coming passes are for."""
+        return self.due.get(layer.name, frozenset())
 
 
-def hidden_from_compiler(function: Callable[P, T]) -> Callable[P, T]:
-    """`torch.compiler.disable`, which would import the compiler (seconds) where nothing is compiled."""
-    hidden = torch._disable_dynamo(function)
+def shared_by_all(rows: int, samples: int) -> str:
+    """Why a layer's statistics cannot be right: its output gradients are sums over samples."""
+    return f"its input of {rows} rows is shared by all samples of a batch of {samples}"
 
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_dynamo_compiling():
-            return hidden(*args, **kwargs)
-        return function(*args, **kwargs)
 
-    return wrapper
+class _Watched:
+    """One layer's side of the recorder."""
+
+    def __init__(self, layer: Layer, shared: _Shared) -> None:
+        self.sums = Sums()
+        self.layer = layer
+        self._shared = shared
+
+    def samples_in(self, inputs: Tensor) -> int | None:
+        return self.layer.samples_in(inputs)
+
+    def condense(self, call: Call) -> Observation:
+        return self.layer.observe(self._batched(call.inputs, call), self._shared.due_of(self.layer))
+
+    def fold(self, call: Call) -> None:
+        layer, sums, batch = self.layer, self.sums, call.batch
+        observed: Observation = call.inputs if call.version is None else self.condense(call)
+        if not batch.is_folded:
+            # The first one in a backward pass: the layer that was called last, whose rows are the terms
+            # of the loss.
+            batch.is_folded = True
+            self._shared.has_positions |= batch.has_positions
+            if self._shared.counts_positions and not batch.is_told:
+                batch.size = observed.rows
+        self._shared.saw_empty |= not observed.rows
+        sums.batches[batch] = None
+        sums.rows += observed.rows
+        sums.add_inputs(observed.input_sum)
+        if layer.factor_names[-1] not in self._shared.due_of(layer):
+            return
+        if call.sampled is not None:
+            sums.add_outputs(_SAMPLED, call.sampled)
+        if self._shared.fisher == "empirical" and call.gradient is not None:
+            key = -float(batch.size) if batch.scale is None else batch.scale
+            gradient = self._batched(call.gradient, call)
+            sums.add_outputs(key, layer.output_sum(gradient, observed.kept))
+
+    def clear(self) -> None:
+        self.sums = Sums()
+
+    def weight_gradient(self, call: Call) -> Tensor:
+        assert call.staged is not None
+        inputs, gradient = self._batched(call.inputs, call), self._batched(call.staged, call)
+        return self.layer.weight_gradient(inputs, gradient)
+
+    def sampled(self, call: Call, gradient: Tensor, weight: float) -> None:
+        """Adds the gradient of a loss over sampled labels; it counts once the call does."""
+        layer = self.layer
+        if layer.factor_names[-1] not in self._shared.due_of(layer):
+            return
+        kept = call.inputs.kept if call.version is None else self.condense(call).kept
+        part = layer.output_sum(self._batched(gradient, call), kept).mul_(weight)
+        call.sampled = part if call.sampled is None else call.sampled.add_(part)
+
+    def _batched(self, tensor: Tensor, call: Call) -> Tensor:
+        """`[n, ...]`, or the real rows `[m, 1, d]` alone where the batch has a mask."""
+        tensor = self.layer.samples_first(tensor, call.axis)
+        if tensor.shape[0] < call.batch.extent:
+            self._shared.faults[self.layer.name] = shared_by_all(tensor.shape[0], call.batch.extent)
+        mask = call.batch.mask
+        if mask is None or not self.layer.row_wise:
+            return tensor
+        mask = mask.movedim(call.batch.axis, 0)
+        if tensor.shape[: mask.dim()] != mask.shape:
+            return tensor
+        return self.layer.real_rows(tensor, mask)
 
 
 class Capture:
-    """Hooks on the modules of one model, and the sums that they collect.
+    """Records the passes of a model's layers.
 
     Args:
+        root: The model; a forward call of it begins a batch.
         modules: Modules with the layers inside them.
         fisher: `empirical` sums gradients of the training loss; anything else only those of
             `sample`.
+        batch_axis: The dimension of the model's inputs that counts samples.
+        counts_positions: Samples are positions (tokens, pixels), counted at the layer called last.
     """
 
     def __init__(
-        self, modules: Iterable[tuple[nn.Module, tuple[Layer, ...]]], *, fisher: str
+        self,
+        root: nn.Module,
+        modules: Iterable[tuple[nn.Module, tuple[Layer, ...]]],
+        *,
+        fisher: str,
+        batch_axis: int = 0,
+        counts_positions: bool = False,
     ) -> None:
-        self.active = False
-        """Whether passes are recorded."""
-        self._sampling_weight: float | None = None
-        self._fisher = fisher
-        self._due: Mapping[str, frozenset[str]] = {}
-        self._sums: dict[str, Sums] = {}
-        self._micro_batch = 0
-        self._saw_backward = False
-        self._handles: list[RemovableHandle] = []
-        self._patched: list[nn.MultiheadAttention] = []
+        self._shared = _Shared(fisher, counts_positions)
+        self._recorder = Recorder(root, axis=batch_axis)
+        self._watched: dict[str, _Watched] = {}
         for module, layers in modules:
-            if isinstance(module, nn.MultiheadAttention):
-                self._patch_attention(module, layers)
-            else:
-                hook = _ForwardHook(self, module, layers[0])
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            for layer in layers:
+                self._watched[layer.name] = watched = _Watched(layer, self._shared)
+                self._recorder.watch(module, layer.parameters[0], watched, layer.weight_rows)
+
+    @property
+    def active(self) -> bool:
+        """Whether passes are recorded."""
+        return self._recorder.active
 
     def arm(self, due: Mapping[str, frozenset[str]]) -> None:
         """Records the named factors of the coming passes, by layer name."""
-        self._due = due
-        self.active = any(due.values())
+        self._shared.due = due
+        self._recorder.active = any(due.values())
+
+    def micro_batch(self, batch: Batch) -> AbstractContextManager[Batch]:
+        """Forward calls inside are about `batch`."""
+        return self._recorder.micro_batch(batch)
 
     def of(self, layer: Layer) -> Sums:
         """The sums of a layer since they were last taken."""
-        return self._sums.get(layer.name) or Sums()
+        return self._watched[layer.name].sums
 
     def take(self, layers: Sequence[Layer]) -> list[Sums]:
         """The sums of every layer since the last call, in their order."""
-        taken, self._sums = self._sums, {}
-        return [taken.get(layer.name) or Sums() for layer in layers]
+        self._recorder.settle()
+        taken = [self._watched[layer.name].sums for layer in layers]
+        self.drop()
+        return taken
+
+    def take_faults(self) -> dict[str, str]:
+        """Layers whose statistics cannot be right, with the reason."""
+        faults, self._shared.faults = self._shared.faults, {}
+        for layer, reason in self._recorder.faults:
+            if isinstance(layer, _Watched):
+                faults.setdefault(layer.layer.name, reason)
+        self._recorder.faults.clear()
+        return faults
+
+    @property
+    def saw_empty(self) -> bool:
+        """Whether a batch without any samples was part of the gradient."""
+        return self._shared.saw_empty
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether a batch was seen whose outputs have several positions per sample."""
+        return self._shared.has_positions
 
     def drop(self) -> None:
         """Discards what was recorded."""
-        self._sums = {}
+        self._recorder.clear()
 
     def sample(
         self,
@@ -163,167 +266,13 @@ class Capture:
         parameters stay. Does nothing where no factor is due."""
         if not self.active:
             return
-        try:
-            for loss, weight in fisher_losses(output, self._fisher, likelihood, draws, generator):
-                self._sampling_weight = weight / (loss_scale * loss_scale)
+        losses = fisher_losses(output, self._shared.fisher, likelihood, draws, generator)
+        for loss, weight in losses:
+            with self._recorder.sampling(weight / (loss_scale * loss_scale)):
                 torch.autograd.grad(
                     loss * loss_scale, parameters, retain_graph=True, allow_unused=True
                 )
-        finally:
-            self._sampling_weight = None
 
     def close(self) -> None:
-        """Removes every hook."""
-        for handle in self._handles:
-            handle.remove()
-        for module in self._patched:
-            del module.forward
-        self._handles, self._patched = [], []
-
-    # -- for the hooks --------------------------------------------------------------------------
-
-    def recording(self, module: nn.Module) -> bool:
-        """Whether a forward call happening now counts."""
-        return self.active and module.training and torch.is_grad_enabled()
-
-    def open(self, layer: Layer, inputs: Tensor) -> _Call:
-        """Records the input side of a call."""
-        in_backward = torch._C._current_graph_task_id() != -1  # a recomputation, not a new pass
-        if self._saw_backward and not in_backward:
-            self._micro_batch += 1
-            self._saw_backward = False
-        due = self._due.get(layer.name, frozenset())
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            observation = layer.observe(inputs.detach(), due)
-        return _Call(observation, inputs.shape[0], self._micro_batch)
-
-    def close_call(self, layer: Layer, call: _Call, gradients: Tensor) -> None:
-        """Records the output side of a call, once its gradient is known."""
-        self._saw_backward = True
-        if not self.active:
-            return
-        sums = self._sums.setdefault(layer.name, Sums())
-        if not call.counted:
-            call.counted = True
-            # A module called several times in one pass sees the same samples at more positions.
-            if sums.micro_batch != call.micro_batch:
-                sums.samples += call.samples
-                sums.micro_batch = call.micro_batch
-            sums.rows += call.observation.rows
-            if call.observation.input_sum is not None:
-                if sums.inputs is None:
-                    sums.inputs = call.observation.input_sum
-                else:
-                    sums.inputs += call.observation.input_sum
-                call.observation = call.observation._replace(input_sum=None)
-        weight = self._sampling_weight
-        counts = (weight is None) == (self._fisher == "empirical")
-        due = self._due.get(layer.name, frozenset())
-        if not counts or layer.factor_names[-1] not in due:
-            return
-        with torch.no_grad(), torch.autocast(gradients.device.type, enabled=False):
-            part = layer.output_sum(gradients.detach(), call.observation.kept)
-            key = call.samples
-            if weight is not None:
-                key = _SAMPLED
-                part.mul_(weight)
-            if key in sums.outputs:
-                sums.outputs[key] += part
-            else:
-                sums.outputs[key] = part
-
-    def _patch_attention(self, module: nn.MultiheadAttention, layers: tuple[Layer, ...]) -> None:
-        original = module.forward
-        recorder = _AttentionRecorder(self, module, layers)
-        seeing = forward_with_linear(module, recorder.linear)
-
-        @hidden_from_compiler
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self.recording(module):
-                return original(*args, **kwargs)
-            recorder.note_batch(args[0] if args else kwargs["query"])
-            return seeing(*args, **kwargs)
-
-        module.forward = forward  # type: ignore[method-assign]
-        self._patched.append(module)
-
-
-class _ForwardHook:
-    """Forward hook of one module. A copy of the model carries it along, but inert."""
-
-    def __init__(self, capture: Capture, module: nn.Module, layer: Layer) -> None:
-        self.capture, self.module, self.layer = capture, module, layer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
-        return self
-
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _inert_hook, ()
-
-    @hidden_from_compiler
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        if module is not self.module or not self.capture.recording(module):
-            return
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        inputs = args[0] if args else kwargs["input"]
-        unbatched = inputs.dim() == 1 + (isinstance(module, nn.Conv2d) * 2)  # one sample
-        call = self.capture.open(self.layer, inputs.unsqueeze(0) if unbatched else inputs)
-
-        def record(gradients: Tensor) -> None:
-            shaped = gradients.unsqueeze(0) if unbatched else gradients
-            self.capture.close_call(self.layer, call, shaped)
-
-        output.register_hook(record)
-
-
-class _Inert:
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """A hook that was loaded from a pickle has no preconditioner to report to."""
-
-
-def _inert_hook() -> _Inert:
-    return _Inert()
-
-
-class _AttentionRecorder:
-    """Records the projections of one nn.MultiheadAttention."""
-
-    def __init__(
-        self, capture: Capture, module: nn.MultiheadAttention, layers: tuple[Layer, ...]
-    ) -> None:
-        self.capture, self.module = capture, module
-        self.layers = [layer for layer in layers if isinstance(layer, AttentionProjection)]
-        self.samples = 1
-
-    def note_batch(self, query: Tensor) -> None:
-        """Notes the batch size, which the projections' own (sequence-first) inputs hide."""
-        self.samples = 1
-        if query.dim() == 3:
-            self.samples = query.shape[0 if self.module.batch_first else 1]
-
-    def linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A projection, recorded."""
-        output = F.linear(inputs, weight, bias)
-        if output.requires_grad:
-            for layer in self.layers:
-                rows = layer.rows_in(weight)
-                if rows is not None:
-                    self._record(layer, inputs, output, rows)
-        return output
-
-    def _record(self, layer: Layer, inputs: Tensor, output: Tensor, rows: slice) -> None:
-        call = self.capture.open(layer, self._by_sample(inputs.detach(), self.samples))
-
-        def record(gradients: Tensor) -> None:
-            shaped = self._by_sample(gradients[..., rows], call.samples)
-            self.capture.close_call(layer, call, shaped)
-
-        output.register_hook(record)
-
-    @staticmethod
-    def _by_sample(tensor: Tensor, samples: int) -> Tensor:
-        """`[positions, n, d]` or `[positions·n, d]` to `[n, positions, d]`."""
-        return tensor.reshape(-1, samples, tensor.shape[-1]).transpose(0, 1)
+        """Stops recording."""
+        self._recorder.close()

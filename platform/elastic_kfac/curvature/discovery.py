@@ -11,7 +11,6 @@ from typing import cast
 from torch import nn
 
 from elastic_kfac.config.kfac import KfacOptions
-from elastic_kfac.curvature.attention import is_plain
 from elastic_kfac.curvature.kronecker import (
     AttentionProjection,
     ConvLayer,
@@ -53,7 +52,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:
             return model
@@ -72,6 +71,12 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
     Raises:
         ConfigError: If nothing is left, or a pattern of `skip_layers` is not a regular expression.
     """
+    if isinstance(model, nn.DataParallel):
+        raise ConfigError(
+            "K-FAC does not see the replicas of DataParallel",
+            given="nn.DataParallel",
+            change="use one process per device and DistributedDataParallel",
+        )
     patterns = _compiled(options.skip_layers)
     found = Found()
     left_out: list[str] = []
@@ -109,7 +114,9 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
         layers = _layers_of(name, module, options)
         if isinstance(layers, str):
             found.coverage[name] = layers
-            left_out.append(f"{name or '<root>'} ({type(module).__name__})")
+            kind = type(module).__name__
+            reason = kind if layers.startswith("unsupported type") else f"{kind}: {layers}"
+            left_out.append(f"{name or '<root>'} ({reason})")
         else:
             found.modules[name] = (module, layers)
             found.coverage.update((layer.name, COVERED) for layer in layers)
@@ -122,7 +129,7 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
     if not found.modules:
         raise ConfigError(
             "the model has no layer that K-FAC covers",
-            given=type(unwrap(model)).__name__,
+            given=", ".join(left_out) or type(unwrap(model)).__name__,
             allowed="Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm, GroupNorm "
             "with trainable weights, not matched by skip_layers",
         )
@@ -142,12 +149,21 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
     """The layers of a module, or why there are none."""
     if isinstance(module, nn.MultiheadAttention):
         return _projections(name, module, options)
-    weight = getattr(module, "weight", None)
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, *NORMS)) and not (
-        isinstance(weight, nn.Parameter) and weight.requires_grad
-    ):
+    if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, *NORMS)):
+        return f"unsupported type {type(module).__name__}"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed, not a parameter"
+    if not weight.requires_grad:
         return "its weight is frozen"
-    weight = cast(nn.Parameter, weight)
+    if weight.is_complex():
+        return "complex weights"
+    if not weight.numel():
+        return "its weight has no elements"
+    further = sorted(n for n, p in module._parameters.items() if p is not None)
+    further = [name for name in further if name not in ("weight", "bias")]
+    if further:
+        return f"further parameters: {', '.join(further)}"
     if isinstance(module, nn.Embedding):
         if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
             return "unsupported options: sparse, max_norm or scale_grad_by_freq"
@@ -164,7 +180,7 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
 def _projections(
     name: str, module: nn.MultiheadAttention, options: KfacOptions
 ) -> tuple[Layer, ...] | str:
-    if not is_plain(module):
+    if type(module).forward is not nn.MultiheadAttention.forward:
         return "unsupported: overrides the forward of nn.MultiheadAttention"
     if module.bias_k is not None:
         return "unsupported option: add_bias_kv"

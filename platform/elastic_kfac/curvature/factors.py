@@ -143,6 +143,21 @@ def conv_input_sum(inputs: Tensor, module: nn.Conv2d, *, bias: bool) -> Tensor:
     return _append_homogeneous(core, sums, n * conv_positions(inputs, module))
 
 
+def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: nn.Conv2d) -> Tensor:
+    """The gradient of a convolution's weight for `inputs [n, in, h, w]` and `gradients [n, out, ...]`."""
+    kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
+    x, padding = _resolve_padding(inputs.to(gradients.dtype), module, kernel, dilation)
+    return conv2d_weight(
+        x,
+        list(module.weight.shape),
+        gradients,
+        stride=_pair(module.stride),
+        padding=padding,
+        dilation=dilation,
+        groups=module.groups,
+    )
+
+
 def norm_gradient_sum(normalized: Tensor, gradients: Tensor, *, bias: bool, mode: str) -> Tensor:
     """Fisher sums of a normalisation layer's scale γ and shift β over samples.
 

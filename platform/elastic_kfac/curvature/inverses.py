@@ -55,13 +55,19 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
 
 
 def two_by_two_inverse(matrix: Tensor, damping: float) -> Tensor:
-    """Closed-form `(F + γI)⁻¹` of a batch of 2x2 blocks `[features, 2, 2]`."""
-    p = matrix[:, 0, 0] + damping
-    q = matrix[:, 1, 0]
-    r = matrix[:, 1, 1] + damping
-    determinant = p * r - q * q
+    """Closed-form `(F + γI)⁻¹` of a batch of 2x2 blocks `[features, 2, 2]`, positive definite.
+
+    In float64, where the products of float32 entries are exact: their difference is what rank-one
+    blocks cancel to. `det(F + γI) = det F + γ tr F + γ²`, and det F of a Fisher is not negative.
+    """
+    wide = matrix.double()
+    p, q, r = wide[:, 0, 0], wide[:, 1, 0], wide[:, 1, 1]
+    determinant = (p * r - q * q).clamp(min=0) + damping * (p + r) + damping * damping
+    # Entries that were rounded may leave q² above p·r: not so in what is inverted.
+    q = q.clamp(min=-(p * r).sqrt(), max=(p * r).sqrt())
+    p, r = p + damping, r + damping
     inverse = torch.stack((torch.stack((r, -q), -1), torch.stack((-q, p), -1)), -2)
-    return inverse / determinant[:, None, None]
+    return (inverse / determinant[:, None, None]).to(matrix.dtype)
 
 
 def _with_fallback(operation: Callable[[Tensor], Result], matrix: Tensor, what: str) -> Result:

@@ -13,6 +13,7 @@ from elastic_kfac.curvature.factors import (
     conv_input_sum,
     conv_output_sum,
     conv_positions,
+    conv_weight_gradient,
     embedding_input_sum,
     linear_input_sum,
     linear_output_sum,
@@ -140,6 +141,13 @@ class LinearLayer(KroneckerLayer):
     def _reduces(self) -> bool:
         return self.options.weight_sharing == "reduce"
 
+    row_wise = True
+
+    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        return gradients.reshape(-1, gradients.shape[-1]).t() @ inputs.reshape(
+            -1, inputs.shape[-1]
+        ).to(gradients.dtype)
+
     def _count_rows(self, inputs: Tensor) -> int:
         return inputs.shape[0] if self._reduces else inputs[..., 0].numel()
 
@@ -173,14 +181,16 @@ class AttentionProjection(LinearLayer):
     def _bias_part(self, bias: Tensor) -> Tensor:
         return bias[self._bias_rows]
 
-    def rows_in(self, weight: Tensor) -> slice | None:
-        """The rows of `weight` that are this projection's; None if it is another matrix."""
-        own = self._weight_part(self.weight)
-        row_bytes = weight.element_size() * weight.shape[1]
-        first, rest = divmod(own.data_ptr() - weight.data_ptr(), row_bytes)
-        if rest == 0 and first >= 0 and first + own.shape[0] <= weight.shape[0]:
-            return slice(first, first + own.shape[0])
-        return None
+    @property
+    def weight_rows(self) -> slice | None:
+        return None if self._weight_rows == slice(None) else self._weight_rows
+
+    def samples_in(self, inputs: Tensor) -> int | None:
+        return inputs.shape[1]
+
+    def samples_first(self, tensor: Tensor, axis: int) -> Tensor:
+        """`[positions, n, d]`, whatever the layout of the model, to `[n, positions, d]`."""
+        return tensor.transpose(0, 1)
 
 
 class ConvLayer(KroneckerLayer):
@@ -198,6 +208,11 @@ class ConvLayer(KroneckerLayer):
     ) -> None:
         self.groups = module.groups
         super().__init__(name, module, options, weight, bias)
+
+    _unbatched_dims = 3
+
+    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        return conv_weight_gradient(inputs, gradients, self.module)
 
     def _count_rows(self, inputs: Tensor) -> int:
         return inputs.shape[0] * conv_positions(inputs, self.module)
@@ -222,6 +237,24 @@ class EmbeddingLayer(KroneckerLayer):
 
     module: nn.Embedding
     diagonal_a = True
+    row_wise = True
+    _unbatched_dims = 0
+
+    def samples_first(self, tensor: Tensor, axis: int) -> Tensor:
+        # One index per sample has no second dimension, its gradient has one.
+        return (
+            tensor.movedim(axis, 0)
+            if axis and tensor.dim() > 1
+            else tensor.reshape(tensor.shape or (1,))
+        )
+
+    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        total = gradients.new_zeros(self.module.weight.shape)
+        index = inputs.reshape(-1)
+        rows = gradients.reshape(-1, gradients.shape[-1])
+        if self.module.padding_idx is not None:
+            rows = rows * (index != self.module.padding_idx).to(rows).unsqueeze(1)
+        return total.index_add_(0, index, rows)
 
     def _dimensions(self, weight_shape: torch.Size) -> tuple[int, int]:
         return weight_shape[1], weight_shape[0]

@@ -101,6 +101,43 @@ class Layer(ABC):
         """Whether a factor is stored as its diagonal."""
         return len(self.factor_shapes[factor]) == 1
 
+    # -- passes ---------------------------------------------------------------------------------
+
+    row_wise: ClassVar[bool] = False
+    """Whether rows (samples at positions) are computed independently, so that some can be left out."""
+
+    @property
+    def weight_rows(self) -> slice | None:
+        """The part of the first parameter that is this layer's; None for all of it."""
+        return None
+
+    def samples_in(self, inputs: Tensor) -> int | None:
+        """Samples in the inputs of a call, where their shape leaves no doubt."""
+        return 1 if inputs.dim() <= self._unbatched_dims else None
+
+    def samples_first(self, tensor: Tensor, axis: int) -> Tensor:
+        """An input or output gradient as `[n, ...]`; a call without the dimension is one sample.
+
+        Args:
+            tensor: As the module was called.
+            axis: The dimension that counts samples.
+        """
+        if tensor.dim() <= self._unbatched_dims:
+            return tensor.unsqueeze(0)
+        return tensor.movedim(axis, 0) if axis else tensor
+
+    _unbatched_dims: int = 1
+    """Dimensions of a call with one sample and without a batch dimension."""
+
+    def real_rows(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """The rows `[m, 1, ...]` of `tensor [n, positions, ...]` where `mask [n, positions]` is true."""
+        return tensor[mask].unsqueeze(1)
+
+    @abstractmethod
+    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        """What a call with `inputs [n, ...]` and output `gradients [n, ...]` adds to the gradient of the
+        first parameter, in its shape: what the layer's type computes, whatever the module did."""
+
     # -- statistics -----------------------------------------------------------------------------
 
     @abstractmethod

@@ -47,17 +47,28 @@ class NormLayer(Layer):
     def gradient_shape(self) -> Shape:
         return (self.features * len(self._parameters),)
 
+    @property
+    def _unbatched_dims(self) -> int:  # type: ignore[override]
+        return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
+
+    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        normalized, gradients = self._by_channel(inputs, gradients)
+        return (normalized * gradients).sum((0, 1)).reshape(self._parameters[0].shape)
+
+    def _by_channel(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """x̂ and the output gradients as `[n, positions, features]`."""
+        normalized = normalize(self.module, inputs.to(self.dtype))
+        if isinstance(self.module, nn.LayerNorm):
+            shape = (gradients.shape[0], -1, self.features)
+            return normalized.reshape(shape), gradients.reshape(shape)
+        return _channels_last(normalized), _channels_last(gradients)
+
     def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
         return Observation(inputs.shape[0], kept=inputs)
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         assert kept is not None
-        normalized = normalize(self.module, kept.to(self.dtype))
-        if isinstance(self.module, nn.LayerNorm):
-            shape = (gradients.shape[0], -1, self.features)
-            normalized, gradients = normalized.reshape(shape), gradients.reshape(shape)
-        else:
-            normalized, gradients = _channels_last(normalized), _channels_last(gradients)
+        normalized, gradients = self._by_channel(kept, gradients)
         return norm_gradient_sum(
             normalized, gradients, bias=len(self._parameters) == 2, mode=self.mode
         )

@@ -121,8 +121,10 @@ def kl_clip_scale(divergence: Tensor, kl_clip: float) -> Tensor:
     """`ν = min(1, sqrt(κ / Σ_i lr_i² |⟨P_i, D_i⟩|))`, a float64 scalar tensor (Ba et al. 2017).
 
     Args:
-        divergence: The sum, float64.
+        divergence: The sum, float64. Where it is not finite no step is known to keep the bound, and
+            ν is 0.
         kl_clip: κ.
     """
     scale = (kl_clip / divergence).sqrt().clamp_(max=1.0)
-    return torch.where(divergence > 0, scale, torch.ones_like(scale))
+    scale = torch.where(divergence == 0, torch.ones_like(scale), scale)
+    return torch.where(torch.isfinite(divergence), scale, torch.zeros_like(scale))

@@ -12,24 +12,25 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
-from elastic_kfac.curvature.capture import Capture
+from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.damping import AdaptiveDamping
-from elastic_kfac.curvature.discovery import find_layers
+from elastic_kfac.curvature.discovery import find_layers, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.distribution import Placing, as_communicator, make_distribution
-from elastic_kfac.kfac.options import Rates, make_options, takes_options, value_at
+from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, save
@@ -52,7 +53,7 @@ class KFAC:
             layers are covered; one warning names the others; reasons are in `coverage()`.
         config: Options as one value; keywords replace parts of it.
         lr: The learning rate the KL clip measures with: a number, a function of the step, or the
-            optimizer itself, so that the schedule and the clip cannot disagree.
+            optimizer itself (or a list of them), so that the schedule and the clip cannot disagree.
         sharding: Shard K-FAC by owner (Osawa et al. 2019) instead of over the KAISA grid. Gradients then
             are local ones of the global mean loss; with `gather="weights"`, `step()` also applies the
             update, with the rates and momentum of `lr`, and no `optimizer.step()` must follow.
@@ -78,7 +79,7 @@ class KFAC:
         model: nn.Module,
         config: KfacOptions | None = None,
         *,
-        lr: float | Callable[[int], float] | torch.optim.Optimizer = 0.1,
+        lr: Lr = 0.1,
         sharding: ShardedConfig | None = None,
         tree: bool = False,
         accumulation_steps: int = 1,
@@ -106,21 +107,13 @@ class KFAC:
         """Called right before statistics are exchanged, factors change, decompositions are exchanged."""
         rule = self.options.damping
         self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
-        found = find_layers(model, self.options)
-        self._coverage = found.coverage
-        self.layers = found.layers
-        """The covered layers in registration order."""
-        self.states = [LayerState() for _ in self.layers]
-        """What this rank holds of each layer."""
-        self.refresh = make_refresh(self.layers, self.options)
-        self.distribution = make_distribution(
-            (self.layers, as_communicator(process_group), self.options, placing or Placing()),
-            model=model,
-            sharding=sharding,
-            tree=tree,
-        )
-        self._capture = Capture(found.modules.values(), fisher=self.options.fisher)
-        self._warned = False
+        self._model, self._sharding, self._tree = model, sharding, tree
+        self._placing = placing or Placing()
+        self._warned = self._told_of_positions = False
+        self._left_out: dict[str, str] = {}
+        """Layers whose statistics were wrong, and why."""
+        self._build(as_communicator(process_group))
+        _warn_if_intervals_disagree(self.options)
         self.used: set[str] = set()
         """Layers that a pass has gone through."""
         self._last_damping = self.damping
@@ -128,6 +121,60 @@ class KFAC:
         self._last_product: Tensor | None = None
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
+
+    def _build(self, communicator: Communicator) -> None:
+        """The layers of the model as it is now, and who computes what of them. Collective."""
+        found = find_layers(self._model, self.options)
+        self._shape = _shape_of(self._model)
+        self._coverage = found.coverage
+        self.layers = found.layers
+        """The covered layers in registration order."""
+        self.states = [LayerState() for _ in self.layers]
+        """What this rank holds of each layer."""
+        self.refresh = make_refresh(self.layers, self.options)
+        self.distribution = make_distribution(
+            (self.layers, communicator, self.options, self._placing),
+            model=self._model,
+            sharding=self._sharding,
+            tree=self._tree,
+        )
+        self._capture = Capture(
+            unwrap(self._model),
+            found.modules.values(),
+            fisher=self.options.fisher,
+            batch_axis=self.options.batch_axis,
+            counts_positions=self.options.loss_reduction == "positions",
+        )
+
+    def _follow_model(self) -> bool:
+        """Whether layers were frozen, unfrozen, replaced or added; covers what there is now. Collective
+        if so."""
+        if _shape_of(self._model) == self._shape:
+            return False
+        if self.communicator.world_size > 1 and self.sums_gradients:
+            raise UsageError(
+                "the model's layers have changed, and their state is sharded",
+                change="build KFAC anew after freezing, unfreezing or replacing layers",
+            )
+        kept = {x.name: (x, state) for x, state in zip(self.layers, self.states, strict=True)}
+        self._capture.close()
+        self._build(self.communicator)
+        for index, layer in enumerate(self.layers):
+            known, state = kept.get(layer.name, (None, LayerState()))
+            if known is not None and [*map(id, known.parameters)] == [*map(id, layer.parameters)]:
+                # Who holds its decomposition, its device or its type may have changed.
+                self.states[index] = LayerState(layer.placed(state.factors), state.factor_updates)
+        new = [
+            x.name for x, state in zip(self.layers, self.states, strict=True) if not state.factors
+        ]
+        if new:
+            warnings.warn(
+                f"the model has changed; K-FAC preconditions from the next pass on: {', '.join(new)}",
+                UserWarning,
+                stacklevel=4,
+            )
+        self._due = [frozenset[str]() for _ in self.layers]
+        return True
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -156,11 +203,13 @@ class KFAC:
             return
         self._last_damping = self.damping
         with self._timed("factors"):
-            if statistics is None and (self.factors_due() or self.sums_gradients):
-                self._enter("factor_exchange", if_=self.factors_due())
+            # Layers that have changed are covered from the next pass on.
+            due = self.factors_due() and (statistics is not None or not self._follow_model())
+            if statistics is None and (due or self.sums_gradients):
+                self._enter("factor_exchange", if_=due)
                 captured = self._captured(num_samples, loss_scale_per_sample)
                 statistics = self.distribution.reduce(captured)
-            refreshed = self._update_factors(statistics) if self.factors_due() else set()
+            refreshed = self._update_factors(statistics) if due else set()
         with self._timed("decompositions"):
             self._decompose(refreshed)
         with self._timed("preconditioning"):
@@ -172,7 +221,10 @@ class KFAC:
     def _update_factors(self, statistics: Statistics | None) -> set[int]:
         """Moves the running averages; the layers whose statistics came and were finite."""
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
-        if statistics is None or not seen:
+        if statistics is not None and statistics.faulty:
+            self._leave_out(statistics.faulty)
+            seen -= statistics.faulty
+        if statistics is None or not (seen or self._left_out or self._capture.saw_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
             raise UsageError(
                 "step() found no statistics of a forward and backward pass on any rank",
@@ -200,6 +252,19 @@ class KFAC:
         keys = [(self.layers[i].name, name) for i in sorted(seen) for name in sorted(self._due[i])]
         self.refresh.agree(keys, self.steps, self._sum_over_ranks)
         return refreshed
+
+    def _leave_out(self, indices: Iterable[int]) -> None:
+        """Uncovers layers whose statistics cannot be right, on every rank alike."""
+        for index in sorted(indices):
+            name = self.layers[index].name
+            self._left_out.setdefault(name, "its statistics cannot be right on another rank")
+            self.states[index] = LayerState()
+        reasons = [
+            f"{self.layers[i].name} ({self._left_out[self.layers[i].name]})" for i in indices
+        ]
+        warnings.warn(
+            "K-FAC does not precondition: " + ", ".join(reasons), UserWarning, stacklevel=5
+        )
 
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
@@ -268,6 +333,11 @@ class KFAC:
 
     def _captured(self, num_samples: int | None, loss_scale: float | None) -> Captured:
         sums = self._capture.take(self.layers)
+        faults = self._capture.take_faults()
+        for layer, part in zip(self.layers, sums, strict=True):
+            if num_samples is not None and 0 < part.rows < num_samples:
+                faults.setdefault(layer.name, shared_by_all(part.rows, num_samples))
+        self._left_out |= faults
         if num_samples is None and not self._warned:
             self._warned = _warn_if_layers_disagree(
                 {
@@ -278,12 +348,18 @@ class KFAC:
             )
         if loss_scale is None:
             loss_scale = self.loss_scale_per_sample
+        if loss_scale is None and self.options.loss_reduction == "sum":
+            loss_scale = 1.0
+        if loss_scale is num_samples is None and self.options.loss_reduction is None:
+            self._warn_of_positions()
         extra = (
             1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
         )
         if self.grad_scaler is not None:
             extra *= self.grad_scaler.get_scale()
-        return Captured(self.layers, sums, self._due, num_samples, loss_scale, extra)
+        return Captured(
+            self.layers, sums, self._due, num_samples, loss_scale, extra, frozenset(faults)
+        )
 
     def _gradients_are_usable(self) -> bool:
         """False if a gradient scaler is going to skip this step.
@@ -293,18 +369,72 @@ class KFAC:
         """
         if self.communicator.world_size != self.plan.world_size:
             raise UsageError("step() after leave()", change="call resize(process_group) first")
-        grads = [p.grad for layer in self.layers for p in layer.parameters if p.grad is not None]
+        # Of uncovered parameters as well: a scaler skips the step for any of them.
+        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         if not grads and not self.sums_gradients:
             raise UsageError("step() found no gradients", change="call loss.backward() first")
         if self.grad_scaler is None:
             return True
+        self._require_unscaled(self.grad_scaler)
         zero = torch.zeros((), device=self.layers[0].device)
         return self.distribution.all_finite(
             torch.stack([zero, *(g.sum().float() for g in grads)]).sum()
         )
 
+    def _require_unscaled(self, scaler: torch.amp.GradScaler) -> None:
+        for optimizer in self._rates.optimizers if scaler.is_enabled() else ():
+            stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+            if stage is OptState.READY:
+                raise UsageError(
+                    "the gradients still carry the loss scale",
+                    change="call scaler.unscale_(optimizer) before KFAC.step()",
+                )
+
+    def _warn_of_positions(self) -> None:
+        if self._capture.has_positions and not self._told_of_positions:
+            self._told_of_positions = True
+            warnings.warn(
+                "the model's outputs have several positions per sample, and KFAC takes the loss for a "
+                "mean over samples; write loss_reduction='positions' for a mean over positions "
+                "(tokens, pixels), or 'mean' or 'sum'",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def micro_batch(
+        self,
+        n: int | None = None,
+        *,
+        axis: int | None = None,
+        mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> AbstractContextManager[Batch]:
+        """Says what the forward calls inside are about.
+
+            with kfac.micro_batch(mask=is_real):
+                loss = criterion(model(tokens), targets)
+
+        Args:
+            n: Samples; None counts them in the inputs of the model, or the real rows of `mask` with
+                `loss_reduction="positions"`.
+            axis: The dimension that counts samples, if not `batch_axis`.
+            mask: True where a position is real: `[n, positions]`, or the other way round with `axis=1`.
+                Padding then is no part of A.
+            scale: What one sample's loss is multiplied by before backward.
+        """
+        axis = self.options.batch_axis if axis is None else axis
+        if n is None and mask is not None:
+            positions = self.options.loss_reduction == "positions"
+            n = int(mask.sum()) if positions else mask.shape[axis]
+        return self._capture.micro_batch(
+            Batch(0 if n is None else n, axis, mask, scale, is_told=n is not None)
+        )
+
     def _arm(self) -> None:
-        self._due = self.refresh.statistics_due(self.steps)
+        self._due = [
+            frozenset[str]() if layer.name in self._left_out else due
+            for layer, due in zip(self.layers, self.refresh.statistics_due(self.steps), strict=True)
+        ]
         self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
 
     def _is_stale(self, index: int, refreshed: bool) -> bool:
@@ -432,8 +562,10 @@ class KFAC:
         an attention have names of their own.
         """
         coverage = dict(self._coverage)
+        coverage |= self._left_out
         if self.used:
-            unused = [layer.name for layer in self.layers if layer.name not in self.used]
+            known = self.used | self._left_out.keys()
+            unused = [layer.name for layer in self.layers if layer.name not in known]
             coverage |= dict.fromkeys(unused, "unused: no pass has gone through it")
         return coverage
 
@@ -548,6 +680,27 @@ def _warn_if_layers_disagree(names_by_count: Mapping[int, str]) -> bool:
         stacklevel=5,
     )
     return True
+
+
+def _warn_if_intervals_disagree(options: KfacOptions) -> None:
+    inverse, factor = options.inverse_update_steps, options.factor_update_steps
+    if isinstance(inverse, int) and isinstance(factor, int) and inverse % factor:
+        warnings.warn(
+            f"inverse_update_steps={inverse} is no multiple of factor_update_steps={factor}: some "
+            "decompositions see no new factors",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _shape_of(model: nn.Module) -> list[tuple[object, ...]]:
+    """What coverage depends on: which modules hold which parameters, and what those are."""
+    return [
+        (id(module), id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -9,24 +9,25 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt
+from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt, ScriptOptions
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
 
 Class = TypeVar("Class", bound=type)
 
 
-def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> KfacOptions:
+def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> ScriptOptions:
     """The options of `config`, or the defaults, with keywords in their place.
 
     Raises:
         ConfigError: With the keyword, its value, and what is allowed.
     """
-    known = KfacOptions.model_fields
+    known = ScriptOptions.model_fields
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -35,9 +36,12 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Kfac
                 allowed=", ".join(sorted(known)),
                 change=f"did you mean {close[0]}?" if close else None,
             )
-    values = {} if config is None else {name: getattr(config, name) for name in known}
+    # NumPy's numbers count as Python's.
+    options = {n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()}
+    given = {} if config is None else type(config).model_fields
+    values = {name: getattr(config, name) for name in given if name in known}
     try:
-        return KfacOptions.model_validate({**values, **options})
+        return ScriptOptions.model_validate({**values, **options})
     except ValidationError as error:
         problems = error.errors()
         location = problems[0]["loc"]
@@ -74,65 +78,76 @@ def value_at(options: KfacOptions, name: str, step: int) -> float:
         ) from None
 
 
+Lr = float | Callable[[int], float] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
 class Rates:
     """The learning rate of the KL clip, and of the update where K-FAC makes it."""
 
-    def __init__(self, lr: float | Callable[[int], float] | torch.optim.Optimizer) -> None:
-        if not isinstance(lr, torch.optim.Optimizer) and not callable(lr):
-            _check_rate(lr)
-        self._lr = lr
+    def __init__(self, lr: Lr) -> None:
+        self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        """Those whose parameter groups hold the rates, if any."""
+        self._number: float | Callable[[int], float] = 0.0
+        if isinstance(lr, torch.optim.Optimizer):
+            self.optimizers = (lr,)
+        elif isinstance(lr, Sequence):
+            self.optimizers = tuple(lr)
+        else:
+            self._number = lr if callable(lr) else _checked_rate(lr)
 
     def of_layers(self, layers: Sequence[Layer], step: int) -> list[float]:
-        """The rate of each layer's weight.
+        """The largest rate among each layer's parameters: the clip's bound holds for all of them.
 
         Raises:
-            ConfigError: If the optimizer does not hold one of the weights.
+            ConfigError: If no optimizer holds one of the parameters.
         """
-        if not isinstance(self._lr, torch.optim.Optimizer):
-            return [self._number(step)] * len(layers)
+        if not self.optimizers:
+            return [self._at(step)] * len(layers)
         groups = self._groups()
-        missing = [layer.name for layer in layers if id(layer.parameters[0]) not in groups]
-        if missing:
-            raise ConfigError(
-                f"the optimizer given as lr does not hold the weight of layer {missing[0]}",
-                change="build the optimizer over all parameters of the model",
-            )
-        return [float(groups[id(layer.parameters[0])]["lr"]) for layer in layers]
+        for layer in layers:
+            if any(id(p) not in groups for p in layer.parameters):
+                raise ConfigError(
+                    f"the optimizer given as lr does not hold the weight of layer {layer.name}",
+                    change="build the optimizer over all parameters of the model, or give all "
+                    "optimizers: lr=[first, second]",
+                )
+        return [max(float(groups[id(p)]["lr"]) for p in x.parameters) for x in layers]
 
     def of_parameters(
         self, parameters: Iterable[nn.Parameter], step: int
     ) -> list[tuple[float, float]]:
         """(rate, momentum) of each parameter; no momentum without an optimizer."""
-        if not isinstance(self._lr, torch.optim.Optimizer):
-            return [(self._number(step), 0.0) for _ in parameters]
+        if not self.optimizers:
+            return [(self._at(step), 0.0) for _ in parameters]
         groups = self._groups()
         found = [groups[id(p)] for p in parameters]
         return [(float(group["lr"]), float(group.get("momentum", 0.0))) for group in found]
 
     def _groups(self) -> dict[int, dict[str, Any]]:
-        assert isinstance(self._lr, torch.optim.Optimizer)
-        return {id(p): group for group in self._lr.param_groups for p in group["params"]}
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return {id(p): group for group in groups for p in group["params"]}
 
-    def _number(self, step: int) -> float:
-        if callable(self._lr):
-            value = float(self._lr(step))
-            _check_rate(value, f" at step {step}")
-            return value
-        assert not isinstance(self._lr, torch.optim.Optimizer)
-        return float(self._lr)
+    def _at(self, step: int) -> float:
+        if callable(self._number):
+            return _checked_rate(self._number(step), f" at step {step}")
+        return self._number
 
 
-def _check_rate(lr: float, where: str = "") -> None:
-    if not (isinstance(lr, int | float) and 0 <= lr < math.inf):
-        raise ConfigError(
-            f"lr{where} is out of range", given=lr, allowed="a finite number >= 0, or an optimizer"
-        )
+def _checked_rate(lr: Any, where: str = "") -> float:
+    try:
+        if 0 <= float(lr) < math.inf:
+            return float(lr)
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(
+        f"lr{where} is out of range", given=lr, allowed="a finite number >= 0, or an optimizer"
+    )
 
 
 def takes_options(kind: Class) -> Class:
     """Gives a class whose constructor ends in `**options` their names, defaults and help text."""
     own = list(inspect.signature(kind.__init__).parameters.values())[1:-1]  # type: ignore[misc]
-    fields = KfacOptions.model_fields
+    fields = ScriptOptions.model_fields
     keywords = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.annotation

@@ -27,7 +27,6 @@ class Stateful(Protocol):
     """What the state of a KFAC consists of."""
 
     layers: tuple[Layer, ...]
-    options: KfacOptions
     distribution: Distribution
     refresh: Refresh
     damping_rule: AdaptiveDamping | None
@@ -35,6 +34,9 @@ class Stateful(Protocol):
     counters: Counter[str]
     used: set[str]
     """Layers that a pass has gone through."""
+
+    @property
+    def options(self) -> KfacOptions: ...
 
 
 def save(kfac: Stateful) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class Statistics:
     """By factor name; empty where nothing was due or another rank has them."""
     counts: Sequence[tuple[float, float]]
     """(samples, rows) of each layer; a row is a sample at one position."""
+    faulty: frozenset[int] = frozenset()
+    """Layers whose statistics cannot be right on some rank."""
     are_means: bool = False
     """Whether the sums are divided by their normalizers already."""
 
@@ -47,6 +49,8 @@ class Captured:
     loss_scale: float | None
     extra_scale: float
     """A further factor on every gradient: loss scaling, accumulation."""
+    faults: frozenset[str] = frozenset()
+    """Names of layers whose statistics cannot be right."""
 
     @property
     def counts(self) -> list[tuple[float, float]]:
@@ -55,6 +59,12 @@ class Captured:
             (float(s.samples if self.num_samples is None else self.num_samples), float(s.rows))
             for s in self.sums
         ]
+
+    @property
+    def facts(self) -> list[tuple[float, float, float]]:
+        """(samples, rows, 1 if faulty) of each layer: what a reduction adds up."""
+        flags = [float(layer.name in self.faults) for layer in self.layers]
+        return [(*count, flag) for count, flag in zip(self.counts, flags, strict=True)]
 
     def scaled(
         self, index: int, names: frozenset[str], default_loss_scale: float | None = None
@@ -66,4 +76,5 @@ class Captured:
     def statistics(self) -> Statistics:
         """All sums of this rank at per-sample scale; consumes them."""
         sums = [self.scaled(index, names) for index, names in enumerate(self.due)]
-        return Statistics(sums, self.counts)
+        names = enumerate(layer.name for layer in self.layers)
+        return Statistics(sums, self.counts, frozenset(i for i, n in names if n in self.faults))

@@ -147,3 +147,16 @@ def test_damping_schedules_hit_their_published_points() -> None:
     assert warmup(10**5) == pytest.approx(1e-4)
     steps = MilestoneSchedule(start=0.004, factor=0.5, milestones=(10, 20))
     assert [steps(s) for s in (0, 9, 10, 20)] == [0.004, 0.004, 0.002, 0.001]
+
+
+def test_two_by_two_inverse_of_rank_one_blocks_is_finite_and_positive_in_float32() -> None:
+    v = 1000 * torch.randn(1000, 2, generator=torch.Generator().manual_seed(5))
+    inverse = inverses.two_by_two_inverse(v[:, :, None] * v[:, None, :], 1e-3)
+    assert bool(torch.isfinite(inverse).all())
+    assert bool((inverse.diagonal(dim1=-2, dim2=-1) > 0).all())
+    exact = torch.linalg.inv(
+        (v[:, :, None] * v[:, None, :]).double() + 1e-3 * torch.eye(2).double()
+    )
+    # Relative to the largest entry, as far as float32 can tell.
+    errors = (inverse - exact).abs().amax((1, 2)) / exact.abs().amax((1, 2))
+    assert float(errors.median()) < 1e-6

@@ -23,7 +23,7 @@ def factors_of(kfac: KFAC) -> dict[str, Tensor]:
 
 def run(model: nn.Module, *inputs: Tensor, **options) -> KFAC:
     """One step on `mean over samples of Σ output²`."""
-    kfac = KFAC(model, kl_clip=None, **options)
+    kfac = KFAC(model, kl_clip=None, loss_reduction="mean", **options)
     model.zero_grad()
     output = model(*inputs)
     output = output[0] if isinstance(output, tuple) else output
@@ -125,7 +125,7 @@ def test_multihead_attention_equals_explicit_projections(batch_first: bool, kind
         ordered = [ordered[0]] * 3
     elif kind == "encoder-decoder":
         ordered[2] = ordered[1]
-    kfac = KFAC(attention, kl_clip=None)
+    kfac = KFAC(attention, kl_clip=None, loss_reduction="mean")
     output, _ = attention(*ordered)
     (output.square().sum() / 5).backward()
     kfac.step()
@@ -145,7 +145,7 @@ def test_attention_with_other_key_and_value_sizes_covers_every_parameter() -> No
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(8, 2, kdim=5, vdim=3, batch_first=True).double()
     q, k, v = (torch.randn(4, 6, size, dtype=torch.double) for size in (8, 5, 3))
-    kfac = KFAC(attention, kl_clip=None)
+    kfac = KFAC(attention, kl_clip=None, loss_reduction="mean")
     output, _ = attention(q, k, v)
     (output.square().sum() / 4).backward()
     plain = attention.v_proj_weight.grad.clone()
@@ -158,7 +158,7 @@ def test_attention_with_other_key_and_value_sizes_covers_every_parameter() -> No
 
 def test_layers_that_count_different_samples_are_named_in_one_warning() -> None:
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 2)])
-    kfac = KFAC(model)
+    kfac = KFAC(model, loss_reduction="mean")
     for attempt in range(2):
         model[1](model[0](torch.randn(4, 3)).repeat(2, 1)).sum().backward()
         if attempt == 0:
@@ -168,12 +168,13 @@ def test_layers_that_count_different_samples_are_named_in_one_warning() -> None:
             kfac.step()  # once is enough
 
 
-def test_attention_outside_recording_and_after_close_is_torchs_own() -> None:
+def test_attention_is_torchs_own_while_it_is_seen_into() -> None:
     attention = nn.MultiheadAttention(8, 2)
-    kfac = KFAC(attention)
-    assert "forward" in vars(attention)
-    kfac.close()
-    assert "forward" not in vars(attention)
+    before = set(vars(attention))
+    kfac = KFAC(attention, loss_reduction="mean")
+    attention(*[torch.randn(3, 2, 8)] * 3)[0].square().mean().backward()
+    kfac.step()
+    assert set(vars(attention)) == before and not attention._forward_hooks
 
 
 class _Twice(nn.Module):
@@ -300,7 +301,7 @@ def test_evaluation_and_no_grad_passes_add_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 3)).double()
     x = torch.randn(6, 4, dtype=torch.double)
     expected = factors_of(run(copy.deepcopy(model), x))
-    kfac = KFAC(model)
+    kfac = KFAC(model, loss_reduction="mean")
     with torch.no_grad():
         model(10 * x)
     model.eval()
@@ -317,7 +318,7 @@ def test_evaluation_and_no_grad_passes_add_nothing() -> None:
 def test_frozen_layer_keeps_none_and_unused_layer_keeps_its_factors() -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "frozen": nn.Linear(3, 3)})
     model["frozen"].requires_grad_(False)
-    kfac = KFAC(model)
+    kfac = KFAC(model, loss_reduction="mean")
     assert [x.name for x in kfac.layers] == ["a", "b"]
     x = torch.randn(4, 3)
     model["frozen"](model["b"](model["a"](x))).sum().backward()
@@ -336,7 +337,7 @@ def test_unsupported_kinds_are_named_in_one_warning_and_keep_their_gradient() ->
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.PReLU(), nn.Flatten(), nn.Linear(8, 2)).double()
     with pytest.warns(UserWarning, match=r"0 \(Conv1d\), 1 \(PReLU\)") as caught:
-        kfac = KFAC(model)
+        kfac = KFAC(model, loss_reduction="mean")
     assert len(caught) == 1
     x = torch.randn(5, 2, 4, dtype=torch.double)
     model(x).square().mean().backward()
@@ -361,7 +362,7 @@ def test_supported_kinds_are_never_skipped_silently() -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kfac = KFAC(model)
+        kfac = KFAC(model, loss_reduction="mean")
     covered = {id(p) for layer in kfac.layers for p in layer.parameters}
     assert covered == {id(p) for p in model.parameters()}
 
@@ -371,7 +372,7 @@ def test_tied_weights_are_left_out_and_named() -> None:
     model["head"] = nn.Linear(3, 5, bias=False)
     model["head"].weight = model["table"].weight
     with pytest.warns(UserWarning, match="head \\(shares a weight with table\\)"):
-        kfac = KFAC(model)
+        kfac = KFAC(model, loss_reduction="mean")
     assert [x.name for x in kfac.layers] == ["mix"]
 
 
@@ -386,7 +387,7 @@ def test_skip_layers_matches_names_and_refuses_bad_patterns() -> None:
 
 def test_deep_copy_of_the_model_feeds_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
-    kfac = KFAC(model)
+    kfac = KFAC(model, loss_reduction="mean")
     twin = copy.deepcopy(model)
     twin(torch.randn(4, 3)).sum().backward()
     assert kfac.captured_samples() == 0

@@ -97,7 +97,7 @@ class KaisaGrid(Distribution):
         own = captured.statistics()
         if self.communicator.world_size == 1:
             return own
-        totals = torch.tensor(own.counts, dtype=torch.float64, device=self.layers[0].device)
+        totals = torch.tensor(captured.facts, dtype=torch.float64, device=self.layers[0].device)
         counting = self.communicator.all_reduce(totals, tag="kfac/counts", async_op=True)
         bucketer = self.bucketer("kfac/factors")
         for layer, sums in zip(self.layers, own.sums, strict=True):
@@ -106,7 +106,9 @@ class KaisaGrid(Distribution):
                 bucketer.all_reduce(tensor, symmetric=symmetric)
         bucketer.flush().wait()
         counting.wait()
-        return replace(own, counts=[(samples, rows) for samples, rows in totals.tolist()])
+        facts = totals.tolist()
+        faulty = frozenset(index for index, fact in enumerate(facts) if fact[2])
+        return replace(own, counts=[(samples, rows) for samples, rows, _ in facts], faulty=faulty)
 
     # -- decompositions -------------------------------------------------------------------------
 

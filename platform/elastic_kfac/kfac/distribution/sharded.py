@@ -118,7 +118,7 @@ class ShardedByOwner(Distribution):
     # -- reduce ---------------------------------------------------------------------------------
 
     def reduce(self, captured: Captured) -> Statistics:
-        counts = self._global_counts(captured)
+        counts, faulty = self._global_counts(captured)
         due = [
             names if rows else frozenset[str]()
             for names, (_, rows) in zip(captured.due, counts, strict=True)
@@ -130,11 +130,14 @@ class ShardedByOwner(Distribution):
             parts += own
             sizes.append(sum(part.numel() for part in own))
         received = self._reduce_scatter(parts, sizes)
-        return Statistics(self._unpack(received, due), counts, are_means=True)
+        return Statistics(self._unpack(received, due), counts, faulty, are_means=True)
 
-    def _global_counts(self, captured: Captured) -> list[tuple[float, float]]:
-        """(samples, rows) of every layer with statistics that are due, over all ranks."""
-        local = captured.counts
+    def _global_counts(
+        self, captured: Captured
+    ) -> tuple[list[tuple[float, float]], frozenset[int]]:
+        """(samples, rows) of every layer with statistics that are due, and which are faulty, over all
+        ranks."""
+        local, faulty = captured.facts, frozenset[int]()
         indices = [index for index, names in enumerate(captured.due) if names]
         counts = [(0.0, 0.0)] * len(self.layers)
         if indices:
@@ -142,9 +145,11 @@ class ShardedByOwner(Distribution):
                 [local[i] for i in indices], dtype=torch.float64, device=self.layers[0].device
             )
             self.communicator.all_reduce(totals, tag="sharded/counts").wait()
-            for index, (samples, rows) in zip(indices, totals.tolist(), strict=True):
+            facts = dict(zip(indices, totals.tolist(), strict=True))
+            for index, (samples, rows, _) in facts.items():
                 counts[index] = (samples, rows)
-        return counts
+            faulty = frozenset(index for index, (_, _, flag) in facts.items() if flag)
+        return counts, faulty
 
     def _payload(
         self,

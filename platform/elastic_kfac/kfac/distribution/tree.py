@@ -40,7 +40,8 @@ class CanonicalTree(KaisaGrid):
 
 
 class StatisticsLayout:
-    """Statistics as one vector: lower triangles of the factors' sums, then row counts in limbs.
+    """Statistics as one vector: lower triangles of the factors' sums, then row counts in limbs and the
+    flags of faulty layers.
 
     Factors that are not due are zeros.
     """
@@ -52,7 +53,8 @@ class StatisticsLayout:
             for index, layer in enumerate(self._layers)
             for name, shape in layer.factor_shapes.items()
         ]
-        self.size = sum(prod(packed) for *_, packed in self._parts) + _LIMBS * len(self._layers)
+        self.size = sum(prod(packed) for *_, packed in self._parts)
+        self.size += (_LIMBS + 1) * len(self._layers)
         """Elements of the vector."""
 
     def pack(self, statistics: Statistics, out: Tensor) -> None:
@@ -73,7 +75,8 @@ class StatisticsLayout:
             for _, rows in statistics.counts
             for limb in range(_LIMBS)
         ]
-        out[begin:] = torch.tensor(limbs, dtype=out.dtype)
+        flags = [float(index in statistics.faulty) for index in range(len(self._layers))]
+        out[begin:] = torch.tensor(limbs + flags, dtype=out.dtype)
 
     def unpack(self, vector: Tensor, num_samples: int) -> Statistics:
         """The statistics in a reduced vector [size], in memory of their own."""
@@ -91,7 +94,8 @@ class StatisticsLayout:
             )
             for i in range(len(self._layers))
         ]
-        return Statistics(sums, counts)
+        flags = limbs[_LIMBS * len(self._layers) :]
+        return Statistics(sums, counts, frozenset(i for i, flag in enumerate(flags) if flag))
 
 
 def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -151,6 +151,12 @@ class ShardVector(Exchange):
         assert self._partials is not None
         leaf = self._partials.buffer()
         gradients, sums, counters = self._parts(leaf)
+        if self.statistics_size():
+            # While the gradients that they belong to are still there.
+            assert self._kfac is not None and self._layout is not None
+            statistics = self._kfac.take_statistics(totals.count, loss_scale)
+            size = self.flat.numel()
+            self._layout.pack(statistics, leaf[size : size + self._layout.size])
         used = [parameter.grad is not None for parameter in self._parameters]
         for parameter, view in zip(self._parameters, gradients, strict=True):
             if parameter.grad is None:
@@ -162,11 +168,6 @@ class ShardVector(Exchange):
             view.zero_()
         self.statistics.collect(sums, totals.count)
         self._write_counters(counters, used, totals)
-        if self.statistics_size():
-            assert self._kfac is not None and self._layout is not None
-            statistics = self._kfac.take_statistics(totals.count, loss_scale)
-            size = self.flat.numel()
-            self._layout.pack(statistics, leaf[size : size + self._layout.size])
         self._partials.push(shard, leaf)
 
     def reduce(

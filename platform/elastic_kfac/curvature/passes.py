@@ -1,0 +1,768 @@
+"""Which passes the gradient in `.grad` is made of: layer inputs and output gradients, and nothing else.
+
+Two process-wide module hooks look a module up by identity, so nothing is ever put on the user's
+modules: a copy, a pickle, an EMA model or a replica is a stranger, and closing in any order is a
+dictionary removal. The life of one forward call of a watched layer:
+
+    forward   a `Call` notes the input (autograd holds the same tensor) and hooks the output
+    backward  the output's gradient is staged under the number of the running graph task
+    commit    when the weight's own gradient accumulates in that task; `autograd.grad`, probes,
+              Hessian products and passes through a frozen weight never get here
+    fold      inputs and gradients become sums; at once, or, where the graph is kept for further
+              passes (`retain_graph`), when those have been added: G belongs to the summed gradient
+    reset     `zero_grad`, in both forms, clears what was committed
+
+Five private names of torch answer what has no public answer (`TORCH_INTERNALS`); a test fails when
+an upgrade changes one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+TORCH_INTERNALS = (
+    "torch._C._current_graph_task_id",
+    "torch._C._autograd._get_current_graph_task_keep_graph",
+    "torch._C._autograd._top_saved_tensors_default_hooks",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch.autograd.graph.queue_callback",
+)
+
+T = TypeVar("T")
+
+CHECK_TRIES = 10
+"""A layer that starts at 0 may have no gradient for some steps."""
+
+CHECK_TOLERANCE = 0.05
+"""Sound layers differ by rounding: up to 0.004 under bf16 autocast. Faults begin at 0.4."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """The samples that one or more forward calls are about; equality is identity."""
+
+    size: int
+    """Samples (or real rows, where a mask drops some)."""
+    axis: int = 0
+    """The dimension of layer inputs that counts samples."""
+    mask: Tensor | None = None
+    """True where a row is real: `[n, T]`, or `[T, n]` with `axis=1`."""
+    scale: float | None = None
+    """What one sample's loss is multiplied by before backward; None: one over `size`."""
+    is_told: bool = True
+    """Whether somebody gave the size, so that nothing here may correct it."""
+
+    length: int | None = None
+    """Of the dimension that counts samples, in the inputs of the model."""
+    has_positions: bool = False
+    """Whether the model's output has several positions per sample."""
+    is_folded: bool = False
+
+    @property
+    def extent(self) -> int:
+        """Length of the dimension that counts samples."""
+        if self.mask is not None:
+            return self.mask.shape[self.axis]
+        return self.size if self.length is None else self.length
+
+
+class Layer(Protocol):
+    """What a watched layer does with its passes."""
+
+    def samples_in(self, inputs: Tensor) -> int | None:
+        """How many samples the layer itself sees in its inputs, where their shape leaves no doubt."""
+
+    def condense(self, call: Call) -> Any:
+        """What the layer needs of `call.inputs`, where the tensor itself should not be kept."""
+
+    def fold(self, call: Call) -> None:
+        """Adds a call to the layer's sums: `call.inputs`, as it was given or condensed, and
+        `call.gradient`."""
+
+    def clear(self) -> None:
+        """Forgets the sums."""
+
+    def weight_gradient(self, call: Call) -> Tensor:
+        """What `call.inputs` and `call.staged` contribute to the weight's gradient, in its shape."""
+
+    def sampled(self, call: Call, gradient: Tensor, weight: float) -> None:
+        """Adds the gradient of a loss over sampled labels to `call.sampled`."""
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One forward call whose gradient is still to come, or may still grow."""
+
+    site: Site
+    inputs: Any
+    version: int | None
+    """Of the input tensor; None once it is condensed."""
+    batch: Batch
+    axis: int
+    """The dimension of the input and of the gradient that counts samples."""
+    staged: Tensor | None = None
+    gradient: Tensor | None = None
+    sampled: Tensor | None = None
+    """What gradients of sampled labels have added up to."""
+    epoch: int = -1
+
+
+@dataclass(eq=False)
+class Site:
+    """A layer as the hooks see it: several may share a module (attention) or a weight (its packed
+    projections)."""
+
+    layer: Layer
+    weight: Weight
+    rows: slice | None = None
+    """The part of a packed weight that belongs to the layer."""
+
+
+@dataclass(eq=False)
+class Weight:
+    """A watched parameter: calls are committed when its own gradient accumulates."""
+
+    recorder: weakref.ref[Recorder]
+    parameter: weakref.ref[nn.Parameter]
+    sites: list[Site] = field(default_factory=list)
+    handle: RemovableHandle | None = None
+    task: int = -1
+    fresh: bool = False
+    """Whether nothing was in `.grad` when the running task began."""
+    staged: list[Call] = field(default_factory=list)
+    open: list[Call] = field(default_factory=list)
+    """Committed calls that further passes may still reach."""
+    epoch: int = 0
+    committed: bool = False
+    mark: tuple[weakref.ref[Tensor], int] | None = None
+    """The gradient tensor after the last commit, and its version."""
+
+    def stage(self, call: Call, gradient: Tensor) -> None:
+        """Notes an output gradient of the running graph task."""
+        recorder = self.recorder()
+        if recorder is not None and recorder.sampling_weight is not None:
+            recorder.sample(call, gradient.detach())
+            return
+        task = torch._C._current_graph_task_id()
+        if self.task != task:
+            self._begin(task)
+        detached = gradient.detach()
+        if call.staged is None:
+            call.staged = detached
+            self.staged.append(call)
+        else:
+            call.staged = call.staged + detached
+
+    def _begin(self, task: int) -> None:
+        self._drop_staged()
+        self.task = task
+        self.reset_if_zeroed()
+        parameter = self.parameter()
+        self.fresh = parameter is not None and parameter.grad is None
+        torch.autograd.graph.queue_callback(self._drop_staged)
+
+    def _drop_staged(self) -> None:
+        for call in self.staged:
+            call.staged = None
+        self.staged = []
+
+    def reset_if_zeroed(self) -> None:
+        """Clears the sums if somebody has reset `.grad` since the last commit."""
+        parameter = self.parameter()
+        if not self.committed or parameter is None:
+            return
+        grad = parameter.grad
+        if grad is not None:
+            seen, version = self.mark if self.mark is not None else (None, -1)
+            if seen is not None and seen() is grad and grad._version == version:
+                return
+            # Touched: clipping, unscaling and reductions leave something, `zero_grad` does not.
+            if bool(grad.any()):
+                return
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything since the last step."""
+        self.epoch += 1
+        self.open, self.committed, self.mark = [], False, None
+        for site in self.sites:
+            site.layer.clear()
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """Commits what the running task has staged: it is part of `parameter.grad` now."""
+        if not self.staged or self.task != torch._C._current_graph_task_id():
+            return
+        recorder = self.recorder()
+        if recorder is None:
+            return
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        calls, self.staged = self.staged, []
+        if self.fresh:
+            recorder.check(self, parameter, calls)
+        for call in calls:
+            staged, call.staged = call.staged, None
+            assert staged is not None
+            if call.epoch == self.epoch and call.gradient is not None:
+                call.gradient = call.gradient + staged  # another pass over the same graph
+            else:
+                call.gradient, call.epoch = staged, self.epoch
+                if keep:
+                    self.open.append(call)
+            if not keep:
+                if call in self.open:
+                    self.open.remove(call)
+                recorder.fold(call)
+        self.committed = True
+        assert parameter.grad is not None
+        self.mark = (weakref.ref(parameter.grad), parameter.grad._version)
+
+
+class Recorder:
+    """Watches the layers of one model for one preconditioner."""
+
+    def __init__(self, root: nn.Module, *, axis: int = 0) -> None:
+        """`axis` counts samples in the inputs of the model."""
+        self.sampling_weight: float | None = None
+        self._axis = axis
+        self._activity = _Activity()
+        weakref.finalize(self, self._activity.set, False)
+        self.faults: list[tuple[Layer, str]] = []
+        """Layers whose passes do not explain their gradient, and the reason; for the owner to take."""
+        self._weights: dict[int, Weight] = {}
+        self._explicit: Batch | None = None
+        self._newest: Batch | None = None
+        self._loose: dict[int, Batch] = {}
+        self._loose_is_old = False
+        self._unchecked: dict[int, int] = {}
+        """Sites whose first statistics are still to be checked, and how often that is tried."""
+        _registry.install()
+        _registry.roots.setdefault(id(root), []).append(weakref.ref(self))
+        weakref.finalize(root, _registry.forget, id(root))
+        weakref.finalize(self, _registry.uninstall)
+        weakref.finalize(self, _release, self._weights)
+
+    @property
+    def active(self) -> bool:
+        """Whether passes are recorded now."""
+        return self._activity.on
+
+    @active.setter
+    def active(self, on: bool) -> None:
+        self._activity.set(on)
+
+    def watch(
+        self, module: nn.Module, parameter: nn.Parameter, layer: Layer, rows: slice | None = None
+    ) -> None:
+        """Has calls of `module` recorded for `layer`, committed with `parameter`'s gradient."""
+        weight = self._weights.get(id(parameter))
+        if weight is None:
+            weight = Weight(weakref.ref(self), weakref.ref(parameter))
+            known = weakref.ref(weight)
+
+            def accumulated(parameter: Tensor) -> None:
+                its = known()
+                if its is not None:
+                    its.accumulated(parameter)
+
+            weight.handle = parameter.register_post_accumulate_grad_hook(accumulated)
+            self._weights[id(parameter)] = weight
+        site = Site(layer, weight, rows)
+        weight.sites.append(site)
+        self._unchecked[id(site)] = CHECK_TRIES
+        number = _registry.add(module, site)
+        weakref.finalize(module, _registry.forget, id(module))
+        if isinstance(module, nn.MultiheadAttention):
+            _registry.add_projection(parameter, rows, number)
+
+    def close(self) -> None:
+        """Stops watching; the model is as before."""
+        _release(self._weights)
+        self.active = False
+
+    # -- batches -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def micro_batch(self, batch: Batch) -> Iterator[Batch]:
+        """Forward calls inside are about `batch`."""
+        before, self._explicit = self._explicit, batch
+        try:
+            yield batch
+        finally:
+            self._explicit = before
+            self._newest = batch
+
+    def enter_root(self, arguments: Sequence[Any]) -> None:
+        """A forward call of the whole model begins: its first tensor counts the samples."""
+        tensors = (v for v in arguments if isinstance(v, Tensor) and v.dim())
+        first = next(tensors, None)
+        given = self._explicit
+        axis = self._axis if given is None else given.axis
+        size = None if first is None or first.dim() <= axis else first.shape[axis]
+        if given is None:
+            self._newest = None if size is None else Batch(size, axis, is_told=False, length=size)
+        elif size is not None:
+            given.length = size
+            given.size = given.size if given.is_told else size
+
+    def leave_root(self, output: Tensor) -> None:
+        """The call has returned."""
+        batch = self._explicit or self._newest
+        if batch is not None:
+            batch.has_positions = output.dim() > 2
+
+    def batch_of(self, inputs: Tensor) -> Batch:
+        """The batch that a call of a layer is about."""
+        if self._explicit is not None:
+            return self._explicit
+        if self._newest is not None:
+            return self._newest
+        # Only parts of the model are called: the layer's own input counts, once per size and pass.
+        size = inputs.shape[0] if inputs.dim() else 1
+        if self._loose_is_old and torch._C._current_graph_task_id() == -1:
+            self._loose, self._loose_is_old = {}, False
+        return self._loose.setdefault(size, Batch(size, is_told=False))
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def called(
+        self, site: Site, inputs: Tensor, *, axis: int | None = None
+    ) -> Callable[[Tensor], None] | None:
+        """Records a forward call whose output may be differentiated.
+
+        Args:
+            axis: Which dimension counts samples, where the layer's inputs are not laid out as the
+                batch says.
+
+        Returns:
+            What to call with the gradient of its output; None if the call does not count.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if saving and in_backward:
+            return None  # a checkpoint is recomputed, for a call that is known already
+        call = self.call(site, inputs.detach(), axis)
+        if (saving or torch.is_autocast_enabled(inputs.device.type)) and not self._is_due(site):
+            # Somebody saves memory here; a reference to the input would undo it.
+            call.inputs, call.version = _exactly(site.layer.condense, call), None
+        known = weakref.ref(site.weight)
+
+        def staged(gradient: Tensor) -> None:
+            weight = known()
+            recorder = None if weight is None else weight.recorder()
+            if weight is not None and recorder is not None and recorder.active:
+                weight.stage(call, gradient)
+
+        return staged
+
+    def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
+        """A call of a layer with `inputs`."""
+        batch = self.batch_of(inputs)
+        if not batch.is_told:
+            samples = site.layer.samples_in(inputs)
+            if samples is not None:
+                batch.size = batch.length = samples
+        return Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
+
+    def _is_due(self, site: Site) -> bool:
+        """Whether the layer's first statistics are still to be checked."""
+        return id(site) in self._unchecked
+
+    def fold(self, call: Call) -> None:
+        """Turns a committed call into sums and lets go of its tensors."""
+        self._loose_is_old = True
+        if call.version is not None and call.inputs._version != call.version:
+            reason = "its input was changed in place before the backward pass"
+            self.faults.append((call.site.layer, reason))
+        elif call.epoch == call.site.weight.epoch:
+            _exactly(call.site.layer.fold, call)
+        call.inputs = call.gradient = None
+
+    def settle(self) -> None:
+        """Folds what was kept for further passes; drops what somebody has reset."""
+        for weight in self._weights.values():
+            weight.reset_if_zeroed()
+        for weight in reversed(self._weights.values()):  # as a backward pass would
+            still_open, weight.open = weight.open, []
+            for call in reversed(still_open):
+                self.fold(call)
+
+    def clear(self) -> None:
+        """Forgets everything; what was taken before stays as it is."""
+        for weight in self._weights.values():
+            weight.clear()
+
+    @contextlib.contextmanager
+    def sampling(self, weight: float) -> Iterator[None]:
+        """Gradients that are propagated inside come from sampled labels; their squares count for
+        `weight`."""
+        self.sampling_weight = weight
+        try:
+            yield
+        finally:
+            self.sampling_weight = None
+
+    def sample(self, call: Call, gradient: Tensor) -> None:
+        """Notes a gradient of sampled labels."""
+        assert self.sampling_weight is not None
+        layer, weight = call.site.layer, self.sampling_weight
+        _exactly(lambda call: layer.sampled(call, gradient, weight), call)
+
+    @torch.no_grad()
+    def check(self, weight: Weight, parameter: Tensor, calls: Sequence[Call]) -> None:
+        """At a layer's first statistics: do its passes explain the gradient that it got?"""
+        due = [site for site in weight.sites if self._is_due(site)]
+        if not due or any(call.version is None for call in calls):
+            return
+        assert parameter.grad is not None
+        gradient = parameter.grad.detach()
+        explained = torch.zeros_like(gradient)
+        try:
+            for call in calls:
+                part = _exactly(call.site.layer.weight_gradient, call)
+                target = explained if call.site.rows is None else explained[call.site.rows]
+                target += part.to(target.dtype).reshape(target.shape)
+        except RuntimeError:  # shapes of another computation
+            explained.zero_()
+        difference = float((explained - gradient).norm() / gradient.norm())
+        for site in due:
+            self._unchecked[id(site)] -= 1
+            # No gradient, or not finite: the next statistics show it.
+            if math.isfinite(difference) or not self._unchecked[id(site)]:
+                del self._unchecked[id(site)]
+        if CHECK_TOLERANCE < difference < math.inf:
+            reason = (
+                "its gradient is not that of W x + b with the inputs it was called with "
+                f"(relative difference {difference:.2g})"
+            )
+            self.faults += [(site.layer, reason) for site in due]
+
+
+def _exactly(function: Callable[[Call], T], call: Call) -> T:
+    """Calls `function` without gradients and without autocast."""
+    parameter = call.site.weight.parameter()
+    device = "cpu" if parameter is None else parameter.device.type
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+        return function(call)  # as in most backward passes
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        return function(call)
+
+
+# -- process-wide hooks ------------------------------------------------------------------------
+
+
+class _Registry:
+    """What the hooks look up by identity: sites by module, roots by module, sites by number."""
+
+    def __init__(self) -> None:
+        self.sites: dict[int, list[weakref.ref[Site]]] = {}
+        self.roots: dict[int, list[weakref.ref[Recorder]]] = {}
+        self.numbered: list[weakref.ref[Site]] = []
+        self.numbers: dict[int, list[int]] = {}
+        """Of the sites of a module: what a compiled graph can hold."""
+        self.projections: dict[int, list[list[int]]] = {}
+        """Of the parts of an attention's weight: three of a packed one, else one."""
+        self.recorders = 0
+        self.handles: list[RemovableHandle] = []
+        self.recording = False
+        """Whether any recorder is active: compiled graphs are guarded by it."""
+        self._active = 0
+
+    def count(self, change: int) -> None:
+        """Recorders have become active or inactive."""
+        self._active += change
+        self.recording = self._active > 0
+
+    def add(self, module: nn.Module, site: Site) -> int:
+        """Registers a site; returns its number."""
+        number = len(self.numbered)
+        self.numbered.append(weakref.ref(site))
+        self.sites.setdefault(id(module), []).append(weakref.ref(site))
+        self.numbers.setdefault(id(module), []).append(number)
+        return number
+
+    def add_projection(self, parameter: nn.Parameter, rows: slice | None, number: int) -> None:
+        """Registers a site as a projection of an attention, by its weight and its rows in it."""
+        parts = 1 if rows is None else 3
+        part = 0 if rows is None else 3 * rows.start // parameter.shape[0]
+        known = self.projections.setdefault(id(parameter), [[] for _ in range(parts)])
+        known[part].append(number)
+        weakref.finalize(parameter, self.forget, id(parameter))
+
+    def live(self, numbers: Sequence[int]) -> Iterator[tuple[Site, Recorder]]:
+        """The sites among `numbers` that record now."""
+        for number in numbers:
+            site = self.numbered[number]()
+            recorder = None if site is None else site.weight.recorder()
+            if site is not None and recorder is not None and recorder.active:
+                yield site, recorder
+
+    def forget(self, key: int) -> None:
+        """Forgets an identity: another object may get it."""
+        for table in (self.sites, self.roots, self.numbers, self.projections):
+            table.pop(key, None)
+
+    def install(self) -> None:
+        # The extra call for the compiled wrapper is harmless: no layer is registered for it.
+        warnings.filterwarnings(
+            "ignore", r"Using `torch.compile\(module\)` when there are global hooks"
+        )
+        self.recorders += 1
+        if self.recorders == 1:
+            self.handles = [
+                register_module_forward_pre_hook(_before_forward),
+                register_module_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+            ]
+
+    def uninstall(self) -> None:
+        self.recorders -= 1
+        if not self.recorders:
+            for handle in self.handles:
+                handle.remove()
+            self.handles = []
+
+
+_registry = _Registry()
+
+
+class _Activity:
+    """Whether one recorder records; counted for all of them."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def set(self, on: bool) -> None:
+        if on != self.on:
+            self.on = on
+            _registry.count(1 if on else -1)
+
+
+def _release(weights: dict[int, Weight]) -> None:
+    """Removes the hooks on the weights, and breaks the circles that would keep layers alive."""
+    for weight in weights.values():
+        if weight.handle is not None:
+            weight.handle.remove()
+        weight.sites.clear()
+    weights.clear()
+
+
+def _counts() -> bool:
+    """Whether forward calls in this context can be part of a gradient."""
+    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.compiler.is_compiling() or not _registry.recording:
+        return
+    compiled = module._modules.get("_orig_mod")
+    key = id(module if compiled is None else compiled)
+    if key in _registry.roots and _counts():
+        for known in _registry.roots[key]:
+            recorder = known()
+            if recorder is not None and recorder.active:
+                recorder.enter_root(args)
+    if (compiled is not None and _registry.projections) or (
+        isinstance(module, nn.MultiheadAttention) and key in _registry.numbers
+    ):
+        # Attention in a compiled model is traced with the mode that is on around the compiled call.
+        mode = _SeeProjections()
+        mode.__enter__()
+        _modes.stack.append((id(module), mode))
+
+
+def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
+    # When forward raises, torch calls the hook without keyword arguments and without an output.
+    key = id(module)
+    if torch.compiler.is_compiling():
+        if not _registry.recording or torch.compiler.is_exporting():
+            return None
+        numbers = _registry.numbers.get(key)
+        output = rest[-1]
+        if numbers is None or isinstance(module, nn.MultiheadAttention):
+            return None
+        inputs = args[0] if args else next(iter(rest[0].values()))
+        return _Tap.apply(output, inputs.detach(), numbers, -1)
+    if _modes.stack and _modes.stack[-1][0] == key:
+        _modes.stack.pop()[1].__exit__(None, None, None)
+        return None
+    if len(rest) < 2:
+        return None
+    kwargs, output = rest
+    if isinstance(output, Tensor):
+        compiled = module._modules.get("_orig_mod")
+        for known in _registry.roots.get(key if compiled is None else id(compiled), ()):
+            recorder = known()
+            if recorder is not None and recorder.active and _counts():
+                recorder.leave_root(output)
+    numbers = _registry.numbers.get(key)
+    if numbers is None or isinstance(module, nn.MultiheadAttention):
+        return None
+    if not isinstance(output, Tensor) or not output.requires_grad or not _counts():
+        return None
+    inputs = args[0] if args else next(iter(kwargs.values()), None)
+    if isinstance(inputs, Tensor):
+        _record(numbers, inputs, output, weight=module._parameters.get("weight"))
+    return None
+
+
+def _record(
+    numbers: Sequence[int],
+    inputs: Tensor,
+    output: Tensor,
+    *,
+    weight: Tensor | None,
+    axis: int | None = None,
+) -> None:
+    for site, recorder in _registry.live(numbers):
+        # `functional_call` swaps parameters: then the call is about other weights.
+        if site.weight.parameter() is weight:
+            staged = recorder.called(site, inputs, axis=axis)
+            if staged is not None:
+                output.register_hook(staged)
+
+
+# -- compiled models ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("elastic_kfac::record", mutates_args=())
+def _staged_in_graph(gradient: Tensor, inputs: Tensor, numbers: list[int], axis: int) -> Tensor:
+    """Stages a gradient from inside a compiled backward pass; returns it.
+
+    Its result is the gradient, so nothing removes it. The compiler reuses the memory of both
+    tensors, so both are copied.
+    """
+    for site, recorder in _registry.live(numbers):
+        call = recorder.call(site, inputs.clone(), None if axis < 0 else axis)
+        site.weight.stage(call, gradient.clone())
+    return gradient.clone()
+
+
+@_staged_in_graph.register_fake
+def _(gradient: Tensor, inputs: Tensor, numbers: list[int], axis: int) -> Tensor:
+    return torch.empty_like(gradient)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward records: what a hook on the output is where graphs are traced."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, inputs: Tensor, numbers: list[int], axis: int) -> Tensor:
+        ctx.save_for_backward(inputs)
+        ctx.numbers, ctx.axis = numbers, axis
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inputs,) = ctx.saved_tensors
+        return _staged_in_graph(gradients[0], inputs, ctx.numbers, ctx.axis), None, None, None
+
+
+# -- attention ---------------------------------------------------------------------------------
+
+
+class _Modes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[tuple[int, _SeeProjections]] = []
+
+
+_modes = _Modes()
+
+
+class _SeeProjections(TorchFunctionMode):
+    """Runs torch's own attention function, with projections that record.
+
+    torch's function works on `[positions, samples, features]`.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is not F.multi_head_attention_forward:
+            return func(*args, **(kwargs or {}))
+        return _attention(*args, **(kwargs or {}))
+
+
+def _projected(weight: Tensor, part: int, inputs: Tensor, output: Tensor) -> Tensor:
+    """Records one projection; returns its output."""
+    found = _registry.projections.get(id(weight))
+    if found is None or not output.requires_grad:
+        return output
+    if torch.compiler.is_compiling():
+        return _Tap.apply(output, inputs.detach(), found[part], 1)
+    if _counts():
+        _record(found[part], inputs, output, weight=weight, axis=1)
+    return output
+
+
+class _Attending:
+    samples = 1
+    """Samples of the call that is running: its last projection gets them flattened."""
+
+
+_attending = _Attending()
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    output = F.linear(inputs, weight, bias)
+    if inputs.dim() == 3:
+        _attending.samples = inputs.shape[1]
+        return _projected(weight, 0, inputs, output)
+    samples = _attending.samples
+    unflattened = output.view(-1, samples, output.shape[-1])
+    seen = _projected(weight, 0, inputs.view(-1, samples, inputs.shape[-1]), unflattened)
+    return seen.reshape(output.shape)
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, b: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    _attending.samples = q.shape[1]
+    outputs = F._in_projection_packed(q, k, v, w, b)  # type: ignore[attr-defined]
+    parts = zip((q, k, v), outputs, strict=True)
+    return tuple(_projected(w, part, *pair) for part, pair in enumerate(parts))
+
+
+def _with_globals(function: Any, scope: dict[str, Any]) -> Any:
+    copy = types.FunctionType(
+        function.__code__, scope, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _recording_attention() -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` with globals of its own, in which projections record.
+
+    Nothing is patched for anybody else, in this thread or another. Asking for further overrides is
+    off, because this is already inside one.
+    """
+    scope: dict[str, Any] = dict(vars(F))
+    scope.update(linear=_linear, _in_projection_packed=_packed)
+    scope["has_torch_function"] = lambda arguments: False
+    scope["_in_projection"] = _with_globals(F._in_projection, scope)  # type: ignore[attr-defined]
+    attention: Callable[..., Any] = _with_globals(F.multi_head_attention_forward, scope)
+    return attention
+
+
+_attention = _recording_attention()
