@@ -26,6 +26,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -469,10 +470,9 @@ def _exactly(function: Callable[[Call], T], call: Call) -> T:
 
 
 class _Registry:
-    """What the hooks look up by identity: sites by module, roots by module, sites by number."""
+    """What the hooks look up: numbers of sites by the identity of modules and weights, and roots."""
 
     def __init__(self) -> None:
-        self.sites: dict[int, list[weakref.ref[Site]]] = {}
         self.roots: dict[int, list[weakref.ref[Recorder]]] = {}
         self.numbered: list[weakref.ref[Site]] = []
         self.numbers: dict[int, list[int]] = {}
@@ -494,7 +494,6 @@ class _Registry:
         """Registers a site; returns its number."""
         number = len(self.numbered)
         self.numbered.append(weakref.ref(site))
-        self.sites.setdefault(id(module), []).append(weakref.ref(site))
         self.numbers.setdefault(id(module), []).append(number)
         return number
 
@@ -516,8 +515,17 @@ class _Registry:
 
     def forget(self, key: int) -> None:
         """Forgets an identity: another object may get it."""
-        for table in (self.sites, self.roots, self.numbers, self.projections):
+        for table in (self.roots, self.numbers, self.projections):
             table.pop(key, None)
+
+    def prune(self) -> None:
+        """Forgets the sites of recorders that are gone, where their modules live on."""
+        dead = {number for number, known in enumerate(self.numbered) if known() is None}
+        lists = [*self.numbers.values(), *chain.from_iterable(self.projections.values())]
+        for numbers in lists:
+            numbers[:] = [number for number in numbers if number not in dead]
+        for roots in self.roots.values():
+            roots[:] = [known for known in roots if known() is not None]
 
     def install(self) -> None:
         # The extra call for the compiled wrapper is harmless: no layer is registered for it.
@@ -561,6 +569,7 @@ def _release(weights: dict[int, Weight]) -> None:
             weight.handle.remove()
         weight.sites.clear()
     weights.clear()
+    _registry.prune()
 
 
 def _counts() -> bool:
