@@ -13,7 +13,7 @@ from elastic_kfac.reports.analysis import analysis_section
 from elastic_kfac.reports.pages import Cell, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
 from elastic_kfac.runs.history import Row, Run, number, read_run
-from elastic_kfac.runs.summary import duration, headline
+from elastic_kfac.runs.summary import duration, headline, moved_text
 
 UNPLANNED = ("fail", "kill", "lost", "crash", "error")
 
@@ -103,17 +103,22 @@ def _event_row(event: Row, origin: float) -> list[object]:
         "" if at is None else duration(at - origin),
         event.get("step", ""),
         workers,
-        Markup("{}{}").format(event.get("reason") or "", _phases(event)),
+        Markup("{}{}").format(event.get("reason") or "", _notes(event)),
         "" if downtime is None else duration(downtime),
         Cell("" if redone is None else f"{redone:,.0f}", redone),
     ]
 
 
-def _phases(event: Row) -> Markup:
+def _notes(event: Row) -> Markup:
+    """When the phases of a change were reached, and how much state moved."""
     phases = event.get("phases_s")
     if not isinstance(phases, Mapping):
-        return Markup("")
+        phases = {}
     parts = [f"{name} {max(0.0, number(phases, name) or 0.0):.1f} s" for name in phases]
+    if moved := moved_text(event):
+        parts.append(moved)
+    if not parts:
+        return Markup("")
     return Markup('<div class="note">{}</div>').format(" · ".join(parts))
 
 

@@ -74,7 +74,18 @@ def describe_event(event: Row) -> str:
         line += f", {duration(downtime)} without steps"
     if (redone := number(event, "steps_redone")) is not None:
         line += f", {_count(int(redone), 'step redone', 'steps redone')}"
+    if moved := moved_text(event):
+        line += f", {moved}"
     return line
+
+
+def moved_text(event: Row) -> str:
+    """How ranks got the state after a change: `state kept, 1.2 MiB moved`; empty if not recorded."""
+    moved = number(event, "moved_bytes")
+    if moved is None:
+        return ""
+    way = "kept" if event.get("way") == "resize" else "restored"
+    return f"state {way}, {moved / 2**20:,.1f} MiB moved"
 
 
 def duration(seconds: float) -> str:

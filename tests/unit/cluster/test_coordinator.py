@@ -279,7 +279,7 @@ def test_coordinator_in_place_follows_the_worlds_of_one_group(tmp_path: Path) ->
         await coordinator.record(1, _steps(1, 2))
         assert await coordinator.members_lost({1: "ActorDied"}, []) is None
         # Both worlds begin in the middle of a batch of rows.
-        restored = {"kind": "restored", "step": 2}
+        restored = {"kind": "restored", "step": 2, "way": "restore", "moved_bytes": 0}
         await coordinator.record(
             1,
             [
@@ -295,7 +295,11 @@ def test_coordinator_in_place_follows_the_worlds_of_one_group(tmp_path: Path) ->
             1,
             [
                 ("rollback", {"step": 3, "lost_steps": 0}),
-                ("event", {**restored, "step": 3, "world_size": 2}),
+                (
+                    "event",
+                    {"kind": "restored", "step": 3, "world_size": 2}
+                    | {"way": "resize", "moved_bytes": 4096},
+                ),
                 *_steps(4),
             ],
         )
@@ -314,4 +318,37 @@ def test_coordinator_in_place_follows_the_worlds_of_one_group(tmp_path: Path) ->
         ("recovery", 1, 1),
         ("resize", 2, 0),
     ]
+    assert [(r.get("way"), r.get("moved_bytes")) for r in rows] == [
+        (None, None),
+        (None, None),
+        ("restore", 0),
+        ("resize", 4096),
+    ]
     assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4]
+
+
+def test_coordinator_restart_that_is_retried_reports_the_bytes_of_its_last_attempt(
+    tmp_path: Path,
+) -> None:
+    def restored(moved_bytes: int) -> Any:
+        row = {"kind": "restored", "step": 2, "world_size": 2, "way": "restore"}
+        return ("event", {**row, "moved_bytes": moved_bytes})
+
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1, 2))
+        await coordinator.group_failed({1: "ActorDied"}, [])
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(2, [restored(100)])
+        await coordinator.group_failed({1: "ActorDied"}, [])
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(3, [restored(300), *_steps(3)])
+        # A change that moves nothing does not inherit the bytes of the one before.
+        await coordinator.group_failed({1: "ActorDied"}, [])
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(4, _steps(4))
+
+    asyncio.run(scenario())
+    rows = [row for row in RunFolder(tmp_path).events() if row["kind"] == "recovery"]
+    assert [(row["way"], row["moved_bytes"]) for row in rows] == [("restore", 300), (None, None)]

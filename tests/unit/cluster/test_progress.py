@@ -58,6 +58,8 @@ def test_event_line_change_tells_why_how_long_and_what_was_redone() -> None:
     }
     expected = "[step 60] 2 -> 1 worker: 1 node lost; down 4.2 s, 3 steps redone"
     assert event_line(event) == expected
+    resized = {**event, "way": "resize", "moved_bytes": 3 * 2**19}
+    assert event_line(resized) == f"{expected}, state kept, 1.5 MiB moved"
     assert event_line({"kind": "restored", "step": 60}) is None
 
 

@@ -72,6 +72,8 @@ EVENTS = [
         "reason": "<b>node</b> added",
         "downtime_s": 7.9,
         "steps_redone": 3,
+        "way": "resize",
+        "moved_bytes": 5 * 2**18,
         "plan": "layer  column  workers\nconv1  0       0 1",
     },
 ]

@@ -78,6 +78,7 @@ def test_report_shows_result_events_config_and_provenance(make_run: MakeRun) -> 
     assert "20.0 s" in text  # the second event, after the first
     assert "torch" in text and "2.15.0" in text
     assert "conv1  0       0 1" in text
+    assert text.count("MiB moved") == 1 and "state kept, 1.2 MiB moved" in text
     assert "shards: data/digits" in text
 
 
@@ -153,6 +154,9 @@ def test_summary_fits_one_screen(make_run: MakeRun) -> None:
     assert any(
         "2 → 1 (node removed), 8.6 s without steps, no step redone" in line for line in lines
     )
+    assert [line.endswith("3 steps redone, state kept, 1.2 MiB moved") for line in lines].count(
+        True
+    ) == 1
 
 
 @pytest.mark.parametrize(

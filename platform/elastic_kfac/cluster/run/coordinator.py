@@ -505,6 +505,8 @@ class RunCoordinator:
                 "restored_from": change.restored_from,
                 "hand_over_s": change.hand_over_s,
                 "in_place": change.in_place,
+                "way": change.way,
+                "moved_bytes": change.moved_bytes,
                 "phases_s": {name: round(at - began, 3) for name, at in change.marks.items()},
             }
         self._record_event(
@@ -519,6 +521,8 @@ class RunCoordinator:
             self._change.restored_from = str(row["source"])
         elif row.get("kind") == "restored":
             self._enter_world(group, int(row["world_size"]))
+            if self._change is not None:
+                self._change.way, self._change.moved_bytes = row["way"], row["moved_bytes"]
         self._record_event({**row, "world_size": group.world_size})
 
     def _record_failure(self, before: int | None, after: int | None, **details: Any) -> None:

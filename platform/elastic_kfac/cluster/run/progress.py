@@ -13,6 +13,7 @@ from rich.text import Text
 
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.states import RunState
+from elastic_kfac.runs.summary import moved_text
 
 
 class Display:
@@ -103,10 +104,12 @@ def event_line(event: Mapping[str, Any]) -> str | None:
     if kind in ("resize", "recovery"):
         before, after = event["from_world_size"], event["to_world_size"]
         change = f"{before} -> {workers(after)}" if before != after else f"still {workers(after)}"
-        return (
+        line = (
             f"[step {step}] {change}: {event['reason']}; down {event['downtime_s']:.1f} s, "
             f"{event['steps_redone']} steps redone"
         )
+        moved = moved_text(event)
+        return f"{line}, {moved}" if moved else line
     if kind == "failure":
         then = "the others continue" if event.get("in_place") else "restarting from the last state"
         return f"[step {step}] {event['reason']}; {then}"

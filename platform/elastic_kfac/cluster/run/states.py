@@ -74,6 +74,10 @@ class Change:
     """Source of the state: a replica, the disk or a member."""
     in_place: bool = False
     """Whether the survivors kept their processes."""
+    way: Literal["resize", "restore"] | None = None
+    """Whether survivors kept their state or every rank restored one (`training/continuation.py`)."""
+    moved_bytes: int | None = None
+    """Tensors received over all ranks together; of the last attempt when a restart is retried."""
     marks: dict[str, float] = field(default_factory=dict)
     """When its phases were reached (Unix time)."""
 
