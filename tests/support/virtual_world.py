@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training import membership as protocol
 from elastic_kfac.training.membership import StoreMembership, World
+from support.departure import Departed, DepartingMembership
 
 LIMIT_S = 3600.0
 """Virtual time after which a schedule hangs."""
@@ -204,7 +205,7 @@ def play(seed: int, schedule: Schedule) -> Played:
                 if played.finished:
                     raise CommunicationError("the run is over")
 
-            mine = StoreMembership(
+            mine = DepartingMembership(
                 store,  # type: ignore[arg-type]
                 slot,
                 settle_s=0.3,
@@ -228,7 +229,7 @@ class _Member:
     def __init__(
         self,
         slot: int,
-        membership: StoreMembership,
+        membership: DepartingMembership,
         clock: Clock,
         groups: dict[int, Group],
         schedule: Schedule,
@@ -240,13 +241,13 @@ class _Member:
 
     def run(self) -> None:
         try:
-            world: World | None = self.membership.join()
+            world = self.membership.join()
         except CommunicationError:
             # Too late: the run was over before anybody took it in.
             if self.played.finished:
                 return
             raise
-        while world is not None:
+        while True:
             members = tuple(self.membership._plan(world.generation)[0])
             group = self.groups.setdefault(world.generation, Group(members))
             try:
@@ -258,7 +259,10 @@ class _Member:
                 group.left.add(self.slot)
                 return
             group.left.add(self.slot)
-            world = self.membership.next_world(world)
+            try:
+                world = self.membership.next_world(world)
+            except Departed:
+                return
 
     def _train(self, world: World, group: Group) -> bool:
         states = self._exchange(group, "state", 0, self.state)

@@ -20,7 +20,7 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
-from elastic_kfac.training.membership import Membership, World
+from elastic_kfac.training.membership import Membership
 from elastic_kfac.training.rank import RankTrainer
 from elastic_kfac.training.regroup import leave
 
@@ -38,7 +38,7 @@ def run_member(
     datasets: Datasets | None = None,
     repeat_rows: bool = False,
 ) -> Outcome:
-    """Trains as a member of a world that changes, until the run ends, parks, or this member leaves.
+    """Trains as a member of a world that changes, until the run ends or drains.
 
     `store` and the rows of `callback` are used while this process is rank 0, so every member brings
     its own; they lead to the same place. With `repeat_rows` a new rank 0 reports the newest rows again,
@@ -55,9 +55,9 @@ def run_member(
         # Alone first: members and newcomers then take part in the same collectives.
         trainer = RankTrainer(config, Communicator.solo(), opened, device=device, callback=callback)
         loop = RunLoop(trainer, store, keep_newest=True)
-        world: World | None = membership.join()
-        outcome: Outcome | None = None
-        while world is not None:
+        world = membership.join()
+        while True:
+            outcome: Outcome | None = None
             try:
                 trainer.enter(membership.connect(world))
                 loop.continue_on_other_ranks()
@@ -68,7 +68,7 @@ def run_member(
                     _ControlOfMember(control, membership), durable=_is_durable
                 )
             except CommunicationError:
-                outcome = None
+                pass
             if outcome is None and trainer.is_committed and trainer.holds_everything:
                 # Newer than what was captured at the last snapshot: nothing is computed again.
                 with contextlib.suppress(CommunicationError):
@@ -82,8 +82,6 @@ def run_member(
             trainer.leave()
             leave()
             world = membership.next_world(world)
-        assert outcome is not None
-        return outcome
     finally:
         leave()
         gc.unfreeze()

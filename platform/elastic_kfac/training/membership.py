@@ -40,11 +40,11 @@ class Membership(Protocol):
         ...
 
     def change_is_wanted(self) -> bool:
-        """Whether somebody wants to join, or this process wants to leave. Returns at once."""
+        """Whether a newcomer waits to be admitted. Returns at once."""
         ...
 
-    def next_world(self, world: World) -> World | None:
-        """Blocks until those who are left agree; None when this process leaves."""
+    def next_world(self, world: World) -> World:
+        """Blocks until the survivors of `world` agree on the next one."""
         ...
 
     def connect(self, world: World) -> Communicator:
@@ -82,7 +82,6 @@ class StoreMembership:
         self._timeout_s = timeout_s
         self._while_joining = while_joining
         self._joins_seen = 0
-        self._leaves = False
 
     @staticmethod
     def found(store: dist.Store, slots: Sequence[int]) -> None:
@@ -113,28 +112,21 @@ class StoreMembership:
             f"slot {self._slot} was not taken into the world within {self._timeout_s:g} s"
         )
 
-    def leave_at_next_boundary(self) -> None:
-        """Makes this process ask for a change and stay out of it."""
-        self._leaves = True
-
     def change_is_wanted(self) -> bool:
-        return self._leaves or self._store.check([f"join/{self._joins_seen + 1}"])
+        return self._store.check([f"join/{self._joins_seen + 1}"])
 
-    def next_world(self, world: World) -> World | None:
+    def next_world(self, world: World) -> World:
         """Agrees with the other survivors on the next generation.
 
         Raises:
             CommunicationError: If there is no plan within the timeout.
         """
         generation = world.generation + 1
-        self._store.set(f"arrive/{generation}/{self._slot}", "leaving" if self._leaves else "here")
+        self._store.set(f"arrive/{generation}/{self._slot}", "here")
         old, _ = self._plan(world.generation)
         arrived = self._wait_for_arrivals(generation, old)
-        staying = [slot for slot in arrived if self._answer(generation, slot) == "here"]
-        if self._leaves:
-            return None
-        if staying[0] == self._slot or not self._plan_appears(generation):
-            self._propose(generation, staying)
+        if arrived[0] == self._slot or not self._plan_appears(generation):
+            self._propose(generation, arrived)
         if self._slot not in self._plan(generation)[0]:
             return self.join()
         return self._world(generation)
@@ -178,18 +170,15 @@ class StoreMembership:
             time.sleep(0.002)
         return False
 
-    def _propose(self, generation: int, staying: Sequence[int]) -> None:
+    def _propose(self, generation: int, survivors: Sequence[int]) -> None:
         joins, newcomers = self._joins_seen, []
         while self._store.check([f"join/{joins + 1}"]):
             joins += 1
             newcomers.append(int(self._store.get(f"join/{joins}")))
-        members = list(dict.fromkeys([*staying, *newcomers]))
+        members = list(dict.fromkeys([*survivors, *newcomers]))
         plan = json.dumps({"members": members, "joins_seen": joins})
         self._store.compare_set(f"plan/{generation}", "", plan)
         self._store.set("generation", str(generation))
-
-    def _answer(self, generation: int, slot: int) -> str:
-        return str(self._store.get(f"arrive/{generation}/{slot}").decode())
 
     def _plan(self, generation: int) -> tuple[list[int], int]:
         plan = json.loads(self._store.get(f"plan/{generation}"))
