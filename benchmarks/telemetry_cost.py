@@ -96,7 +96,7 @@ def measure(epochs: float, folder: Path) -> dict[str, Any]:
     )
     elapsed_s = time.perf_counter() - begin
     export.export()
-    rank = probe.of_the_rank()
+    rank = probe.rank_values()
     alone = RankProbe()
     repeats = 20_000
     begin_cpu = time.thread_time()

@@ -1,12 +1,13 @@
-"""The elastic pieces for people with a training loop of their own.
+"""Elastic building blocks for custom training loops.
 
-    state = ElasticState(model, optimizer, kfac, folder="run")     # goes on where the last run ended
+    state = ElasticState(model, optimizer, kfac, folder="run")     # resumes from the last checkpoint
     for epoch, first, count in state.batches(num_samples, batch_size, epochs):
         ...                                                        # read, backward, step
         state.commit(epoch, first, count)
+        state.save()                                               # or every few batches
 
-Whoever starts the script again, with any number of ranks, goes on with the next batch. The other names
-are the ones that the trainer itself uses.
+A restarted script, with any number of ranks, resumes after the last batch that was saved. The other
+exported names are the trainer's own building blocks.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ __all__ = [
 
 
 class ElasticState:
-    """Model, optimizer, K-FAC and position of a loop as one durable value without a world size."""
+    """State of a loop (model, optimizer, K-FAC, position) in checkpoints without a world size."""
 
     def __init__(
         self,
@@ -65,10 +66,10 @@ class ElasticState:
         folder: str | Path,
         communicator: Communicator | None = None,
     ) -> None:
-        """Restores the newest checkpoint below `folder`, if there is one. Collective.
+        """Restores the newest checkpoint in `folder`, if there is one. Collective.
 
         Raises:
-            StateError: If it belongs to another model, or none of several can be read.
+            StateError: If it belongs to another model, or no checkpoint is readable.
         """
         self.progress = Progress()
         self._model, self._optimizer, self._kfac = model, optimizer, kfac
@@ -88,10 +89,10 @@ class ElasticState:
     def batches(
         self, num_samples: int, batch_size: int, epochs: int
     ) -> Iterator[tuple[int, int, int]]:
-        """(epoch, first position, count) of every batch that is not committed yet.
+        """Yields (epoch, first position, count) of each uncommitted global batch.
 
         Raises:
-            UsageError: If a batch was not committed before the next one is asked for.
+            UsageError: If the previous batch was not committed.
         """
         while self.progress.epoch < epochs:
             first, step = self.progress.consumed, self.progress.step
@@ -101,12 +102,12 @@ class ElasticState:
             yield self.progress.epoch, first, min(batch_size, num_samples - first)
             if self.progress.step == step:
                 raise UsageError(
-                    "the batch before was not committed",
-                    change="call commit(epoch, first, count) once the weights are updated",
+                    "the previous batch was not committed",
+                    change="call commit(epoch, first, count) after updating the weights",
                 )
 
     def commit(self, epoch: int, first: int, count: int, ids_hash: int = 0) -> None:
-        """Notes that a batch is part of the weights."""
+        """Records that the weights include a batch; `ids_hash` goes into the ledger."""
         step = self.progress.step + 1
         self._ledger.append(
             step=step,
@@ -122,7 +123,7 @@ class ElasticState:
         )
 
     def save(self) -> str:
-        """Writes a durable checkpoint; returns the hash of the state. Collective."""
+        """Saves a checkpoint on rank 0 and returns the SHA-256 of the state. Collective."""
         parts: dict[str, Any] = {}
         if self._kfac is not None:
             parts["kfac"] = self._kfac.state_dict()

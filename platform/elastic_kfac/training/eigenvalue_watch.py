@@ -1,7 +1,7 @@
-"""The eigenvalue that drives the batch, measured after each epoch, and what K-FAC says beside it.
+"""The curvature eigenvalue that drives the batch size, measured after each epoch.
 
-Samples are fixed for the run and not augmented; products are summed over ranks, weighted by samples; and
-start vectors are functions of the seed: every world size measures the same.
+The result does not depend on the world size: samples are fixed for the run and not augmented, products
+are summed over ranks and weighted by samples, and start vectors are functions of the seed.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from elastic_kfac.tasks.preprocessing import Preprocessor
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
 
-# Yao et al. (2018): loose, because only a fall by a factor matters.
+# As in Yao et al. (2018). Loose, because only a decrease by a factor matters.
 POWER_ITERATIONS = 10
 POWER_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The eigenvalues after an epoch; NaN is one that could not be measured."""
+    """Eigenvalues after an epoch; NaN if the measurement failed."""
 
     driving: float
-    """What the batch policy is told."""
+    """The eigenvalue that the batch policy uses."""
     hessian: float | None
-    """Of the Hessian or its last-layer block; None where it was not asked for."""
+    """Top eigenvalue of the Hessian or of its last-layer block; None if not configured."""
     kfac: float | None
-    """max(d_A)·max(d_G) of the factors; None without K-FAC."""
+    """Maximum over layers of max(d_A)·max(d_G); None if not measured."""
     correlation: float | None
-    """Spearman's, of the two over the epochs so far; None while there are fewer than 3."""
+    """Spearman correlation of the two over the epochs so far; None for fewer than 3 epochs."""
     time_s: float
-    """What the measurement took."""
+    """Duration of the measurement in seconds."""
 
     def columns(self) -> dict[str, float]:
-        """What a metric row says about it."""
+        """Columns of a metrics row; values that are missing or not finite are left out."""
         named = {
             "hessian_eigenvalue": self.hessian,
             "kfac_eigenvalue": self.kfac,
@@ -59,7 +59,7 @@ class Measured:
 
 
 class EigenvalueWatch:
-    """Measures eigenvalues; remembers the pairs that the correlation is taken over."""
+    """Measures the eigenvalues after each epoch and keeps the history for their correlation."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class EigenvalueWatch:
         self._pairs: list[tuple[float, float]] = []
 
     def measure(self, communicator: Communicator, kfac: KFAC | None) -> Measured:
-        """Collective."""
+        """Measures the configured eigenvalues. Collective."""
         batch = self._config.batch
 
         def add(tensor: Tensor) -> None:
@@ -83,7 +83,7 @@ class EigenvalueWatch:
 
         begin = time.perf_counter()
         free = None
-        # Without eigenvectors the factors would have to be decomposed for it.
+        # Free with eigendecompositions; other methods would have to decompose the factors for it.
         is_free = self._config.kfac.method == "eigen"
         if kfac is not None and (is_free or batch.eigenvalue == "kfac" or batch.report_both):
             from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
@@ -127,7 +127,7 @@ class EigenvalueWatch:
         return found.values[0]
 
     def _samples(self, communicator: Communicator) -> list[tuple[Tensor, Tensor]]:
-        """This rank's share of the samples in chunks: the first ones of the first epoch's order."""
+        """This rank's slice of the first `batch.hessian_samples` samples of epoch 0, in micro-batches."""
         dataset = self._dataset
         if self._config.data.augment != "none":
             dataset = open_split(self._config, self._config.data.train_split)
@@ -154,16 +154,16 @@ class EigenvalueWatch:
         return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """World-size-free."""
+        """The history; independent of the world size."""
         return {"pairs": [list(pair) for pair in self._pairs]}
 
     def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
-        """Goes on from `state_dict()`; an empty one starts afresh."""
+        """Restores the history; an empty `state` clears it."""
         self._pairs = [(pair[0], pair[1]) for pair in state.get("pairs", ())]
 
 
 def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Equal values share the mean of their ranks."""
+    """Ranks from 0; ties get the mean of their ranks."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     ranks: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[place]

@@ -1,4 +1,4 @@
-"""Counts over a whole split: every sample once, whatever the world size."""
+"""Evaluation on a whole split: every sample counts exactly once at any world size."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from elastic_kfac.training.precision import autocast
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Exact counts over the whole evaluation split."""
+    """Mean loss and exact counts over a split."""
 
     loss: float
     correct: int
     count: int
     attacked: EvalResult | None = field(default=None)
-    """The same for attacked inputs, where an attack is configured."""
+    """Result on attacked inputs, if an attack is configured."""
 
     @property
     def accuracy(self) -> float:
@@ -42,21 +42,21 @@ def evaluate_split(
     attack: Attack | None = None,
     whole_batches: bool = False,
 ) -> EvalResult:
-    """Counts every sample of a split exactly once over all ranks. Collective.
+    """Evaluates the model on a split divided among all ranks. Collective.
 
     Args:
-        model: In any mode; it is in training mode afterwards.
-        task: What is counted.
+        model: Left in training mode.
+        task: Loss and number of correct predictions.
         dataset: The split.
-        preprocess: For its samples.
+        preprocess: Turns samples into inputs and labels.
         communicator: The ranks.
         config: Batch size and precision.
-        attack: Also count samples that it has changed.
-        whole_batches: Cut between ranks at multiples of the batch size only, so that every batch
-            has the same samples in every world.
+        attack: Also evaluate inputs perturbed by this attack.
+        whole_batches: Divide the split at multiples of the batch size only, so that every batch has the
+            same samples at every world size.
     """
     size, device = config.eval_batch_size, next(model.parameters()).device
-    first, count = _own_share(dataset.num_samples, size, communicator, whole_batches)
+    first, count = _own_slice(dataset.num_samples, size, communicator, whole_batches)
     batches = -(-dataset.num_samples // size)
     sums = torch.zeros(batches, 5, dtype=torch.float64, device=device)
     model.eval()
@@ -95,7 +95,7 @@ def evaluate_split(
     return EvalResult(results[0].loss, results[0].correct, results[0].count, results[1])
 
 
-def _own_share(
+def _own_slice(
     num_samples: int, size: int, communicator: Communicator, whole_batches: bool
 ) -> tuple[int, int]:
     rank, world_size = communicator.rank, communicator.world_size

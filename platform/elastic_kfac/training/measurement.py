@@ -1,8 +1,7 @@
-"""What a rank measures about itself beside its work: times by phase, CPU time, traffic, curvature.
+"""Telemetry of a rank: time per phase, CPU time, traffic, curvature.
 
-A probe follows the points of a step and reads counters that exist anyway; it never synchronises
-a device more often than it is asked for values. On a GPU the phases are times of the host: a kernel
-that still runs is waited for in a later phase.
+The probe is a callback that reads existing counters; it synchronises a device only when values are
+requested. On a GPU the phases are host times: a kernel that is still running delays a later phase.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ _PHASES: Mapping[Point, str] = {
     "capture": "snapshot",
     "recovery": "",
 }
-"""The phase that begins at a point; the others lie inside a phase."""
+"""Phase that begins at each point; the remaining points lie inside a phase."""
 
 
 class RankProbe(Callback):
-    """Measures one rank, through all worlds that it is a member of."""
+    """Measures one rank across all worlds that it joins."""
 
     def __init__(self) -> None:
         self.step = 0
-        """The step that is computed, or was committed last."""
+        """The step in progress, otherwise the last committed one."""
         self._trainer: RankTrainer | None = None
         self._phase = ""
         self._phase_began = 0.0
@@ -52,7 +51,7 @@ class RankProbe(Callback):
         self._preconditioned = True
         self._inverse_steps: dict[str, int] = {}
         self._inverse_updates = 0.0
-        self._told: dict[tuple[str, Labels], float] = {}
+        self._reported: dict[tuple[str, Labels], float] = {}
         self._is_new_world = True
         self._exposed_s = 0.0
         self._waited: tuple[int, float] = (0, 0.0)
@@ -85,7 +84,7 @@ class RankProbe(Callback):
 
     @contextmanager
     def own_cpu(self) -> Iterator[None]:
-        """Counts what the calling thread spends on measuring."""
+        """Adds the CPU time of the calling thread to the cost of telemetry."""
         begin = time.thread_time()
         try:
             yield
@@ -93,22 +92,22 @@ class RankProbe(Callback):
             self._own_cpu_s += time.thread_time() - begin
 
     @property
-    def speaks_for_the_run(self) -> bool:
-        """Whether this rank is number 0 of its present world."""
+    def is_rank_zero(self) -> bool:
+        """Whether this is rank 0 of the current world."""
         return self._trainer is not None and self._trainer.communicator.rank == 0
 
-    def snapshot_kept(self) -> None:
-        """A state has reached a second place in memory."""
+    def snapshot_replicated(self) -> None:
+        """Records that a snapshot has reached a replica."""
         self._saved["snapshot_timestamp_s"] = {(): time.time()}
 
     def checkpoint_written(self, num_bytes: int, elapsed_s: float) -> None:
-        """A durable checkpoint is complete."""
+        """Records a durable checkpoint."""
         self._saved["checkpoint_timestamp_s"] = {(): time.time()}
         self._saved["checkpoint_time_s"] = {(): elapsed_s}
         self._saved["checkpoint_bytes"] = {(): float(num_bytes)}
 
-    def of_the_run(self) -> Values:
-        """What rank 0 says for the run: gauges as they are, counters since the last call."""
+    def run_values(self) -> Values:
+        """Values that rank 0 reports: gauges, and the growth of counters since the last call."""
         trainer = self._trainer
         if trainer is None or self._is_new_world:
             return {}
@@ -124,8 +123,8 @@ class RankProbe(Callback):
         values["condition_number"] = condition_numbers(states, columns.get("damping", 0))
         return {**values, **self._saved}
 
-    def of_the_rank(self) -> Values:
-        """What every rank says for itself: running totals and gauges."""
+    def rank_values(self) -> Values:
+        """Values of this rank: gauges and running totals."""
         trainer = self._trainer
         values: Values = {
             "step_cpu_s": {(): self._step_cpu_s},
@@ -135,7 +134,7 @@ class RankProbe(Callback):
             return values
         counters = trainer.communicator.counters
         world, waited = self._waited
-        # The counters begin anew with every world.
+        # Every world has new counters.
         self._exposed_s += counters.waited_s - (waited if world == id(counters) else 0.0)
         self._waited = (id(counters), counters.waited_s)
         values["communication_exposed_s"] = {(): self._exposed_s}
@@ -150,17 +149,17 @@ class RankProbe(Callback):
     # ---- inside ----------------------------------------------------------------------------
 
     def _enter_world(self) -> None:
-        # What was restored with the state was counted by whoever computed it.
+        # Counters that were restored with the state have been reported by the previous world.
         assert self._trainer is not None
         self._is_new_world = False
         for name, totals in self._totals(self._trainer).items():
             for labels, total in totals.items():
-                self._told[name, labels] = total
+                self._reported[name, labels] = total
         self._inverse_steps = _inverse_steps(self._trainer.kfac)
 
     def _growth(self, name: str, labels: Labels, total: float) -> float:
-        before = self._told.get((name, labels), 0.0)
-        self._told[name, labels] = total
+        before = self._reported.get((name, labels), 0.0)
+        self._reported[name, labels] = total
         return max(0.0, total - before)
 
     def _totals(self, trainer: RankTrainer) -> Values:
@@ -183,7 +182,7 @@ class RankProbe(Callback):
 
     def _phases(self, trainer: RankTrainer) -> dict[Labels, float]:
         spent = defaultdict(float, self._phase_s)
-        # The dataset and K-FAC know their own parts of these two phases.
+        # The dataset and K-FAC measure their own parts of these two phases.
         data_s = min(_data_counts(trainer).get("stall_s", 0.0), spent["forward_backward"])
         spent["data"] += data_s
         spent["forward_backward"] -= data_s
@@ -203,10 +202,10 @@ class RankProbe(Callback):
 
 
 def condition_numbers(states: Sequence[LayerState], damping: float) -> dict[Labels, float]:
-    """Median and maximum of (λmax + √γ) / (λmin + √γ) over the layers this rank has decomposed.
+    """Median and maximum of (λmax + √γ) / (λmin + √γ) over the layers that this rank has decomposed.
 
-    Only where the eigenvalues are at hand: computing them for the purpose would cost a
-    decomposition. √γ is what each factor gets of the damping γ in the factored form.
+    Layers without eigenvalues are left out, since each would cost a decomposition. Factored damping adds
+    √γ to each factor, where γ is `damping`.
     """
     found: dict[Labels, float] = {}
     shift = damping**0.5
@@ -224,7 +223,7 @@ def condition_numbers(states: Sequence[LayerState], damping: float) -> dict[Labe
 
 
 def _inverse_steps(kfac: KFAC | None) -> dict[str, int]:
-    """The step of every layer's decomposition, by name."""
+    """Layer name → step of its decomposition."""
     if kfac is None:
         return {}
     return {x.name: state.inverse_step for x, state in zip(kfac.layers, kfac.states, strict=True)}

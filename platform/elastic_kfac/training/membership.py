@@ -1,11 +1,11 @@
-"""Who is in the world: members agree on the next generation through a store that outlives them.
+"""Membership of the world: members agree on the next generation through a store that outlives them.
 
     plan/<generation>            {"members": [slots in rank order], "joins_seen": n}
-    arrive/<generation>/<slot>   a member of the generation before asks for this one
+    arrive/<generation>/<slot>   a survivor of the previous generation requests this one
     join/<n>                     the slot of the n-th newcomer
 
-A slot names a process for as long as it lives. The lowest slot that has arrived proposes the plan;
-the store keeps the first proposal, so that two proposers cannot split the world.
+A slot identifies a process for its lifetime. The lowest slot that has arrived proposes the plan; the
+store keeps the first proposal, so two proposers cannot split the world.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic_kfac.training.regroup import regroup
 
 @dataclass(frozen=True)
 class World:
-    """A generation as one of its members sees it."""
+    """One member's view of a generation."""
 
     generation: int
     rank: int
@@ -33,14 +33,14 @@ class World:
 
 
 class Membership(Protocol):
-    """What a member of an elastic world needs to know."""
+    """How a process joins an elastic world and follows its generations."""
 
     def join(self) -> World:
         """Blocks until this process is a member."""
         ...
 
     def change_is_wanted(self) -> bool:
-        """Whether a newcomer waits to be admitted. Returns at once."""
+        """Whether a newcomer is waiting for admission. Must not block."""
         ...
 
     def next_world(self, world: World) -> World:
@@ -48,20 +48,20 @@ class Membership(Protocol):
         ...
 
     def connect(self, world: World) -> Communicator:
-        """The process group of a world."""
+        """Creates the process group of `world`."""
         ...
 
 
 class StoreMembership:
-    """Membership over a `torch.distributed` store that none of the members hosts.
+    """Membership over a `torch.distributed` store that no member hosts.
 
     Args:
-        store: For example a TCPStore on a safe node.
-        slot: This process's number; never used again after its death.
-        backend: Of the process groups.
-        settle_s: How long survivors wait for one more survivor before they go on without it.
-        timeout_s: For joining, and for collectives of the groups.
-        while_joining: Called while this process waits to be taken in; may raise to give up.
+        store: For example a TCPStore on a node that is not preempted.
+        slot: Number of this process; never reused after its death.
+        backend: Backend of the process groups.
+        settle_s: Seconds that survivors wait for one more survivor before they continue without it.
+        timeout_s: Timeout in seconds for joining and for the collectives of the groups.
+        while_joining: Called repeatedly while this process waits for admission; raise to give up.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class StoreMembership:
 
     @staticmethod
     def found(store: dist.Store, slots: Sequence[int]) -> None:
-        """Writes the first plan; done once, by whoever starts the run."""
+        """Writes the first plan; call once per run."""
         prefixed = dist.PrefixStore("membership", store)
         prefixed.set("plan/0", json.dumps({"members": list(slots), "joins_seen": 0}))
         prefixed.set("generation", "0")
 
     def join(self) -> World:
-        """Becomes a founding member, or asks the members to be taken in.
+        """Returns the world at once for a founding member, otherwise requests admission and waits.
 
         Raises:
-            CommunicationError: If no plan takes this process in within the timeout.
+            CommunicationError: If no plan includes this process within the timeout.
         """
         generation = int(self._store.get("generation"))
         if generation == 0 and self._slot in self._plan(0)[0]:
@@ -109,7 +109,7 @@ class StoreMembership:
             self._while_joining()
             time.sleep(0.01)
         raise CommunicationError(
-            f"slot {self._slot} was not taken into the world within {self._timeout_s:g} s"
+            f"slot {self._slot} was not admitted to the world within {self._timeout_s:g} s"
         )
 
     def change_is_wanted(self) -> bool:
@@ -142,7 +142,10 @@ class StoreMembership:
         )
 
     def _ask(self, generation: int) -> int:
-        """Takes the next free number of a newcomer, in one move: who dies has asked, or has not."""
+        """Claims the next free join number.
+
+        The claim is one atomic operation, so a process that dies has either requested admission or not.
+        """
         number = self._plan(generation)[1] + 1
         while int(self._store.compare_set(f"join/{number}", "", str(self._slot))) != self._slot:
             number += 1

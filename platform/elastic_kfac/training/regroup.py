@@ -1,4 +1,4 @@
-"""Makes a process group, as often as the world changes, inside one living process."""
+"""Replaces the process group of a living process whenever the world changes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# Optimizers import it, and default arguments of its functions would hold on to the group of that time
-# for ever: before the first group there is none.
+# Optimizers import it, and default arguments of its functions keep the group that exists at that time
+# alive forever. Import it before the first group is created.
 import torch.distributed.nn.functional  # noqa: F401
 
 from elastic_kfac.communication.collectives import Communicator
@@ -28,14 +28,14 @@ def regroup(
     backend: str = "gloo",
     timeout_s: float = 60.0,
 ) -> Communicator:
-    """Leaves the old group, if there is one, and joins the group of `generation`.
+    """Destroys the old group, if there is one, and creates the group of `generation`. Collective.
 
-    Members of a generation agree on its number, on `world_size` and on their ranks beforehand; the
-    `store` lives outside of them, so that it survives any member. Destroying the old group first
-    also wakes the peers that still wait in it for one that is gone.
+    The members agree on `generation`, `world_size` and their ranks beforehand. The `store` is hosted
+    outside the members, so it survives any of them. Destroying the old group first also wakes peers
+    that still wait in it for a lost member.
 
     Raises:
-        CommunicationError: If the members do not come together within `timeout_s`.
+        CommunicationError: If the members do not connect within `timeout_s` seconds.
     """
     leave()
     if world_size == 1:
@@ -58,10 +58,11 @@ def regroup(
 
 
 def leave() -> None:
-    """Destroys this process's group, if there is one.
+    """Destroys the group of this process, if there is one.
 
-    Its connections close, which wakes peers that wait in it, when the last reference to it is gone. A
-    trainer that failed is garbage, but in cycles; a caller that still handles its error holds it.
+    Its connections close, which wakes peers that wait in it, once the last reference to it is gone. A
+    failed trainer holds references in cycles, hence the collection; a caller that still handles the
+    error holds one too, so call this outside the handler.
     """
     if not dist.is_initialized():
         return

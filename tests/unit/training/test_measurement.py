@@ -28,7 +28,7 @@ class Measured(Callback):
 
     def on_point(self, point: Point, step: int) -> None:
         if point == "committed":
-            self.said.append(self.probe.of_the_run())
+            self.said.append(self.probe.run_values())
 
 
 def trained(folder: Path, **changes: Any) -> Measured:
@@ -85,17 +85,17 @@ def test_run_without_kfac_has_no_curvature(tmp_path: Path) -> None:
     assert recorded.said[-1]["condition_number"] == {}
     assert "factor_updates" not in recorded.said[-1]
     assert total(recorded, "phase_time_s", "optimizer") > 0
-    assert "memory_bytes" not in recorded.probe.of_the_rank()
+    assert "memory_bytes" not in recorded.probe.rank_values()
 
 
 def test_rank_tells_cpu_time_memory_and_its_checkpoints(tmp_path: Path) -> None:
     recorded = trained(tmp_path, kfac__enabled=True)
     with recorded.probe.own_cpu():
         sum(range(10_000))
-    values = recorded.probe.of_the_rank()
+    values = recorded.probe.rank_values()
     assert values["step_cpu_s"][()] > values["telemetry_cpu_s"][()] > 0
     files = (tmp_path / "checkpoints").glob("step-*/state-*")
-    newest = recorded.probe.of_the_run()
+    newest = recorded.probe.run_values()
     assert newest["checkpoint_bytes"][()] == sum(file.stat().st_size for file in files)
     assert newest["checkpoint_time_s"][()] > 0
 

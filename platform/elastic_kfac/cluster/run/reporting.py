@@ -140,9 +140,9 @@ class MetricsExport(Callback):
     def export(self) -> None:
         """Exports now."""
         with self._probe.own_cpu():
-            if self._probe.speaks_for_the_run:
-                self._report(self._probe.of_the_run())
-            self._telemetry.export(self._probe.of_the_rank())
+            if self._probe.is_rank_zero:
+                self._report(self._probe.run_values())
+            self._telemetry.export(self._probe.rank_values())
 
 
 class StoreReporter(StoreCallback):
@@ -165,7 +165,7 @@ class StoreReporter(StoreCallback):
         ray.get(self._coordinator.record.remote(self._attempt, messages))
 
     def on_replicated(self) -> None:
-        self._probe.snapshot_kept()
+        self._probe.snapshot_replicated()
 
     def on_checkpoint(self, num_bytes: int, elapsed_s: float) -> None:
         """A durable checkpoint was written."""

@@ -1,11 +1,10 @@
-"""What the ranks exchange in a step: ONE flat sum of gradients, statistics and counters.
+"""One flat vector per step, summed over all ranks: gradients, statistics and counters.
 
     [gradient of each parameter | running statistics x count | used flags | totals]
 
-Gradients are views of the flat vector (from the second pass of a step on; the first one is added into
-it), and no wrapper holds on to a process group: after a resize the next step simply uses another
-communicator. Counters travel in the same
-vector as floating point numbers, small enough to be exact in float32 in any order of summation.
+From the second pass of a step on, gradients are views of the flat vector; the first pass is added into
+it. No object holds a process group, so the step after a resize just uses another communicator. Counters
+are stored as floating-point numbers, small enough to be exact in float32 in any order of summation.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
 _LIMBS = 8
 _TOTALS = ("loss_sum", "correct", "count", "stop", "snapshot")
 _ALIGNMENT = 16
-"""Elements; kernels may round differently on memory that is not aligned."""
+"""In elements. Kernels may round differently on unaligned memory."""
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the samples of a step; flags count the ranks that raised them."""
+    """Sums over the samples of a step; `stop` and `snapshot` count the ranks that request it."""
 
     loss_sum: float = 0.0
     correct: float = 0.0
@@ -45,10 +44,10 @@ class Totals:
 class RunningStatistics:
     """Batch statistics of normalisation layers as a count-weighted sum over micro-batches and ranks.
 
-    A running mean that each rank moves on its own would depend on the world size and on the number
-    of micro-batches. Instead, running values start at 0 with momentum 1 before each forward pass, so
-    that they hold its batch statistics; those are summed, weighted by samples, and the moving average
-    is taken once per step.
+    Running means updated by each rank would depend on the world size and the number of micro-batches.
+    Instead, running values are reset to 0 with momentum 1 before each forward pass, so that they hold its
+    batch statistics. Those are summed, weighted by samples, and the moving average is updated once per
+    step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,7 +63,7 @@ class RunningStatistics:
         return [tensor.shape for module in self._modules for tensor in _running(module)]
 
     def begin_step(self) -> None:
-        """Remembers the running values, which the passes overwrite."""
+        """Saves the running values, which the passes overwrite."""
         self._saved = []
         for module in self._modules:
             mean, variance = _running(module)
@@ -92,7 +91,7 @@ class RunningStatistics:
             total.add_(tensor, alpha=count)
 
     def finish_step(self, sums: list[Tensor], count: int) -> None:
-        """Takes the moving average from the remembered values and the reduced sums."""
+        """Updates the moving averages from the saved values and the reduced sums."""
         means = iter(sums)
         for module, (momentum, mean, variance, batches) in zip(
             self._modules, self._saved, strict=True
@@ -110,7 +109,7 @@ class RunningStatistics:
         self._saved = []
 
     def abandon_step(self) -> None:
-        """Puts the remembered values back after a step that did not come to its end."""
+        """Restores the saved values after a failed step."""
         for module, (momentum, mean, variance, batches) in zip(
             self._modules, self._saved, strict=False
         ):
@@ -123,7 +122,7 @@ class RunningStatistics:
 
 
 class Exchange:
-    """The flat vector of a model, filled by backward passes and summed over all ranks."""
+    """The flat vector of a model: filled by backward passes, summed over all ranks."""
 
     def __init__(self, model: nn.Module) -> None:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
@@ -139,7 +138,7 @@ class Exchange:
         self.flat = torch.zeros(sum(self._sizes) + counters, dtype=dtype, device=device)
         self._gradients, self._sums, self._counters = self._parts(self.flat)
         self.reduced: Statistics | None = None
-        """K-FAC's statistics over all ranks, where they travel with the gradients."""
+        """K-FAC's statistics summed over all ranks, if they are sent with the gradients."""
         self._used = [False] * len(self._parameters)
         self._used_anywhere = list(self._used)
 
@@ -150,11 +149,11 @@ class Exchange:
         return views[:count], views[count:], flat[sum(self._sizes) : self.flat.numel()]
 
     def loss_divisor(self, global_count: int) -> int:
-        """What losses, sums over samples, are divided by before the backward pass."""
+        """Divisor of the loss (a sum over samples) before the backward pass."""
         return global_count
 
     def begin_step(self) -> None:
-        """Clears the vector; gradients accumulate straight into it."""
+        """Clears the vector and the gradients."""
         self.flat.zero_()
         self.statistics.begin_step()
         self._used = [False] * len(self._parameters)
@@ -162,11 +161,11 @@ class Exchange:
             parameter.grad = None
 
     def begin_pass(self) -> None:
-        """Before a forward pass."""
+        """Call before each forward pass."""
         self.statistics.begin_pass()
 
     def end_pass(self, count: int) -> None:
-        """After the backward pass over `count` samples."""
+        """Call after each backward pass, over `count` samples."""
         self.statistics.collect(self._sums, count)
         for index, (parameter, view) in enumerate(
             zip(self._parameters, self._gradients, strict=True)
@@ -175,7 +174,7 @@ class Exchange:
                 continue
             if parameter.grad.data_ptr() != view.data_ptr():
                 view.add_(parameter.grad)
-                # From now on backward adds into the vector itself, if the types allow it.
+                # Later passes accumulate directly into the vector if the dtypes match.
                 parameter.grad = view if view.dtype == parameter.dtype else None
             self._used[index] = True
 
@@ -186,13 +185,13 @@ class Exchange:
         *,
         reduce_gradients: Callable[[Tensor], None] | None = None,
     ) -> Totals:
-        """Sums the vector over all ranks; `gradients_are_finite` of the result is global.
+        """Sums the vector over all ranks and returns the global totals. Collective.
 
         Args:
             communicator: The ranks.
-            local: What this rank counted.
-            reduce_gradients: Another way to sum the gradients (or one that leaves them to be summed
-                later); the rest of the vector then is summed on its own.
+            local: Totals of this rank.
+            reduce_gradients: Sums the gradients in place of the all-reduce, or defers their sum; the rest
+                of the vector is then summed separately.
         """
         self._write_counters(self._counters, self._used, local)
         gradients = self.flat[self._gradient_part]
@@ -211,13 +210,13 @@ class Exchange:
     @staticmethod
     def _write_counters(counters: Tensor, used: list[bool], local: Totals) -> None:
         values = [float(getattr(local, name)) for name in _TOTALS]
-        # Eight bits per limb: the sum over up to 65,536 ranks is exact in float32.
+        # Eight bits per limb, so the sum over up to 65,536 ranks is exact in float32.
         limbs = [float((local.id_hash >> (8 * index)) & 0xFF) for index in range(_LIMBS)]
         content = [*map(float, used), *values, *limbs]
         counters.copy_(torch.tensor(content, dtype=counters.dtype))
 
     def _read_counters(self, finite: Tensor) -> Totals:
-        # One transfer from the device for everything the host needs to know.
+        # One device-to-host transfer for all values.
         *reduced, is_finite = torch.cat([self._counters, finite.to(self.flat).view(1)]).tolist()
         used = len(self._parameters)
         self._used_anywhere = [value > 0 for value in reduced[:used]]
@@ -234,13 +233,13 @@ class Exchange:
         )
 
     def local_gradient(self, count: int) -> Tensor:
-        """The mean over `count` samples of what this rank's passes have left, one flat vector."""
+        """This rank's gradient averaged over `count` samples, as one flat vector."""
         return torch.cat([view.reshape(-1) for view in self._gradients]).div_(max(count, 1))
 
     def publish_gradients(self, loss_scale: float = 1.0) -> None:
-        """Puts the reduced gradients into `.grad` on every rank, free of `loss_scale`.
+        """Sets `.grad` to the reduced gradients divided by `loss_scale`.
 
-        A parameter that no rank used has no gradient, as after an ordinary backward pass.
+        A parameter that no rank used gets None, as after an ordinary backward pass.
         """
         if loss_scale != 1.0:
             self.flat[self._gradient_part].div_(loss_scale)
@@ -250,11 +249,11 @@ class Exchange:
             parameter.grad = view.to(parameter.dtype) if used else None
 
     def finish_step(self, count: int) -> None:
-        """Takes the moving averages of the normalisation layers."""
+        """Updates the moving averages of the normalisation layers."""
         self.statistics.finish_step(self._sums, count)
 
     def abandon_step(self) -> None:
-        """Undoes what a step that failed did to the model."""
+        """Undoes the changes of a failed step to the model."""
         self.statistics.abandon_step()
         for parameter in self._parameters:
             parameter.grad = None
