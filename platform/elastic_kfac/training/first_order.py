@@ -1,6 +1,10 @@
-"""The first-order optimizer of a configuration, and its learning rate at a position of the run."""
+"""The first-order optimizer of a configuration, with its learning rate and momentum at each step."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,14 +12,14 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from elastic_kfac.config import Config, OptimizerConfig
 from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
-from elastic_kfac.optimizers.schedules import Schedule, make_schedule
+from elastic_kfac.optimizers.schedules import Schedule, make_schedule, tied_momentum
 from elastic_kfac.optimizers.uncompiled import SGD, Adam, AdamW
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(parameters with weight decay, normalisation and bias parameters without it)."""
+    """Returns (parameters with weight decay, normalisation and bias parameters without it)."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     seen: set[nn.Parameter] = set()
@@ -30,7 +34,7 @@ def decay_groups(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramete
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The rule of a name; by default no weight decay on normalisation layers and biases."""
+    """Builds the optimizer; by default without weight decay on normalisation layers and biases."""
     decayed, plain = decay_groups(model)
     plain_decay = config.weight_decay if config.decay_norm_and_bias else 0.0
     groups = [
@@ -54,7 +58,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The learning-rate schedule over fractional epochs; a batch policy has the decay epochs itself."""
+    """The learning-rate schedule over fractional epochs.
+
+    With a batch policy, which uses the decay epochs to grow the batch, `step` is constant.
+    """
     optimizer = config.optimizer
     name = optimizer.lr_schedule
     if name == "step" and config.batch.policy != "constant":
@@ -70,3 +77,55 @@ def schedule_of(config: Config) -> Schedule:
         end_epoch=optimizer.decay_end_epoch,
         power=optimizer.decay_power,
     )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rate and momentum of one step."""
+
+    lr: float
+    momentum: float
+
+
+class RateControl:
+    """Combines schedule, batch and momentum rule; its state is the rate of the previous step."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config.optimizer
+        self._schedule = schedule_of(config)
+        self._previous_lr = 0.0
+
+    def at(self, epoch: float, batch_factor: float) -> Rates:
+        """The rates at a fractional epoch; `batch_factor` scales the rate with the batch."""
+        base = self._config
+        lr = base.lr * self._schedule(epoch) * batch_factor
+        if base.momentum_rule == "constant":
+            return Rates(lr, base.momentum)
+        momentum = tied_momentum(
+            base.momentum_rule,
+            base.momentum,
+            lr=lr,
+            base_lr=base.lr,
+            previous_lr=self._previous_lr,
+        )
+        return Rates(lr, momentum)
+
+    def apply(self, optimizer: torch.optim.Optimizer, rates: Rates) -> None:
+        """Sets the rates in the optimizer before a step, which may still fail."""
+        tied = self._config.momentum_rule != "constant"
+        for group in optimizer.param_groups:
+            group["lr"] = rates.lr
+            if tied:
+                group["momentum"] = rates.momentum
+
+    def took(self, rates: Rates) -> None:
+        """Call after a step with these rates."""
+        self._previous_lr = rates.lr
+
+    def state_dict(self) -> dict[str, float]:
+        """Independent of the world size."""
+        return {"previous_lr": self._previous_lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores `state_dict()`; an empty `state` means no previous step."""
+        self._previous_lr = float(state.get("previous_lr", 0.0))

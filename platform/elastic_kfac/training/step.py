@@ -30,8 +30,8 @@ from elastic_kfac.state.state import (
 from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
+from elastic_kfac.training.first_order import RateControl, Rates
 from elastic_kfac.training.preconditioner import make_preconditioner
-from elastic_kfac.training.rates import RateControl, Rates
 from elastic_kfac.training.sync.synchronisation import Span, Totals
 
 

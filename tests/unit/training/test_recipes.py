@@ -11,8 +11,7 @@ import pytest
 
 from elastic_kfac.config import Config, parse_config, read_config
 from elastic_kfac.training.batch_control import schedule_policy
-from elastic_kfac.training.first_order import schedule_of
-from elastic_kfac.training.rates import RateControl
+from elastic_kfac.training.first_order import RateControl, schedule_of
 from support.recipes import IMAGENET_SAMPLES, PRESETS
 
 RECIPES = Path(__file__).parents[3] / "jobs" / "configs" / "recipes"
