@@ -179,20 +179,22 @@ def test_ray_passes_train_variables_on_to_workers(monkeypatch: pytest.MonkeyPatc
 def test_every_group_reads_the_settings_of_the_run_and_workers_do_not_get_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Coordinator:
-        def group_planned(self, world_size: int) -> None:
-            assert constants.get_env_vars_to_propagate() == {}
-
+    propagated: list[dict[str, str]] = []
+    coordinator = MagicMock()
+    coordinator.group_planned.remote.side_effect = lambda world_size: propagated.append(
+        constants.get_env_vars_to_propagate()
+    )
     for name in constants.ENV_VARS_TO_PROPAGATE:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(constants.WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR, "20")
     context = WorkerGroupContext("run", cast(Any, None), 2, {"CPU": 1.0})
-    callback = controller.ElasticCallback(cast(Any, Coordinator()))
+    callback = controller.ElasticCallback(coordinator)
     for _ in range(2):
         callback.on_controller_start_worker_group(scaling_config=None, num_workers=2)
         group = WorkerGroup(MagicMock(), context, [callback])
         assert group._worker_health_check_timeout_s == 20
         callback.before_worker_group_start(context)
+    assert propagated == [{}, {}]
 
 
 def test_ray_makes_a_group_between_the_two_hooks() -> None:

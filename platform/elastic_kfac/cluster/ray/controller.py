@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.train.backend import Backend
@@ -30,7 +30,12 @@ from elastic_kfac.cluster.ray.internals import (
     WorkerGroupStartupFailedError,
     failure_policy,
 )
-from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, await_lost_nodes, draining_nodes
+from elastic_kfac.cluster.ray.nodes import (
+    alive_worker_nodes,
+    await_lost_nodes,
+    draining_nodes,
+    seconds_left,
+)
 from elastic_kfac.cluster.ray.scaling import (
     POLICY_CACHE_S,
     plan_with_staying_nodes,
@@ -39,55 +44,12 @@ from elastic_kfac.cluster.ray.scaling import (
     request_wanted_workers,
 )
 
-
-@dataclass(frozen=True)
-class RankProcess:
-    """Where one rank of a worker group runs."""
-
-    rank: int
-    pid: int
-    node_id: str
+DRAIN_TIMEOUT_S = 60.0
+"""Limit for the ranks to save their state before a planned resize."""
 
 
 class RunIsOver(Exception):
     """The ranks had finished when a resize was about to happen."""
-
-
-class Coordinator(Protocol):
-    """The run coordinator as Ray Train's controller calls it; all calls but `group_planned` block."""
-
-    def controller_started(self, controller: Any) -> None:
-        """Receives the controller's handle; its `abort` ends the controller and its workers."""
-
-    def group_planned(self, world_size: int) -> None:
-        """Ray has begun to place a group."""
-
-    def group_started(self, ranks: Sequence[RankProcess]) -> None:
-        """All processes of a group are up; the training function has not begun."""
-
-    def drain(
-        self, new_world_size: int, is_alive: Callable[[], bool], *, draining: Sequence[str]
-    ) -> bool:
-        """Returns when all ranks have saved their state and exited, or `is_alive` is false.
-
-        `draining` are nodes of the group that are about to leave. True means that the run is over, so
-        that no new group is needed.
-        """
-        ...
-
-    def group_failed(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
-        """Some ranks failed or died; returns why the run must end, or None to restart the group."""
-
-    def members_lost(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> str | None:
-        """Some ranks are gone while others run on; returns why the run must end, or None."""
-
-    def is_over(self) -> bool:
-        """Whether every remaining rank has returned for good."""
-        ...
-
-    def fall_back(self, reason: str) -> bool:
-        """Drains the survivors before the whole group is restarted; True when the run is over."""
-        ...
 
 
 class _NoGroup(Backend):
@@ -120,29 +82,31 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
 
     def __init__(
         self,
-        coordinator: Coordinator,
+        coordinator: Any,
         *,
         spare_processes: int = 0,
         head_start_s: float = 15.0,
-        wanted: Callable[[], int | None] | None = None,
+        requests_wanted_workers: bool = False,
         share: Callable[[], int] | None = None,
     ) -> None:
         """Created by the driver, runs in Ray Train's controller.
 
         Args:
-            coordinator: Learns of every change of the group.
+            coordinator: Handle of the run coordinator.
             spare_processes: Idle worker processes to keep ready on every node of a group.
             head_start_s: Upper bound on the time that processes on new nodes get for their imports
                 before the group drains; only with spare processes.
-            wanted: How many workers to request; None always requests the maximum.
+            requests_wanted_workers: Whether to request as many workers as the batch keeps busy; the
+                maximum otherwise.
             share: How many workers this run may use; None leaves that to Ray.
         """
         self._coordinator = coordinator
         self._spares = spare_processes
         self._head_start_s = head_start_s
-        self._wanted = wanted
+        self._requests_wanted_workers = requests_wanted_workers
         self._share = share
-        self._ranks: tuple[RankProcess, ...] = ()
+        self._nodes: dict[int, str] = {}
+        self._pids: dict[int, int] = {}
         self._errors: dict[int, str] = {}
         self._actors: tuple[Any, ...] = ()
         self._training = False
@@ -151,13 +115,14 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
     def after_controller_start(self, train_run_context: Any) -> None:
         """Registers the controller and patches its scaling policy."""
         plan_with_staying_nodes()
-        if self._wanted is not None:
-            request_wanted_workers(self._wanted)
+        if self._requests_wanted_workers:
+            request_wanted_workers(lambda: ray.get(self._coordinator.wanted_workers.remote()))
         if self._share is not None:
             plan_within(self._share)
         # The coordinator outlives runs: its view may be older than this cluster's newest node.
         refresh_capacity()
-        self._coordinator.controller_started(ray.get_runtime_context().current_actor)
+        this = ray.get_runtime_context().current_actor
+        ray.get(self._coordinator.controller_started.remote(this))
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
         """Restores the settings that a new group reads from the environment."""
@@ -170,13 +135,13 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         """
         found = [name for name in ENV_VARS_TO_PROPAGATE if name in os.environ]
         self._variables.update({name: os.environ.pop(name) for name in found})
-        self._coordinator.group_planned(worker_group_context.num_workers)
+        self._coordinator.group_planned.remote(worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Reports where the ranks run."""
         self._errors = {}
         self._locate_workers(worker_group)
-        self._coordinator.group_started(self._ranks)
+        ray.get(self._coordinator.group_started.remote(self._pids, self._nodes))
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """From now on a resize has to drain the ranks first."""
@@ -193,47 +158,53 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         if self._training:
             self._training = False
             self._warm_up_joiners()
-            leaving = draining_nodes()
-            nodes = sorted({rank.node_id for rank in self._ranks if rank.node_id in leaving})
-            if self._coordinator.drain(resize_decision.num_workers, self._is_alive, draining=nodes):
-                # The decision cannot be taken back; an exception ends the run without a new group.
-                raise RunIsOver
+            self._drain(resize_decision.num_workers)
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         """Makes sure that the next group is planned without the nodes that were lost."""
         # Ray may have heard of a survivor's error first: the rank that died is the cause.
         self._errors = {**(self._dead() if self._training else {}), **self._errors}
         self._training = False
-        lost = await_lost_nodes({rank.node_id for rank in self._ranks})
-        _end_run_if(self._coordinator.group_failed(dict(self._errors), lost))
+        lost = await_lost_nodes(set(self._nodes.values()))
+        _end_run_if(self._coordinator.group_failed.remote(dict(self._errors), lost))
         refresh_capacity()
         if lost:
             time.sleep(POLICY_CACHE_S)
 
-    def _locate_workers(self, worker_group: Any) -> None:
-        self._actors = tuple(worker.actor for worker in worker_group.get_workers())
-        self._ranks = tuple(
-            RankProcess(
-                rank=worker.distributed_context.world_rank,
-                pid=worker.metadata.pid,
-                node_id=worker.metadata.node_id,
-            )
-            for worker in worker_group.get_workers()
+    def _drain(self, new_world_size: int) -> None:
+        leaving = draining_nodes()
+        nodes = sorted({node for node in self._nodes.values() if node in leaving})
+        reason = f"the cluster has room for {_count(new_world_size, 'worker')}"
+        if nodes:
+            names = ", ".join(node_id[:8] for node_id in nodes)
+            reason = f"{_count(len(nodes), 'node')} being drained ({names}); {reason}"
+        drained = self._coordinator.drain.remote(
+            reason, timeout_s=DRAIN_TIMEOUT_S, notice_s=seconds_left(nodes)
         )
+        while not ray.wait([drained], timeout=1.0)[0]:
+            if self._dead():
+                return
+        if ray.get(drained):
+            # The decision cannot be taken back; an exception ends the run without a new group.
+            raise RunIsOver
+
+    def _locate_workers(self, worker_group: Any) -> None:
+        workers = worker_group.get_workers()
+        self._actors = tuple(worker.actor for worker in workers)
+        ranks = {worker.distributed_context.world_rank: worker.metadata for worker in workers}
+        self._pids = {rank: process.pid for rank, process in ranks.items()}
+        self._nodes = {rank: process.node_id for rank, process in ranks.items()}
 
     def _prestart(self) -> None:
         if self._spares:
-            prestart_workers({rank.node_id for rank in self._ranks}, self._spares)
+            prestart_workers(set(self._nodes.values()), self._spares)
 
     def _warm_up_joiners(self) -> None:
         # Training runs on meanwhile: what a new process imports now costs no downtime.
-        joining = set(alive_worker_nodes()) - {rank.node_id for rank in self._ranks}
+        joining = set(alive_worker_nodes()) - set(self._nodes.values())
         if self._spares and joining:
             prestart_workers(joining, self._spares)
             await_idle_workers(joining, timeout_s=self._head_start_s)
-
-    def _is_alive(self) -> bool:
-        return not self._dead()
 
     def _dead(self, timeout_s: float = 5.0) -> dict[int, str]:
         # A busy process answers late and is alive; only a dead one makes the call fail.
@@ -252,12 +223,12 @@ class InPlaceCallback(ElasticCallback):
     """Lets survivors run on while a lost rank is replaced; otherwise an `ElasticCallback`."""
 
     def __init__(
-        self, coordinator: Coordinator, *, wait_s: float, min_workers: int, **options: Any
+        self, coordinator: Any, *, wait_s: float, min_workers: int, **options: Any
     ) -> None:
         """Created by the driver, runs in Ray Train's controller.
 
         Args:
-            coordinator: Learns of every change of the group.
+            coordinator: Handle of the run coordinator.
             wait_s: How long survivors run on without a place for the lost ranks.
             min_workers: With fewer survivors the group drains at once.
             options: Those of `ElasticCallback`.
@@ -300,8 +271,8 @@ class InPlaceCallback(ElasticCallback):
             super().before_controller_execute_failure_decision(failure_decision)
             return
         errors, self._errors = self._errors, {}
-        lost = await_lost_nodes({rank.node_id for rank in self._ranks})
-        _end_run_if(self._coordinator.members_lost(errors, lost))
+        lost = await_lost_nodes(set(self._nodes.values()))
+        _end_run_if(self._coordinator.members_lost.remote(errors, lost))
         doubt = self._wait_for_room(len(survivors))
         if doubt is None:
             self._replacing = True
@@ -346,7 +317,7 @@ class InPlaceCallback(ElasticCallback):
         handle = self._group.get_worker_group_state().placement_group_handle
         deadline = time.monotonic() + self._wait_s
         while True:
-            if self._coordinator.is_over():
+            if ray.get(self._coordinator.is_over.remote()):
                 raise RunIsOver
             state = ray.util.placement_group_table(handle.placement_group).get("state")
             if state == "CREATED":
@@ -358,7 +329,7 @@ class InPlaceCallback(ElasticCallback):
             time.sleep(0.2)
 
     def _fall_back(self, reason: str) -> None:
-        if self._coordinator.fall_back(reason):
+        if ray.get(self._coordinator.fall_back.remote(reason, timeout_s=DRAIN_TIMEOUT_S)):
             raise RunIsOver
         for replica in self._group.get_replica_groups():
             replica.shutdown()
@@ -368,7 +339,13 @@ class InPlaceCallback(ElasticCallback):
         self._errors = {}
 
 
-def _end_run_if(reason: str | None) -> None:
-    if reason is not None:
+def _end_run_if(answer: Any) -> None:
+    """Raises if the coordinator answers with an error: the run must end."""
+    error = ray.get(answer)
+    if error is not None:
         # An exception in a hook is not retryable for Ray Train and ends the run.
-        raise RuntimeError(reason)
+        raise RuntimeError(error.line)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -26,7 +26,6 @@ from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_enviro
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
-from elastic_kfac.cluster.run.controller_client import ControllerClient
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.membership import create_membership_host
 from elastic_kfac.cluster.run.replicas import ReplicaActors
@@ -195,18 +194,20 @@ class Launch:
         return view
 
     def _callback(self, config: Config, share: Callable[[], int] | None) -> ElasticCallback:
-        client = ControllerClient(self.coordinator)
         elastic = config.elastic
-        grows = elastic.batch_policy == "abs" and config.batch.policy != "constant"
         options: dict[str, Any] = {
             "spare_processes": self._spares,
-            "wanted": client.wanted_workers if grows else None,
+            "requests_wanted_workers": elastic.batch_policy == "abs"
+            and config.batch.policy != "constant",
             "share": share,
         }
         if not elastic.in_place:
-            return ElasticCallback(client, **options)
+            return ElasticCallback(self.coordinator, **options)
         return InPlaceCallback(
-            client, wait_s=elastic.in_place_wait_s, min_workers=elastic.min_workers, **options
+            self.coordinator,
+            wait_s=elastic.in_place_wait_s,
+            min_workers=elastic.min_workers,
+            **options,
         )
 
     def _fit(self) -> None:
