@@ -201,8 +201,10 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
 
     def _warm_up_joiners(self) -> None:
         # Training runs on meanwhile: what a new process imports now costs no downtime.
+        if not self._spares:
+            return
         joining = set(alive_worker_nodes()) - set(self._nodes.values())
-        if self._spares and joining:
+        if joining:
             prestart_workers(joining, self._spares)
             await_idle_workers(joining, timeout_s=self._head_start_s)
 
