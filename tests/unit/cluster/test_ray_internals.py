@@ -216,4 +216,4 @@ def test_ray_backends_set_no_group_up_and_one_replaces_single_ranks() -> None:
     own = controller.OwnGroupBackend().backend_cls
     assert own.on_start is Backend.on_start
     assert not own.has_replica_groups
-    assert controller.ReplicaBackend().backend_cls.has_replica_groups
+    assert controller.OwnGroupBackend(replaces_ranks=True).backend_cls.has_replica_groups

@@ -56,25 +56,22 @@ class _NoGroup(Backend):
     """Leaves the process group to the training function."""
 
 
+class _NoGroupReplaced(Backend):
+    """Also makes Ray Train replace failed ranks one by one."""
+
+    has_replica_groups = True
+
+
 @dataclass
 class OwnGroupBackend(TorchConfig):
     """For `TorchTrainer`: the training function creates and destroys the process group itself."""
 
-    @property
-    def backend_cls(self) -> type[Backend]:
-        return _NoGroup
-
-
-class _Replicas(Backend):
-    has_replica_groups = True
-
-
-class ReplicaBackend(OwnGroupBackend):
-    """For `TorchTrainer`: ranks are replaced one by one; the training function owns the group."""
+    replaces_ranks: bool = False
+    """Whether Ray Train replaces single ranks instead of the whole group."""
 
     @property
     def backend_cls(self) -> type[Backend]:
-        return _Replicas
+        return _NoGroupReplaced if self.replaces_ranks else _NoGroup
 
 
 class ElasticCallback(ControllerCallback, WorkerGroupCallback):

@@ -20,7 +20,6 @@ from elastic_kfac.cluster.ray.controller import (
     ElasticCallback,
     InPlaceCallback,
     OwnGroupBackend,
-    ReplicaBackend,
 )
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
@@ -129,7 +128,7 @@ class Launch:
         self._trainer = TorchTrainer(
             run_worker,
             train_loop_config=settings,
-            torch_config=ReplicaBackend() if elastic.in_place else OwnGroupBackend(),
+            torch_config=OwnGroupBackend(replaces_ranks=elastic.in_place),
             scaling_config=ScalingConfig(
                 num_workers=(elastic.min_workers, elastic.max_workers),
                 elastic_resize_monitor_interval_s=elastic.resize_poll_s,
