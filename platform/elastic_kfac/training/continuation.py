@@ -1,11 +1,12 @@
-"""How a run continues on other ranks: survivors keep what they hold, or all restore one state.
+"""Continuing a run on other ranks: survivors keep their state, or every rank restores the same one.
 
-    resize    survivors stay as they are; K-FAC re-plans and moves only what a rank keeps and lacks;
-              newcomers, and survivors that missed the last commit, receive the rest from one survivor
-    restore   every rank takes the newest state that any of them holds in memory, else the durable one
+    resize    survivors keep their state; K-FAC re-plans and moves only what the new plan assigns to a
+              rank that lacks it; newcomers, and survivors that missed the last commit, receive the rest
+              from one survivor
+    restore   every rank restores the newest state in any rank's memory, otherwise the durable one
 
-A resize needs survivors that are live (their model is the newest committed one, bit for bit) and hold
-everything together: after the loss of a rank that alone kept a part of the state, all restore.
+A resize requires survivors whose live models are the newest committed one, bit for bit, and that hold
+the whole state between them. After the loss of the only rank that held a part of it, all restore.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from elastic_kfac.training.step import StepTrainer
 
 @dataclass(frozen=True)
 class Continued:
-    """The outcome on one rank."""
+    """Result on one rank."""
 
     state: TrainingState | None
-    """The newest state that this rank holds in memory now; None if the run starts afresh."""
+    """The newest state in this rank's memory; None without one."""
     resized: bool
     moved_bytes: int
     """Tensors received over all ranks together."""
@@ -31,15 +32,15 @@ class Continued:
 
 @dataclass(frozen=True)
 class _Standing:
-    """What a rank brings."""
+    """A rank's state before the change."""
 
     step: int
-    """Of the state it holds in memory; -1 without one."""
+    """Step of the state in its memory; -1 without one."""
     sha256: str | None
-    """Of that state where its live model is in it too."""
+    """Hash of that state if the live model is at the same committed step, otherwise None."""
     holds_everything: bool
     left_world_size: int
-    """Ranks of the world it comes from."""
+    """Size of the world that it left."""
 
 
 def continue_on(
@@ -47,7 +48,7 @@ def continue_on(
     held: TrainingState | None,
     load_latest: Callable[[], TrainingState | None],
 ) -> Continued:
-    """Continues on the ranks that `trainer` has entered, whose K-FAC is not there yet. Collective.
+    """Continues on the ranks of `trainer`'s new communicator and sets up K-FAC there. Collective.
 
     Raises:
         ElasticKfacError: If no state can be read, or it does not belong to this run.
@@ -80,7 +81,7 @@ def _can_resize(front: Sequence[_Standing]) -> bool:
 def _resize(
     trainer: StepTrainer, held: TrainingState | None, front: Sequence[int]
 ) -> Continued | None:
-    """None where a part of K-FAC's state left with the rank that kept it. Collective."""
+    """Returns None if a part of K-FAC's state was lost with the only rank that held it. Collective."""
     communicator = trainer.communicator
     behind = [rank for rank in range(communicator.world_size) if rank not in front]
     is_behind = communicator.rank in behind
@@ -91,7 +92,7 @@ def _resize(
         return None
     rest = held
     if behind:
-        # A group of its own: survivors need none of it.
+        # In a separate group: the other survivors need none of it.
         group = communicator.subgroup(sorted([front[0], *behind]))
         if group is not None:
             source = sorted([front[0], *behind]).index(front[0])
@@ -109,13 +110,13 @@ def _resize(
         trainer.restore_all_but_kfac(rest)
     else:
         trainer.sync.load_state_dict(rest.part(trainer.sync.part) if trainer.sync.part else None)
-    # Clocks and counters, which no tensor depends on, become those of one rank.
+    # Clocks and counters, on which no tensor depends, are taken from one rank.
     trainer.progress = communicator.broadcast_object(trainer.progress, front[0], tag="state")
     trainer.is_committed = True
     if is_behind:
         held = None
     if behind and trainer.holds_everything:
-        # Nothing travels for it; otherwise newcomers hold a state from the next snapshot on.
+        # Needs no communication; otherwise newcomers hold a state only after the next snapshot.
         if is_behind:
             held = trainer.capture()
         else:
@@ -134,9 +135,9 @@ def restore_newest(
     held: TrainingState | None,
     load_latest: Callable[[], TrainingState | None],
 ) -> Continued:
-    """Restores on every rank the newest state in any rank's memory, else the durable one. Collective.
+    """Restores the newest state in any rank's memory, otherwise the durable one. Collective.
 
-    Without any state the run starts afresh.
+    Without any state the run starts from the beginning.
     """
     communicator = trainer.communicator
     steps = communicator.all_gather_object(-1 if held is None else held.progress.step, tag="state")

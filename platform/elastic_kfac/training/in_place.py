@@ -1,9 +1,9 @@
 """Training that survives changes of the world inside living processes.
 
-A planned change parks the members at one boundary, and the newcomers get the state from a member.
-After the loss of a peer the survivors regroup and go back to the newest state that any of them
-holds in memory (all captured it at the same boundary), so the interrupted step is computed again,
-never skipped; only when nobody holds one does the durable checkpoint serve.
+To admit a newcomer, all members stop at the same step boundary and one of them sends it the state.
+After a loss, the survivors regroup and roll back to the newest state that any of them holds in memory
+(captured at the same boundary), so the interrupted step is computed again, never skipped. Only if no
+survivor holds one do they restore the durable checkpoint.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ def run_member(
 ) -> Outcome:
     """Trains as a member of a world that changes, until the run ends or drains.
 
-    `store` and the rows of `callback` are used while this process is rank 0, so every member brings
-    its own; they lead to the same place. With `repeat_rows` a new rank 0 reports the newest rows again,
-    of which a lost one may have reported only some; the callback leaves out what it has.
+    Every member passes its own `store` and `callback`, since any of them may become rank 0; all stores
+    write to the same place. With `repeat_rows` a new rank 0 reports the newest rows again, in case the
+    lost one reported only some of them; the callback must drop duplicates.
 
     Raises:
-        ElasticKfacError: As `run_rank`, but for the loss of peers, which is survived.
+        ElasticKfacError: As `run_rank`, except for the loss of peers, which is handled here.
     """
     opened = datasets or open_datasets(config)
-    # What is there by now stays: the collection at every change of the world passes over it.
+    # Everything allocated so far stays alive: spare it the collection at every change of the world.
     gc.collect()
     gc.freeze()
     try:
-        # Alone first: members and newcomers then take part in the same collectives.
+        # Built with a solo communicator, so members and newcomers then call the same collectives.
         trainer = RankTrainer(config, Communicator.solo(), opened, device=device, callback=callback)
         loop = RunLoop(trainer, store, keep_newest=True)
         world = membership.join()
@@ -70,11 +70,11 @@ def run_member(
             except CommunicationError:
                 pass
             if outcome is None and trainer.is_committed and trainer.holds_everything:
-                # Newer than what was captured at the last snapshot: nothing is computed again.
+                # Newer than the last snapshot, so no step is computed again.
                 with contextlib.suppress(CommunicationError):
                     loop.keep_live_state()
-            # Outside of the handler, whose traceback holds on to the group: only when the last
-            # reference is gone do its connections close and wake the peers that still wait in it.
+            # Outside the handler, whose traceback references the group: its connections close, and
+            # wake the peers that still wait in it, only once the last reference is gone.
             if outcome is not None and (
                 outcome.status == "finished" or _is_durable(outcome.reasons)
             ):
@@ -90,12 +90,12 @@ def run_member(
 
 
 def _is_durable(reasons: tuple[str, ...]) -> bool:
-    """Whether parking for these reasons ends the run's processes, so that the state must be saved."""
+    """Whether stopping for these reasons ends the processes, so that the state must be saved."""
     return any(reason != _CHANGE for reason in reasons)
 
 
 class _ControlOfMember:
-    """Adds changes of the membership to the reasons to stop."""
+    """Also requests a stop when the membership is about to change."""
 
     def __init__(self, control: Control, membership: Membership) -> None:
         self._control = control
