@@ -179,7 +179,7 @@ class BatchControl:
                 "batch.policy is not the one of the checkpoint",
                 given=self._config.batch.policy,
                 allowed=state["policy"],
-                change="go on with that policy, or start a run under another name",
+                change="continue with that policy, or start a run under another name",
             )
         self.epochs = int(state["epochs"])
         if self.schedule is not None:

@@ -1,8 +1,8 @@
 """The loop of one rank: restore, step, evaluate, snapshot, stop or finish.
 
-Flags ride on the step's own all-reduce, so every rank learns at the same boundary that some rank wants to
-stop, or that rank 0 wants a snapshot. A run that stops (status `parked`) has saved its state; started
-again with any number of ranks, it continues with the next step.
+Stop and snapshot requests travel in the all-reduce of the step, so all ranks act on them at the same
+boundary. A run that drains (status `parked`) has saved its state; restarted with any number of ranks, it
+continues with the next step.
 """
 
 from __future__ import annotations
@@ -32,31 +32,33 @@ from elastic_kfac.training.step import StepResult
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `run_rank` ended; equal on all ranks but for clocks."""
+    """Result of `run_rank`; equal on all ranks except for clocks."""
 
     status: Literal["finished", "parked"]
     reasons: tuple[str, ...]
-    """Why it stopped: the distinct reasons of the ranks' controls."""
+    """The distinct stop reasons of the ranks' controls."""
     progress: Progress
     fractional_epoch: float
     state_sha256: str
-    """Of the saved state, `final_state_sha256` of the run once it is finished; "" where the others go
-    on in place and nothing was saved."""
+    """Hash of the saved state, the run's `final_state_sha256` once it is finished; empty if nothing was
+    saved because the others continue in place."""
     world_sizes: tuple[int, ...]
-    """World sizes that committed steps so far, over all attempts, without repetitions in a row."""
+    """World sizes that committed steps, over all attempts, without consecutive repetitions."""
 
 
 SURVIVORS = 3
-"""Only the lowest ranks leave their state: all of them would send the same bytes."""
+"""Number of ranks, the lowest, that save their state after a loss; all would save the same bytes."""
 
 
 class SurvivorStore(Protocol):
-    """Where a rank that loses a peer leaves its last committed state before its process ends, so that
-    the loss costs no committed step."""
+    """Receives the last committed state of a rank that lost a peer, before its process ends, so that the
+    loss costs no committed step."""
 
     def save_survivor(self, state: TrainingState, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the state and the metric rows that led to it, of which a lost rank 0 may have reported
-        only some; returns quickly, whether or not it worked."""
+        """Keeps the state and the newest metric rows, of which a lost rank 0 may have reported only some.
+
+        Best effort: returns quickly, even if the state could not be kept.
+        """
         ...
 
 
@@ -71,14 +73,14 @@ def run_rank(
     datasets: Datasets | None = None,
     survivors: SurvivorStore | None = None,
 ) -> Outcome:
-    """Trains as one rank until the run is finished or some rank's control asks to stop.
+    """Trains as one rank until the run ends or the control of any rank requests a stop. Collective.
 
-    Every rank of `communicator` calls it. Rank 0 loads the latest state from `store`, reports rows to
-    `callback` and saves; the other ranks' stores are not used.
+    Rank 0 loads the latest state from `store`, reports rows to `callback` and saves; the stores of other
+    ranks are not used. After the loss of a peer, `survivors` receives the last committed state.
 
     Raises:
-        ElasticKfacError: A usage or data error on every rank alike; `CommunicationError` when a peer
-            left; `NumericalError` when the loss is not finite.
+        ElasticKfacError: `CommunicationError` if a peer left, `NumericalError` if the loss is not finite,
+            otherwise a usage or data error, the same on every rank.
     """
     opened = datasets or open_datasets(config)
     try:
@@ -100,24 +102,27 @@ def run_rank(
 
 
 SNAPSHOT_SHARE = 0.02
-"""Most of the CPU time of stepping that snapshots may take."""
+"""Upper bound on the CPU time spent on snapshots, as a fraction of the training time between them."""
 
 _RECENT_ROWS = 256
-"""More steps than rows can be on their way at once."""
+"""Exceeds the number of rows that can be in transit at once."""
 
 
 def affordable_interval_s(capture_cpu_s: float, store: StateStore) -> float:
-    """Time between snapshots that keeps them within their share, where the store counts its part."""
+    """Seconds between snapshots that keep them within `SNAPSHOT_SHARE`.
+
+    0 if the store does not measure its CPU time.
+    """
     if not store.snapshot_cpu_s:
         return 0.0
     return (capture_cpu_s + store.snapshot_cpu_s) / SNAPSHOT_SHARE
 
 
 class RunLoop:
-    """The loop around a trainer; rank 0 of the trainer's present world reports and saves.
+    """The loop around a trainer; rank 0 of the trainer's current world reports and saves.
 
-    With `keep_newest` every rank keeps the newest state in its own memory, for survivors to go back
-    to; otherwise only rank 0 copies it.
+    With `keep_newest` every rank keeps the newest state in memory, so that survivors can roll back to
+    it; otherwise only rank 0 copies it.
     """
 
     def __init__(
@@ -197,12 +202,12 @@ class RunLoop:
         self._newest = self._trainer.capture()
 
     def drop_rows_of_lost_steps(self) -> None:
-        """Drops rows of steps after the present one: they will be taken again."""
+        """Drops rows of steps that will be computed again."""
         while self.recent_rows and self.recent_rows[-1]["step"] > self._trainer.progress.step:
             self.recent_rows.pop()
 
     def report_rows_again(self) -> None:
-        """Rank 0 reports the newest rows that it knows; the callback leaves out what it has."""
+        """On rank 0, reports the newest rows again; the callback must drop duplicates."""
         for row in self.recent_rows:
             self._report.on_metrics(row)
 
@@ -212,8 +217,10 @@ class RunLoop:
         *,
         durable: Callable[[tuple[str, ...]], bool] = lambda reasons: True,
     ) -> Outcome:
-        """Steps until the run is over or a control asks to stop; `durable` says whether parking for
-        these reasons must leave a checkpoint."""
+        """Steps until the run is over or a control requests a stop.
+
+        `durable` decides from the stop reasons whether a checkpoint must be saved first.
+        """
         trainer = self._trainer
         snapshot = False
         while True:
@@ -282,7 +289,7 @@ class RunLoop:
         if self._is_rank_zero and save:
             self._store.wait()
             self._store.save(state)
-        # Nobody leaves before the state is safe: a rank that ends may take its node with it.
+        # No rank returns before the state is safe: a node may leave once its rank has ended.
         trainer.communicator.barrier(tag="end")
         step = trainer.progress.step
         details: dict[str, Any] = {"reason": "; ".join(reasons)} if reasons else {}
@@ -326,7 +333,7 @@ class RunLoop:
             row["communication_s"] = trainer.progress.communication_s
             if result.attacked_fraction:
                 row["adversarial_fraction"] = result.attacked_fraction
-            # Every rank knows what rank 0 reports: if rank 0 is lost, another one has its last rows.
+            # Every rank keeps the rows: if rank 0 is lost, another one can report its last ones.
             self.recent_rows.append(row)
             self._report.on_metrics(row)
 
@@ -376,7 +383,7 @@ class RunLoop:
 
 
 def _plan_summary(trainer: RankTrainer) -> str | None:
-    """Who decomposes and preconditions what, in one line; None without K-FAC."""
+    """The plan on one line; None without K-FAC."""
     if trainer.kfac is None:
         return None
     plan = trainer.kfac.plan

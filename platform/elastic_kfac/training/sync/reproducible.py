@@ -47,7 +47,7 @@ _NAMES = {
 
 
 def conditions(model: nn.Module, device: torch.device, num_shards: int) -> dict[str, Any]:
-    """What the bits of a run depend on beside its configuration and data."""
+    """Everything except configuration and data on which the bits of a run depend."""
     weights = [p for p in model.parameters() if p.dim() == 4]
     strided = [not p.is_contiguous() for p in weights]
     return {
@@ -60,12 +60,12 @@ def conditions(model: nn.Module, device: torch.device, num_shards: int) -> dict[
 
 
 def check_conditions(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
-    """Refuses to go on where bits would differ.
+    """Checks that a run can continue bit for bit from a checkpoint.
 
     Raises:
-        StateError: With the first reason.
+        StateError: For the first condition that differs.
     """
-    change = "go on under the saved conditions, or set elastic.reproducible=false"
+    change = "continue under the saved conditions, or set elastic.reproducible=false"
     if saved is None:
         raise StateError(
             "the checkpoint was not written in the reproducible mode, so its bits depend on the "
