@@ -63,6 +63,16 @@ def clean_name(name: str) -> str:
     return _WRAPPER_PREFIX.sub("", name).lstrip(".")
 
 
+def shape_of(model: nn.Module) -> list[tuple[object, ...]]:
+    """What coverage depends on: which modules hold which parameters, and what those are."""
+    return [
+        (id(module), id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    ]
+
+
 def find_layers(model: nn.Module, options: KfacOptions) -> Found:
     """The layers K-FAC covers, in registration order.
 

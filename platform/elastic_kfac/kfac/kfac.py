@@ -19,13 +19,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.damping import AdaptiveDamping
-from elastic_kfac.curvature.discovery import find_layers, unwrap
+from elastic_kfac.curvature.discovery import find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
@@ -34,7 +33,7 @@ from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, va
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, save
-from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.kfac.statistics import POSITIONS, Captured, Said, Statistics, disagreement
 from elastic_kfac.placement.plan import Plan
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
@@ -109,11 +108,10 @@ class KFAC:
         self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
         self._model, self._sharding, self._tree = model, sharding, tree
         self._placing = placing or Placing()
-        self._warned = self._told_of_positions = False
+        self._said = Said()
         self._left_out: dict[str, str] = {}
         """Layers whose statistics were wrong, and why."""
         self._build(as_communicator(process_group))
-        _warn_if_intervals_disagree(self.options)
         self.used: set[str] = set()
         """Layers that a pass has gone through."""
         self._last_damping = self.damping
@@ -125,7 +123,7 @@ class KFAC:
     def _build(self, communicator: Communicator) -> None:
         """The layers of the model as it is now, and who computes what of them. Collective."""
         found = find_layers(self._model, self.options)
-        self._shape = _shape_of(self._model)
+        self._shape = shape_of(self._model)
         self._coverage = found.coverage
         self.layers = found.layers
         """The covered layers in registration order."""
@@ -149,7 +147,7 @@ class KFAC:
     def _follow_model(self) -> bool:
         """Whether layers were frozen, unfrozen, replaced or added; covers what there is now. Collective
         if so."""
-        if _shape_of(self._model) == self._shape:
+        if shape_of(self._model) == self._shape:
             return False
         if self.communicator.world_size > 1 and self.sums_gradients:
             raise UsageError(
@@ -338,20 +336,19 @@ class KFAC:
             if num_samples is not None and 0 < part.rows < num_samples:
                 faults.setdefault(layer.name, shared_by_all(part.rows, num_samples))
         self._left_out |= faults
-        if num_samples is None and not self._warned:
-            self._warned = _warn_if_layers_disagree(
-                {
-                    s.samples: layer.name
-                    for layer, s in zip(self.layers, sums, strict=True)
-                    if s.rows
-                }
-            )
+        if num_samples is None:
+            counted = {
+                part.samples: layer.name
+                for layer, part in zip(self.layers, sums, strict=True)
+                if part.rows
+            }
+            self._said.once("samples", len(counted) > 1, disagreement(counted))
         if loss_scale is None:
             loss_scale = self.loss_scale_per_sample
         if loss_scale is None and self.options.loss_reduction == "sum":
             loss_scale = 1.0
         if loss_scale is num_samples is None and self.options.loss_reduction is None:
-            self._warn_of_positions()
+            self._said.once("positions", self._capture.has_positions, POSITIONS)
         extra = (
             1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
         )
@@ -375,31 +372,11 @@ class KFAC:
             raise UsageError("step() found no gradients", change="call loss.backward() first")
         if self.grad_scaler is None:
             return True
-        self._require_unscaled(self.grad_scaler)
+        self._rates.require_unscaled(self.grad_scaler)
         zero = torch.zeros((), device=self.layers[0].device)
         return self.distribution.all_finite(
             torch.stack([zero, *(g.sum().float() for g in grads)]).sum()
         )
-
-    def _require_unscaled(self, scaler: torch.amp.GradScaler) -> None:
-        for optimizer in self._rates.optimizers if scaler.is_enabled() else ():
-            stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
-            if stage is OptState.READY:
-                raise UsageError(
-                    "the gradients still carry the loss scale",
-                    change="call scaler.unscale_(optimizer) before KFAC.step()",
-                )
-
-    def _warn_of_positions(self) -> None:
-        if self._capture.has_positions and not self._told_of_positions:
-            self._told_of_positions = True
-            warnings.warn(
-                "the model's outputs have several positions per sample, and KFAC takes the loss for a "
-                "mean over samples; write loss_reduction='positions' for a mean over positions "
-                "(tokens, pixels), or 'mean' or 'sum'",
-                UserWarning,
-                stacklevel=5,
-            )
 
     def micro_batch(
         self,
@@ -666,41 +643,6 @@ class KFAC:
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
         self._capture.close()
-
-
-def _warn_if_layers_disagree(names_by_count: Mapping[int, str]) -> bool:
-    """Warns once that inferred sample counts contradict each other; returns whether it did."""
-    if len(names_by_count) < 2:
-        return False
-    counts = ", ".join(f"{count} in {name}" for count, name in sorted(names_by_count.items()))
-    warnings.warn(
-        f"layers count different numbers of samples ({counts}); pass num_samples and "
-        "loss_scale_per_sample to step()",
-        UserWarning,
-        stacklevel=5,
-    )
-    return True
-
-
-def _warn_if_intervals_disagree(options: KfacOptions) -> None:
-    inverse, factor = options.inverse_update_steps, options.factor_update_steps
-    if isinstance(inverse, int) and isinstance(factor, int) and inverse % factor:
-        warnings.warn(
-            f"inverse_update_steps={inverse} is no multiple of factor_update_steps={factor}: some "
-            "decompositions see no new factors",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _shape_of(model: nn.Module) -> list[tuple[object, ...]]:
-    """What coverage depends on: which modules hold which parameters, and what those are."""
-    return [
-        (id(module), id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.amp.grad_scaler import OptState
 
 from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt, ScriptOptions
 from elastic_kfac.curvature.layer import Layer
-from elastic_kfac.errors import ConfigError
+from elastic_kfac.errors import ConfigError, UsageError
 
 Class = TypeVar("Class", bound=type)
 
@@ -41,7 +43,7 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
     given = {} if config is None else type(config).model_fields
     values = {name: getattr(config, name) for name in given if name in known}
     try:
-        return ScriptOptions.model_validate({**values, **options})
+        made = ScriptOptions.model_validate({**values, **options})
     except ValidationError as error:
         problems = error.errors()
         location = problems[0]["loc"]
@@ -54,6 +56,15 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
             given=options.get(str(location[0])),
             allowed=" or ".join(dict.fromkeys(same)),
         ) from None
+    inverse, factor = made.inverse_update_steps, made.factor_update_steps
+    if isinstance(inverse, int) and isinstance(factor, int) and inverse % factor:
+        warnings.warn(
+            f"inverse_update_steps={inverse} is no multiple of factor_update_steps={factor}: some "
+            "decompositions see no new factors",
+            UserWarning,
+            stacklevel=3,
+        )
+    return made
 
 
 def value_at(options: KfacOptions, name: str, step: int) -> float:
@@ -122,6 +133,15 @@ class Rates:
         groups = self._groups()
         found = [groups[id(p)] for p in parameters]
         return [(float(group["lr"]), float(group.get("momentum", 0.0))) for group in found]
+
+    def require_unscaled(self, scaler: torch.amp.GradScaler) -> None:
+        """Raises UsageError if gradients still carry the scale of `scaler`, as far as can be known."""
+        for optimizer in self.optimizers if scaler.is_enabled() else ():
+            if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+                raise UsageError(
+                    "the gradients still carry the loss scale",
+                    change="call scaler.unscale_(optimizer) before KFAC.step()",
+                )
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,12 @@ from torch import Tensor
 from elastic_kfac.curvature.capture import Sums
 from elastic_kfac.curvature.factors import finite_sums
 from elastic_kfac.curvature.layer import Layer
+
+POSITIONS = (
+    "the model's outputs have several positions per sample, and KFAC takes the loss for a mean over "
+    "samples; write loss_reduction='positions' for a mean over positions (tokens, pixels), or 'mean' "
+    "or 'sum'"
+)
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,25 @@ class Captured:
         sums = [self.scaled(index, names) for index, names in enumerate(self.due)]
         names = enumerate(layer.name for layer in self.layers)
         return Statistics(sums, self.counts, frozenset(i for i, n in names if n in self.faults))
+
+
+class Said:
+    """Which warnings one preconditioner has given."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+
+    def once(self, kind: str, is_due: bool, text: str) -> None:
+        """Warns if it is due and has not been said yet."""
+        if is_due and kind not in self._kinds:
+            self._kinds.add(kind)
+            warnings.warn(text, UserWarning, stacklevel=5)
+
+
+def disagreement(names_by_count: Mapping[int, str]) -> str:
+    """What to write where layers count different numbers of samples."""
+    counts = ", ".join(f"{count} in {name}" for count, name in sorted(names_by_count.items()))
+    return (
+        f"layers count different numbers of samples ({counts}); pass num_samples and "
+        "loss_scale_per_sample to step()"
+    )

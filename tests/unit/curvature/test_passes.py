@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from elastic_kfac.curvature import passes
+from elastic_kfac.curvature import hooks, passes
 from elastic_kfac.curvature.passes import Batch, Call, Recorder
 
 N = 8
@@ -353,7 +353,7 @@ def test_two_recorders_on_one_model_close_in_any_order() -> None:
 
 def test_a_forgotten_recorder_leaves_nothing() -> None:
     gc.collect()
-    hooks = len(torch_module._global_forward_hooks)
+    before = len(torch_module._global_forward_hooks)
     model = mlp()
     for _ in range(3):
         watched = Watched(model)
@@ -362,19 +362,19 @@ def test_a_forgotten_recorder_leaves_nothing() -> None:
         del watched
         assert known() is None
         assert not model[0].weight._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-        assert not passes._registry.numbers[id(model[0])]
-    assert len(torch_module._global_forward_hooks) == hooks
+        assert not hooks.registry.numbers[id(model[0])]
+    assert len(torch_module._global_forward_hooks) == before
     key = id(model[0])
     del model
     gc.collect()
-    assert key not in passes._registry.numbers
+    assert key not in hooks.registry.numbers
 
 
 def test_an_attention_that_raises_leaves_no_mode_behind() -> None:
     watched = Watched(Attentive().double())
     with pytest.raises(AssertionError):
         watched.model(torch.randn(2, 5, 7).double())
-    assert passes._modes.stack == []
+    assert hooks._modes.stack == []
     assert_same(attention_result(watched), attention_result(Watched(Attentive().double())))
 
 
