@@ -58,8 +58,8 @@ def test_local_cluster_without_the_token_it_should_ask_for_is_refused(
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (AuthenticationError("Token auth is on but there is none"), "asks for a token"),
-        (RuntimeError("rpc failed: Unauthenticated: InvalidAuthToken"), "asks for a token"),
+        (AuthenticationError("Token auth is on but there is none"), "requires a token"),
+        (RuntimeError("rpc failed: Unauthenticated: InvalidAuthToken"), "requires a token"),
         (RuntimeError("Version mismatch"), "cannot connect to a Ray cluster: Version mismatch"),
     ],
 )
@@ -91,7 +91,7 @@ def test_head_that_refuses_this_process_is_not_tried_for_long(
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with pytest.raises(UsageError, match="asks for a token"):
+        with pytest.raises(UsageError, match="requires a token"):
             connect(f"127.0.0.1:{port}")
     finally:
         server.stop(None).wait()
@@ -109,7 +109,7 @@ def test_head_with_a_token_refuses_strangers_and_runs_jobs(tmp_path: Path) -> No
         stranger = replace(head, environment={**head.environment, **without})
         refused = stranger.run(doctor)
         assert refused.returncode == 1
-        assert "asks for a token" in refused.stdout, refused.stdout + refused.stderr
+        assert "requires a token" in refused.stdout, refused.stdout + refused.stderr
         job = stranger.submit("jobs/train.py", CONFIG)
         assert job.returncode != 0
         assert "token" in (job.stdout + job.stderr).lower()

@@ -14,7 +14,7 @@ import torch
 
 from elastic_kfac.cluster.ray.devices import backend_of, device_of_rank, local_gpu_ids
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
-from elastic_kfac.cluster.run import trainer
+from elastic_kfac.cluster.run import launch, trainer
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import ConfigError, UsageError
@@ -58,7 +58,7 @@ def test_scaling_config_asks_for_gpus_between_the_bounds(
             raise RuntimeError("nothing is trained here")
 
     asked: list[Any] = []
-    monkeypatch.setattr(trainer, "TorchTrainer", Trainer)
+    monkeypatch.setattr(launch, "TorchTrainer", Trainer)
     settings = on_gpus(config(1), ("elastic.max_workers", 3))
     options: dict[str, Any] = {"storage": str(tmp_path), "progress": Display()}
     with pytest.raises(trainer.RunError, match="nothing is trained here"):
@@ -178,7 +178,9 @@ def test_run_whose_ranks_see_no_gpu_fails_at_once_with_one_line(
 def test_gpus_of_a_worker_without_use_gpu_are_refused_and_use_gpu_alone_means_one(
     config: Callable[[int], Config],
 ) -> None:
-    with pytest.raises(ConfigError, match="per_worker names GPU, but use_gpu is false"):
+    with pytest.raises(
+        ConfigError, match=r"GPU in resources\.per_worker needs resources\.use_gpu=true"
+    ):
         on_gpus(config(1), ("resources.use_gpu", False))
     alone = on_gpus(config(1), ("resources.per_worker", {"CPU": 2.0}))
     assert alone.resources.of_a_worker() == {"CPU": 2.0, "GPU": 1.0}
