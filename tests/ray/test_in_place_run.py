@@ -40,6 +40,8 @@ def test_run_in_place_survivors_step_on_and_take_the_replacement_in(
     assert all(row["in_place"] for row in changes_of_world)
     # Whoever joins receives the state of that boundary; nothing is computed again for it.
     assert [row["steps_redone"] for row in changes_of_world][1::2] == [0, 0]
+    grown = changes_of_world[1::2]
+    assert [(row["way"], row["moved_bytes"] > 0) for row in grown] == [("resize", True)] * 2
     assert not [row for row in events if row["kind"] == "fallback"]
     # The survivor of the first loss, rank 0, was the process that was killed second.
     assert display.pids[0][0] == display.pids[1][0]
