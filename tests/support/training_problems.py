@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,21 @@ class AtPoints(Callback):
         self.body(point, step)
 
 
+@dataclass
+class AwaitCheckpoint(Callback):
+    """From step 3 on a checkpoint is on disk: a kill on a slow machine does not come before it."""
+
+    folder: Path
+
+    def on_point(self, point: Point, step: int) -> None:
+        if point != "committed" or step < 3:
+            return
+        deadline = time.monotonic() + 60
+        while not list(self.folder.glob("checkpoints/step-*/manifest.json")):
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.002)
+
+
 class MemoryOrder:
     """The order of a memory dataset, for audits."""
 
@@ -159,16 +175,27 @@ class MemoryOrder:
         return SampleOrder(self.num_samples, 0, epoch).ids(first_position, count)
 
 
-def in_one_process(folder: Path, changes: Mapping[str, Any]) -> TrainingState:
-    """The final state of a run that never saw another world size."""
-    run_rank(
+def train_here(
+    folder: Path | str,
+    changes: Mapping[str, Any],
+    communicator: Communicator,
+    stop_at: int | None = None,
+    callback: Callback | None = None,
+) -> Outcome:
+    """Trains `small_config(changes)` from the newest checkpoint on, to the end or for some steps."""
+    return run_rank(
         small_config(changes),
-        Communicator.solo(),
+        communicator,
         store=CheckpointStore(folder),
-        callback=RecordingCallback(),
-        control=KeepGoing(),
+        callback=callback or RecordingCallback(),
+        control=KeepGoing() if stop_at is None else StopAt(stop_at),
         datasets=memory_datasets(),
     )
+
+
+def in_one_process(folder: Path, changes: Mapping[str, Any]) -> TrainingState:
+    """The final state of a run that never saw another world size."""
+    train_here(folder, changes, Communicator.solo())
     state = CheckpointStore(folder).load_latest()
     assert state is not None
     return state

@@ -11,17 +11,14 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
-from elastic_kfac.training.callbacks import KeepGoing
-from elastic_kfac.training.loop import Outcome, run_rank
+from elastic_kfac.training.loop import Outcome
 from support.gloo import run_ranks
 from support.training_problems import (
     MemoryOrder,
     RecordingCallback,
-    StopAt,
     in_one_process,
-    memory_datasets,
-    small_config,
     states_differ_in,
+    train_here,
 )
 
 APART: dict[str, Any] = {"optimizer.momentum": 0.5, "elastic.merge_every_steps": 3}
@@ -47,14 +44,7 @@ def _train(folder: str, stop_at: int | None) -> dict[str, tuple[Outcome, Rows]]:
     found = {}
     for name, changes in CASES.items():
         recorded = RecordingCallback()
-        outcome = run_rank(
-            small_config(changes),
-            Communicator.world(),
-            store=CheckpointStore(f"{folder}/{name}"),
-            callback=recorded,
-            control=KeepGoing() if stop_at is None else StopAt(stop_at),
-            datasets=memory_datasets(),
-        )
+        outcome = train_here(f"{folder}/{name}", changes, Communicator.world(), stop_at, recorded)
         found[name] = (outcome, recorded.metric_rows)
     return found
 
@@ -106,14 +96,7 @@ def test_mixed_batches_are_dropped_by_a_restore(tmp_path: Path) -> None:
     mixed = in_one_process(tmp_path / "mixed", whole)
     assert "model/0.weight" in states_differ_in(never, mixed)
     for stop_at in (1, 1, None):
-        run_rank(
-            small_config(whole),
-            Communicator.solo(),
-            store=CheckpointStore(tmp_path / "restarted"),
-            callback=RecordingCallback(),
-            control=KeepGoing() if stop_at is None else StopAt(stop_at),
-            datasets=memory_datasets(),
-        )
+        train_here(tmp_path / "restarted", whole, Communicator.solo(), stop_at)
     restarted = _state(tmp_path / "restarted")
     ours, theirs = never.model_tensors(), restarted.model_tensors()
     assert all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-10) for name in ours)
