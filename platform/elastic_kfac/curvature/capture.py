@@ -197,6 +197,8 @@ class Capture:
         counts_positions: bool = False,
     ) -> None:
         self._shared = _Shared(fisher, counts_positions)
+        self.took_empty = False
+        """Whether a batch without any samples was part of what was taken last."""
         self._recorder = Recorder(root, axis=batch_axis)
         self._watched: dict[str, _Watched] = {}
         for module, layers in modules:
@@ -226,6 +228,7 @@ class Capture:
         """The sums of every layer since the last call, in their order."""
         self._recorder.settle()
         taken = [self._watched[layer.name].sums for layer in layers]
+        self.took_empty, self._shared.saw_empty = self._shared.saw_empty, False
         self.drop()
         return taken
 
@@ -237,11 +240,6 @@ class Capture:
                 faults.setdefault(layer.layer.name, reason)
         self._recorder.faults.clear()
         return faults
-
-    @property
-    def saw_empty(self) -> bool:
-        """Whether a batch without any samples was part of the gradient."""
-        return self._shared.saw_empty
 
     @property
     def has_positions(self) -> bool:

@@ -219,16 +219,18 @@ class KFAC:
     def _update_factors(self, statistics: Statistics | None) -> set[int]:
         """Moves the running averages; the layers whose statistics came and were finite."""
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
-        if statistics is not None and statistics.faulty:
-            self._leave_out(statistics.faulty)
-            seen -= statistics.faulty
-        if statistics is None or not (seen or self._left_out or self._capture.saw_empty):
+        # A sharded reduction does not count layers that are left out.
+        uncounted = bool(self._left_out) and self.distribution.counts_are_local
+        if statistics is None or not (seen or uncounted or self._capture.took_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
             raise UsageError(
                 "step() found no statistics of a forward and backward pass on any rank",
                 allowed="a pass in training mode with gradients enabled since the last step",
                 change=f"call {sampled}backward(); build KFAC before a model's first compiled pass",
             )
+        if statistics.faulty:
+            self._leave_out(statistics.faulty)
+            seen -= statistics.faulty
         self._enter("factor_update")
         self.used |= {self.layers[i].name for i in seen}
         here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]

@@ -285,3 +285,16 @@ def test_layer_norm_over_two_dimensions_takes_one_sample() -> None:
     kfac = KFAC(model)
     model(torch.randn(3, 4).double()).square().sum().backward()
     kfac.step()
+
+
+def test_statistics_that_stay_away_are_an_error_even_if_a_layer_is_left_out() -> None:
+    model = nn.Sequential(Standardised(3, 4, 3), nn.Flatten(1), nn.Linear(36, 2)).double()
+    kfac = KFAC(model, kl_clip=None)
+    x = torch.randn(2, 3, 5, 5, generator=seeded(5)).double()
+    model(x).square().mean().backward()
+    with pytest.warns(UserWarning, match="W x"):
+        kfac.step()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)  # of no pass that was seen
+    with pytest.raises(ElasticKfacError, match="no statistics"):
+        kfac.step()
