@@ -25,6 +25,9 @@ from support import reproducible_problems
 from support.reproducible_problems import dropout_net, reproducible_config
 from support.training_problems import MemoryDataset, small_config
 
+# The problem's decompositions fall between factor updates on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:inverse_update_steps=5 is no multiple")
+
 
 def trainer(
     changes: dict[str, Any] | None = None, shape: tuple[int, int, int] = (1, 4, 4)
