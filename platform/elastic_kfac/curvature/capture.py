@@ -57,8 +57,8 @@ class Sums:
         for key, part in self.outputs.items():
             scale = 1.0
             if key != _SAMPLED and not raw:
-                told = key if key > 0 else loss_scale
-                scale = (-1.0 / key if told is None else told) * extra_scale
+                given = key if key > 0 else loss_scale
+                scale = (-1.0 / key if given is None else given) * extra_scale
             part.mul_(1.0 / (scale * scale))
             total = part if total is None else total.add_(part)
         found = {layer.factor_names[0]: self.inputs} if len(layer.factor_names) > 1 else {}
@@ -129,7 +129,7 @@ class _Watched:
             # of the loss.
             batch.is_folded = True
             self._shared.has_positions |= batch.has_positions
-            if self._shared.counts_positions and not batch.is_told:
+            if self._shared.counts_positions and not batch.is_given:
                 batch.size = observed.rows
         self._shared.saw_empty |= not observed.rows
         sums.batches[batch] = None

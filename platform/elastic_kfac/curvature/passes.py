@@ -60,7 +60,7 @@ class Batch:
     """True where a row is real: `[n, T]`, or `[T, n]` with `axis=1`."""
     scale: float | None = None
     """What one sample's loss is multiplied by before backward; None: one over `size`."""
-    is_told: bool = True
+    is_given: bool = True
     """Whether somebody gave the size, so that nothing here may correct it."""
 
     length: int | None = None
@@ -328,10 +328,10 @@ class Recorder:
         axis = self._axis if given is None else given.axis
         size = None if first is None or first.dim() <= axis else first.shape[axis]
         if given is None:
-            self._newest = None if size is None else Batch(size, axis, is_told=False, length=size)
+            self._newest = None if size is None else Batch(size, axis, is_given=False, length=size)
         elif size is not None:
             given.length = size
-            given.size = given.size if given.is_told else size
+            given.size = given.size if given.is_given else size
 
     def leave_root(self, output: Tensor) -> None:
         """The call has returned."""
@@ -349,7 +349,7 @@ class Recorder:
         size = inputs.shape[0] if inputs.dim() else 1
         if self._loose_is_old and torch._C._current_graph_task_id() == -1:
             self._loose, self._loose_is_old = {}, False
-        return self._loose.setdefault(size, Batch(size, is_told=False))
+        return self._loose.setdefault(size, Batch(size, is_given=False))
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -386,7 +386,7 @@ class Recorder:
     def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
         """A call of a layer with `inputs`."""
         batch = self.batch_of(inputs)
-        if not batch.is_told:
+        if not batch.is_given:
             samples = site.layer.samples_in(inputs)
             if samples is not None:
                 batch.size = batch.length = samples

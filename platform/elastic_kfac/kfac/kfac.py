@@ -33,7 +33,7 @@ from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, va
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, save
-from elastic_kfac.kfac.statistics import POSITIONS, Captured, Said, Statistics, disagreement
+from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
 from elastic_kfac.placement.plan import Plan
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
@@ -108,7 +108,7 @@ class KFAC:
         self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
         self._model, self._sharding, self._tree = model, sharding, tree
         self._placing = placing or Placing()
-        self._said = Said()
+        self._warnings = WarnOnce()
         self._left_out: dict[str, str] = {}
         """Layers whose statistics were wrong, and why."""
         self._build(as_communicator(process_group))
@@ -344,13 +344,13 @@ class KFAC:
                 for layer, part in zip(self.layers, sums, strict=True)
                 if part.rows
             }
-            self._said.once("samples", len(counted) > 1, disagreement(counted))
+            self._warnings.once("samples", len(counted) > 1, disagreement(counted))
         if loss_scale is None:
             loss_scale = self.loss_scale_per_sample
         if loss_scale is None and self.options.loss_reduction == "sum":
             loss_scale = 1.0
         if loss_scale is num_samples is None and self.options.loss_reduction is None:
-            self._said.once("positions", self._capture.has_positions, POSITIONS)
+            self._warnings.once("positions", self._capture.has_positions, POSITIONS)
         extra = (
             1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
         )
@@ -388,7 +388,7 @@ class KFAC:
         mask: Tensor | None = None,
         scale: float | None = None,
     ) -> AbstractContextManager[Batch]:
-        """Says what the forward calls inside are about.
+        """Describes the samples of the forward calls inside.
 
             with kfac.micro_batch(mask=is_real):
                 loss = criterion(model(tokens), targets)
@@ -406,7 +406,7 @@ class KFAC:
             positions = self.options.loss_reduction == "positions"
             n = int(mask.sum()) if positions else mask.shape[axis]
         return self._capture.micro_batch(
-            Batch(0 if n is None else n, axis, mask, scale, is_told=n is not None)
+            Batch(0 if n is None else n, axis, mask, scale, is_given=n is not None)
         )
 
     def _arm(self) -> None:

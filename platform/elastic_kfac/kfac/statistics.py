@@ -87,21 +87,21 @@ class Captured:
         return Statistics(sums, self.counts, frozenset(i for i, n in names if n in self.faults))
 
 
-class Said:
-    """Which warnings one preconditioner has given."""
+class WarnOnce:
+    """Warnings that one preconditioner gives once each."""
 
     def __init__(self) -> None:
         self._kinds: set[str] = set()
 
     def once(self, kind: str, is_due: bool, text: str) -> None:
-        """Warns if it is due and has not been said yet."""
+        """Warns if it is due and has not been given yet."""
         if is_due and kind not in self._kinds:
             self._kinds.add(kind)
             warnings.warn(text, UserWarning, stacklevel=5)
 
 
 def disagreement(names_by_count: Mapping[int, str]) -> str:
-    """What to write where layers count different numbers of samples."""
+    """Text of the warning for layers that count different numbers of samples."""
     counts = ", ".join(f"{count} in {name}" for count, name in sorted(names_by_count.items()))
     return (
         f"layers count different numbers of samples ({counts}); pass num_samples and "
