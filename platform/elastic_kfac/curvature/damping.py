@@ -9,6 +9,9 @@ from torch import Tensor
 
 from elastic_kfac.config.kfac import LevenbergMarquardt
 
+_ROUNDING = 16
+"""Noise then is at most about a tenth of the step."""
+
 
 def mean_eigenvalue(factor: Tensor) -> Tensor:
     """`tr X / dim X` of a factor `[..., d, d]` or of a diagonal `[d]`."""
@@ -17,25 +20,50 @@ def mean_eigenvalue(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
+def typical_eigenvalue(factor: Tensor) -> Tensor:
+    """`Σλ² / Σλ` of a factor: the largest eigenvalue of one of rank 1, at most that of others."""
+    if factor.dim() == 1:
+        squares, trace = factor.square().sum(), factor.sum()
+    else:
+        diagonal = factor.diagonal(dim1=-2, dim2=-1)
+        # The lower triangle alone, as for decompositions.
+        squares = 2 * factor.tril(-1).square().sum((-2, -1)) + diagonal.square().sum(-1)
+        trace = diagonal.sum(-1)
+    return squares / trace.clamp(min=torch.finfo(factor.dtype).tiny)
+
+
+def least_damping(eigenvalue: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least γ beside a large eigenvalue, for gradients that are exact to the precision of `dtype`.
+
+    A gradient along that eigenvector leaves its rounding in all others, where `1/γ` magnifies it: in
+    float32 a smaller γ would return more noise than step.
+    """
+    return eigenvalue * (_ROUNDING * torch.finfo(dtype).eps)
+
+
 def split_damping(
     a_factor: Tensor, g_factor: Tensor, damping: float, mode: str
 ) -> tuple[Tensor, Tensor]:
     """γ_A and γ_G of the factored Tikhonov form (Martens and Grosse 2015, section 6.3).
 
     `pi`: γ_A = π√γ, γ_G = √γ/π with π² = (tr A / dim A) / (tr G / dim G); `sqrt`: π = 1; `plain`:
-    γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does.
+    γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does. γ is at
+    least `least_damping`, but with `plain`.
     """
     one = torch.ones((), dtype=a_factor.dtype, device=a_factor.device)
     if mode == "plain":
         return one * damping, one * damping
     root = math.sqrt(damping)
+    largest = typical_eigenvalue(a_factor) * typical_eigenvalue(g_factor)
+    # An eighth: the root damps large eigenvalues of one factor, too.
+    raised = (least_damping(largest, largest.dtype) / (8 * damping)).clamp(min=1.0).sqrt()
     if mode == "sqrt":
-        return one * root, one * root
+        return raised * root, raised * root
     a_mean, g_mean = mean_eigenvalue(a_factor), mean_eigenvalue(g_factor)
     pi = (a_mean / g_mean).sqrt()
     # A factor that is all zero (a dead layer) has no balance.
     pi = torch.where((a_mean > 0) & (g_mean > 0), pi, torch.ones_like(pi))
-    return pi * root, root / pi
+    return pi * root * raised, root / pi * raised
 
 
 class AdaptiveDamping:

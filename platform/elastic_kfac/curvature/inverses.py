@@ -54,11 +54,12 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     return _with_fallback(invert, matrix, "damped inverse").to(matrix.dtype)
 
 
-def two_by_two_inverse(matrix: Tensor, damping: float) -> Tensor:
+def two_by_two_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     """Closed-form `(F + γI)⁻¹` of a batch of 2x2 blocks `[features, 2, 2]`, positive definite.
 
     In float64, where the products of float32 entries are exact: their difference is what rank-one
     blocks cancel to. `det(F + γI) = det F + γ tr F + γ²`, and det F of a Fisher is not negative.
+    `damping` is a number or one value per block.
     """
     wide = matrix.double()
     p, q, r = wide[:, 0, 0], wide[:, 1, 0], wide[:, 1, 1]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import inverses
+from elastic_kfac.curvature.damping import least_damping, typical_eigenvalue
 from elastic_kfac.curvature.factors import norm_gradient_sum
 from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
 
@@ -118,7 +119,9 @@ class UnitNorm(NormLayer):
 
     def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
         if fisher.shape[-1] == 2:
-            return inverses.two_by_two_inverse(fisher, damping)
+            trace = fisher.diagonal(dim1=-2, dim2=-1).sum(-1)
+            least = least_damping(trace, fisher.dtype)
+            return inverses.two_by_two_inverse(fisher, least.double().clamp(min=damping))
         return inverses.damped_inverse(fisher, damping)
 
     def precondition(
@@ -143,7 +146,8 @@ class FullNorm(NormLayer):
         return {"F": self.gradient_shape * 2}
 
     def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
-        return inverses.damped_inverse(fisher, damping)
+        least = least_damping(typical_eigenvalue(fisher), fisher.dtype)
+        return inverses.damped_inverse(fisher, least.clamp(min=damping))
 
     def precondition(
         self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.curvature import inverses
-from elastic_kfac.curvature.damping import split_damping
+from elastic_kfac.curvature.damping import least_damping, split_damping
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,10 @@ class InverseForm:
 
 
 def _denominator(a_values: Tensor, g_values: Tensor, damping: float) -> Tensor:
-    """`d_G d_Aᵀ + γ` `[..., g, a]`."""
-    return (g_values.unsqueeze(-1) * a_values.unsqueeze(-2)).add_(damping)
+    """`d_G d_Aᵀ + γ` `[..., g, a]`, at least `least_damping`."""
+    largest = g_values.amax(-1) * a_values.amax(-1)
+    result = (g_values.unsqueeze(-1) * a_values.unsqueeze(-2)).add_(damping)
+    return result.clamp_(min=least_damping(largest, largest.dtype)[..., None, None])
 
 
 def inner_products(preconditioned: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +118,23 @@ def test_a_layer_without_outputs_is_left_out() -> None:
         empty = nn.Linear(4, 0)
     with pytest.warns(UserWarning, match="no elements"):
         KFAC(nn.Sequential(empty, nn.Linear(4, 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "inverse"}, {"bn_fisher": "full"}])
+def test_near_singular_statistics_in_float32_come_near_those_in_float64(
+    options: dict[str, Any],
+) -> None:
+    # One sample and a large loss: rounding in flat directions must not outgrow the step.
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 1))
+        model.to(dtype)
+        kfac = KFAC(model, lr=1e-3, **options)
+        inputs = torch.randn(1, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (model(inputs) - 1000).square().mean().backward()
+        kfac.step()
+        found.append([p.grad.double() for p in model.parameters()])  # type: ignore[union-attr]
+        assert kfac.kl_clip_scale == pytest.approx(1.0)
+    for single, double in zip(*found, strict=True):
+        assert float((single - double).norm()) < 0.2 * float(double.norm())
