@@ -11,12 +11,13 @@ from typing import cast
 from torch import nn
 
 from elastic_kfac.config.kfac import KfacOptions
-from elastic_kfac.curvature.kronecker import (
-    AttentionProjection,
+from elastic_kfac.curvature.convolution import (
+    CONVOLUTIONS,
+    TRANSPOSED,
     ConvLayer,
-    EmbeddingLayer,
-    LinearLayer,
+    ConvTransposeLayer,
 )
+from elastic_kfac.curvature.kronecker import AttentionProjection, EmbeddingLayer, LinearLayer
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.curvature.norm import NORMS, norm_layer
 from elastic_kfac.errors import ConfigError
@@ -140,8 +141,8 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
         raise ConfigError(
             "the model has no layer that K-FAC covers",
             given=", ".join(left_out) or type(unwrap(model)).__name__,
-            allowed="Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm, GroupNorm "
-            "with trainable weights, not matched by skip_layers",
+            allowed="Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, Embedding, MultiheadAttention, "
+            "BatchNorm, LayerNorm, GroupNorm with trainable weights, not matched by skip_layers",
         )
     return found
 
@@ -159,7 +160,7 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
     """The layers of a module, or why there are none."""
     if isinstance(module, nn.MultiheadAttention):
         return _projections(name, module, options)
-    if not isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding, *NORMS)):
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *NORMS)):
         return f"unsupported type {type(module).__name__}"
     weight = module._parameters.get("weight")
     if weight is None:
@@ -180,8 +181,9 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
         return (EmbeddingLayer(name, module, options, weight),)
     if isinstance(module, nn.Linear):
         return (LinearLayer(name, module, options, weight, module.bias),)
-    if isinstance(module, nn.Conv2d):
-        return (ConvLayer(name, module, options, weight, cast("nn.Parameter | None", module.bias)),)
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
+        kind = ConvLayer if isinstance(module, CONVOLUTIONS) else ConvTransposeLayer
+        return (kind(name, module, options, weight, module._parameters.get("bias")),)
     if isinstance(module, NORMS):
         return (norm_layer(name, module, options),)
     return f"unsupported type {type(module).__name__}"

@@ -1,4 +1,4 @@
-"""Layers whose Fisher is a Kronecker product A ⊗ G: Linear, Conv2d, Embedding, attention projections."""
+"""Layers whose Fisher is a Kronecker product A ⊗ G: Linear, Embedding, attention projections."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from torch import Tensor, nn
 
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.factors import (
-    conv_input_sum,
-    conv_output_sum,
-    conv_positions,
-    conv_weight_gradient,
     embedding_input_sum,
     linear_input_sum,
     linear_output_sum,
@@ -191,45 +187,6 @@ class AttentionProjection(LinearLayer):
     def samples_first(self, tensor: Tensor, axis: int) -> Tensor:
         """`[positions, n, d]`, whatever the layout of the model, to `[n, positions, d]`."""
         return tensor.transpose(0, 1)
-
-
-class ConvLayer(KroneckerLayer):
-    """nn.Conv2d on `[n, channels, h, w]`; output positions share the weight."""
-
-    module: nn.Conv2d
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Conv2d,
-        options: KfacOptions,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-    ) -> None:
-        self.groups = module.groups
-        super().__init__(name, module, options, weight, bias)
-
-    _unbatched_dims = 3
-
-    def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
-        return conv_weight_gradient(inputs, gradients, self.module)
-
-    def _count_rows(self, inputs: Tensor) -> int:
-        return inputs.shape[0] * conv_positions(inputs, self.module)
-
-    def _input_sum(self, inputs: Tensor) -> Tensor:
-        return conv_input_sum(inputs, self.module, bias=self.bias is not None)
-
-    def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return conv_output_sum(gradients, self.groups)
-
-    def normalizers(self, samples: float, rows: float) -> dict[str, float]:
-        spatial = (rows / samples) ** 2
-        if self.options.factor_scale == "sc20":
-            return {"A": samples * spatial, "G": rows / spatial}
-        if self.options.factor_scale == "kaisa":
-            return {"A": rows * spatial, "G": rows * spatial}
-        return super().normalizers(samples, rows)
 
 
 class EmbeddingLayer(KroneckerLayer):

@@ -48,8 +48,9 @@ class KFAC:
     `step()` is called (DDP does that), unless `sharding` is given.
 
     Args:
-        model: Its Linear, Conv2d, Embedding, MultiheadAttention, BatchNorm, LayerNorm and GroupNorm
-            layers are covered; one warning names the others; reasons are in `coverage()`.
+        model: Its Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, Embedding, MultiheadAttention,
+            BatchNorm, LayerNorm and GroupNorm layers are covered; one warning names the others; reasons
+            are in `coverage()`.
         config: Options as one value; keywords replace parts of it.
         lr: The learning rate the KL clip measures with: a number, a function of the step, or the
             optimizer itself (or a list of them), so that the schedule and the clip cannot disagree.
@@ -521,7 +522,7 @@ class KFAC:
         """The running averages this rank holds, by layer name; treat them as read-only.
 
         With weight matrices `[g, a]` (a bias is the last column; a convolution is flattened to
-        `[out, in·kh·kw]`): `A` `[a, a]`, or the diagonal `[a]` of an Embedding, and `G` `[g, g]`, with a
+        `[out, in·kernel]`): `A` `[a, a]`, or the diagonal `[a]` of an Embedding, and `G` `[g, g]`, with a
         leading dimension for the groups of a grouped convolution. Normalisation layers have `F`:
         `[channels, p, p]` over (scale, shift) with `bn_fisher="unit"`, `[p·channels, p·channels]` with
         `full`, its diagonal with `diag`. A factor is at true per-sample scale, so that A ⊗ G estimates

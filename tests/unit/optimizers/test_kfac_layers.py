@@ -335,8 +335,9 @@ def test_frozen_layer_keeps_none_and_unused_layer_keeps_its_factors() -> None:
 
 def test_unsupported_kinds_are_named_in_one_warning_and_keep_their_gradient() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.PReLU(), nn.Flatten(), nn.Linear(8, 2)).double()
-    with pytest.warns(UserWarning, match=r"0 \(Conv1d\), 1 \(PReLU\)") as caught:
+    unsupported = nn.InstanceNorm1d(2, affine=True), nn.PReLU()
+    model = nn.Sequential(*unsupported, nn.Flatten(), nn.Linear(8, 2)).double()
+    with pytest.warns(UserWarning, match=r"0 \(InstanceNorm1d\), 1 \(PReLU\)") as caught:
         kfac = KFAC(model, loss_reduction="mean")
     assert len(caught) == 1
     x = torch.randn(5, 2, 4, dtype=torch.double)
@@ -352,6 +353,11 @@ def test_supported_kinds_are_never_skipped_silently() -> None:
             nn.Linear(2, 2),
             nn.Conv2d(2, 2, 1),
             nn.Conv2d(2, 2, 1, groups=2),
+            nn.Conv1d(2, 2, 1),
+            nn.Conv3d(2, 2, 1),
+            nn.ConvTranspose1d(2, 2, 1),
+            nn.ConvTranspose2d(2, 2, 1),
+            nn.ConvTranspose3d(2, 2, 1),
             nn.BatchNorm1d(2),
             nn.BatchNorm2d(2),
             nn.LayerNorm(2),

@@ -1,0 +1,378 @@
+"""Second-moment sums of convolutions of one to three dimensions, transposed ones too.
+
+Layouts are those of factors.py: a weight is `[out, in·k]` or `[groups, out/groups, in/groups·k]`, k
+counting kernel offsets. Patches are strided views of the padded input, copied in pieces; no stride,
+dilation or padding needs a case of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from elastic_kfac.curvature.factors import append_homogeneous, statistics_dtype
+
+# Patches are copied in pieces of at most this many elements (64 MiB of float32).
+_PATCH_ELEMENTS = 1 << 24
+
+_WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
+
+
+def conv_output_sum(gradients: Tensor, groups: int) -> Tensor:
+    """`G_sum` of a convolution from `[n, out, ...]`: `[out, out]` or `[groups, out/groups, ...]`."""
+    g = gradients.to(statistics_dtype(gradients.dtype))
+    # [out, n*t]: one copy and one large product beats n small ones.
+    rows = g.flatten(2).transpose(0, 1).reshape(g.shape[1], -1)
+    if groups > 1:
+        rows = rows.unflatten(0, (groups, -1))
+    return rows @ rows.mT
+
+
+def conv_positions(inputs: Tensor, module: _ConvNd) -> int:
+    """T, the number of output positions of a convolution."""
+    if isinstance(module, _ConvTransposeNd):
+        return math.prod(_transposed_lengths(inputs, module))
+    sides = _padding_sides(module)
+    return math.prod(
+        (length + sum(around) - d * (k - 1) - 1) // s + 1
+        for length, around, k, s, d in zip(
+            inputs.shape[2:], sides, module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    )
+
+
+def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool) -> Tensor:
+    """`A_sum` of a convolution: `[a, a]`, or `[groups, a, a]`.
+
+    Exact for every stride, padding (numbers, 'same', 'valid', non-zero modes), dilation and group
+    count. Where the stride is one and the padding wide enough, A is assembled from the spatial
+    autocorrelation of the input (one weight-gradient convolution) minus border strips, without ever
+    forming patches.
+
+    Args:
+        inputs: `[n, in_channels, ...]`.
+        module: The convolution.
+        bias: Append the homogeneous coordinate.
+    """
+    x = inputs.to(statistics_dtype(inputs.dtype))
+    x, padding = _resolve_padding(x, module)
+    window = Window(module.kernel_size, module.stride, module.dilation)
+    if _correlates(x, window, padding, module.groups):
+        core = _autocorrelation_gram(x, window.kernel, padding)
+    else:
+        core = _patch_gram(_zero_padded(x, padding), window, module.groups)
+    if not bias:
+        return core
+    total = _zero_padded(x.sum(0, keepdim=True), padding)
+    sums = _patch_rows(_windows(total, window), module.groups).sum(-1)
+    return append_homogeneous(core, sums, x.shape[0] * conv_positions(inputs, module))
+
+
+def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: _ConvNd) -> Tensor:
+    """The gradient of a convolution's weight for `inputs [n, in, ...]` and `gradients [n, out, ...]`."""
+    x, padding = _resolve_padding(inputs.to(gradients.dtype), module)
+    return _WEIGHT_GRADIENTS[len(padding)](
+        x,
+        list(module.weight.shape),
+        gradients,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        groups=module.groups,
+    )
+
+
+def transposed_input_sum(inputs: Tensor, module: _ConvTransposeNd, *, bias: bool) -> Tensor:
+    """`A_sum` of a transposed convolution: `[a, a]`, or `[groups, a, a]`.
+
+    Output pixel u reads input pixel t through kernel offset k where `stride·t + dilation·k = u +
+    padding`, so u reads only the offsets of one residue (phase) modulo the stride: A has a block per
+    phase and zeros between them. A block is the patch Gram matrix of the input under a smaller,
+    flipped kernel; the zeros that the stride puts between pixels are never formed.
+
+    Args:
+        inputs: `[n, in_channels, ...]`.
+        module: The transposed convolution; the padding of its output is the one that it was built with.
+        bias: Append the homogeneous coordinate.
+    """
+    spatial = tuple(range(2, inputs.dim()))
+    x = inputs.to(statistics_dtype(inputs.dtype)).flip(spatial)
+    total = x.sum(0, keepdim=True)
+    groups, lengths = module.groups, _transposed_lengths(inputs, module)
+    side = (groups, x.shape[1] // groups, *module.kernel_size)
+    core, sums = x.new_zeros(*side, *side[1:]), x.new_zeros(side)
+    phases = product(*(_phases(module, i, inputs.shape[i + 2], u) for i, u in enumerate(lengths)))
+    for phase in phases:
+        sides = _flat([axis.sides for axis in phase])
+        window = Window(
+            [axis.taps for axis in phase], [1] * len(phase), [axis.dilation for axis in phase]
+        )
+        at = (slice(None), *(axis.offsets for axis in phase))
+        block = core[(slice(None), *at, *at)]
+        block.copy_(_patch_gram(F.pad(x, sides), window, groups).view(block.shape))
+        part = sums[(slice(None), *at)]
+        patches = _patch_rows(_windows(F.pad(total, sides), window), groups)
+        part.copy_(patches.sum(-1).view(part.shape))
+    a = math.prod(side[1:])
+    core, sums = core.view(groups, a, a), sums.view(groups, a)
+    if groups == 1:
+        core, sums = core[0], sums[0]
+    return append_homogeneous(core, sums, x.shape[0] * math.prod(lengths)) if bias else core
+
+
+def transposed_weight_gradient(
+    inputs: Tensor, gradients: Tensor, module: _ConvTransposeNd
+) -> Tensor:
+    """The gradient of a transposed convolution's weight: that of a convolution of the output gradient.
+
+    Raises:
+        RuntimeError: If the output has another size than that of the module's own `output_padding`.
+    """
+    if gradients.shape[2:] != _transposed_lengths(inputs, module):
+        raise RuntimeError("called with output_size")
+    further = zip(_padding_sides(module), module.output_padding, strict=True)
+    sides = [(before, after - more) for (before, after), more in further]
+    return _WEIGHT_GRADIENTS[len(module.kernel_size)](
+        F.pad(gradients, _flat(sides)),
+        list(module.weight.shape),
+        inputs.to(gradients.dtype),
+        stride=module.stride,
+        dilation=module.dilation,
+        groups=module.groups,
+    )
+
+
+class Window(NamedTuple):
+    """What an output position reads along each spatial dimension."""
+
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    dilation: Sequence[int]
+
+
+class Phase(NamedTuple):
+    """Along one dimension, the output positions of a transposed convolution that read the same kernel
+    offsets."""
+
+    offsets: slice
+    taps: int
+    """Number of these offsets."""
+    dilation: int
+    """Input pixels between one offset and the next."""
+    sides: tuple[int, int]
+    """Padding (cropping, if negative) of the flipped input, so that its windows are those positions."""
+
+
+def _phases(module: _ConvTransposeNd, axis: int, length: int, out: int) -> Iterator[Phase]:
+    kernel, stride = module.kernel_size[axis], module.stride[axis]
+    dilation, (padding, _) = module.dilation[axis], _padding_sides(module)[axis]
+    common = math.gcd(dilation, stride)
+    for residue in range(stride):
+        offsets = slice(
+            next((k for k in range(kernel) if dilation * k % stride == residue), kernel),
+            kernel,
+            stride // common,
+        )
+        taps = len(range(kernel)[offsets])
+        # Positions stride·w + residue - padding for w in [first, end).
+        first, end = (-((residue - edge) // stride) for edge in (padding, padding + out))
+        if not taps or first >= end:
+            continue
+        step = dilation // common
+        shift = (dilation * offsets.start - residue) // stride
+        sides = (end - length - shift, shift - first + step * (taps - 1))
+        yield Phase(offsets, taps, step, sides)
+
+
+def _transposed_lengths(inputs: Tensor, module: _ConvTransposeNd) -> tuple[int, ...]:
+    return tuple(
+        (length - 1) * s - sum(around) + d * (k - 1) + further + 1
+        for length, k, s, around, d, further in zip(
+            inputs.shape[2:],
+            module.kernel_size,
+            module.stride,
+            _padding_sides(module),
+            module.dilation,
+            module.output_padding,
+            strict=True,
+        )
+    )
+
+
+def _padding_sides(module: _ConvNd) -> list[tuple[int, int]]:
+    """Padding before and after, for every spatial dimension."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if isinstance(module.padding, str):  # 'same'
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in module.padding]
+
+
+def _resolve_padding(x: Tensor, module: _ConvNd) -> tuple[Tensor, tuple[int, ...]]:
+    """Symmetric zero padding stays a number; everything else is written into the tensor."""
+    sides = _padding_sides(module)
+    if module.padding_mode == "zeros" and all(before == after for before, after in sides):
+        return x, tuple(before for before, _ in sides)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, _flat(sides), mode=mode), (0,) * len(sides)
+
+
+def _zero_padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+    return F.pad(x, _flat([(p, p) for p in padding])) if any(padding) else x
+
+
+def _flat(sides: Sequence[tuple[int, int]]) -> list[int]:
+    """As `F.pad` takes them: the last dimension first."""
+    return [side for around in reversed(sides) for side in around]
+
+
+def _windows(x: Tensor, window: Window) -> Tensor:
+    """View `[n, channels, *positions, *kernel]` of `x [n, channels, ...]`."""
+    for axis, (k, s, d) in enumerate(zip(*window, strict=True), start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]
+    return x
+
+
+def _patch_rows(windows: Tensor, groups: int) -> Tensor:
+    """`[a, n·t]`, or `[groups, a, n·t]`, of a view by `_windows`."""
+    axes = range(2, windows.dim())
+    positions, kernel = axes[: len(axes) // 2], axes[len(axes) // 2 :]
+    rows = windows.permute(1, *kernel, 0, *positions)
+    side = windows.shape[1] // groups * math.prod(windows.shape[i] for i in kernel)
+    return rows.reshape(side, -1) if groups == 1 else rows.reshape(groups, side, -1)
+
+
+def _patch_gram(x: Tensor, window: Window, groups: int) -> Tensor:
+    """Gram matrix of the patches of `x [n, channels, ...]` over samples and positions, per group."""
+    windows = _windows(x, window)
+    lines = windows.shape[2]
+    line = math.prod(windows.shape[i] for i in range(1, windows.dim()) if i != 2)
+    total: Tensor | None = None
+    for samples in windows.split(max(1, _PATCH_ELEMENTS // (lines * line))):
+        # One volume may be too large by itself.
+        for piece in samples.split(min(lines, max(1, _PATCH_ELEMENTS // line)), 2):
+            rows = _patch_rows(piece, groups)
+            part = rows @ rows.mT
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def _correlates(x: Tensor, window: Window, padding: Sequence[int], groups: int) -> bool:
+    """Whether `_autocorrelation_gram` can and should be used."""
+    pointwise = max(*window.kernel, *(p + 1 for p in padding)) == 1
+    wide = all(2 * p >= k - 1 for p, k in zip(padding, window.kernel, strict=True))
+    # The strips need their own pixels: tiny images go the plain way.
+    roomy = all(length >= 2 * k for length, k in zip(x.shape[2:], window.kernel, strict=True))
+    steps = {*window.stride, *window.dilation, groups}
+    return steps == {1} and not pointwise and wide and roomy
+
+
+class Strip(NamedTuple):
+    """Pixels along one dimension that kernel offset `first` never reads, for block (first, second)."""
+
+    first: int
+    second: int
+    start: int
+    stop: int
+
+    @property
+    def lag(self) -> int:
+        return self.second - self.first
+
+
+def _autocorrelation_gram(x: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Patch Gram matrix of a stride-1 convolution from the autocorrelation of its input.
+
+    Block (i, j) of A, for kernel offsets i and j, is `Σ_u x[u] x[u + j − i]ᵀ` over the pixels u that
+    offset i visits. The sum over all pixels depends on `j − i` only; what offset i does not visit are
+    strips at the border along each dimension, subtracted (and, by inclusion and exclusion, their
+    intersections added back and subtracted in turn). Blocks with j before i along the first dimension
+    follow by symmetry.
+    """
+    dims, channels = len(kernel), x.shape[1]
+    choices: list[list[Strip | None]] = [
+        [None, *_strips(k, p, length, axis == 0)]
+        for axis, (k, p, length) in enumerate(zip(kernel, padding, x.shape[2:], strict=True))
+    ]
+    ordered = [
+        torch.arange(k, device=x.device).sub(torch.arange(k, device=x.device)[:, None]) + k - 1
+        for k in kernel
+    ]  # index of lag j - i
+    sides = [k for k in kernel for _ in range(2)]
+    blocks = x.new_empty(*sides, channels, channels)
+    for choice in product(*reversed(choices)):  # along the first dimension fastest
+        strips = choice[::-1]
+        here = there = x
+        for axis, strip in enumerate(strips, start=2):
+            if strip is not None:
+                size = strip.stop - strip.start
+                here = here.narrow(axis, strip.start, size)
+                there = there.narrow(axis, strip.start + strip.lag, size)
+        cut = sum(strip is not None for strip in strips)
+        lags = _lagged(here, there, [0 if s else k for s, k in zip(strips, kernel, strict=True)])
+        at: list[int | slice] = []
+        for axis in range(dims - 1, 0, -1):
+            if (strip := strips[axis]) is None:
+                lags = lags.index_select(axis, ordered[axis].view(-1))
+                lags = lags.unflatten(axis, ordered[axis].shape)
+                at[:0] = [slice(None), slice(None)]
+            else:
+                lags = lags.squeeze(axis)
+                at[:0] = [strip.first, strip.second]
+        pairs = [(s.first, s.second, 0)] if (s := strips[0]) else _ordered_pairs(kernel[0])
+        for i, j, lag in pairs:
+            block = blocks[(i, j, *at)]
+            if cut:
+                block.add_(lags[lag], alpha=-1 if cut % 2 else 1)
+            else:
+                block.copy_(lags[lag])
+    flipped = [axis + 1 if axis % 2 == 0 else axis - 1 for axis in range(2 * dims)]
+    for i, j, lag in _ordered_pairs(kernel[0]):
+        if lag:
+            mirrored = blocks.permute(*flipped, -1, -2)
+            blocks[j, i] = mirrored[j, i]
+    side = channels * math.prod(kernel)
+    firsts, seconds = range(0, 2 * dims, 2), range(1, 2 * dims, 2)
+    return blocks.permute(-2, *firsts, -1, *seconds).reshape(side, side)
+
+
+def _ordered_pairs(kernel: int) -> list[tuple[int, int, int]]:
+    """Offsets i <= j and their lag."""
+    return [(i, j, j - i) for i in range(kernel) for j in range(i, kernel)]
+
+
+def _strips(kernel: int, padding: int, length: int, is_first: bool) -> Iterator[Strip]:
+    for i, j in product(range(kernel), repeat=2):
+        if is_first and j < i:
+            continue
+        top, bottom = max(0, i - padding), max(0, kernel - 1 - i - padding)
+        for start, stop in ((0, top), (length - bottom, length)):
+            strip = Strip(i, j, max(start, i - j), min(stop, length + i - j))
+            if strip.start < strip.stop:
+                yield strip
+
+
+def _lagged(here: Tensor, there: Tensor, reach: Sequence[int]) -> Tensor:
+    """`R[lag] = Σ_n Σ_u here[u] there[u + lag]ᵀ` `[*lags, channels, channels]`: along the first
+    dimension for lags in [0, reach), along the others for |lag| < reach, from the smallest; a reach of
+    0 stands for lag 0 alone, too."""
+    channels = here.shape[1]
+    if not any(reach):
+        left, right = (v.transpose(0, 1).reshape(channels, -1) for v in (here, there))
+        return (left @ right.t()).view(*[1] * len(reach), channels, channels)
+    reach = [max(1, k) for k in reach]
+    sides = [(k - 1 if axis else 0, k - 1) for axis, k in enumerate(reach)]
+    lengths = [1 + sum(around) for around in sides]
+    weight_gradient = _WEIGHT_GRADIENTS[len(reach)]
+    lags = weight_gradient(F.pad(there, _flat(sides)), [channels, channels, *lengths], here)
+    return lags.permute(*range(2, lags.dim()), 0, 1).contiguous()
