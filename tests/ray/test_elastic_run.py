@@ -15,6 +15,7 @@ import ray
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.in_process import train_in_process
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
@@ -213,6 +214,35 @@ def test_run_address_where_nobody_listens_is_a_usage_error_too(
     options: dict[str, Any] = {"name": "run", "storage": str(tmp_path), "address": "127.0.0.9:1"}
     with pytest.raises(UsageError, match=r"cannot connect to a Ray cluster: .*refused"):
         train(config(1), progress=Display(), **options)
+
+
+def test_a_run_goes_from_one_process_to_the_cluster_and_back(
+    run: Run, config: Make, tmp_path: Path
+) -> None:
+    """In reproducible mode the hash is that of a run that never left its process."""
+    long = apply_overrides(config(400), ["elastic.reproducible=true"])
+    here = tmp_path / "moved"
+
+    def step() -> int:
+        return int(RunFolder(here).metrics()[-1]["step"])
+
+    def local(folder: Path, config: Config, display: Display) -> RunResult:
+        return train_in_process(
+            config, name=folder.name, storage=str(folder.parent), progress=display
+        )
+
+    local(here, long, _InterruptWhen(lambda view: True, steps=20))
+    first = step()
+    run(long, here, progress=_InterruptWhen(lambda view: 2 in view.world_sizes, steps=20))
+    second = step()
+    end = apply_overrides(long, [f"train.epochs={second // STEPS_PER_EPOCH + 2}"])
+    moved = local(here, end, Display())
+    quiet = local(tmp_path / "quiet", end, Display())
+
+    assert 20 < first < second < moved.values["steps"]
+    assert moved.values["world_sizes"] == [1, 2, 1]
+    assert moved.values["final_state_sha256"] == quiet.values["final_state_sha256"]
+    assert moved.values["steps_redone"] == 0
 
 
 class _InterruptWhen(Display):

@@ -7,7 +7,8 @@ import signal
 
 import pytest
 
-from elastic_kfac.cluster.ray.connection import StopSignals, kept_signal_handlers
+from elastic_kfac.cluster.ray.connection import kept_signal_handlers
+from elastic_kfac.runs.signals import StopSignals
 
 
 def test_stop_signals_before_anything_runs_end_at_once() -> None:

@@ -127,6 +127,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--latency-us": _of(
         "latency of a message between workers", type=float, default=50.0, metavar="MICROSECONDS"
     ),
+    "--local": _of("train in this process, as one worker and without Ray", action="store_true"),
     "--markdown": _of("print docs/configuration.md", action="store_true"),
     "--memory-gib": _of(
         "memory limit for vectors (default: the free memory)", type=float, metavar="GIB"
@@ -214,7 +215,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "train:train",
         "Train elastically under Ray Train.",
-        "CONFIG --set --name --storage --address --resize-at --kill-at",
+        "CONFIG --set --name --storage --address --local --resize-at --kill-at",
     ),
     "tune": Command(
         "tune:tune",

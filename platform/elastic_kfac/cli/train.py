@@ -40,18 +40,27 @@ def train(arguments: argparse.Namespace) -> int:
 
     check_attacks(config)
 
-    from elastic_kfac.cluster.run.trainer import train as train_on_ray
+    from elastic_kfac.runs.feasibility import check_parts
+
+    check_parts(config)
 
     uri = f"{arguments.storage.rstrip('/')}/{name}"
     try:
-        result = train_on_ray(
-            config,
-            name=name,
-            storage=arguments.storage,
-            address=arguments.address,
-            resize_at=arguments.resize_at,
-            kill_at=arguments.kill_at,
-        )
+        if arguments.local:
+            from elastic_kfac.cluster.run.in_process import train_in_process
+
+            result = train_in_process(config, name=name, storage=arguments.storage)
+        else:
+            from elastic_kfac.cluster.run.trainer import train as train_on_ray
+
+            result = train_on_ray(
+                config,
+                name=name,
+                storage=arguments.storage,
+                address=arguments.address,
+                resize_at=arguments.resize_at,
+                kill_at=arguments.kill_at,
+            )
     except ElasticKfacError as error:
         if error.exit_code == 1:
             # People want to see first how far a failed run came. One that failed before it had
@@ -78,6 +87,11 @@ def check_local_cluster_events(config: Config, arguments: argparse.Namespace) ->
     """
     resizes: Sequence[tuple[int, int]] = arguments.resize_at
     kills: Sequence[tuple[int, int]] = arguments.kill_at
+    if arguments.local and (arguments.address is not None or resizes or kills):
+        raise UsageError(
+            "--local trains in this process, without a cluster",
+            change="drop --address, --resize-at and --kill-at, or --local",
+        )
     if arguments.address is not None and (resizes or kills):
         raise UsageError(
             "--resize-at and --kill-at act on the local cluster only",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from elastic_kfac.cluster.ray.connection import StopSignals, connected, quiet_driver
+from elastic_kfac.cluster.ray.connection import connected, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
@@ -30,6 +30,7 @@ from elastic_kfac.experiments.trials import (
     Trial,
     TrialTable,
 )
+from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.runs.summary import duration
 
 

@@ -25,7 +25,6 @@ import ray
 from ray import tune
 from ray.tune.result import TIMESTEPS_TOTAL
 
-from elastic_kfac.cluster.ray.connection import StopSignals
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
@@ -36,6 +35,7 @@ from elastic_kfac.experiments.resource_broker import TrialShare
 from elastic_kfac.experiments.rounds import RANK_FUNCTION as ROUNDS_RANK_FUNCTION
 from elastic_kfac.experiments.rounds import announce_round, round_after
 from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
+from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import open_split
-from elastic_kfac.errors import ConfigError
+from elastic_kfac.errors import ConfigError, ElasticKfacError
 from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.traffic import memory_elements
-from elastic_kfac.tasks.models import ImageShape, build_model
+from elastic_kfac.tasks.losses import make_task
+from elastic_kfac.tasks.models import ImageShape, build_model, evaluating
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Sized:
     config: Config
     model: nn.Module
     image_shape: ImageShape
+    num_classes: int
     layers: tuple[LayerShape, ...]
     """Layers that K-FAC covers, or what one rank owns with `optimizer.name: sharded_kfac`."""
 
@@ -36,17 +39,17 @@ class Sized:
             ConfigError: If the model is impossible.
         """
         with open_split(config, config.data.train_split) as split:
-            image_shape = split.image_shape
+            image_shape, num_classes = split.image_shape, split.num_classes
             model = build_model(
                 config.model,
-                num_classes=split.num_classes,
+                num_classes=num_classes,
                 image_shape=image_shape,
                 seed=config.train.seed,
             )
         sharded = config.optimizer.name == "sharded_kfac"
         has_layers = config.kfac.enabled or sharded
         layers = shapes(model, config.kfac, sharded=sharded) if has_layers else ()
-        return cls(config, model, image_shape, tuple(layers))
+        return cls(config, model, image_shape, num_classes, tuple(layers))
 
     @property
     def parameter_elements(self) -> int:
@@ -78,6 +81,43 @@ def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
     """
     sized = Sized.of(config)
     yield from map(sized.plan, world_sizes)
+
+
+def check_parts(config: Config) -> None:
+    """Tries model and loss on two random images, so that what does not fit is found before a cluster
+    starts.
+
+    Raises:
+        DataError: As `Sized.of`.
+        ConfigError: If model, loss and data do not fit, or the loss is no sum over samples.
+    """
+    sized = Sized.of(config)
+    model, task = sized.model, make_task(config.train)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
+        images = torch.randn(2, *sized.image_shape, dtype=next(model.parameters()).dtype)
+        labels = torch.tensor([0, sized.num_classes - 1])
+        try:
+            outputs = model(images)
+            task.correct(outputs, labels)
+            loss = task.loss(outputs, labels)
+            doubled = task.loss(torch.cat([outputs, outputs]), torch.cat([labels, labels]))
+            values = [float(loss), float(doubled)]
+        except ElasticKfacError:
+            raise
+        except Exception as error:
+            line = str(error).strip().splitlines() or [""]
+            raise ConfigError(
+                f"model and loss fail on a batch of images: {type(error).__name__}: {line[0]}",
+                given=f"model.name={config.model.name}, train.loss={config.train.loss}, "
+                f"images {list(images.shape)}",
+                change="try model and loss on one batch of the data",
+            ) from error
+    if values[0] > 0 and abs(values[1] / values[0] - 2) > 0.1:
+        raise ConfigError(
+            "train.loss is not a sum over samples: the same samples twice must double it",
+            given=f"{values[0]:.4g}, and {values[1]:.4g} for the same samples twice",
+            change='return the sum, for example with reduction="sum"',
+        )
 
 
 def why_infeasible(config: Config, room: int) -> str | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from elastic_kfac.cluster.ray.connection import StopSignals
 from elastic_kfac.experiments.engine import Engine, status_line
 from elastic_kfac.experiments.trials import Trial, TrialTable
+from elastic_kfac.runs.signals import StopSignals
 from support.lines import SilentLine
 
 

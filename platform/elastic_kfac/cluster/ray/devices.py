@@ -36,7 +36,7 @@ def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.devic
 
 
 def device_of_task(config: Config) -> torch.device:
-    """The device of a Ray task, which sees only the devices assigned to it.
+    """The device of a process that is no worker of Ray Train; a Ray task sees only its own devices.
 
     Raises:
         UsageError: If a GPU is required and torch sees none on this node.

@@ -11,19 +11,17 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from ray.util.metrics import Gauge
+from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
-from elastic_kfac.cluster.run.replicas import ReplicaPlace
+from elastic_kfac.cluster.run.messages import Message
 from elastic_kfac.cluster.run.states import Change, Group, RunState, transition
 from elastic_kfac.observability.telemetry import RunTelemetry, TelemetryOptions
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
 
-Message = tuple[Literal["metrics", "event", "step", "rollback", "measured"], Mapping[str, Any]]
-"""From rank 0: a kind and a row."""
+if TYPE_CHECKING:
+    from elastic_kfac.cluster.run.replicas import ReplicaPlace
 
 LOST = "a member of the world was lost"
 RETURNED = "a replacement joined the world"
@@ -86,7 +84,7 @@ class RunCoordinator:
             survivors_timeout_s: How long survivors have to save their state after processes died.
             telemetry: Settings of the exporter; None exports nothing.
         """
-        self._telemetry = RunTelemetry(telemetry, Gauge)
+        self._telemetry = RunTelemetry(telemetry, _gauge)
         self._in_place = in_place
         self._survivors_timeout_s = survivors_timeout_s
         self._folder = RunFolder(run_uri)
@@ -571,3 +569,9 @@ class RunCoordinator:
             group.changed.set()
             if group.store_address is not None and not group.store_address.done():
                 group.store_address.cancel()
+
+
+def _gauge(*arguments: Any, **options: Any) -> Any:
+    from ray.util.metrics import Gauge  # a run in this process has no Ray
+
+    return Gauge(*arguments, **options)

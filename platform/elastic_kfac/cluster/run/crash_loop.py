@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from elastic_kfac.errors import ElasticKfacError
 
 USAGE_EXIT_CODE = 2
 """Errors with this exit code are wrong usage, configuration or data: a retry cannot help."""
@@ -23,6 +26,20 @@ class RankError:
     exit_code: int = 1
     exception: Any = None
     """The exception itself where it is one of this package."""
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> RankError:
+        """`error`, raised by `rank`."""
+        text = str(error).strip().splitlines()
+        ours = error if isinstance(error, ElasticKfacError) else None
+        return cls(
+            rank=rank,
+            kind=type(error).__name__,
+            line=ours.line() if ours else f"{type(error).__name__}: {text[0] if text else ''}",
+            traceback="".join(traceback.format_exception(error)),
+            exit_code=ours.exit_code if ours else 1,
+            exception=ours,
+        )
 
     @property
     def is_collateral(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from elastic_kfac.cluster.run.coordinator import Message
+from elastic_kfac.cluster.run.messages import Message, Reporter
 from elastic_kfac.cluster.run.replicas import StoreCallback
 from elastic_kfac.observability.run_log import LogContext, log_of
 from elastic_kfac.observability.telemetry import RankTelemetry, Values
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from elastic_kfac.training.measurement import RankProbe
 
 
-class RankReporter(Callback):
+class RankReporter(Reporter):
     """Sends a rank's rows to the coordinator: in order, in batches, without waiting for it."""
 
     def __init__(self, coordinator: Any, attempt: int, *, interval_s: float = 0.05) -> None:
@@ -34,21 +34,9 @@ class RankReporter(Callback):
         self._thread = threading.Thread(target=self._send_all, name="rank-reporter", daemon=True)
         self._thread.start()
 
-    def on_metrics(self, row: Mapping[str, Any]) -> None:
-        self._put(("metrics", dict(row)))
-
-    def on_event(self, row: Mapping[str, Any]) -> None:
-        self._put(("event", dict(row)))
-
-    def on_step(self, row: Mapping[str, Any]) -> None:
-        self._put(("step", dict(row)))
-
-    def on_rollback(self, step: int, lost_steps: int) -> None:
-        self._put(("rollback", {"step": step, "lost_steps": lost_steps}))
-
     def measured(self, values: Mapping[str, Any]) -> None:
         """Sends what this rank has measured for the run since the last call."""
-        self._put(("measured", values))
+        self.send(("measured", values))
 
     def last_step(self) -> int:
         self.flush()
@@ -67,7 +55,7 @@ class RankReporter(Callback):
             self._ready.notify_all()
         self._thread.join()
 
-    def _put(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         with self._ready:
             self._rows.append(message)
             self._ready.notify_all()

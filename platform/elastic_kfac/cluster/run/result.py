@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from elastic_kfac.cluster.run.coordinator import RunView
-from elastic_kfac.errors import StateError
+from elastic_kfac.cluster.run.crash_loop import RankError
+from elastic_kfac.cluster.run.progress import Display
+from elastic_kfac.errors import ElasticKfacError, RunError, StateError
 from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.state.run_folder import RunFolder
 
@@ -84,6 +86,17 @@ def build_result(
         compact_ledger(folder)
     folder.write_result(values)
     return RunResult(status, folder.uri, values, tuple(unfired))
+
+
+def error_of(error: RankError, display: Display, *, change: str) -> ElasticKfacError:
+    """The error that ended a run, as the command raises it; shows its traceback where that helps."""
+    ours = error.exception if isinstance(error.exception, ElasticKfacError) else None
+    if error.traceback and (ours is None or error.exit_code == 1):
+        display.say(error.traceback.rstrip())
+    if ours is not None:
+        return ours
+    rank = f" (rank {error.rank})" if error.rank >= 0 else ""
+    return RunError(f"the run failed{rank}: {error.line}", change=change)
 
 
 def _joined(earlier: Sequence[int], later: Sequence[int]) -> list[int]:

@@ -11,19 +11,20 @@ from typing import Any
 
 import ray
 
-from elastic_kfac.cluster.ray.connection import StopSignals, connected, quiet_driver
+from elastic_kfac.cluster.ray.connection import connected, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.launch import Launch, LaunchOptions
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
-from elastic_kfac.cluster.run.result import RunResult, build_result
+from elastic_kfac.cluster.run.result import RunResult, build_result, error_of
 from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, RunError
 from elastic_kfac.observability.run_log import LogContext, begin_log, levels_of_this_process
+from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.run_folder import RunFolder
 
 STOP_TIMEOUT_S = 60.0
@@ -202,13 +203,5 @@ class _Driver:
                 given=text[0] if text else None,
                 change=f"see {self._folder.uri}/events.jsonl",
             )
-        ours = view.error.exception if isinstance(view.error.exception, ElasticKfacError) else None
-        if view.error.traceback and (ours is None or view.error.exit_code == 1):
-            self._display.say(view.error.traceback.rstrip())
-        if ours is not None:
-            return ours
-        rank = f" (rank {view.error.rank})" if view.error.rank >= 0 else ""
-        return RunError(
-            f"the run failed{rank}: {view.error.line}",
-            change="it failed in the same way at every attempt; the last state is kept",
-        )
+        change = "it failed in the same way at every attempt; the last state is kept"
+        return error_of(view.error, self._display, change=change)

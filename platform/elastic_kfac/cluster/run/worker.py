@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ from elastic_kfac.cluster.run.reporting import (
     RankReporter,
     StoreReporter,
 )
-from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.observability.run_log import LogContext, begin_log, log_of
 from elastic_kfac.observability.telemetry import RankTelemetry, TelemetryOptions
 from elastic_kfac.training.callbacks import Callback, Callbacks
@@ -75,26 +73,12 @@ def run_worker(settings: WorkerSettings) -> str:
     except NeverAMember:
         outcome = {"status": "parked"}
     except BaseException as error:
-        description = describe(rank, error)
+        description = RankError.of(rank, error)
         log_of("run").error(description.line, exc_info=True)
         ray.get(coordinator.rank_failed.remote(attempt, description))
         raise
     ray.get(coordinator.rank_left.remote(attempt, rank, outcome))
     return str(outcome["status"])
-
-
-def describe(rank: int, error: BaseException) -> RankError:
-    """An exception as a value that the driver can hold and show."""
-    text = str(error).strip().splitlines()
-    ours = error if isinstance(error, ElasticKfacError) else None
-    return RankError(
-        rank=rank,
-        kind=type(error).__name__,
-        line=ours.line() if ours else f"{type(error).__name__}: {text[0] if text else ''}",
-        traceback="".join(traceback.format_exception(error)),
-        exit_code=ours.exit_code if ours else 1,
-        exception=ours,
-    )
 
 
 def _run(

@@ -1,0 +1,150 @@
+"""A run in this process, its only worker: no Ray; record, folder and hash are those of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from elastic_kfac.cluster.ray.devices import device_of_task
+from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
+from elastic_kfac.cluster.run.crash_loop import RankError
+from elastic_kfac.cluster.run.messages import Message, Reporter
+from elastic_kfac.cluster.run.progress import Display, ProgressLine
+from elastic_kfac.cluster.run.result import RunResult, build_result, error_of
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
+from elastic_kfac.errors import UsageError
+from elastic_kfac.observability.run_log import LogContext, begin_log, levels_of_this_process
+from elastic_kfac.runs.final_record import result_row
+from elastic_kfac.runs.signals import StopSignals
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.training.callbacks import event_row
+from elastic_kfac.training.loop import run_rank
+
+T = TypeVar("T")
+
+
+def train_in_process(
+    config: Config,
+    *,
+    name: str,
+    storage: str = "./runs",
+    progress: Display | None = None,
+    stop_signals: StopSignals | None = None,
+) -> RunResult:
+    """`trainer.train` without a cluster; either continues what the other has begun.
+
+    Raises:
+        UsageError: If the run cannot work as configured, or needs more than one worker.
+        RunError: If the run failed, with the cause.
+    """
+    if config.elastic.min_workers > 1:
+        raise UsageError(
+            "--local trains with one worker",
+            given=f"elastic.min_workers={config.elastic.min_workers}",
+            change="add --set elastic.min_workers=1, or leave --local away",
+        )
+    levels = levels_of_this_process()
+    if levels:
+        begin_log(LogContext(name), levels)
+    display = progress or ProgressLine()
+    folder = RunFolder(f"{storage.rstrip('/')}/{name}")
+    with contextlib.ExitStack() as stack:
+        stack.callback(display.close)
+        signals = stack.enter_context(stop_signals or StopSignals())
+        device = device_of_task(config)
+        if folder.storage.folders("checkpoints"):
+            display.say(f"Run {name} exists in {storage}: resuming it.")
+        folder.write_config(config)
+        signals.defer()
+        record = _Record(folder, display, signals)
+        store = CheckpointStore(
+            folder.uri, keep=config.elastic.keep_checkpoints, on_warning=record.warn
+        )
+        stack.callback(store.close)
+        torch.set_num_threads(config.train.torch_threads)
+        error: RankError | None = None
+        try:
+            outcome = run_rank(
+                config,
+                Communicator.solo(),
+                store=store,
+                callback=record,
+                control=record,
+                device=device,
+            )
+            record.left({**result_row(config, outcome), "reasons": list(outcome.reasons)})
+        except Exception as exception:
+            error = RankError.of(0, exception)
+        result = build_result(
+            folder,
+            replace(record.close(), error=error),
+            interrupted=signals.reason,
+            unfired=(),
+            target_accuracy=config.train.target_accuracy,
+            failed=error is not None,
+        )
+        if error is not None:
+            raise error_of(error, display, change="the last checkpoint is kept")
+    return result
+
+
+class _Record(Reporter):
+    """The run coordinator in this process, and the display in the place of a driver that polls it."""
+
+    def __init__(self, folder: RunFolder, display: Display, signals: StopSignals) -> None:
+        self._loop = asyncio.new_event_loop()
+        # The thread that writes checkpoints reports as well.
+        self._lock = threading.RLock()
+        self._coordinator = RunCoordinator(folder.uri)
+        self._display, self._signals = display, signals
+        self._seen_events = 0
+        self._shown_at = float("-inf")
+        self._call(self._coordinator.group_started({0: os.getpid()}, {0: ""}))
+        self._attempt = self._call(self._coordinator.join(0, os.getpid()))["attempt"]
+
+    def send(self, message: Message) -> None:
+        self._call(self._coordinator.record(self._attempt, [message]))
+        if time.monotonic() - self._shown_at >= 0.2:
+            self._shown_at = time.monotonic()
+            self._show(self._call(self._coordinator.view(self._seen_events)))
+
+    def last_step(self) -> int:
+        return self._call(self._coordinator.last_step())
+
+    def warn(self, line: str) -> None:
+        """Reports a warning of the run's store."""
+        self.on_event(event_row("warning", self.last_step(), reason=line))
+
+    def stop_reason(self) -> str | None:
+        return self._signals.reason
+
+    def left(self, outcome: dict[str, Any]) -> None:
+        """The loop has returned."""
+        if self._signals.reason is not None:
+            self._call(self._coordinator.stop(self._signals.reason))
+        self._call(self._coordinator.rank_left(self._attempt, 0, outcome))
+
+    def close(self) -> RunView:
+        """Ends the record; returns the last view of the run."""
+        view = self._call(self._coordinator.close())
+        self._show(replace(view, events=view.events[self._seen_events :]))
+        self._loop.close()
+        return view
+
+    def _show(self, view: RunView) -> None:
+        self._seen_events = view.num_events
+        self._display.update(view)
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            return self._loop.run_until_complete(coroutine)
