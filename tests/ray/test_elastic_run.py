@@ -220,7 +220,7 @@ def test_a_run_goes_from_one_process_to_the_cluster_and_back(
     run: Run, config: Make, tmp_path: Path
 ) -> None:
     """In reproducible mode the hash is that of a run that never left its process."""
-    long = apply_overrides(config(400), ["elastic.reproducible=true"])
+    long = _changed(config(400), "elastic.reproducible", True)
     here = tmp_path / "moved"
 
     def step() -> int:
@@ -235,7 +235,7 @@ def test_a_run_goes_from_one_process_to_the_cluster_and_back(
     first = step()
     run(long, here, progress=_InterruptWhen(lambda view: 2 in view.world_sizes, steps=20))
     second = step()
-    end = apply_overrides(long, [f"train.epochs={second // STEPS_PER_EPOCH + 2}"])
+    end = _changed(long, "train.epochs", second // STEPS_PER_EPOCH + 2)
     moved = local(here, end, Display())
     quiet = local(tmp_path / "quiet", end, Display())
 
@@ -243,6 +243,10 @@ def test_a_run_goes_from_one_process_to_the_cluster_and_back(
     assert moved.values["world_sizes"] == [1, 2, 1]
     assert moved.values["final_state_sha256"] == quiet.values["final_state_sha256"]
     assert moved.values["steps_redone"] == 0
+
+
+def _changed(config: Config, key: str, value: Any) -> Config:
+    return parse_config(apply_overrides(config.model_dump(), [(key, value)]))
 
 
 class _InterruptWhen(Display):
