@@ -27,7 +27,6 @@ from elastic_kfac.runs.final_record import result_row
 from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.callbacks import event_row
 from elastic_kfac.training.loop import run_rank
 
 T = TypeVar("T")
@@ -120,10 +119,6 @@ class _Record(Reporter):
 
     def last_step(self) -> int:
         return self._call(self._coordinator.last_step())
-
-    def warn(self, line: str) -> None:
-        """Reports a warning of the run's store."""
-        self.on_event(event_row("warning", self.last_step(), reason=line))
 
     def stop_reason(self) -> str | None:
         return self._signals.reason

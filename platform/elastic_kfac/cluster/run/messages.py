@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from elastic_kfac.training.callbacks import Callback
+from elastic_kfac.training.callbacks import Callback, event_row
 
 Message = tuple[Literal["metrics", "event", "step", "rollback", "measured"], Mapping[str, Any]]
 """A kind and a row."""
@@ -30,3 +30,7 @@ class Reporter(Callback):
 
     def on_rollback(self, step: int, lost_steps: int) -> None:
         self.send(("rollback", {"step": step, "lost_steps": lost_steps}))
+
+    def warn(self, line: str) -> None:
+        """Reports a warning about the run."""
+        self.on_event(event_row("warning", self.last_step(), reason=line))
