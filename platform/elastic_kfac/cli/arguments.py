@@ -37,6 +37,12 @@ def _whole(text: str, low: int = 1, high: int = 999_999) -> int:
     return int(text)
 
 
+def _digits(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,11}", text):
+        raise ValueError
+    return int(text)
+
+
 def _step_and(text: str, low: int) -> tuple[int, int]:
     step, _, value = text.partition(":")
     return _whole(step), _whole(value, low)
@@ -101,6 +107,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "Ray cluster: auto, or HOST:PORT of its head (default: start a local cluster)"
     ),
     "--attack": _of("also evaluate attacked samples", choices=("fgsm", "pgd", "l2")),
+    "--bad-records": _of(
+        "images that cannot be decoded: stop, leave them out, or also list them in quarantine.jsonl",
+        choices=("raise", "skip", "quarantine"),
+        default="raise",
+    ),
     "--budget-s": _of(
         "stop after about SECONDS and list what is missing",
         type=float,
@@ -129,6 +140,18 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--local": _of("train in this process, as one worker and without Ray", action="store_true"),
     "--markdown": _of("print docs/configuration.md", action="store_true"),
+    "--max-bad-records": _of(
+        "bad images to leave out of a split before stopping",
+        type=_number("--max-bad-records"),
+        default=1000,
+        metavar="N",
+    ),
+    "--max-image-pixels": _of(
+        "refuse images with more pixels",
+        type=_checked("--max-image-pixels", "a whole number from 1", _digits),
+        default=178_956_970,
+        metavar="N",
+    ),
     "--memory-gib": _of(
         "memory limit for vectors (default: the free memory)", type=float, metavar="GIB"
     ),
@@ -197,7 +220,7 @@ COMMANDS: dict[str, Command] = {
     "shards make": Command(
         "shards:make",
         "Write a data source as Arrow shards.",
-        "--source",
+        "--source --bad-records --max-bad-records --max-image-pixels",
         {
             "--out": _of("folder, s3:// or gs://", required=True, metavar="URI"),
             "--split": _of("split to write (default: every split of the source)"),
@@ -207,10 +230,14 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "shards verify": Command(
-        "shards:verify", "Read every byte and check it against the manifest.", "URI --quick"
+        "shards:verify",
+        "Read every byte and check it against the manifest.",
+        "URI --quick --max-image-pixels",
     ),
     "shards describe": Command(
-        "shards:describe", "Print the manifests of a shard set as JSON.", "URI --contact-sheet"
+        "shards:describe",
+        "Print the manifests of a shard set as JSON.",
+        "URI --contact-sheet --max-image-pixels",
     ),
     "train": Command(
         "train:train",

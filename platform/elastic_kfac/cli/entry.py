@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import getpass
 import importlib
 import os
+import pwd
+import stat
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from elastic_kfac.cli.arguments import PROGRAM, parse_arguments
 from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.errors import ElasticKfacError
 
 EXIT_INTERRUPTED = 130
+ENVIRONMENT_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EBADF),
+}
+"""What is wrong with a disk, a permission or a path, and no defect of this package."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback.
     """
     try:
+        settle_streams()
+        settle_user()
         if is_ray_job(os.environ):
             announce()
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -33,17 +47,78 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(code)
         return code
     except ElasticKfacError as error:
-        print(f"{PROGRAM}: error: {error.line()}", file=sys.stderr)
+        _complain(f"error: {error.line()}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (`| head`) has gone; without this Python complains again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # The reader (`| head`) has gone.
+        _discard_output()
         return 0
+    except OSError as error:
+        if error.errno not in ENVIRONMENT_ERRORS:
+            raise
+        where = "the standard output" if error.filename is None else error.filename
+        _complain(f"error: {error.strerror}; given: {where}; make room, or name another place")
+        if error.filename is None:
+            _discard_output()
+        return 2
     except SystemExit as finished:  # argparse after --help and --version
         return finished.code if isinstance(finished.code, int) else 0
+
+
+def settle_streams() -> None:
+    """Opens closed standard streams and lets the others write any text."""
+    # Python has None for a closed descriptor; the next file to be opened would take its number, and
+    # whatever a library prints would go into that file.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # Somebody's own stream.
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def settle_user() -> None:
+    """Gives a user without a home or a name, as containers run them, both for this process tree.
+
+    Ray and torch look for them, and a cache needs a place that can be written.
+    """
+    home = os.environ.get("HOME", "")
+    if not home or not os.access(home, os.W_OK):
+        with contextlib.suppress(KeyError):
+            home = home or pwd.getpwuid(os.getuid()).pw_dir
+        if not home or not os.access(home, os.W_OK):
+            given = f"HOME={home}, not writable" if home else "no HOME"
+            home = str(_private_folder())
+            _complain(f"note: {given}; caches go to {home}")
+        os.environ["HOME"] = home
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid{os.getuid()}"
+
+
+def _private_folder() -> Path:
+    """This user's folder below the temporary one, the same in every command."""
+    folder = Path(tempfile.gettempdir(), f"elastic-kfac-{os.getuid()}")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if found.st_uid == os.getuid() and found.st_mode == stat.S_IFDIR | 0o700:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))  # Somebody else was first.
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {text}", file=sys.stderr, flush=True)
+
+
+def _discard_output() -> None:
+    # What is buffered cannot be written; without this Python complains again while it exits.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main_of_job(command: str) -> int:

@@ -12,10 +12,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
+    from elastic_kfac.data.shards import BadImages
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 """Set by Ray in its jobs; used without `--address`."""
@@ -24,7 +25,12 @@ ADDRESS_VARIABLE = "RAY_ADDRESS"
 def make(arguments: argparse.Namespace) -> int:
     """Writes a source as shards, on a cluster if there is one; continues an interrupted call."""
     address = arguments.address or os.environ.get(ADDRESS_VARIABLE)
-    _make(arguments.source, arguments.out, arguments.split, address)
+    from elastic_kfac.data.shards import BadImages
+
+    bad_images = BadImages(
+        arguments.bad_records, arguments.max_bad_records, arguments.max_image_pixels
+    )
+    _make(arguments.source, arguments.out, arguments.split, address, bad_images)
     return 0
 
 
@@ -32,7 +38,10 @@ def verify(arguments: argparse.Namespace) -> int:
     """Checks a shard set against its manifest; raises an error that names a bad shard."""
     from elastic_kfac.data.inspection import verify_shards
 
-    print(verify_shards(arguments.uri, deep=not arguments.quick).line())
+    found = verify_shards(
+        arguments.uri, deep=not arguments.quick, max_pixels=arguments.max_image_pixels
+    )
+    print(found.line())
     return 0
 
 
@@ -42,7 +51,8 @@ def describe(arguments: argparse.Namespace) -> int:
 
     described = describe_shards(arguments.uri)
     if arguments.contact_sheet is not None:
-        _draw(arguments.uri, described["splits"], Path(arguments.contact_sheet))
+        target = Path(arguments.contact_sheet)
+        _draw(arguments.uri, described["splits"], target, arguments.max_image_pixels)
     print(json.dumps(described, indent=2, ensure_ascii=False))
     return 0
 
@@ -53,33 +63,30 @@ def make_missing_shards(config: Config) -> None:
     Raises:
         DataError: If there are none and no source is configured, or if a split is missing.
     """
-    from elastic_kfac.data.manifest import ShardSet
+    from elastic_kfac.data.dataset import check_splits
+    from elastic_kfac.data.manifest import has_splits
+    from elastic_kfac.data.shards import BadImages
 
     data = config.data
-    try:
-        ShardSet.open(f"{data.shards.rstrip('/')}/{data.train_split}")
-    except DataError:
-        if _any_split(data.shards) or data.source is None:
-            raise
-        _make(data.source, data.shards, None, None)
-    for split in (data.train_split, data.eval_split):
-        ShardSet.open(f"{data.shards.rstrip('/')}/{split}")
+    if data.source is not None and not has_splits(data.shards):
+        bad_images = BadImages(max_pixels=data.max_image_pixels)
+        _make(data.source, data.shards, None, None, bad_images)
+    check_splits(config)
 
 
-def _any_split(root: str) -> bool:
-    from elastic_kfac.data.manifest import open_splits
-
-    try:
-        return bool(open_splits(root))
-    except DataError:
-        return False
-
-
-def _make(source: str, out: str, split: str | None, address: str | None) -> None:
+def _make(
+    source: str,
+    out: str,
+    split: str | None,
+    address: str | None,
+    bad_images: BadImages | None = None,
+) -> None:
     from elastic_kfac.data.shards import make_shards
 
     with _tasks_on(address) as run_tasks, _progress() as progress:
-        made = make_shards(source, out, split, progress=progress, run_tasks=run_tasks)
+        made = make_shards(
+            source, out, split, bad_images=bad_images, progress=progress, run_tasks=run_tasks
+        )
     for name, part in made["splits"].items():
         size = part["bytes"] / 2**20
         reused = " (already existed)" if not part["made"] else ""
@@ -88,6 +95,9 @@ def _make(source: str, out: str, split: str | None, address: str | None) -> None
             f"{name}: {part['samples']:,} samples of {part['classes']} classes in "
             f"{shards}, {size:.1f} MiB{reused}"
         )
+        if bad := part["bad"]:
+            what = "1 bad image" if len(bad) == 1 else f"{len(bad)} bad images"
+            print(f"{name}: left out {what}, the first: {bad[0]['key']}: {bad[0]['problem']}")
     where = made["out"]
     print(f"Shards: {Path(where) if '://' not in where else where} in {made['seconds']:.1f} s")
 
@@ -100,7 +110,7 @@ def _tasks_on(address: str | None) -> Any:
     return shard_tasks_on(address)
 
 
-def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
+def _draw(uri: str, splits: dict[str, Any], target: Path, max_pixels: int) -> None:
     """Draws a sheet per split and adds its path to `splits`; several get the split's name."""
     from elastic_kfac.data.inspection import contact_sheet
     from elastic_kfac.data.manifest import open_splits
@@ -111,7 +121,7 @@ def _draw(uri: str, splits: dict[str, Any], target: Path) -> None:
         name = shard_set.split
         file = target if len(splits) == 1 else target.with_stem(f"{target.stem}-{name}")
         try:
-            contact_sheet(shard_set, file)
+            contact_sheet(shard_set, file, max_pixels=max_pixels)
         except OSError as error:
             raise UsageError(f"cannot write the contact sheet: {error}", given=file) from None
         splits[name]["contact_sheet"] = str(file)

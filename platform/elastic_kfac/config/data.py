@@ -33,6 +33,8 @@ class DataConfig(Section):
     """Batches to read ahead of training; 0 reads each batch when it is needed."""
     bad_records: Literal["raise", "skip"] = "raise"
     """What to do with an image that cannot be decoded: stop the run, or give it weight 0."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    """Limit of height × width of one encoded image; a larger one is a bad record."""
     cache_dir: str | None = None
     """Folder on each node that caches remote shards; null uses a folder in the user's cache."""
     cache_gib: Annotated[float, Field(gt=0)] = 32.0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from elastic_kfac.config import Config
-from elastic_kfac.data.manifest import ShardSet
-from elastic_kfac.data.storage import join_uri
+from elastic_kfac.data.manifest import open_named_split
 from elastic_kfac.data.stream import Batch, SampleStream
+from elastic_kfac.errors import DataError
 
 
 class Dataset(Protocol):
@@ -61,13 +62,42 @@ def open_datasets(config: Config) -> Datasets:
     """Opens the configured splits: the training split shuffled and augmented, the other in id order.
 
     Raises:
-        DataError: If a split is missing or damaged.
+        DataError: If a split is missing or damaged, or the two do not belong together.
     """
+    check_splits(config)
     data = config.data
     return Datasets(
         train=open_split(config, data.train_split, augment=data.augment),
         evaluation=open_split(config, data.eval_split, shuffle=False),
     )
+
+
+def check_splits(config: Config) -> None:
+    """Checks from the manifests that both configured splits exist and number their classes alike.
+
+    Raises:
+        DataError: If a split is missing, classes have other names, or samples are evaluated whose
+            class has none to train on.
+    """
+    data = config.data
+    train = open_named_split(data.shards, data.train_split, "data.train_split")
+    test = open_named_split(data.shards, data.eval_split, "data.eval_split")
+    for number, (ours, theirs) in enumerate(zip(train.class_names, test.class_names, strict=False)):
+        if ours != theirs:
+            raise DataError(
+                "the splits number their classes differently",
+                given=f"class {number} is {ours} in {train.split} and {theirs} in {test.split}",
+                change="make both splits from one source",
+            )
+    counts = zip_longest(train.class_counts, test.class_counts, fillvalue=0)
+    lacking = [number for number, (ours, theirs) in enumerate(counts) if theirs and not ours]
+    if lacking:
+        names = (test.class_names[number] for number in lacking[:5])
+        raise DataError(
+            f"{test.split} has samples of classes that {train.split} has none of",
+            given=f"{', '.join(names)}{' …' if len(lacking) > 5 else ''}",
+            change="make both splits from one source, or leave these samples out",
+        )
 
 
 def open_split(
@@ -84,17 +114,22 @@ def open_split(
     """
     data = config.data
     return SampleStream(
-        ShardSet.open(join_uri(data.shards, split)),
+        open_named_split(data.shards, split, _key(config, split)),
         seed=config.train.seed,
         augment=augment,
         image_size=data.image_size,
         decode_threads=data.decode_threads,
         prefetch_batches=data.prefetch_batches,
         bad_records=data.bad_records,
+        max_image_pixels=data.max_image_pixels,
         cache_dir=data.cache_dir,
         cache_gib=data.cache_gib,
         shuffle=shuffle,
     )
+
+
+def _key(config: Config, split: str) -> str:
+    return "data.eval_split" if split == config.data.eval_split else "data.train_split"
 
 
 def rank_slice(first: int, count: int, rank: int, world_size: int) -> tuple[int, int]:

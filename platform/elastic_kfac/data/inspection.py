@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from elastic_kfac.data.cache import OpenShard, ShardCache
-from elastic_kfac.data.decode import UndecodableImage, decode_rgb, resize_box
+from elastic_kfac.data.decode import MAX_PIXELS, UndecodableImage, decode_rgb, resize_box
 from elastic_kfac.data.manifest import (
     ShardInfo,
     ShardSet,
@@ -59,7 +59,9 @@ class VerifyReport:
         )
 
 
-def verify_shards(uri: str | Path, deep: bool = True) -> VerifyReport:
+def verify_shards(
+    uri: str | Path, deep: bool = True, *, max_pixels: int = MAX_PIXELS
+) -> VerifyReport:
     """Checks a shard set, or all splits below a root, against the manifest.
 
     Quick: presence and size of every shard. Deep: also every byte (sha256), the schema, the row counts,
@@ -76,7 +78,7 @@ def verify_shards(uri: str | Path, deep: bool = True) -> VerifyReport:
         if deep:
             counts = np.zeros(shard_set.num_classes, dtype=np.int64)
             for shard in shard_set.shards:
-                counts += _check_content(shard_set, shard)
+                counts += _check_content(shard_set, shard, max_pixels)
             if tuple(counts.tolist()) != shard_set.class_counts:
                 raise DataError(
                     f"labels of {shard_set.uri} are not those the manifest counted",
@@ -124,7 +126,12 @@ def describe_shards(uri: str | Path) -> dict[str, Any]:
 
 
 def contact_sheet(
-    shard_set: ShardSet, target: str | Path, *, per_class: int = 10, cell: int = 48
+    shard_set: ShardSet,
+    target: str | Path,
+    *,
+    per_class: int = 10,
+    cell: int = 48,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Writes a PNG with a row of `per_class` samples for each of the first classes.
 
@@ -135,6 +142,7 @@ def contact_sheet(
         target: The PNG to write.
         per_class: Samples per row.
         cell: Height and width of a sample, pixels.
+        max_pixels: Bound on the pixels of one image.
 
     Returns:
         The number of samples on the sheet.
@@ -159,7 +167,7 @@ def contact_sheet(
                 if label >= classes or placed[label] >= wanted[label]:
                     continue
                 top, left = _GAP + label * side, _GAP + int(placed[label]) * side
-                image = resize_box(_pixels(shard_set, shard, row), (cell, cell))
+                image = resize_box(_pixels(shard_set, shard, row, max_pixels), (cell, cell))
                 sheet[top : top + cell, left : left + cell] = image
                 placed[label] += 1
         cache.close()
@@ -181,7 +189,7 @@ def _check_size(shard_set: ShardSet, shard: ShardInfo) -> None:
         )
 
 
-def _check_content(shard_set: ShardSet, shard: ShardInfo) -> np.ndarray[Any, Any]:
+def _check_content(shard_set: ShardSet, shard: ShardInfo, max_pixels: int) -> np.ndarray[Any, Any]:
     where = join_uri(shard_set.uri, shard.file)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         storage = shard_set.storage
@@ -195,7 +203,7 @@ def _check_content(shard_set: ShardSet, shard: ShardInfo) -> np.ndarray[Any, Any
         check_class_labels(labels, shard_set.num_classes, where)
         if shard_set.encoding == "encoded":
             keys = table.column("key")
-            for row, problem in _undecodable(table.column("image")):
+            for row, problem in _undecodable(table.column("image"), max_pixels):
                 raise DataError(
                     f"undecodable image in {where}, row {row}",
                     given=str(keys[row].as_py()),
@@ -204,10 +212,10 @@ def _check_content(shard_set: ShardSet, shard: ShardInfo) -> np.ndarray[Any, Any
     return np.bincount(labels, minlength=shard_set.num_classes)
 
 
-def _undecodable(images: Iterable[Any]) -> Iterator[tuple[int, str]]:
+def _undecodable(images: Iterable[Any], max_pixels: int) -> Iterator[tuple[int, str]]:
     def check(value: Any) -> str | None:
         try:
-            decode_rgb(value.as_py())
+            decode_rgb(value.as_py(), max_pixels=max_pixels)
         except UndecodableImage as error:
             return str(error)
         return None
@@ -218,10 +226,14 @@ def _undecodable(images: Iterable[Any]) -> Iterator[tuple[int, str]]:
                 yield row, problem
 
 
-def _pixels(shard_set: ShardSet, shard: OpenShard, row: int) -> NDArray[np.uint8]:
+def _pixels(shard_set: ShardSet, shard: OpenShard, row: int, max_pixels: int) -> NDArray[np.uint8]:
     """RGB, [height, width, 3]; other channel counts show their first channel as grey."""
     if shard.pixels is None:
-        return decode_rgb(shard.encoded(row))
+        try:
+            return decode_rgb(shard.encoded(row), max_pixels=max_pixels)
+        except UndecodableImage as error:
+            where = f"{join_uri(shard_set.uri, shard_set.split)}, {shard.key(row)}"
+            raise DataError("undecodable image", given=where, change=str(error)) from None
     assert shard_set.image_shape is not None
     planes = shard.pixels[row].reshape(shard_set.image_shape)
     rgb = planes if len(planes) == 3 else planes[:1].repeat(3, axis=0)

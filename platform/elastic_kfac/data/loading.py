@@ -27,6 +27,7 @@ from elastic_kfac.data.augment import (
 )
 from elastic_kfac.data.cache import OpenShard, ShardCache
 from elastic_kfac.data.decode import (
+    MAX_PIXELS,
     Box,
     Scratch,
     UndecodableImage,
@@ -67,6 +68,7 @@ class SampleLoader:
         decode_threads: int,
         bad_records: str,
         max_bad_records: int,
+        max_image_pixels: int,
     ) -> None:
         if bad_records not in ("raise", "skip"):
             raise DataError("unknown policy", given=bad_records, allowed="raise, skip")
@@ -75,6 +77,7 @@ class SampleLoader:
         self._set = shard_set
         self._cache = cache
         self._seed = seed
+        self._max_pixels = max_image_pixels
         self._skip = bad_records == "skip"
         self._scratch = Scratch()
         self._memory = BatchMemory()
@@ -163,7 +166,7 @@ class SampleLoader:
                     continue
                 data = source.encoded(int(rows[i]))
                 try:
-                    sizes.append(image_size(data))
+                    sizes.append(image_size(data, self._max_pixels))
                     found.append((i, data))
                 except UndecodableImage as error:
                     problems.append((i, f"{source.key(int(rows[i]))}: {error}"))
@@ -171,7 +174,7 @@ class SampleLoader:
             boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, request)
             for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
                 try:
-                    decode_into(out[i], data, size, box, flip, self._scratch)
+                    decode_into(out[i], data, size, box, flip, self._scratch, self._max_pixels)
                 except UndecodableImage as error:
                     problems.append((i, f"{opened[int(shards[i])].key(int(rows[i]))}: {error}"))
             return problems
@@ -229,6 +232,7 @@ def decode_into(
     box: Box,
     flip: bool,
     scratch: Scratch,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Decodes a photo of `size` = (height, width), cuts `box` and resizes it into `out`.
 
@@ -240,7 +244,8 @@ def decode_into(
     # The decoder may downscale by the DCT as long as the box keeps enough pixels.
     share = max(out.shape[0] / (bottom - top), out.shape[1] / (right - left))
     at_least = (math.ceil(height * share), math.ceil(width * share)) if share < 1 else None
-    pixels = decode_rgb(data, at_least=at_least, into=scratch.of(3 * height * width))
+    into = scratch.of(3 * height * width)
+    pixels = decode_rgb(data, at_least=at_least, into=into, max_pixels=max_pixels)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
     scaled = (left * across, top * down, right * across, bottom * down)
     out[:] = resize_box(pixels, (out.shape[0], out.shape[1]), scaled, flip=flip)

@@ -176,6 +176,38 @@ def open_splits(uri: str | Path) -> list[ShardSet]:
     return [ShardSet.open(root.child(name).uri) for name in found]
 
 
+def has_splits(root: str) -> bool:
+    """Whether there is a finished shard set below a root URI, or at it."""
+    storage = Storage(root)
+    return storage.exists(MANIFEST_NAME) or bool(_finished_splits(storage))
+
+
+def open_named_split(root: str, split: str, key: str) -> ShardSet:
+    """The split that a configuration names.
+
+    Args:
+        root: Root URI of the shard sets.
+        split: Name of the split.
+        key: Configuration key that names it, for errors.
+
+    Raises:
+        DataError: If there is no such split (it names those that exist), or its manifest is damaged.
+    """
+    try:
+        return ShardSet.open(join_uri(root, split))
+    except DataError:
+        splits = _finished_splits(Storage(root))
+        if not splits or split in splits:
+            raise
+        others = [name for name in splits if name != "train"] or splits
+        raise DataError(
+            f"no such split in {root}",
+            given=f"{key}={split}",
+            allowed=", ".join(splits),
+            change=f"add --set {key}={others[0]}",
+        ) from None
+
+
 class CorruptShard(DataError):
     """A shard whose bytes differ from those that were written."""
 

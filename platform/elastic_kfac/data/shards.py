@@ -22,16 +22,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import filelock
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic_kfac.data.decode import UndecodableImage, decode_rgb, image_size
+from elastic_kfac.data.decode import MAX_PIXELS, UndecodableImage, decode_rgb, image_size
 from elastic_kfac.data.manifest import (
     MAKING,
     MANIFEST_NAME,
@@ -50,6 +50,8 @@ BLOCK_BYTES: Final = 2 << 30
 STATISTICS_SAMPLES: Final = 20_000
 """Normalisation constants of encoded images come from about this many samples, evenly spread."""
 ROW_GROUP_ROWS: Final = 512
+QUARANTINE: Final = "quarantine.jsonl"
+"""Keys of left-out records and what is wrong with each, beside the shards."""
 _PLAN: Final = f"{MAKING}/plan.json"
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +64,7 @@ def make_shards(
     split: str | None = None,
     *,
     shard_mib: float = 128,
+    bad_images: BadImages | None = None,
     progress: Progress | None = None,
     run_tasks: RunTasks | None = None,
 ) -> dict[str, Any]:
@@ -75,13 +78,14 @@ def make_shards(
         out: Root URI: a folder, s3:// or gs://.
         split: Make this split only; None makes every split of the source.
         shard_mib: Size of a shard, MiB.
+        bad_images: What to do with images that cannot be decoded; None raises at the first one.
         progress: Called with (split, samples done, samples of the split).
         run_tasks: Runs tasks elsewhere and yields their records in any order; None runs them in this
             process. The other machines must see the source and `out` at the same places.
 
     Returns:
         `{"out": …, "seconds": …, "splits": {name: {"samples", "shards", "made", "reused", "bytes",
-        "classes", "manifest_sha256"}}}`.
+        "classes", "manifest_sha256", "bad"}}}`; `bad` lists the left-out records.
 
     Raises:
         DataError: If the source is unknown or damaged, or `out` holds other data.
@@ -96,7 +100,13 @@ def make_shards(
     opened = open_source(source, split=split)
     splits = {}
     for name in [split] if split is not None else list(opened.openers):
-        making = _Making(source, opened.name, opened.split(name), name, root.child(name), shard_mib)
+        try:
+            data = opened.split(name)
+        except OSError as error:
+            raise _unreadable_source(source, error) from None
+        making = _Making(
+            source, opened.name, data, name, root.child(name), shard_mib, bad_images or BadImages()
+        )
         try:
             with making.locked():
                 splits[name] = making.make(progress or (lambda *_: None), run_tasks)
@@ -110,11 +120,24 @@ def make_shards(
 
 
 @dataclass(frozen=True)
+class BadImages:
+    """What to do with images that are undecodable or too large.
+
+    `skip` leaves them out, up to `limit` per split; `quarantine` also lists them in
+    `quarantine.jsonl` beside the shards.
+    """
+
+    policy: Literal["raise", "skip", "quarantine"] = "raise"
+    limit: int = 1000
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
 class ShardTask:
     """One shard to make: samples [start, stop) of a split. Picklable; running it twice is harmless.
 
-    `content` is the fingerprint of the split when the shards were planned: another machine may have a
-    different file under the same path.
+    `content` is the quick fingerprint of the split when the shards were planned: another machine may
+    have a different file under the same path.
     """
 
     source: str
@@ -125,6 +148,7 @@ class ShardTask:
     start: int
     stop: int
     statistics_stride: int
+    bad_images: BadImages = field(default_factory=BadImages)
 
     @property
     def file(self) -> str:
@@ -146,7 +170,7 @@ class ShardTask:
                 from the planned one.
         """
         data = opened or self.open()
-        if data.fingerprint != self.content:
+        if data.quick_fingerprint != self.content:
             raise DataError(
                 f"the source differs from machine to machine ({platform.node()} has another one)",
                 given=f"{self.source}, split {self.split}",
@@ -176,11 +200,15 @@ class _Making:
         split: str,
         storage: Storage,
         shard_mib: float,
+        bad_images: BadImages,
     ) -> None:
         samples = data.num_samples
         if samples == 0:
             raise DataError("the source has no samples", given=f"{source}, split {split}")
+        if len(set(data.class_names)) < len(data.class_names):
+            raise DataError("two classes have one name", given=f"{source}, split {split}")
         self.source_name, self.data, self.split, self.storage = source_name, data, split, storage
+        self.bad_images = bad_images
         rows = max(1, min(samples, int(shard_mib * 2**20 / data.bytes_per_sample)))
         if ROW_GROUP_ROWS < rows < samples:
             rows -= rows % ROW_GROUP_ROWS
@@ -189,12 +217,13 @@ class _Making:
             ShardTask(
                 source=source,
                 split=split,
-                content=data.fingerprint,
+                content=data.quick_fingerprint,
                 out=storage.uri,
                 index=index,
                 start=start,
                 stop=min(start + rows, samples),
                 statistics_stride=stride,
+                bad_images=bad_images,
             )
             for index, start in enumerate(range(0, samples, rows))
         ]
@@ -206,6 +235,7 @@ class _Making:
             "stride": stride,
             "row_group_rows": ROW_GROUP_ROWS,
             "class_names": list(data.class_names),
+            "bad_images": [bad_images.policy, bad_images.max_pixels],
         }
         self.plan = json.dumps(plan, sort_keys=True).encode()
 
@@ -239,7 +269,11 @@ class _Making:
         results = run_tasks(missing) if run_tasks else (task.run(self.data) for task in missing)
         for result in results:
             finished[result["index"]] = result
-            done += result["rows"]
+            _check_limit(
+                [bad for each in finished.values() for bad in each["bad"]], self.bad_images
+            )
+            task = self.tasks[result["index"]]
+            done += task.stop - task.start
             progress(self.split, done, self.data.num_samples)
         if len(finished) != len(self.tasks):
             raise DataError(
@@ -249,15 +283,21 @@ class _Making:
             )
         if run_tasks is not None:
             self._check_visible(missing, finished)
-        shard_set = self._manifest([finished[task.index] for task in self.tasks])
+        ordered = [finished[task.index] for task in self.tasks]
+        bad = [each for result in ordered for each in result["bad"]]
+        shard_set = self._manifest([result for result in ordered if result["rows"]])
         # Shards of other plans, and what a killed process was in the middle of writing.
         wanted = {shard.file for shard in shard_set.shards}
         for name in self.storage.files():
             if name.startswith(("shard-", ".shard-")) and name not in wanted:
                 self.storage.delete(name)
+        self.storage.delete(QUARANTINE)
+        if bad and self.bad_images.policy == "quarantine":
+            lines = "".join(json.dumps(each) + "\n" for each in bad)
+            self.storage.write(QUARANTINE, lines.encode())
         self.storage.write(MANIFEST_NAME, shard_set.to_json())
         self.storage.delete(MAKING)
-        return self._summary(len(missing), len(self.tasks) - len(missing))
+        return self._summary(len(missing), len(self.tasks) - len(missing), bad)
 
     def _check_visible(
         self, tasks: Sequence[ShardTask], finished: dict[int, dict[str, Any]]
@@ -280,7 +320,7 @@ class _Making:
                 change="choose another --out, or remove that folder",
             )
         self.storage.delete(MAKING)
-        return self._summary(0, len(existing.shards))
+        return self._summary(0, len(existing.shards), [])
 
     def _finished_tasks(self) -> dict[int, dict[str, Any]]:
         """Records of an interrupted make with exactly this plan; with another plan, starts over."""
@@ -292,12 +332,17 @@ class _Making:
         for task in self.tasks:
             if not self.storage.exists(task.record):
                 continue
-            result = json.loads(self.storage.read(task.record))
-            if self.storage.size(task.file) == result["bytes"]:
-                finished[task.index] = result
+            try:
+                result = json.loads(self.storage.read(task.record))
+                if self.storage.size(task.file) == result["bytes"] and result["bad"] is not None:
+                    finished[task.index] = result
+            except (ValueError, KeyError, TypeError):
+                continue  # A damaged record: the shard is made again.
         return finished
 
     def _manifest(self, results: Sequence[dict[str, Any]]) -> ShardSet:
+        if not results:
+            raise DataError("no image of the source can be decoded", given=f"{self.source_name}")
         pixels = sum(result["pixels"] for result in results)
         sums = np.sum([result["sums"] for result in results], axis=0, dtype=object)
         squares = np.sum([result["squares"] for result in results], axis=0, dtype=object)
@@ -334,7 +379,7 @@ class _Making:
             manifest_sha256="",
         )
 
-    def _summary(self, made: int, reused: int) -> dict[str, Any]:
+    def _summary(self, made: int, reused: int, bad: Sequence[Any]) -> dict[str, Any]:
         shard_set = ShardSet.open(self.storage.uri)
         return {
             "samples": shard_set.num_samples,
@@ -344,6 +389,7 @@ class _Making:
             "bytes": shard_set.num_bytes,
             "classes": shard_set.num_classes,
             "manifest_sha256": shard_set.manifest_sha256,
+            "bad": bad,
         }
 
 
@@ -390,21 +436,21 @@ def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, 
     channels = data.raw_shape[0] if data.raw_shape else 3
     statistics = _Statistics(0, [0] * channels, [0] * channels, [1 << 30] * 2, [0] * 2)
     class_counts = np.zeros(len(data.class_names), dtype=np.int64)
-    at = task.start
+    bad: list[dict[str, str]] = []
+    rows = 0
     with pq.ParquetWriter(
         path, schema, compression="NONE", use_dictionary=False, write_page_checksum=True
     ) as writer:
-        for table in _row_groups(_tables(data, task, schema, statistics, class_counts)):
+        for table in _row_groups(_tables(data, task, schema, statistics, class_counts, bad)):
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-            at += table.num_rows
-    if at != task.stop:
+            rows += table.num_rows
+    if (at := task.start + rows + len(bad)) != task.stop:
         raise DataError(
             "the source ended early", given=f"sample {at}", allowed=f"{task.stop} samples"
         )
     size = path.stat().st_size
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    rows = task.stop - task.start
     shard = ShardInfo(task.file, rows, size, digest, schema_sha256(schema))
     return {
         "index": task.index,
@@ -412,6 +458,7 @@ def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, 
         "bytes": size,
         "shard": asdict(shard),
         "class_counts": class_counts.tolist(),
+        "bad": bad,
         **asdict(statistics),
     }
 
@@ -422,47 +469,84 @@ def _tables(
     schema: pa.Schema,
     statistics: _Statistics,
     class_counts: np.ndarray[Any, Any],
+    bad: list[dict[str, str]],
 ) -> Iterator[pa.Table]:
     at = task.start
-    for records in data.read(task.start, task.stop):
+    for records in _readable(data, task):
         check_class_labels(records.labels, len(class_counts), f"split {task.split}", first=at)
-        class_counts += np.bincount(records.labels, minlength=len(class_counts))
-        _measure(records, data.raw_shape, statistics, at, task.statistics_stride)
+        good = list(_measured(records, data.raw_shape, statistics, at, task, bad))
+        at += len(records.labels)
+        labels, keys = records.labels[good], [records.keys[row] for row in good]
+        class_counts += np.bincount(labels, minlength=len(class_counts))
         if data.raw_shape is not None:
             pixels = np.ascontiguousarray(records.images)
             image = pa.FixedSizeBinaryArray.from_buffers(
-                schema.field("image").type, len(records.labels), [None, pa.py_buffer(pixels)]
+                schema.field("image").type, len(labels), [None, pa.py_buffer(pixels)]
             )
         else:
-            image = pa.array(records.images, type=pa.binary())
-        labels = pa.array(records.labels.astype(np.int32), type=pa.int32())
-        yield pa.table([image, labels, pa.array(records.keys, type=pa.string())], schema=schema)
-        at += len(records.labels)
+            image = pa.array([records.images[row] for row in good], type=pa.binary())
+        numbers = pa.array(labels.astype(np.int32), type=pa.int32())
+        yield pa.table([image, numbers, pa.array(keys, type=pa.string())], schema=schema)
 
 
-def _measure(
+def _readable(data: SourceSplit, task: ShardTask) -> Iterator[Records]:
+    records = data.read(task.start, task.stop)
+    while True:
+        try:
+            piece = next(records, None)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable_source(task.source, error) from None
+        if piece is None:
+            return
+        yield piece
+
+
+def _unreadable_source(source: str, error: BaseException) -> DataError:
+    return DataError("cannot read the source", given=source, change=str(error))
+
+
+def _measured(
     records: Records,
     raw_shape: tuple[int, int, int] | None,
     statistics: _Statistics,
     first: int,
-    stride: int,
-) -> None:
+    task: ShardTask,
+    bad: list[dict[str, str]],
+) -> Iterator[int]:
+    """Adds records to the statistics and yields the rows of the good ones; the others go to `bad`."""
     if raw_shape is not None:
         statistics.add_size(raw_shape[1], raw_shape[2])
         pixels = np.asarray(records.images).reshape(-1, raw_shape[0], raw_shape[1] * raw_shape[2])
         statistics.add_pixels(pixels, channel_axis=1)
+        yield from range(len(records.labels))
         return
+    max_pixels = task.bad_images.max_pixels
     for row, data in enumerate(records.images):
         try:
-            statistics.add_size(*image_size(data))
-            if (first + row) % stride == 0:
-                statistics.add_pixels(decode_rgb(data), channel_axis=2)
+            size = image_size(data, max_pixels)
+            if (first + row) % task.statistics_stride == 0:
+                statistics.add_pixels(decode_rgb(data, max_pixels=max_pixels), channel_axis=2)
+            statistics.add_size(*size)
+            yield row
         except UndecodableImage as error:
-            raise DataError(
-                f"undecodable image at record {first + row}",
-                given=f"{records.keys[row]}, {len(data)} bytes",
-                change=str(error),
-            ) from None
+            if task.bad_images.policy == "raise":
+                raise DataError(
+                    f"undecodable image at record {first + row}",
+                    given=f"{records.keys[row]}, {len(data)} bytes",
+                    change=f"{error}; --bad-records skip leaves such images out",
+                ) from None
+            bad.append({"key": records.keys[row], "problem": str(error)})
+            _check_limit(bad, task.bad_images)
+
+
+def _check_limit(bad: Sequence[dict[str, str]], allowed: BadImages) -> None:
+    if len(bad) > allowed.limit:
+        raise DataError(
+            "too many images cannot be decoded",
+            given=f"{len(bad)}, the last: {bad[-1]['key']}: {bad[-1]['problem']}",
+            allowed=f"{allowed.limit}",
+            change="repair the source, or raise --max-bad-records",
+        )
 
 
 def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

@@ -198,6 +198,7 @@ def durable_file(target: Path) -> Iterator[Path]:
 
 def _open(uri: str) -> tuple[str, pafs.FileSystem, str]:
     try:
+        uri.encode()  # Arrow's paths are UTF-8.
         if "://" not in uri:
             local = str(Path(uri).expanduser().resolve())
             return local, pafs.LocalFileSystem(), local
@@ -205,9 +206,9 @@ def _open(uri: str) -> tuple[str, pafs.FileSystem, str]:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
         raise DataError(
             "cannot open the storage",
-            given=uri,
+            given=ascii(uri)[1:-1] if isinstance(error, UnicodeError) else uri,
             allowed="a folder, file://, s3:// or gs://",
-            change=str(error),
+            change="give it a name in UTF-8" if isinstance(error, UnicodeError) else str(error),
         ) from None
     return uri, filesystem, path.rstrip("/")
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from elastic_kfac.data.augment import check_augmentation
 from elastic_kfac.data.cache import ReadAhead, ShardCache
+from elastic_kfac.data.decode import MAX_PIXELS
 from elastic_kfac.data.loading import SampleLoader
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder
@@ -70,6 +71,7 @@ class SampleStream:
         cache_gib: Maximum size of that folder, GiB.
         shuffle: False reads in id order.
         max_bad_records: Distinct bad records that `skip` tolerates.
+        max_image_pixels: Bound on height * width of an encoded image; a larger one is bad.
 
     Raises:
         DataError: If an option is impossible for this set.
@@ -89,6 +91,7 @@ class SampleStream:
         cache_gib: float = 32.0,
         shuffle: bool = True,
         max_bad_records: int = 1000,
+        max_image_pixels: int = MAX_PIXELS,
     ) -> None:
         check_augmentation(augment)
         self.shard_set = shard_set
@@ -106,6 +109,7 @@ class SampleStream:
             decode_threads=decode_threads,
             bad_records=bad_records,
             max_bad_records=max_bad_records,
+            max_image_pixels=max_image_pixels,
         )
         self._prefetch_batches = prefetch_batches
         self._background: ThreadPoolExecutor | None = None

@@ -14,9 +14,14 @@ import pytest
 from PIL import Image
 
 from elastic_kfac.cli import shards
+from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.shards import MakingProgress, progress_line
 from elastic_kfac.data import make_shards
 from elastic_kfac.errors import DataError, UsageError
+
+
+def call(*words: object) -> Namespace:
+    return parse_arguments(["shards", *map(str, words)])
 
 
 class Terminal(io.StringIO):
@@ -105,15 +110,15 @@ def test_verify_quick_does_not_read_bytes(digits: Path, tmp_path: Path, capsys: 
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    assert shards.verify(Namespace(uri=str(root), quick=True)) == 0
+    assert shards.verify(call("verify", root, "--quick")) == 0
     assert "checked presence and sizes" in capsys.readouterr().out
     with pytest.raises(DataError, match="corrupt shard"):
-        shards.verify(Namespace(uri=str(root), quick=False))
+        shards.verify(call("verify", root))
 
 
 def test_describe_draws_a_sheet_per_split(digits: Path, tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "sheet.png"
-    assert shards.describe(Namespace(uri=str(digits), contact_sheet=str(target))) == 0
+    assert shards.describe(call("describe", digits, "--contact-sheet", target)) == 0
     described = json.loads(capsys.readouterr().out)["splits"]
     assert sum(split["samples"] for split in described.values()) == 1797
     for name in ("train", "test"):
@@ -121,7 +126,7 @@ def test_describe_draws_a_sheet_per_split(digits: Path, tmp_path: Path, capsys: 
         assert described[name]["contact_sheet"] == str(file)
         with Image.open(file) as image:
             assert image.size == (10 * 50 + 2, 10 * 50 + 2)
-    assert shards.describe(Namespace(uri=str(digits / "test"), contact_sheet=str(target))) == 0
+    assert shards.describe(call("describe", digits / "test", "--contact-sheet", target)) == 0
     assert target.read_bytes() == (tmp_path / "sheet-test.png").read_bytes()
 
 
@@ -130,7 +135,7 @@ def test_describe_sheet_that_is_no_png_or_has_no_folder_raises(
 ) -> None:
     for name, match in (("sheet.jpg", r"a file \*\.png"), ("no/sheet.png", "cannot write")):
         with pytest.raises(UsageError, match=match):
-            shards.describe(Namespace(uri=str(digits), contact_sheet=str(tmp_path / name)))
+            shards.describe(call("describe", digits, "--contact-sheet", tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +162,8 @@ def test_make_uses_the_cluster_of_the_option_or_the_environment(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if variable is not None:
         monkeypatch.setenv("RAY_ADDRESS", variable)
-    call = Namespace(source="digits", out=str(tmp_path), split="test", address=address)
-    assert shards.make(call) == 0
+    where = [] if address is None else ["--address", address]
+    words = ["--source", "digits", "--out", tmp_path, "--split", "test", *where]
+    assert shards.make(call("make", *words)) == 0
     assert asked == ([] if used is None else [used])
     assert (tmp_path / "test" / "manifest.json").exists()

@@ -28,6 +28,13 @@ def open_source(text: str, *, split: str | None = None) -> Source:
     Raises:
         DataError: If the kind is unknown or its files are missing.
     """
+    try:
+        return _open(text, split)
+    except OSError as error:
+        raise DataError("cannot read the source", given=text, change=str(error)) from None
+
+
+def _open(text: str, split: str | None) -> Source:
     kind, _, rest = text.partition(":")
     if kind == "digits" and not rest:
         return digits()

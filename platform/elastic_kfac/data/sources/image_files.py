@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_kfac.data.manifest import check_class_labels
-from elastic_kfac.data.sources.source import Images, IndexedSplit, Source, fixed_shuffle
+from elastic_kfac.data.sources.source import (
+    Images,
+    IndexedSplit,
+    Source,
+    fixed_shuffle,
+    is_hidden,
+)
 from elastic_kfac.errors import DataError
 
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm")
+IMAGE_SUFFIXES: Final = tuple(
+    ".jpg .jpeg .png .webp .bmp .ppm .pgm .tif .tiff .gif .jp2".split()  # noqa: SIM905
+)
 SPLIT_FOLDERS: Final = ("train", "test", "val", "valid", "validation")
 TORCHVISION_ROOT: Final = "data/torchvision"
 
@@ -33,7 +42,8 @@ def image_folder(root: Path, split: str | None) -> Source:
     splits = {name: root / name for name in SPLIT_FOLDERS if (root / name).is_dir()}
     splits = splits or {split or "train": root}
     # One numbering for all splits, even where a split lacks a class.
-    classes = sorted({p.name for folder in splits.values() for p in folder.iterdir() if p.is_dir()})
+    folders = (path for folder in splits.values() for path in folder.iterdir() if path.is_dir())
+    classes = sorted({path.name for path in folders if not is_hidden(path.name)})
     if not classes:
         raise DataError("no class folders", given=str(root), allowed="PATH/<class>/<image>")
     return Source(
@@ -48,12 +58,19 @@ def _folder_split(folder: Path, classes: Sequence[str]) -> IndexedSplit:
     total = 0
     digest = hashlib.sha256()
     for label, class_name in enumerate(classes):
-        for path in sorted((folder / class_name).rglob("*")):
-            if path.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            size = path.stat().st_size
+        for path in sorted(_images_below(folder / class_name)):
             name = path.relative_to(folder).as_posix()
-            digest.update(f"{name}\0{size}\n".encode())
+            try:
+                size = path.stat().st_size
+                digest.update(f"{name}\0{size}\n".encode())
+            except (OSError, UnicodeEncodeError) as error:
+                raise DataError(
+                    "unusable image file",
+                    given=ascii(str(path)),
+                    change="give it a name in UTF-8"
+                    if isinstance(error, ValueError)
+                    else str(error),
+                ) from None
             total += size
             names.append(name)
             labels.append(label)
@@ -66,6 +83,21 @@ def _folder_split(folder: Path, classes: Sequence[str]) -> IndexedSplit:
         bytes_per_sample=max(1.0, total / max(1, len(names))),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    """Image files at any depth; folders behind links are included once."""
+    seen = set()
+    for where, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            if not is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES):
+                yield Path(where, name)
 
 
 def torchvision_data(text: str) -> Source:

@@ -20,6 +20,8 @@ from elastic_kfac.errors import DataError
 Images = NDArray[np.uint8] | list[bytes]
 """Pixels [n, channels * height * width], or encoded images."""
 
+HIDDEN: Final = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that operating systems and file servers leave behind."""
 BATCH_ROWS: Final = 512
 """Samples that a source reads at once."""
 
@@ -52,6 +54,10 @@ class SourceSplit(Protocol):
     @property
     def fingerprint(self) -> str:
         """Changes with the content; an interrupted `make` resumes only if it is the same."""
+
+    @property
+    def quick_fingerprint(self) -> str:
+        """Changes with names, sizes and labels; every task compares it."""
 
     def read(self, start: int, stop: int) -> Iterator[Records]:
         """Samples [start, stop) in pieces."""
@@ -96,6 +102,10 @@ class IndexedSplit:
     def num_samples(self) -> int:
         return len(self.order)
 
+    @property
+    def quick_fingerprint(self) -> str:
+        return self.fingerprint
+
     def read(self, start: int, stop: int) -> Iterator[Records]:
         for low in range(start, stop, BATCH_ROWS):
             chosen = self.order[low : min(low + BATCH_ROWS, stop)]
@@ -110,3 +120,8 @@ def fixed_shuffle(count: int) -> NDArray[np.int64]:
     every shard, and every block of an epoch, is a fair sample of the classes.
     """
     return permutation(stream_key(SOURCE_SHUFFLE, count), np.arange(count, dtype=np.int64))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the data's: its name begins with a dot, or is in HIDDEN."""
+    return name.startswith(".") or name in HIDDEN
