@@ -309,6 +309,33 @@ class Communicator:
             with self._translated("barrier", tag):
                 dist.barrier(group=self.group)
 
+    def meet(self, what: str, *, seconds: float) -> None:
+        """Waits until every rank has come here; through the group's store, so that ranks that went on
+        to other collectives are not disturbed.
+
+        Raises:
+            UsageError: If some rank has not come after `seconds`, or after the group's timeout if that
+                is less.
+        """
+        if self.group is None or self.world_size == 1:
+            return
+        wait = min(timedelta(seconds=seconds), self._timeout() or timedelta.max)
+        store, key = self.group.get_group_store(), f"elastic_kfac/{what}"
+        arrived = store.add(key, 1)
+        meeting = (arrived - 1) // self.world_size
+        if arrived % self.world_size == 0:
+            store.set(f"{key}/{meeting}", "met")
+            store.delete_key(f"{key}/{meeting - 1}")  # everybody has read it
+        try:
+            store.wait([f"{key}/{meeting}"], wait)
+        except dist.DistStoreError:
+            came = store.add(key, -1) + 1 - meeting * self.world_size
+            raise UsageError(
+                f"{what} is collective",
+                given=f"{came} of {self.world_size} ranks within {wait.total_seconds():g} s",
+                change=f"call {what} on every rank",
+            ) from None
+
     def subgroup(self, ranks: Sequence[int]) -> Communicator | None:
         """The communicator of `ranks` (ranks of this one, in ascending order); None for other ranks.
 

@@ -88,6 +88,14 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
             given="nn.DataParallel",
             change="use one process per device and DistributedDataParallel",
         )
+    if any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules()) or any(
+        hasattr(p, "to_local") for p in model.parameters()
+    ):
+        raise ConfigError(
+            "K-FAC needs whole weights on every rank",
+            given="FullyShardedDataParallel, fully_shard or other DTensor parameters",
+            change="use DistributedDataParallel; KFAC(sharding=...) shards K-FAC's own state",
+        )
     patterns = _compiled(options.skip_layers)
     found = Found()
     left_out: list[str] = []

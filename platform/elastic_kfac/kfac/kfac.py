@@ -24,7 +24,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.damping import AdaptiveDamping
-from elastic_kfac.curvature.discovery import find_layers, shape_of, unwrap
+from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
@@ -32,7 +32,7 @@ from elastic_kfac.kfac.distribution import Placing, as_communicator, make_distri
 from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
-from elastic_kfac.kfac.state import leave, load, move_to, save
+from elastic_kfac.kfac.state import leave, load, move_to, put, save
 from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
 from elastic_kfac.placement.plan import Plan
 
@@ -125,6 +125,7 @@ class KFAC:
         """The layers of the model as it is now, and who computes what of them. Collective."""
         found = find_layers(self._model, self.options)
         self._shape = shape_of(self._model)
+        self._parameters = {clean_name(n): p for n, p in unwrap(self._model).named_parameters()}
         self._coverage = found.coverage
         self.layers = found.layers
         """The covered layers in registration order."""
@@ -150,22 +151,18 @@ class KFAC:
         if so."""
         if shape_of(self._model) == self._shape:
             return False
-        if self.communicator.world_size > 1 and self.sums_gradients:
-            raise UsageError(
-                "the model's layers have changed, and their state is sharded",
-                change="build KFAC anew after freezing, unfreezing or replacing layers",
-            )
-        kept = {x.name: (x, state) for x, state in zip(self.layers, self.states, strict=True)}
+        saved, before, layers = save(self), self._parameters, self.layers
         self._capture.close()
         self._build(self.communicator)
-        for index, layer in enumerate(self.layers):
-            known, state = kept.get(layer.name, (None, LayerState()))
-            if known is not None and [*map(id, known.parameters)] == [*map(id, layer.parameters)]:
-                # Who holds its decomposition, its device or its type may have changed.
-                self.states[index] = LayerState(layer.placed(state.factors), state.factor_updates)
-        new = [
-            x.name for x, state in zip(self.layers, self.states, strict=True) if not state.factors
-        ]
+        same = {name for name, p in self._parameters.items() if before.get(name) is p}
+        known = {layer.name: [*map(id, layer.parameters)] for layer in layers}
+        kept = {x.name for x in self.layers if known.get(x.name) == [*map(id, x.parameters)]}
+        saved["layers"] = {name: part for name, part in saved["layers"].items() if name in kept}
+        velocity = saved.get("velocity", {})
+        put(self, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
+        self._left_out = {name: why for name, why in self._left_out.items() if name in kept}
+        new = [layer.name for layer in self.layers if layer.name not in kept]
+        self.used -= set(new)
         if new:
             warnings.warn(
                 f"the model has changed; K-FAC preconditions from the next pass on: {', '.join(new)}",
@@ -202,8 +199,9 @@ class KFAC:
             return
         self._last_damping = self.damping
         with self._timed("factors"):
-            # Layers that have changed are covered from the next pass on.
-            due = self.factors_due() and (statistics is not None or not self._follow_model())
+            due = self.factors_due()
+            if statistics is None and (due or self.sums_gradients) and self._follow_model():
+                due = False  # layers that have changed are covered from the next pass on
             if statistics is None and (due or self.sums_gradients):
                 self._enter("factor_exchange", if_=due)
                 captured = self._captured(num_samples, loss_scale_per_sample)
@@ -369,6 +367,13 @@ class KFAC:
         """
         if self.communicator.world_size != self.plan.world_size:
             raise UsageError("step() after leave()", change="call resize(process_group) first")
+        join = getattr(self._model, "_join_config", None)
+        if join is not None and join.enable and not join.throw_on_early_termination:
+            raise UsageError(
+                "ranks that have left DistributedDataParallel.join() early are missing in K-FAC's sums",
+                change="give every rank the same number of batches (an empty one will do), or use "
+                "join(throw_on_early_termination=True)",
+            )
         # Of uncovered parameters as well: a scaler skips the step for any of them.
         grads = [p.grad for p in self._model.parameters() if p.grad is not None]
         if not grads and not self.sums_gradients:
@@ -610,7 +615,14 @@ class KFAC:
 
         Factors and decompositions by layer name, counters, and the state of adaptive rules: a run
         continues from it bit for bit, at this or any other world size and distribution.
+
+        Raises:
+            UsageError: If other ranks do not call it within two minutes, or the group's timeout. Where
+                this rank alone holds everything (`grad_worker_frac=1`, no adaptive rules) it may also
+                be called alone.
         """
+        if not self.holds_everything or self.options.refresh == "adaptive":
+            self.communicator.meet("KFAC.state_dict()", seconds=120)
         return save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

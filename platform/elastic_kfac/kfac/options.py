@@ -117,11 +117,7 @@ class Rates:
         groups = self._groups()
         for layer in layers:
             if any(id(p) not in groups for p in layer.parameters):
-                raise ConfigError(
-                    f"the optimizer given as lr does not hold the weight of layer {layer.name}",
-                    change="build the optimizer over all parameters of the model, or give all "
-                    "optimizers: lr=[first, second]",
-                )
+                raise _not_held(f"the weight of layer {layer.name}")
         return [max(float(groups[id(p)]["lr"]) for p in x.parameters) for x in layers]
 
     def of_parameters(
@@ -131,7 +127,10 @@ class Rates:
         if not self.optimizers:
             return [(self._at(step), 0.0) for _ in parameters]
         groups = self._groups()
-        found = [groups[id(p)] for p in parameters]
+        try:
+            found = [groups[id(p)] for p in parameters]
+        except KeyError:
+            raise _not_held("all trainable parameters of the model") from None
         return [(float(group["lr"]), float(group.get("momentum", 0.0))) for group in found]
 
     def require_unscaled(self, scaler: torch.amp.GradScaler) -> None:
@@ -151,6 +150,14 @@ class Rates:
         if callable(self._number):
             return _checked_rate(self._number(step), f" at step {step}")
         return self._number
+
+
+def _not_held(what: str) -> ConfigError:
+    return ConfigError(
+        f"the optimizer given as lr does not hold {what}",
+        change="build the optimizer over all parameters of the model, or give all optimizers: "
+        "lr=[first, second]",
+    )
 
 
 def _checked_rate(lr: Any, where: str = "") -> float:

@@ -68,37 +68,46 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
         StateError: If it belongs to another model, other options or another version.
     """
     _check(state, {name: getattr(kfac.options, name) for name in _IDENTITY}, kfac.layers)
+    put(kfac, state)
+    kfac.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
+    counters = {name: int(value) for name, value in state["counters"].items()}
+    if kfac.distribution.counts_are_local and kfac.distribution.rank:
+        # Events were counted where they happened; from now on the saved ones belong to rank 0.
+        counters = {"steps": counters.get("steps", 0)}
+    kfac.counters = Counter(counters)
+    if kfac.damping_rule is not None and state["damping"] is not None:
+        kfac.damping_rule.value = float(state["damping"]["value"])
+
+
+def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
+    """What this rank keeps of the layers in a saved state, their clocks and momentum; other layers start
+    afresh."""
     rank = kfac.distribution.rank
 
     def keeps(kind: str, name: str) -> bool:
         return kfac.distribution.keeps(Item(kind, name), rank)
 
     for index, layer in enumerate(kfac.layers):
+        if layer.name not in state["layers"]:
+            continue
         restored = layer.restored(state["layers"][layer.name])
         if not keeps("factors", layer.name):
             restored = LayerState()
         elif not keeps("decomposition", layer.name):
             restored = replace(restored, decomposition={})
         kfac.states[index] = restored
-    kfac.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
     refresh = state.get("refresh", {"clocks": {}, "snapshots": {}})
-    kfac.refresh.restore_clocks(refresh["clocks"])
+    clocks = {name: clock for name, clock in refresh["clocks"].items() if name in state["layers"]}
+    kfac.refresh.restore_clocks(clocks)
     kfac.refresh.snapshots = {
         (layer.name, factor): tuple(
             layer.placed({str(i): t for i, t in enumerate(tensors)}).values()
         )
         for layer in kfac.layers
-        if keeps("snapshots", layer.name)
+        if layer.name in clocks and keeps("snapshots", layer.name)
         for factor, tensors in refresh["snapshots"].get(layer.name, {}).items()
     }
     kfac.distribution.restore_velocity(state.get("velocity", {}))
-    counters = {name: int(value) for name, value in state["counters"].items()}
-    if kfac.distribution.counts_are_local and rank:
-        # Events were counted where they happened; from now on the saved ones belong to rank 0.
-        counters = {"steps": counters.get("steps", 0)}
-    kfac.counters = Counter(counters)
-    if kfac.damping_rule is not None and state["damping"] is not None:
-        kfac.damping_rule.value = float(state["damping"]["value"])
 
 
 def leave(kfac: Stateful) -> None:

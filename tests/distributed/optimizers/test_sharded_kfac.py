@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -133,6 +134,46 @@ def test_pipeline_equals_one_process_kfac_and_sgd(world_size: int) -> None:
     for results in run_ranks(world_size, _run_cases):
         for result, weights in zip(results, expected, strict=True):
             for name, value in weights.items():
+                torch.testing.assert_close(result[name], value, **TOLERANCE)
+
+
+def _changing(kfac: KFAC, model: nn.Sequential, step: int, sgd: torch.optim.Optimizer) -> None:
+    """Unfreezes the first layer before step 2, replaces the last one before step 4."""
+    if step == 2:
+        model[0].requires_grad_(True)
+    if step == 4:
+        torch.manual_seed(1)
+        model[6] = nn.Linear(6, 3).double()
+        sgd.add_param_group({"params": list(model[6].parameters())})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if step not in (2, 4) else "ignore")
+        train(model, kfac, range(step, step + 1))
+
+
+def _train_changing(gather: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    model = network()
+    model[0].requires_grad_(False)
+    sgd = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    sharding = ShardedConfig(gather=gather) if gather else None  # type: ignore[arg-type]
+    group = Communicator.world() if gather else Communicator.solo()
+    with pytest.warns(UserWarning, match="PReLU"):
+        kfac = KFAC(
+            model, lr=sgd, damping=DAMPING, sharding=sharding, process_group=group, **options
+        )
+    for step in range(6):
+        _changing(kfac, model, step, sgd)
+        if not kfac.updates_weights:
+            sgd.step()
+    assert all(reason == "covered" for name, reason in kfac.coverage().items() if name != "2")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("gather", ["weights", "gradients"])
+def test_layers_that_are_unfrozen_and_replaced_train_as_on_one_process(gather: str) -> None:
+    for options in ({"kl_clip": 0.1}, {"refresh": "adaptive", "method": "inverse"}):
+        expected = _train_changing("", options)
+        for result in run_ranks(2, _train_changing, gather, options):
+            for name, value in expected.items():
                 torch.testing.assert_close(result[name], value, **TOLERANCE)
 
 

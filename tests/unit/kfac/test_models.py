@@ -280,6 +280,34 @@ def test_a_bias_that_is_frozen_later_leaves_the_weight_covered() -> None:
     assert not torch.equal(plain, model[0].weight.grad)  # type: ignore[arg-type]
 
 
+def test_adaptive_intervals_of_layers_that_stay_are_kept() -> None:
+    model = mlp()
+    kfac = KFAC(model, kl_clip=None, refresh="adaptive", refresh_threshold=1e9)
+
+    def step() -> None:
+        model.zero_grad()
+        loss_of(model).backward()
+        kfac.step()
+
+    while kfac.steps < 3:
+        step()
+    clocks, state = kfac.refresh.saved_clocks(), kfac.state_dict()
+    assert clocks["0"]["A"]["interval"] > 1
+    model[2] = nn.Linear(6, 3).double()
+    with pytest.warns(UserWarning, match="from the next pass on: 2$"):
+        while not kfac.factors_due():
+            step()
+        step()
+    now = kfac.refresh.saved_clocks()
+    assert now["0"] == clocks["0"] and now["2"]["A"]["refreshes"] == 0
+    kept = kfac.state_dict()
+    for kind in ("factors", "second_order"):
+        torch.testing.assert_close(kept["layers"]["0"][kind], state["layers"]["0"][kind])
+    torch.testing.assert_close(
+        kept["refresh"]["snapshots"]["0"], state["refresh"]["snapshots"]["0"]
+    )
+
+
 def test_layer_norm_over_two_dimensions_takes_one_sample() -> None:
     model = nn.Sequential(nn.LayerNorm((3, 4))).double()
     kfac = KFAC(model)

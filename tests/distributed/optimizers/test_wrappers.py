@@ -1,0 +1,90 @@
+"""What wrappers of a model and calls of single ranks cannot do ends in one line, on every rank."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from elastic_kfac import KFAC
+from elastic_kfac.errors import ConfigError, ElasticKfacError
+from support.gloo import run_ranks
+from support.training_loops import loss_of, mlp
+
+
+def _train(model: nn.Module, kfac: KFAC, steps: int) -> int:
+    for done in range(steps):
+        try:
+            model.zero_grad()
+            loss_of(model).backward()
+            kfac.step()
+        except RuntimeError:  # torch's own, at the first rank without a batch
+            return done
+    return steps
+
+
+def _in_join(early: bool) -> tuple[str, int]:
+    model = DistributedDataParallel(mlp())
+    kfac = KFAC(model)
+    done = 0
+    try:
+        with model.join(throw_on_early_termination=early):
+            done = _train(model, kfac, 3 - dist.get_rank())
+    except (ElasticKfacError, RuntimeError) as error:
+        return str(error), done
+    return "", done
+
+
+def test_join_is_refused_on_every_rank_and_works_where_it_ends_for_all() -> None:
+    for error, _ in run_ranks(2, _in_join, False):
+        assert "join() early" in error and "\n" not in error
+    assert [done for _, done in run_ranks(2, _in_join, True)] == [2, 2]
+
+
+def _state_on_one_rank() -> tuple[str, float, set[str]]:
+    model = DistributedDataParallel(mlp())
+    kfac = KFAC(model, grad_worker_frac=0.5)
+    _train(model, kfac, 1)
+    error, begin = "", time.perf_counter()
+    if dist.get_rank() == 0:
+        try:
+            kfac.state_dict()
+        except ElasticKfacError as raised:
+            error = str(raised)
+    else:
+        time.sleep(8)
+    seconds = time.perf_counter() - begin
+    state = kfac.state_dict()  # everybody: rank 0's failed call has left nothing behind
+    return error, seconds, set(state["layers"])
+
+
+def test_a_state_that_one_rank_asks_for_ends_in_one_line_within_the_timeout() -> None:
+    (error, seconds, layers), (_, _, others) = run_ranks(2, _state_on_one_rank, group_timeout_s=6)
+    assert "1 of 2 ranks within 6 s" in error and "\n" not in error
+    assert seconds < 12
+    assert layers == others == {"0", "2"}
+
+
+def _fully_sharded() -> list[str]:
+    errors = []
+    for version in (1, 2):
+        model = mlp()
+        if version == 1:
+            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))  # type: ignore[assignment]
+        else:
+            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        with pytest.raises(ConfigError) as raised:
+            KFAC(model)
+        errors.append(str(raised.value))
+    return errors
+
+
+def test_fully_sharded_models_are_refused_at_construction() -> None:
+    for errors in run_ranks(2, _fully_sharded):
+        assert all("whole weights" in error and "\n" not in error for error in errors)
