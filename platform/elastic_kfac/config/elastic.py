@@ -86,8 +86,8 @@ class PlanConfig(Section):
     """Inputs of the planner, which decides who decomposes and preconditions each layer."""
 
     memory_budget_gib: Annotated[float, Field(gt=0)] | None = None
-    """Limit in GiB per worker for factors and decompositions with `kfac.grad_worker_frac: auto`; null
-    means no limit."""
+    """Limit in GiB per worker for factors and decompositions: a plan that needs more is refused, and
+    `kfac.grad_worker_frac: auto` takes the largest share that fits; null means no limit."""
     calibrate: bool = False
     """Measure decomposition times on rank 0 at every start (about 1 s) instead of using stored ones."""
 

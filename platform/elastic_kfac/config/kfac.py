@@ -206,6 +206,9 @@ class ScriptOptions(KfacOptions):
     `mean`, with a warning where outputs have positions."""
     batch_axis: Annotated[int, Field(ge=0)] = 0
     """The dimension of a model's inputs that counts samples: 1 for time-major sequences."""
+    memory_budget_bytes: Positive | None = None
+    """Limit per rank for factors and decompositions, whatever distributes them; `train` has
+    `plan.memory_budget_gib`. null means no limit."""
 
 
 class KfacConfig(KfacOptions):

@@ -28,12 +28,13 @@ from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, 
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
-from elastic_kfac.kfac.distribution import Placing, as_communicator, make_distribution
+from elastic_kfac.kfac.distribution import as_communicator, make_distribution
 from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
 from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
+from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
@@ -65,12 +66,12 @@ class KFAC:
             `sharding`, one over the global batch.
         grad_scaler: A `torch.amp.GradScaler` whose scale is on the gradients; unscale before `step()`.
         process_group: A ProcessGroup or Communicator; None takes the default group if there is one.
-        placing: Costs and the memory budget that the plan follows.
+        costs: Seconds per decomposition by width, for the plan; None takes stored measurements.
         **options:
 
     Raises:
-        ConfigError: An option that does not exist or is out of range, or a model without any covered
-            layer.
+        ConfigError: An option that does not exist or is out of range, a model without any covered
+            layer, or a state that does not fit the memory budget.
         CommunicationError: Ranks whose models or options differ.
     """
 
@@ -86,7 +87,7 @@ class KFAC:
         loss_scale_per_sample: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | Communicator | None = None,
-        placing: Placing | None = None,
+        costs: CostModel | None = None,
         **options: Any,
     ) -> None:
         self.options = make_options(config, options)
@@ -108,7 +109,7 @@ class KFAC:
         rule = self.options.damping
         self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
         self._model, self._sharding, self._tree = model, sharding, tree
-        self._placing = placing or Placing()
+        self._costs = costs
         self._warnings = WarnOnce()
         self._left_out: dict[str, str] = {}
         """Layers whose statistics were wrong, and why."""
@@ -133,7 +134,7 @@ class KFAC:
         """What this rank holds of each layer."""
         self.refresh = make_refresh(self.layers, self.options)
         self.distribution = make_distribution(
-            (self.layers, communicator, self.options, self._placing),
+            (self.layers, communicator, self.options, self._costs),
             model=self._model,
             sharding=self._sharding,
             tree=self._tree,

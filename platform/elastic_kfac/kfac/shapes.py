@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from torch import nn
@@ -14,7 +14,8 @@ from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.kfac.options import value_at
 from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.planner import auto_fraction, make_plan
+from elastic_kfac.placement.planner import auto_fraction, make_plan, over_budget
+from elastic_kfac.placement.traffic import memory_elements
 
 
 def layer_shape(layer: Layer) -> LayerShape:
@@ -24,9 +25,10 @@ def layer_shape(layer: Layer) -> LayerShape:
     if "F" in shapes:
         is_dense = len(shapes["F"]) == 2
         return LayerShape(layer.name, 0, weights if is_dense else 0, weights)
-    a = 0 if layer.is_diagonal("A") else shapes["A"][-1]
     groups = shapes["G"][0] if len(shapes["G"]) == 3 else 1
-    return LayerShape(layer.name, a, shapes["G"][-1], weights, groups)
+    if layer.is_diagonal("A"):
+        return LayerShape(layer.name, 0, shapes["G"][-1], weights, groups, shapes["A"][0])
+    return LayerShape(layer.name, shapes["A"][-1], shapes["G"][-1], weights, groups)
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ def find_units(model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
 def unit_shape(unit: Unit, layers: Sequence[Layer]) -> LayerShape:
     """The sizes of one unit."""
     if not unit.layers:
-        return LayerShape(unit.name, 0, 0, unit.elements)
+        return LayerShape(unit.name, 0, 0, unit.elements, diagonal=0)
     shapes = [layer_shape(layers[index]) for index in unit.layers]
     widest = max(shapes, key=lambda shape: shape.a_dim)
     copies = sum(shape.copies for shape in shapes)
-    return LayerShape(unit.name, widest.a_dim, widest.g_dim, unit.elements, copies)
+    return replace(widest, name=unit.name, weight_elements=unit.elements, copies=copies)
 
 
 def shapes(
@@ -110,13 +112,13 @@ def plan_of(
         options: `grad_worker_frac`, `method` and the other options of K-FAC.
         sharded: Whether every shape has a single owner, instead of a share of gradient workers.
         costs: Seconds per decomposition; by default the stored measurement.
-        memory_budget_bytes: Budget per rank, for `grad_worker_frac="auto"`.
+        memory_budget_bytes: Limit per rank for factors and decompositions together.
         element_bytes: Bytes per element of factors and decompositions.
         previous: See `make_plan`.
         previous_ranks: See `make_plan`.
 
     Raises:
-        ConfigError: If nothing fits the budget.
+        ConfigError: If the plan does not fit the budget.
     """
     costs = costs or default_costs(options.method)
     fraction: float | str = 1.0 / world_size if sharded else options.grad_worker_frac
@@ -131,7 +133,7 @@ def plan_of(
             element_bytes=element_bytes,
             costs=costs,
         )
-    return make_plan(
+    plan = make_plan(
         shapes,
         world_size,
         fraction,
@@ -140,3 +142,10 @@ def plan_of(
         previous=previous,
         previous_ranks=previous_ranks,
     )
+    if memory_budget_bytes is not None:
+        held = memory_elements(
+            plan, shapes, method=options.method, precompute=options.precompute, sharded=sharded
+        )
+        if max(held) * element_bytes > memory_budget_bytes:
+            raise over_budget(memory_budget_bytes, max(held) * element_bytes, plan)
+    return plan

@@ -37,6 +37,8 @@ class LayerShape:
     """Elements of weight and bias over all copies."""
     copies: int = 1
     """Factor pairs of this shape: the groups of a grouped convolution."""
+    diagonal: int | None = None
+    """Elements of diagonal and block-diagonal factors, where the widths leave it open."""
 
     @property
     def diagonal_elements(self) -> int:
@@ -46,11 +48,18 @@ class LayerShape:
         is the only factor (full Fisher of a normalisation). With neither dense the layer is a
         normalisation with one 2x2 block per channel of two weights.
         """
+        if self.diagonal is not None:
+            return self.diagonal
         if (self.a_dim and self.g_dim) or self.g_dim == self.weight_elements:
             return 0
         if not self.a_dim and not self.g_dim:
             return 2 * self.weight_elements
         return self.weight_elements // max(self.a_dim, self.g_dim)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there is an A and a G, diagonal or not."""
+        return bool(self.a_dim and self.g_dim) or bool(self.diagonal)
 
 
 def factor_elements(layers: Iterable[LayerShape], *, packed: bool = False) -> int:
@@ -70,14 +79,14 @@ def second_order_elements(
     """e: elements that a gradient worker keeps of the decompositions of these layers."""
     total = 0
     for x in layers:
-        dense = x.copies * (x.a_dim**2 + x.g_dim**2) + x.diagonal_elements
-        if method == "inverse" or not (x.a_dim and x.g_dim):
-            extra = 0
-        elif precompute:
-            extra = x.copies * x.a_dim * x.g_dim
+        total += factor_elements([x])
+        if method == "inverse" or not x.is_pair:
+            continue
+        if precompute:
+            # The product holds what the diagonal would.
+            total += x.weight_elements - x.diagonal_elements
         else:
-            extra = x.copies * (x.a_dim + x.g_dim)
-        total += dense + extra
+            total += x.copies * (x.a_dim + x.g_dim)
     return total
 
 

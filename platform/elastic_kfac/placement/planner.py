@@ -171,11 +171,19 @@ def auto_fraction(
     if least is None:
         plan = make_plan(layers, world_size, 1.0 / world_size, costs=costs)
         least = s + max_second_order_elements(plan, layers, method=method, precompute=precompute)
-    raise ConfigError(
-        "the K-FAC state does not fit plan.memory_budget_gib at any grad_worker_frac",
-        given=f"{memory_budget_bytes / 2**30:.3g} GiB",
-        allowed=f"at least {least * element_bytes / 2**30:.3g} GiB on {world_size} ranks",
-        change="raise the budget, use more ranks, or skip the widest layers",
+    plan = make_plan(layers, world_size, 1.0 / world_size, costs=costs)
+    raise over_budget(memory_budget_bytes, least * element_bytes, plan)
+
+
+def over_budget(budget_bytes: float, needed_bytes: float, plan: Plan) -> ConfigError:
+    """The error about a plan whose fullest rank needs more than the budget."""
+    return ConfigError(
+        "K-FAC's factors and decompositions do not fit the memory budget",
+        given=f"memory_budget_bytes={budget_bytes:.12g} "
+        f"(plan.memory_budget_gib={budget_bytes / 2**30:.4g})",
+        allowed=f"at least {needed_bytes:.12g} bytes ({needed_bytes / 2**30:.4g} GiB) on the fullest "
+        f"of {plan.world_size} ranks (grad_worker_frac={plan.grad_worker_frac:.4g})",
+        change="raise the budget, lower grad_worker_frac, use more ranks, or skip_layers the widest",
     )
 
 

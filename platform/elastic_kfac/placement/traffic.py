@@ -84,12 +84,19 @@ def traffic_per_step(
 
 
 def memory_elements(
-    plan: Plan, layers: Sequence[LayerShape], *, method: Method = "eigen", precompute: bool = True
+    plan: Plan,
+    layers: Sequence[LayerShape],
+    *,
+    method: Method = "eigen",
+    precompute: bool = True,
+    sharded: bool = False,
 ) -> list[int]:
-    """Elements of factors and decompositions on each rank; their mean is s + f e."""
-    held = [factor_elements(layers)] * plan.world_size
+    """Elements of factors and decompositions on each rank; their mean is s + f e, or (s + e) / N if
+    `sharded`: then factors, too, are with the gradient workers only."""
+    held = [0 if sharded else factor_elements(layers)] * plan.world_size
     for layer in layers:
         elements = second_order_elements([layer], method=method, precompute=precompute)
+        elements += factor_elements([layer]) if sharded else 0
         for rank in plan.gradient_workers(layer.name):
             held[rank] += elements
     return held

@@ -25,7 +25,6 @@ def make_preconditioner(
     if not config.kfac.enabled and not sharded:
         return None
     from elastic_kfac.kfac.calibration import shared_costs
-    from elastic_kfac.kfac.distribution.strategy import Placing
     from elastic_kfac.kfac.kfac import KFAC
 
     budget = config.plan.memory_budget_gib
@@ -33,7 +32,7 @@ def make_preconditioner(
     if config.plan.calibrate:
         device = next(model.parameters()).device
         costs = shared_costs(communicator, config.kfac.method, device=device)
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"memory_budget_bytes": None if budget is None else budget * 2**30}
     if sharded:
         # Owners decompose whatever was refreshed.
         changes["inverse_update_steps"] = config.kfac.factor_update_steps
@@ -46,6 +45,6 @@ def make_preconditioner(
         sharding=config.sharded if sharded else None,
         tree=config.elastic.reproducible,
         process_group=communicator,
-        placing=Placing(costs, None if budget is None else budget * 2**30),
+        costs=costs,
         **changes,
     )

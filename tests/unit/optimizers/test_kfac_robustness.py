@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC, EnginePreconditioner
+from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.curvature import inverses
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
-from elastic_kfac.kfac.distribution.strategy import Placing
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -293,11 +293,53 @@ def test_predicted_change_matches_a_quadratic_loss() -> None:
     assert predicted == pytest.approx(float((loss() - before).detach()), rel=1e-8)
 
 
-def test_auto_fraction_without_room_for_its_state_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match="does not fit"):
-        KFAC(network(), grad_worker_frac="auto", placing=Placing(memory_budget_bytes=100))
-    kfac = KFAC(network(), grad_worker_frac="auto", placing=Placing(memory_budget_bytes=2**20))
-    assert kfac.plan.grad_worker_frac == 1.0
+class _Kinds(nn.Module):
+    """Factors of every kind: dense, of groups, diagonal, of normalisations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 12)
+        self.norm = nn.LayerNorm(12)
+        self.first = nn.Linear(12, 8)
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, index: Tensor) -> Tensor:
+        x = self.first(self.norm(self.table(index)))
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.grouped(x.reshape(len(x), 4, -1, 4))
+
+
+@pytest.mark.parametrize("fraction", [1.0, "auto"])
+@pytest.mark.parametrize("sharding", [None, ShardedConfig(gather="gradients")])
+@pytest.mark.parametrize(
+    ("method", "precompute"), [("eigen", False), ("eigen", True), ("inverse", False)]
+)
+def test_memory_budget_is_what_the_state_takes_to_the_byte(
+    fraction: float | str, sharding: ShardedConfig | None, method: str, precompute: bool
+) -> None:
+    def build(budget: int | None) -> KFAC:
+        return KFAC(
+            _Kinds(),
+            method=method,
+            precompute=precompute,
+            grad_worker_frac=fraction,
+            sharding=sharding,
+            memory_budget_bytes=budget,
+            loss_reduction="mean",
+        )
+
+    kfac = build(None)
+    kfac._model(torch.randint(30, (5, 6))).square().sum().backward()
+    kfac.step()
+    usage = kfac.memory_usage()
+    needed = usage["factors"] + usage["second_order"]
+    assert build(needed).plan == kfac.plan
+    with pytest.raises(ConfigError) as error:
+        build(needed - 1)
+    assert "\n" not in str(error.value)
+    assert f"memory_budget_bytes={needed - 1}" in str(error.value)
+    assert f"at least {needed} bytes" in str(error.value)
 
 
 class _Engine:

@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
+from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
-from elastic_kfac.kfac.distribution.strategy import Distribution, Placing, as_communicator
+from elastic_kfac.kfac.distribution.strategy import Distribution, as_communicator
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
+from elastic_kfac.placement.costs import CostModel
 
-__all__ = ["Distribution", "Placing", "as_communicator", "make_distribution"]
+__all__ = ["Distribution", "as_communicator", "make_distribution"]
 
 
 def make_distribution(
-    common: tuple[Sequence[Layer], Communicator, KfacOptions, Placing],
+    common: tuple[Sequence[Layer], Communicator, ScriptOptions, CostModel | None],
     *,
     model: nn.Module,
     sharding: ShardedConfig | None,

@@ -26,12 +26,13 @@ from elastic_kfac.communication.v_collectives import (
     reduce_scatter_half,
     reduce_scatter_v,
 )
-from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
+from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
-from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Placing, Slot, States
+from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
 from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
 
 _WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,8 +53,8 @@ class ShardedByOwner(Distribution):
         self,
         layers: Sequence[Layer],
         communicator: Communicator,
-        options: KfacOptions,
-        placing: Placing,
+        options: ScriptOptions,
+        costs: CostModel | None,
         *,
         model: nn.Module,
         sharding: ShardedConfig,
@@ -65,7 +66,7 @@ class ShardedByOwner(Distribution):
         self._unit_named = {layers[i].name: unit for i, unit in self._unit_of.items()}
         self._unit_named |= {name: unit for unit in self.units for name in unit.parameters}
         self.velocity: dict[str, Tensor] = {}
-        super().__init__(layers, communicator, options, placing)
+        super().__init__(layers, communicator, options, costs)
 
     def join(
         self,
@@ -80,7 +81,9 @@ class ShardedByOwner(Distribution):
             world_size,
             self.options,
             sharded=True,
-            costs=self.placing.costs,
+            costs=self.costs,
+            memory_budget_bytes=self.options.memory_budget_bytes,
+            element_bytes=self.layers[0].dtype.itemsize,
             previous=previous,
             previous_ranks=previous_ranks,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from elastic_kfac.communication.agreement import require_agreement
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import Bucketer
-from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.config.kfac import ScriptOptions
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.options import Rates
@@ -51,16 +50,6 @@ class Slot(NamedTuple):
     """Device and dtype."""
 
 
-@dataclass(frozen=True)
-class Placing:
-    """Inputs of a plan other than layers and ranks."""
-
-    costs: CostModel | None = None
-    """Seconds per decomposition by size; None takes stored measurements."""
-    memory_budget_bytes: float | None = None
-    """Per rank, for factors and decompositions, with `grad_worker_frac="auto"`."""
-
-
 class Distribution(ABC):
     """Who decomposes, preconditions and keeps what, and how it travels.
 
@@ -84,10 +73,10 @@ class Distribution(ABC):
         self,
         layers: Sequence[Layer],
         communicator: Communicator,
-        options: KfacOptions,
-        placing: Placing,
+        options: ScriptOptions,
+        costs: CostModel | None,
     ) -> None:
-        self.layers, self.options, self.placing = tuple(layers), options, placing
+        self.layers, self.options, self.costs = tuple(layers), options, costs
         self.join(communicator)
 
     @abstractmethod
