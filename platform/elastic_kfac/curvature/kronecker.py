@@ -97,7 +97,11 @@ class KroneckerLayer(Layer):
         return self._form.decompose(factors, names, damping)
 
     def precondition(
-        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
     ) -> Tensor:
         return self._form.precondition(decomposition, gradient, damping)
 
@@ -107,7 +111,7 @@ class KroneckerLayer(Layer):
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix
 
-    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+    def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         assert self.weight.grad is not None
         grad = self._weight_part(self.weight.grad).to(self.dtype)
         if weight_decay:
@@ -120,7 +124,7 @@ class KroneckerLayer(Layer):
         column = self._bias_part(self.bias.grad).to(self.dtype)
         return torch.cat((matrix, column.reshape(self._grouped(self.g_dim, 1))), -1)
 
-    def set_gradient(self, value: Tensor) -> None:
+    def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
         if self.bias is not None:
             assert self.bias.grad is not None
             self._bias_part(self.bias.grad).copy_(value[..., -1].reshape(-1))
@@ -232,3 +236,39 @@ class EmbeddingLayer(KroneckerLayer):
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.t()
+
+    def used_columns(self, weight_decay: float = 0.0) -> Tensor | None:
+        grad = self.weight.grad
+        # Finding them on a device would have the host wait for it; there the whole table is cheap.
+        if weight_decay or grad is None or grad.device.type != "cpu":
+            return None
+        # NaN is no zero, either.
+        return ((grad.amax(1) != 0) | (grad.amin(1) != 0)).nonzero().squeeze(1)
+
+    def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
+        if used is None:
+            return super().gradient(weight_decay)
+        assert self.weight.grad is not None
+        return self.weight.grad.index_select(0, used).to(self.dtype).t()
+
+    def precondition(
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        if used is not None:
+            # A is diagonal: what belongs to an input is a column.
+            decomposition = {
+                name: tensor if name.startswith("G_") else tensor.index_select(-1, used)
+                for name, tensor in decomposition.items()
+            }
+        return super().precondition(decomposition, gradient, damping)
+
+    def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
+        if used is None:
+            super().set_gradient(value)
+        else:
+            assert self.weight.grad is not None
+            self.weight.grad.index_copy_(0, used, value.t().to(self.weight.grad.dtype))

@@ -198,9 +198,13 @@ class Layer(ABC):
 
     @abstractmethod
     def precondition(
-        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
     ) -> Tensor:
-        """`(F + γI)⁻¹` times a gradient in matrix layout."""
+        """`(F + γI)⁻¹` times a gradient in matrix layout, or times its `used` columns."""
 
     # -- gradients ------------------------------------------------------------------------------
 
@@ -208,14 +212,19 @@ class Layer(ABC):
         """Whether every parameter of the layer has a gradient."""
         return all(p.grad is not None for p in self.parameters)
 
-    @abstractmethod
-    def gradient(self, weight_decay: float = 0.0) -> Tensor:
-        """`.grad` in matrix layout plus `weight_decay` times the weight; biases, scales and shifts are
-        not decayed."""
+    def used_columns(self, weight_decay: float = 0.0) -> Tensor | None:
+        """The columns of the gradient that alone need preconditioning, because the others are zero and
+        stay so; None is all of them. A function of the gradient: the same on every rank."""
+        return None
 
     @abstractmethod
-    def set_gradient(self, value: Tensor) -> None:
-        """Writes a matrix back into `.grad`."""
+    def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
+        """`.grad` in matrix layout, or its `used` columns, plus `weight_decay` times the weight; biases,
+        scales and shifts are not decayed."""
+
+    @abstractmethod
+    def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
+        """Writes a matrix, or its `used` columns, back into `.grad`."""
 
     # -- saved form -----------------------------------------------------------------------------
 

@@ -85,7 +85,7 @@ class NormLayer(Layer):
     @abstractmethod
     def _inverse(self, fisher: Tensor, damping: float) -> Tensor: ...
 
-    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+    def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         return torch.cat(self._gradients())
 
     def _gradients(self) -> list[Tensor]:
@@ -95,7 +95,7 @@ class NormLayer(Layer):
             grads.append(parameter.grad.to(self.dtype).reshape(-1))
         return grads
 
-    def set_gradient(self, value: Tensor) -> None:
+    def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
         self._write(value.split(self.features))
 
     def _write(self, parts: tuple[Tensor, ...]) -> None:
@@ -125,14 +125,18 @@ class UnitNorm(NormLayer):
         return inverses.damped_inverse(fisher, damping)
 
     def precondition(
-        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
     ) -> Tensor:
         return (decomposition["F_inverse"] @ gradient.unsqueeze(-1)).squeeze(-1)
 
-    def gradient(self, weight_decay: float = 0.0) -> Tensor:
+    def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         return torch.stack(self._gradients(), -1)
 
-    def set_gradient(self, value: Tensor) -> None:
+    def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
         self._write(value.unbind(-1))
 
 
@@ -150,7 +154,11 @@ class FullNorm(NormLayer):
         return inverses.damped_inverse(fisher, least.clamp(min=damping))
 
     def precondition(
-        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
     ) -> Tensor:
         return decomposition["F_inverse"] @ gradient
 
@@ -168,7 +176,11 @@ class DiagonalNorm(NormLayer):
         return 1.0 / (fisher + damping)
 
     def precondition(
-        self, decomposition: Mapping[str, Tensor], gradient: Tensor, damping: float
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
     ) -> Tensor:
         return decomposition["F_inverse"] * gradient
 

@@ -290,8 +290,10 @@ class KFAC:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
         active = self.distribution.preconditioned_here(self.states)
         layers = [self.layers[i] for i in active]
-        gradients = [layer.gradient(self.options.weight_decay) for layer in layers]
-        results = self.distribution.precondition(self.states, active, gradients, self.damping)
+        decay = self.options.weight_decay
+        used = [layer.used_columns(decay) for layer in layers]
+        gradients = [x.gradient(decay, columns) for x, columns in zip(layers, used, strict=True)]
+        results = self.distribution.precondition(self.states, active, gradients, self.damping, used)
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[place]).all()
@@ -307,8 +309,8 @@ class KFAC:
             if results:
                 torch._foreach_mul_(results, scale.to(results[0].dtype))
         self._last_clip = scale
-        for layer, value in zip(layers, results, strict=True):
-            layer.set_gradient(value)
+        for layer, value, columns in zip(layers, results, used, strict=True):
+            layer.set_gradient(value, columns)
 
     # -- around a step --------------------------------------------------------------------------
 

@@ -83,6 +83,38 @@ def test_embedding_equals_linear_over_one_hot_rows() -> None:
     torch.testing.assert_close(model.table.weight.grad, linear.weight.grad.t(), **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("method", "precompute"), [("eigen", False), ("eigen", True), ("inverse", False)]
+)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_embedding_rows_that_come_and_go_equal_linear_over_one_hot_rows(
+    method: str, precompute: bool, weight_decay: float
+) -> None:
+    torch.manual_seed(0)
+    table, linear = nn.Embedding(30, 3).double(), nn.Linear(30, 3, bias=False).double()
+    linear.weight.data.copy_(table.weight.data.t())
+    options = {"method": method, "precompute": precompute, "weight_decay": weight_decay}
+    kfacs = [
+        KFAC(x, **options, inverse_update_steps=2, factor_decay=0.6, loss_reduction="mean")
+        for x in (table, linear)
+    ]
+    # Rows are used in some steps, in all, in none: their averages decay meanwhile.
+    for tokens in ([1, 2, 2], [2, 3, 9], [7, 7, 7], [1, 8, 2], [29, 0, 1]):
+        index, sign = torch.tensor(tokens), torch.tensor([[1.0], [-2.0], [0.5]]).double()
+        for model, x in ((table, index), (linear, F.one_hot(index, 30).double())):
+            model.zero_grad()
+            (model(x).exp() * sign).sum().div(3).backward()
+        for kfac in kfacs:
+            kfac.step()
+        a, dense = (kfac.states[0].factors["A"] for kfac in kfacs)
+        torch.testing.assert_close(a, dense.diagonal(), **TOLERANCE)
+        assert 0 < a.count_nonzero() < 30
+        torch.testing.assert_close(table.weight.grad, linear.weight.grad.t(), **TOLERANCE)
+        assert bool(table.weight.grad[index].any(1).all())
+        if not weight_decay:
+            assert not table.weight.grad[10:29].any()
+
+
 class _Attention(nn.Module):
     """Attention with explicit projections, for comparison."""
 

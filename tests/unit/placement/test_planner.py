@@ -222,7 +222,9 @@ def test_auto_fraction_takes_the_largest_that_fits_the_budget() -> None:
 
 
 def test_auto_fraction_without_room_says_how_much_is_needed() -> None:
-    with pytest.raises(ConfigError, match=r"given: .*=10 .*; allowed: at least \d+ bytes .* of 4 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"given: .*=10 .*; allowed: at least \d+ bytes .* of 4 ranks"
+    ):
         auto_fraction([LayerShape("x", 100, 100, 10000)], 4, 10, True, 10.0)
 
 

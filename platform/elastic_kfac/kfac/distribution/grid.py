@@ -174,22 +174,33 @@ class KaisaGrid(Distribution):
     # -- gradients ------------------------------------------------------------------------------
 
     def precondition(
-        self, states: States, indices: Sequence[int], gradients: Sequence[Tensor], damping: float
+        self,
+        states: States,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor],
+        damping: float,
+        used: Sequence[Tensor | None],
     ) -> list[Tensor]:
         results: list[Tensor] = [torch.empty(0)] * len(indices)
         bucketers: dict[tuple[int, ...], Bucketer] = {}
+        whole: list[int] = []
         for place in reversed(range(len(indices))):
             index, gradient = indices[place], gradients[place]
             layer = self.layers[index]
             if self._is_worker(index):
                 if not self._receive(index):
                     self._decompose_alone(states, index, damping)
-                value = layer.precondition(states[index].decomposition, gradient, damping)
+                value = layer.precondition(
+                    states[index].decomposition, gradient, damping, used[place]
+                )
             else:
                 value = torch.empty_like(gradient, memory_format=torch.contiguous_format)
-            group = self._receivers[index]
+            group, columns = self._receivers[index], used[place]
             if group is not None:
                 ranks = self.plan.receiver_group(layer.name, self.rank)
+                if columns is not None:  # sizes on the wire must not depend on data
+                    value = value.new_zeros(layer.gradient_shape).index_copy_(1, columns, value)
+                    whole.append(place)
                 value = value.contiguous()
                 bucketer = bucketers.setdefault(ranks, self.bucketer("kfac/gradients", group))
                 bucketer.broadcast(value, group.members.index(ranks[0]))
@@ -197,6 +208,10 @@ class KaisaGrid(Distribution):
         works = [bucketer.flush() for bucketer in bucketers.values()]
         for work in works:
             work.wait()
+        for place in whole:
+            columns = used[place]
+            assert columns is not None
+            results[place] = results[place].index_select(1, columns)
         return results
 
     def _decompose_alone(self, states: States, index: int, damping: float) -> None:

@@ -215,11 +215,16 @@ class ShardedByOwner(Distribution):
     # -- precondition and publish ---------------------------------------------------------------
 
     def precondition(
-        self, states: States, indices: Sequence[int], gradients: Sequence[Tensor], damping: float
+        self,
+        states: States,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor],
+        damping: float,
+        used: Sequence[Tensor | None],
     ) -> list[Tensor]:
         return [
-            self.layers[index].precondition(states[index].decomposition, gradient, damping)
-            for index, gradient in zip(indices, gradients, strict=True)
+            self.layers[index].precondition(states[index].decomposition, gradient, damping, columns)
+            for index, gradient, columns in zip(indices, gradients, used, strict=True)
         ]
 
     def total(self, value: Tensor) -> Tensor:

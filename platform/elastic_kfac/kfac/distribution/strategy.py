@@ -120,9 +120,14 @@ class Distribution(ABC):
 
     @abstractmethod
     def precondition(
-        self, states: States, indices: Sequence[int], gradients: Sequence[Tensor], damping: float
+        self,
+        states: States,
+        indices: Sequence[int],
+        gradients: Sequence[Tensor],
+        damping: float,
+        used: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        """P of layers from their gradients. Collective."""
+        """P of layers from their gradients, or from the `used` columns of those. Collective."""
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all layers of a scalar that was summed over `preconditioned_here`. Collective."""
