@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "staggered": {"stagger": True, "factor_update_steps": 1, "inverse_update_steps": 3},
     "exact Fisher": {"fisher": "exact"},
     "reduce": {"weight_sharing": "reduce"},
+    "one worker": {"grad_worker_frac": 0.5},
     "sc20": {"factor_scale": "sc20"},
     "kaisa": {"factor_scale": "kaisa"},
     "full norms": {"bn_fisher": "full", "bn_damping_multiplier": 3.0},
