@@ -28,13 +28,12 @@ from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, 
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
-from elastic_kfac.kfac.distribution import as_communicator, make_distribution
+from elastic_kfac.kfac.distribution import CostModel, as_communicator, make_distribution
 from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
 from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
-from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]

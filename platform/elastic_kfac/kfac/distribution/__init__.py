@@ -16,7 +16,7 @@ from elastic_kfac.kfac.distribution.strategy import Distribution, as_communicato
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
 from elastic_kfac.placement.costs import CostModel
 
-__all__ = ["Distribution", "as_communicator", "make_distribution"]
+__all__ = ["CostModel", "Distribution", "as_communicator", "make_distribution"]
 
 
 def make_distribution(
