@@ -11,18 +11,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import filelock
 import pytest
 import yaml
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.study import load_study
-from elastic_kfac.experiments.study_cell import LOCK_FILE
 from elastic_kfac.experiments.study_outcome import Outcome
 from elastic_kfac.experiments.study_runner import compare
 from elastic_kfac.experiments.trials import DIVERGED, FAILED, FINISHED
 from elastic_kfac.reports.study_page import render_study
+from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.run_folder import RunFolder
 from support.lines import SilentLine
 
@@ -83,7 +83,7 @@ def test_study_killed_in_the_middle_keeps_finished_cells_and_goes_on_with_the_ot
         driver.wait()
     # The workers end with their driver, and let go of the cell's lock.
     for cell in cells.iterdir():
-        with filelock.FileLock(cell / LOCK_FILE, timeout=200):
+        with claimed(Storage(cell), "the cell", wait_s=200):
             pass
     finished = {cell.name: written_at(cell) for cell in cells.iterdir() if written_at(cell)}
     begun = [c.name for c in cells.iterdir() if snapshots(c) and c.name not in finished]

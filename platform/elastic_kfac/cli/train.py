@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ def train(arguments: argparse.Namespace) -> int:
         announce()
     config = read_config(arguments.config, arguments.overrides)
     check_local_cluster_events(config, arguments)
-    name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
+    check_name(arguments)
 
     from elastic_kfac.cli.shards import make_missing_shards
 
@@ -44,6 +45,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     check_parts(config)
 
+    name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
     uri = f"{arguments.storage.rstrip('/')}/{name}"
     try:
         if arguments.local:
@@ -125,17 +127,27 @@ def check_local_cluster_events(config: Config, arguments: argparse.Namespace) ->
             )
 
 
-def fresh_name(stem: str, storage: str) -> str:
-    """The first of `<stem>-1`, `<stem>-2`, … that does not exist in a local storage folder."""
-    if is_remote(storage):
+def check_name(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for an unnamed run in remote storage."""
+    if arguments.name is None and is_remote(arguments.storage):
         raise UsageError(
-            "a run in remote storage needs a name", given=storage, change="add --name NAME"
+            "a run in remote storage needs a name",
+            given=arguments.storage,
+            change="add --name NAME",
         )
+
+
+def fresh_name(stem: str, storage: str) -> str:
+    """Creates the first of `<stem>-1`, `<stem>-2`, … that does not exist in a local storage folder.
+
+    Of two calls at the same time each gets its own; `claimed` removes a folder that stays empty.
+    """
     folder = Path(storage.removeprefix("file://")).expanduser()
-    number = 1
-    while (folder / f"{stem}-{number}").exists():
-        number += 1
-    return f"{stem}-{number}"
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            (folder / f"{stem}-{number}").mkdir(parents=True)
+            return f"{stem}-{number}"
+    raise AssertionError
 
 
 def _finish(uri: str, config: Config) -> None:

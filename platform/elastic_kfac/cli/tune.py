@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from elastic_kfac.cli.provenance import announce, is_ray_job
-from elastic_kfac.cli.train import fresh_name
+from elastic_kfac.cli.train import check_name, fresh_name
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -15,13 +15,14 @@ def tune(arguments: argparse.Namespace) -> int:
     from elastic_kfac.experiments.search_space import read_space
 
     space = read_space(arguments.space, arguments.overrides)
-    name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
+    check_name(arguments)
     if not is_ray_job(os.environ):
         announce()
 
     from elastic_kfac.cli.shards import make_missing_shards
 
     make_missing_shards(space.base)
+    name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
 
     from elastic_kfac.experiments.search_runner import search
     from elastic_kfac.reports.search_page import write_search_page

@@ -32,12 +32,13 @@ One process writes, and it replaces every file as a whole; a search that was kil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -48,6 +49,7 @@ import yaml
 
 import elastic_kfac
 from elastic_kfac.config import Config
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.search_space import SearchSpace
 from elastic_kfac.experiments.trials import (
@@ -65,10 +67,24 @@ from elastic_kfac.experiments.trials import (
     trials_csv,
 )
 from elastic_kfac.runs.history import number
+from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
 
 EXPERIMENT = "experiment.json"
 BEST = "best"
+
+
+@contextlib.contextmanager
+def claimed_search(
+    folder: Path, name: str, space: SearchSpace, say: Callable[[str], None]
+) -> Iterator[SearchFolder]:
+    """Opens the folder of a search in which only this process writes.
+
+    Raises:
+        UsageError: As of `claimed` and `SearchFolder`.
+    """
+    with claimed(Storage(folder), f"search {name}", say=say):
+        yield SearchFolder(folder, name, space)
 
 
 class SearchFolder:

@@ -23,7 +23,7 @@ from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
 from elastic_kfac.errors import RunError, UsageError
 from elastic_kfac.experiments.engine import Engine, session, start_actor
 from elastic_kfac.experiments.resource_broker import ResourceBroker
-from elastic_kfac.experiments.search_folder import SearchFolder, hardware_of
+from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search, hardware_of
 from elastic_kfac.experiments.search_plan import SearchPlan
 from elastic_kfac.experiments.search_record import SearchRecord, StopWhen, TuneCallback, trial_name
 from elastic_kfac.experiments.search_space import SearchSpace
@@ -96,10 +96,11 @@ def search(
     """
     # It warns that files of Ray Tune's own loggers are missing; they are off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    folder = SearchFolder(_local_folder(storage) / name, name, space)
+    path = _local_folder(storage) / name
     with contextlib.ExitStack() as stack:
         line = display or ProgressLine(plain_interval_s=60.0)
         stack.callback(line.close)
+        folder = stack.enter_context(claimed_search(path, name, space, line.say))
         stack.enter_context(environment(_ENVIRONMENT, user_wins=True))
         nodes = space.base.elastic.max_workers * space.max_concurrent
         signals = stack.enter_context(

@@ -6,15 +6,12 @@ columns that it lacks.
 
 from __future__ import annotations
 
-import contextlib
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import filelock
 import ray
 import torch
 
@@ -32,10 +29,8 @@ from elastic_kfac.training.loop import run_rank
 
 Row = Mapping[str, Any]
 
-LOCK_FILE = ".lock"
-"""File of a cell's folder: a worker may outlive its killed driver for a moment."""
-
-LOCK_TIMEOUT_S = 60.0
+CLAIM_TIMEOUT_S = 60.0
+"""A worker may outlive its killed driver for a moment."""
 REPORT_INTERVAL_S = 0.5
 
 
@@ -63,7 +58,7 @@ def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
     """
     folder = RunFolder(task.uri)
     try:
-        with _alone_in(folder):
+        with folder.claimed(f"cell {task.name}", wait_s=CLAIM_TIMEOUT_S):
             return _finished(task, folder, board)
     except NumericalError as error:
         # Divergence is a result: training again would diverge again.
@@ -139,22 +134,6 @@ class _ReportingWriter(FolderWriter):
         if self._board is not None and now - self._reported_at >= REPORT_INTERVAL_S:
             self._reported_at = now
             self._board.note.remote(self._name, float(row["epoch"]) / self._epochs)
-
-
-@contextlib.contextmanager
-def _alone_in(folder: RunFolder) -> Iterator[None]:
-    if not folder.storage.is_local:
-        yield
-        return
-    path = Path(folder.storage.path(LOCK_FILE))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(path, timeout=LOCK_TIMEOUT_S):
-            yield
-    except filelock.Timeout:
-        raise RunError(
-            "another process trains this cell", given=folder.uri, change="run one study at a time"
-        ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,6 +38,7 @@ from elastic_kfac.experiments.study_outcome import (
 )
 from elastic_kfac.experiments.trials import FAILED, FINISHED, RUNNING, WAITING, Trial, TrialTable
 from elastic_kfac.runs.measures import FinalMeasures
+from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.run_folder import RunFolder
 
 CELLS_FOLDER = "cells"
@@ -91,13 +92,15 @@ def compare(
         UsageError: If a finished cell was trained with another configuration, or there is no
             cluster at the address.
     """
-    folder = _StudyFolder(loaded, name, Storage(f"{storage.rstrip('/')}/{name}"), provenance or {})
-    waiting = folder.open_cells()
     trained: tuple[str, ...] = ()
     interrupted = None
     with contextlib.ExitStack() as stack:
         line = display or ProgressLine(plain_interval_s=10.0)
         stack.callback(line.close)
+        place = Storage(f"{storage.rstrip('/')}/{name}")
+        stack.enter_context(claimed(place, f"study {name}", say=line.say))
+        folder = _StudyFolder(loaded, name, place, provenance or {})
+        waiting = folder.open_cells()
         if len(waiting) < len(loaded.cells):
             done = len(loaded.cells) - len(waiting)
             line.say(f"{folder.storage.uri}: {done} of {len(loaded.cells)} cells are done.")

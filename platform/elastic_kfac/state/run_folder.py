@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import yaml
 from elastic_kfac.config import Config, parse_config
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.state.claim import Claim, claimed
 
 Row = Mapping[str, Any]
 
@@ -25,6 +27,7 @@ class RunFolder:
     def __init__(self, uri: str | Path) -> None:
         self.storage = Storage(uri)
         self.uri = self.storage.uri
+        self._claim: Claim | None = None
 
     @classmethod
     def existing(cls, uri: str | Path) -> RunFolder:
@@ -41,6 +44,19 @@ class RunFolder:
                 change="name a folder that holds config.yaml, for example runs/digits",
             )
         return folder
+
+    @contextlib.contextmanager
+    def claimed(
+        self, what: str, say: Callable[[str], None] = lambda line: None, *, wait_s: float = 0.0
+    ) -> Iterator[None]:
+        """For the block, only this process writes; see `claim.claimed`."""
+        with claimed(self.storage, what, say=say, wait_s=wait_s) as self._claim:
+            yield
+
+    def check_claim(self) -> None:
+        """Raises UsageError if another process has taken over what this one had claimed."""
+        if self._claim is not None:
+            self._claim.check()
 
     def write_config(self, config: Config) -> None:
         """Writes the resolved configuration."""

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from elastic_kfac.cli import main
 from elastic_kfac.cli.runs import locate_run
-from elastic_kfac.cli.train import fresh_name
+from elastic_kfac.cli.train import check_name, fresh_name
 from elastic_kfac.errors import UsageError
 
 DIGITS = Path(__file__).parents[3] / "jobs" / "configs" / "digits.yaml"
@@ -18,7 +20,7 @@ DIGITS = Path(__file__).parents[3] / "jobs" / "configs" / "digits.yaml"
 
 def make_run(storage: Path, name: str) -> Path:
     folder = storage / name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text("model: {name: small_cnn}\n")
     row = {"step": 1, "loss": 2.0, "wall_time_s": 0.5, "world_size": 1}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -64,11 +66,17 @@ def test_report_writes_the_page_and_prints_its_path(
 
 
 def test_fresh_name_counts_up(tmp_path: Path) -> None:
-    assert fresh_name("digits", str(tmp_path)) == "digits-1"
     make_run(tmp_path, "digits-1")
     assert fresh_name("digits", str(tmp_path)) == "digits-2"
+    unnamed = argparse.Namespace(name=None, storage="s3://bucket/runs")
     with pytest.raises(UsageError, match="--name"):
-        fresh_name("digits", "s3://bucket/runs")
+        check_name(unnamed)
+
+
+def test_fresh_names_of_calls_at_the_same_time_differ(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: fresh_name("digits", str(tmp_path)), range(64)))
+    assert sorted(names) == sorted(f"digits-{number}" for number in range(1, 65))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def train_in_process(
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         signals = stack.enter_context(stop_signals or StopSignals())
+        stack.enter_context(folder.claimed(f"run {name}", display.say))
         device = device_of_task(config)
         if folder.storage.folders("checkpoints"):
             display.say(f"Run {name} exists in {storage}: resuming it.")

@@ -70,7 +70,8 @@ def train(
         How the run ended, also when it was stopped by a signal.
 
     Raises:
-        UsageError: If the run cannot work as configured, also when a worker raises it.
+        UsageError: If the run cannot work as configured, also when a worker raises it, or another
+            process writes its folder.
         RunError: If the run failed, with the cause.
     """
     levels = levels_of_this_process()
@@ -81,6 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         signals = stack.enter_context(stop_signals or StopSignals())
+        stack.enter_context(folder.claimed(f"run {name}", display.say))
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
             display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
@@ -147,6 +149,7 @@ class _Driver:
         reached: Any = None
         stop_requested_at: float | None = None
         while fit.is_alive():
+            self._folder.check_claim()
             view: RunView = ray.get(coordinator.view.remote(self._seen_events))
             self._display.update(self._unseen(view))
             step = int(view.progress.get("step", -1))
