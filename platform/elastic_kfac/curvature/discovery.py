@@ -150,7 +150,7 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
             "the model has no layer that K-FAC covers",
             given=", ".join(left_out) or type(unwrap(model)).__name__,
             allowed="Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, Embedding, MultiheadAttention, "
-            "BatchNorm, LayerNorm, GroupNorm with trainable weights, not matched by skip_layers",
+            "BatchNorm, LayerNorm, RMSNorm, GroupNorm with trainable weights, not matched by skip_layers",
         )
     return found
 

@@ -15,11 +15,14 @@ from elastic_kfac.curvature.damping import least_damping, typical_eigenvalue
 from elastic_kfac.curvature.factors import norm_gradient_sum
 from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
 
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+_OVER_SHAPE = (nn.LayerNorm, nn.RMSNorm)
+"""Those that normalise over the last dimensions and scale each of their elements."""
+
+NORMS = (*_OVER_SHAPE, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class NormLayer(Layer):
-    """BatchNorm, LayerNorm or GroupNorm; `mode` is the structure of F (see `norm_gradient_sum`)."""
+    """Scale and shift of a module of `NORMS`; `mode` is the structure of F (see `norm_gradient_sum`)."""
 
     factor_names = ("F",)
     guarded = True
@@ -27,7 +30,7 @@ class NormLayer(Layer):
 
     def __init__(self, name: str, module: nn.Module, options: KfacOptions) -> None:
         super().__init__(name, module, options)
-        weight, bias = module.weight, module.bias
+        weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
         assert isinstance(weight, nn.Parameter)
         self._parameters: tuple[nn.Parameter, ...] = (weight,)
         if isinstance(bias, nn.Parameter) and bias.requires_grad:
@@ -50,7 +53,7 @@ class NormLayer(Layer):
 
     @property
     def _unbatched_dims(self) -> int:  # type: ignore[override]
-        return len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
+        return len(self.module.normalized_shape) if isinstance(self.module, _OVER_SHAPE) else 1
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         normalized, gradients = self._by_channel(inputs, gradients)
@@ -59,7 +62,7 @@ class NormLayer(Layer):
     def _by_channel(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """x̂ and the output gradients as `[n, positions, features]`."""
         normalized = normalize(self.module, inputs.to(self.dtype))
-        if isinstance(self.module, nn.LayerNorm):
+        if isinstance(self.module, _OVER_SHAPE):
             shape = (gradients.shape[0], -1, self.features)
             return normalized.reshape(shape), gradients.reshape(shape)
         return _channels_last(normalized), _channels_last(gradients)
@@ -196,6 +199,8 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
     """x̂, the output of a normalisation layer before scale and shift."""
     if isinstance(module, nn.LayerNorm):
         return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return nn.functional.rms_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
         return nn.functional.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -49,8 +49,8 @@ class KFAC:
 
     Args:
         model: Its Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, Embedding, MultiheadAttention,
-            BatchNorm, LayerNorm and GroupNorm layers are covered; one warning names the others; reasons
-            are in `coverage()`.
+            BatchNorm, LayerNorm, RMSNorm and GroupNorm layers are covered; one warning names the
+            others; reasons are in `coverage()`.
         config: Options as one value; keywords replace parts of it.
         lr: The learning rate the KL clip measures with: a number, a function of the step, or the
             optimizer itself (or a list of them), so that the schedule and the clip cannot disagree.

@@ -254,19 +254,26 @@ def test_reduce_equals_expand_without_positions_and_differs_with() -> None:
 
 
 @pytest.mark.parametrize("mode", ["unit", "full", "diag"])
-@pytest.mark.parametrize("kind", ["batch", "batch1d", "layer", "group"])
+@pytest.mark.parametrize("kind", ["batch", "batch1d", "layer", "layer2d", "rms", "rms2d", "group"])
 def test_normalisation_layers_equal_dense_fisher_of_their_parameters(mode: str, kind: str) -> None:
     torch.manual_seed(0)
     module, x = {
         "batch": (nn.BatchNorm2d(4), torch.randn(6, 4, 3, 3)),
         "batch1d": (nn.BatchNorm1d(4), torch.randn(6, 4)),
         "layer": (nn.LayerNorm(4), torch.randn(6, 5, 4)),
+        "layer2d": (nn.LayerNorm((2, 2), bias=False), torch.randn(6, 5, 2, 2)),
+        "rms": (nn.RMSNorm(4), torch.randn(6, 5, 4)),
+        "rms2d": (nn.RMSNorm((2, 2), eps=0.1), torch.randn(6, 5, 2, 2)),
         "group": (nn.GroupNorm(2, 4), torch.randn(6, 4, 3, 3)),
     }[kind]
     module, x = module.double(), x.double()
     nn.init.normal_(module.weight)
     kfac = run(module, x, bn_fisher=mode, damping=0.1, bn_damping_multiplier=3.0)
-    preconditioned = torch.cat((module.weight.grad, module.bias.grad))
+
+    def gradient() -> Tensor:
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    preconditioned = gradient()
     # By definition: one gradient per sample, with batch statistics held fixed at those of the batch.
     module.zero_grad()
     kfac.close()
@@ -274,18 +281,19 @@ def test_normalisation_layers_equal_dense_fisher_of_their_parameters(mode: str, 
     for sample in range(6):
         output = module(x)
         output[sample].square().sum().backward()
-        rows.append(torch.cat((module.weight.grad, module.bias.grad)))
+        rows.append(gradient())
         module.zero_grad()
     stacked = torch.stack(rows)
     fisher = stacked.t() @ stacked / 6
-    index = torch.arange(8)
+    size = fisher.shape[0]
+    index = torch.arange(size)
     if mode == "diag":
-        fisher = fisher * torch.eye(8, dtype=torch.double)
+        fisher = fisher * torch.eye(size, dtype=torch.double)
     elif mode == "unit":
         fisher = fisher * (index[:, None] % 4 == index % 4)
     damping = 0.3 if kind.startswith("batch") else 0.1
     expected = torch.linalg.solve(
-        fisher + damping * torch.eye(8, dtype=torch.double), stacked.mean(0)
+        fisher + damping * torch.eye(size, dtype=torch.double), stacked.mean(0)
     )
     torch.testing.assert_close(preconditioned, expected, **TOLERANCE)
 
@@ -393,6 +401,7 @@ def test_supported_kinds_are_never_skipped_silently() -> None:
             nn.BatchNorm1d(2),
             nn.BatchNorm2d(2),
             nn.LayerNorm(2),
+            nn.RMSNorm(2),
             nn.GroupNorm(1, 2),
             nn.Embedding(2, 2),
             nn.MultiheadAttention(2, 1),
