@@ -110,8 +110,10 @@ def shared_by_all(rows: int, samples: int) -> str:
 class _Watched:
     """One layer's side of the recorder."""
 
-    def __init__(self, layer: Layer, shared: _Shared) -> None:
+    def __init__(self, layer: Layer, shared: _Shared, first: _Watched | None = None) -> None:
         self.sums = Sums()
+        self._first = first or self
+        """Whose sums these are, where several modules share a weight."""
         self.layer = layer
         self._shared = shared
 
@@ -122,7 +124,7 @@ class _Watched:
         return self.layer.observe(self._batched(call.inputs, call), self._shared.due_of(self.layer))
 
     def fold(self, call: Call) -> None:
-        layer, sums, batch = self.layer, self.sums, call.batch
+        layer, sums, batch = self.layer, self._first.sums, call.batch
         observed: Observation = call.inputs if call.version is None else self.condense(call)
         if not batch.is_folded:
             # The first one in a backward pass: the layer that was called last, whose rows are the terms
@@ -203,7 +205,8 @@ class Capture:
         self._watched: dict[str, _Watched] = {}
         for module, layers in modules:
             for layer in layers:
-                self._watched[layer.name] = watched = _Watched(layer, self._shared)
+                watched = _Watched(layer, self._shared, self._watched.get(layer.name))
+                self._watched.setdefault(layer.name, watched)
                 self._recorder.watch(module, layer.parameters[0], watched, layer.weight_rows)
 
     @property

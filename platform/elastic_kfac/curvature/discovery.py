@@ -17,7 +17,12 @@ from elastic_kfac.curvature.convolution import (
     ConvLayer,
     ConvTransposeLayer,
 )
-from elastic_kfac.curvature.kronecker import AttentionProjection, EmbeddingLayer, LinearLayer
+from elastic_kfac.curvature.kronecker import (
+    AttentionProjection,
+    EmbeddingLayer,
+    KroneckerLayer,
+    LinearLayer,
+)
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.curvature.norm import NORMS, norm_layer
 from elastic_kfac.errors import ConfigError
@@ -35,17 +40,29 @@ class Found:
     coverage: dict[str, str] = field(default_factory=dict)
     """Every layer with parameters by name: `covered`, or the reason why not."""
 
+    sharing: dict[str, list[str]] = field(default_factory=dict)
+    """Modules by the name of the first that has their weight; its layer is that of all of them."""
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All of them in registration order."""
-        return tuple(layer for _, layers in self.modules.values() for layer in layers)
+        every = [layer for _, layers in self.modules.values() for layer in layers]
+        return tuple({layer.name: layer for layer in every}.values())
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Uncovers a module again."""
-        _, layers = self.modules.pop(name, (None, ()))
-        for layer in layers:
-            del self.coverage[layer.name]
-        self.coverage[name] = reason
+        """Uncovers a module again, and all that share its weight."""
+        for user in self.sharing.pop(name, [name]):
+            _, layers = self.modules.pop(user, (None, ()))
+            for layer in layers:
+                del self.coverage[layer.name]
+            self.coverage[user] = reason
+
+    def share(self) -> None:
+        """Makes one layer of all uses of a weight."""
+        for users in self.sharing.values():
+            uses = [cast(KroneckerLayer, self.modules[user][1][0]) for user in users]
+            for user, use in zip(users, uses, strict=True):
+                self.modules[user] = (self.modules[user][0], (use.sharing(uses),))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -123,14 +140,18 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
                 f"layer {name} has no shape yet",
                 change="run one forward pass before building the preconditioner",
             )
-        first = next((owners[id(p)] for p in trainable if id(p) in owners), None)
-        if first is not None:
+        layers = _layers_of(name, module, options)
+        sharers = dict.fromkeys(owners[id(p)] for p in trainable if id(p) in owners)
+        first = next(iter(sharers), name)
+        if sharers and not (len(sharers) == 1 and _can_share(found.modules.get(first), layers)):
             found.coverage[name] = f"shares a weight with {first}"
-            found.leave_out(first, f"shares a weight with {name}")
+            for sharer in sharers:
+                found.leave_out(sharer, f"shares a weight with {name}")
             left_out.append(f"{name} (shares a weight with {first})")
             continue
-        owners.update((id(p), name) for p in trainable)
-        layers = _layers_of(name, module, options)
+        if sharers:
+            found.sharing.setdefault(first, [first]).append(name)
+        owners.update((id(p), first) for p in trainable)
         if isinstance(layers, str):
             found.coverage[name] = layers
             kind = type(module).__name__
@@ -139,6 +160,7 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
         else:
             found.modules[name] = (module, layers)
             found.coverage.update((layer.name, COVERED) for layer in layers)
+    found.share()
     # Shared weights last, as they were found out last.
     left_out.sort(key=lambda text: "shares a weight" in text)
     if left_out:
@@ -195,6 +217,15 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
     if isinstance(module, NORMS):
         return (norm_layer(name, module, options),)
     return f"unsupported type {type(module).__name__}"
+
+
+def _can_share(
+    first: tuple[nn.Module, tuple[Layer, ...]] | None, layers: tuple[Layer, ...] | str
+) -> bool:
+    """Whether a module that has parameters of a first one is a further use of its weight."""
+    if first is None or isinstance(layers, str) or not len(first[1]) == len(layers) == 1:
+        return False
+    return isinstance(first[1][0], KroneckerLayer) and first[1][0].can_share(layers[0])
 
 
 def _projections(

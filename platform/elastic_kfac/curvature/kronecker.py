@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from elastic_kfac.curvature.preconditioning import EigenForm, InverseForm
 
 
 class KroneckerLayer(Layer):
-    """A weight matrix `[g, a]`, or `groups` of them; a bias is the last column."""
+    """A weight matrix `[g, a]`, or `groups` of them; a bias is the last column, and every use of a weight
+    that several modules share may have its own."""
 
     factor_names = ("A", "G")
     groups = 1
@@ -36,6 +39,7 @@ class KroneckerLayer(Layer):
         super().__init__(name, module, options)
         self.weight = weight
         self.bias = bias if bias is not None and bias.requires_grad else None
+        self.biases: tuple[nn.Parameter, ...] = () if self.bias is None else (self.bias,)
         self._form = (
             EigenForm(precompute=options.precompute)
             if options.method == "eigen"
@@ -43,6 +47,27 @@ class KroneckerLayer(Layer):
         )
         self.g_dim, self.a_dim = self._dimensions(self._weight_part(weight).shape)
         self.a_dim += self.bias is not None
+
+    def can_share(self, other: Layer) -> bool:
+        """Whether both use the same parameter as the same matrix."""
+        return (
+            isinstance(other, KroneckerLayer)
+            and type(other) is type(self)
+            and other.weight is self.weight
+            and other.groups == self.groups
+        )
+
+    def sharing(self, others: Sequence[KroneckerLayer]) -> Self:
+        """This use of a weight as a part of the layer that all uses make up, under the first one's name.
+
+        The uses are further positions (Eschenhagen et al. 2023, expand): A and G are sums over all of
+        them. An input has one homogeneous coordinate per bias, 1 for its own and 0 for the others.
+        """
+        use = copy.copy(self)
+        use.name = others[0].name
+        use.biases = tuple({id(b): b for other in others for b in other.biases}.values())
+        use.a_dim += len(use.biases) - len(self.biases)
+        return use
 
     def _dimensions(self, weight_shape: torch.Size) -> tuple[int, int]:
         """(outputs, inputs) of one group, without the coordinate of the bias."""
@@ -57,7 +82,7 @@ class KroneckerLayer(Layer):
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return (self.weight, *self.biases)
 
     def _grouped(self, *shape: int) -> Shape:
         return (self.groups, *shape) if self.groups > 1 else shape
@@ -82,9 +107,20 @@ class KroneckerLayer(Layer):
     def _input_sum(self, inputs: Tensor) -> Tensor: ...
 
     def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
-        return Observation(
-            self._count_rows(inputs), self._input_sum(inputs) if "A" in due else None
-        )
+        rows = self._count_rows(inputs)
+        return Observation(rows, self._widened(self._input_sum(inputs)) if "A" in due else None)
+
+    def _widened(self, total: Tensor) -> Tensor:
+        """A sum over the inputs of one use among the coordinates of all biases."""
+        own = [
+            self.a_dim - len(self.biases) + i for i, b in enumerate(self.biases) if b is self.bias
+        ]
+        if len(own) == len(self.biases):
+            return total
+        index = torch.tensor([*range(self.a_dim - len(self.biases)), *own], device=total.device)
+        wide = total.new_zeros(self.factor_shapes["A"])
+        wide[..., index[:, None], index] = total
+        return wide
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:
         if self.options.factor_scale == "kaisa":
@@ -106,10 +142,15 @@ class KroneckerLayer(Layer):
         return self._form.precondition(decomposition, gradient, damping)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self._grouped(self.g_dim, self.a_dim - (self.bias is not None)))
+        return weight.reshape(self._grouped(self.g_dim, self.a_dim - len(self.biases)))
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix
+
+    def has_gradient(self) -> bool:
+        # A use of a shared weight may be left out of a pass, and its bias with it.
+        reached = [bias.grad is not None for bias in self.biases]
+        return self.weight.grad is not None and (any(reached) or not reached)
 
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         assert self.weight.grad is not None
@@ -117,18 +158,20 @@ class KroneckerLayer(Layer):
         if weight_decay:
             weight = self._weight_part(self.weight.detach())
             grad = grad.add(weight.to(self.dtype), alpha=weight_decay)
-        matrix = self._to_matrix(grad)
-        if self.bias is None:
-            return matrix
-        assert self.bias.grad is not None
-        column = self._bias_part(self.bias.grad).to(self.dtype)
-        return torch.cat((matrix, column.reshape(self._grouped(self.g_dim, 1))), -1)
+        columns = [self._to_matrix(grad)]
+        for bias in self.biases:
+            column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+            column = self._bias_part(column).to(self.dtype)
+            columns.append(column.reshape(self._grouped(self.g_dim, 1)))
+        return torch.cat(columns, -1) if self.biases else columns[0]
 
     def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
-        if self.bias is not None:
-            assert self.bias.grad is not None
-            self._bias_part(self.bias.grad).copy_(value[..., -1].reshape(-1))
-            value = value[..., :-1]
+        width = self.a_dim - len(self.biases)
+        for index, bias in enumerate(self.biases, start=width):
+            if bias.grad is not None:
+                self._bias_part(bias.grad).copy_(value[..., index].reshape(-1))
+        if self.biases:
+            value = value[..., :width]
         assert self.weight.grad is not None
         target = self._weight_part(self.weight.grad)
         target.copy_(self._from_matrix(value).reshape(target.shape))

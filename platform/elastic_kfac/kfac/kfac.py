@@ -126,7 +126,7 @@ class KFAC:
         found = find_layers(self._model, self.options)
         self._shape = shape_of(self._model)
         self._parameters = {clean_name(n): p for n, p in unwrap(self._model).named_parameters()}
-        self._coverage = found.coverage
+        self._coverage, self._sharing = found.coverage, found.sharing
         self.layers = found.layers
         """The covered layers in registration order."""
         self.states = [LayerState() for _ in self.layers]
@@ -544,9 +544,10 @@ class KFAC:
     def coverage(self) -> dict[str, str]:
         """`covered`, or the reason why not, for every layer with parameters, by name.
 
-        Reasons: `frozen`, a pattern of `skip_layers`, an unsupported type or option, a shared weight,
-        and, once a step was made, `unused`: no pass has gone through it so far. The four projections of
-        an attention have names of their own.
+        Reasons: `frozen`, a pattern of `skip_layers`, an unsupported type or option, a weight shared by
+        modules of different kinds (of one kind, they are one layer under the first one's name), and, once
+        a step was made, `unused`: no pass has gone through it so far. The four projections of an
+        attention have names of their own.
         """
         coverage = dict(self._coverage)
         coverage |= self._left_out
@@ -554,6 +555,8 @@ class KFAC:
             known = self.used | self._left_out.keys()
             unused = [layer.name for layer in self.layers if layer.name not in known]
             coverage |= dict.fromkeys(unused, "unused: no pass has gone through it")
+        for first, users in self._sharing.items():
+            coverage |= dict.fromkeys(users, coverage[first])
         return coverage
 
     def metrics(self) -> dict[str, float]:
