@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.errors import ElasticKfacError
-from support.training_loops import seeded
+from support.training_loops import assert_same_factors, seeded, stepped
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
 DAMPING = 0.03
@@ -309,3 +313,302 @@ def test_a_shared_weight_that_is_used_elsewhere_too_is_left_out_for_all_modules(
     with pytest.warns(UserWarning, match="uses.0"):
         kfac.step()
     assert all("W x" in kfac.coverage()[f"uses.{i}"] for i in range(2))
+
+
+# -- adapters, attention, recurrence -------------------------------------------------------------
+
+
+def rows_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and output gradients of the trainable Linear and Conv1d of width 1, as rows by name."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.requires_grad:
+
+            def keep(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
+                output.retain_grad()
+                seen.setdefault(name, []).append((args[0].detach(), output))
+
+            handles.append(module.register_forward_hook(keep))
+    (N * loss_of(model(*inputs))).backward()
+    model.zero_grad()
+    for handle in handles:
+        handle.remove()
+    result = {}
+    for name, calls in seen.items():
+        x = torch.cat([a.reshape(-1, a.shape[-1]) for a, _ in calls])
+        g = torch.cat([out.grad.reshape(-1, out.shape[-1]) for _, out in calls])  # type: ignore[union-attr]
+        module: Any = model.get_submodule(name)
+        bias = [] if module.bias is None else [torch.ones(len(x), 1).double()]
+        result[name] = torch.cat((x, *bias), 1), g
+    return result
+
+
+def assert_rows(model: nn.Module, inputs: tuple[Tensor, ...], positions: dict[str, int]) -> KFAC:
+    """K-FAC of the Linears named by `positions` (per sample) equals their rows; returns it."""
+    rows = rows_of(model, inputs)
+    assert {name: len(x) / N for name, (x, _) in rows.items()} == positions
+    kfac = KFAC(model, kl_clip=None, loss_reduction="mean")
+    loss_of(model(*inputs)).backward()
+    plain = {name: model.get_submodule(name).weight.grad.clone() for name in rows}  # type: ignore[union-attr, operator]
+    kfac.step()
+    factors = kfac.factors()
+    assert factors.keys() >= rows.keys()
+    for name, (x, g) in rows.items():
+        torch.testing.assert_close(factors[name]["A"], x.t() @ x / N, **TOLERANCE)
+        torch.testing.assert_close(factors[name]["G"], g.t() @ g / len(g), **TOLERANCE)
+        width = plain[name].shape[1]
+        torch.testing.assert_close((g.t() @ x)[:, :width] / N, plain[name], **TOLERANCE)
+    return kfac
+
+
+class LoraLinear(nn.Module):
+    """What PEFT puts in the place of a Linear: a frozen base, and two small ones in dictionaries."""
+
+    def __init__(self, base_layer: nn.Linear, r: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout)})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, r, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(r, base_layer.out_features, bias=False)})
+        nn.init.zeros_(self.lora_B["default"].weight)  # type: ignore[arg-type]
+        self.scaling = {"default": alpha / r}
+        self.active_adapters = ["default"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base_layer(x)
+        for name in self.active_adapters:
+            small = self.lora_A[name](self.lora_dropout[name](x))
+            result = result + self.lora_B[name](small) * self.scaling[name]
+        return result
+
+
+def adapted() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        *(LoraLinear(x, 2, 8) if isinstance(x, nn.Linear) else x for x in model)
+    ).double()
+
+
+def test_adapters_beside_a_frozen_base_equal_their_rows() -> None:
+    model = adapted()
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B["default"].weight)  # type: ignore[index, union-attr]
+    x = torch.randn(N, 5, 4, generator=seeded(3)).double()
+    names = [f"{i}.lora_{letter}.default" for i in (0, 2) for letter in "AB"]
+    kfac = assert_rows(model, (x,), dict.fromkeys(names, 5))
+    assert kfac.coverage() == dict.fromkeys(names, "covered") | {
+        f"{i}.base_layer": "frozen" for i in (0, 2)
+    }
+
+
+def test_adapters_that_start_at_zero_train() -> None:
+    """The gradient of A is zero in the first step, that of B is not."""
+    model = adapted()
+    x = torch.randn(32, 4, generator=seeded(3)).double()
+    targets = model(x).detach() + x @ torch.randn(4, 3, generator=seeded(4)).double()
+    kfac = KFAC(model, lr=0.1)
+    losses = []
+    for _ in range(60):
+        model.zero_grad()
+        loss = F.mse_loss(model(x), targets)
+        loss.backward()
+        losses.append(loss.item())
+        kfac.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(float(f["G"].trace()) > 0 for f in kfac.factors().values())
+
+
+def test_adapters_of_peft_equal_their_rows() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(base, config).double()
+    assert type(base[0]).__module__.startswith("peft")
+    x = torch.randn(N, 5, 4, generator=seeded(3)).double()
+    names = [f"base_model.model.{i}.lora_{letter}.default" for i in (0, 2) for letter in "AB"]
+    kfac = assert_rows(model, (x,), dict.fromkeys(names, 5))
+    assert [name for name, state in kfac.coverage().items() if state == "covered"] == names
+
+
+class Attention(nn.Module):
+    """Separate projections under `scaled_dot_product_attention`, with fewer heads of keys and values."""
+
+    def __init__(self, heads: int = 4, shared_heads: int = 2, size: int = 2) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = size
+        width = heads * size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(6, shared_heads * size)
+        self.v_proj = nn.Linear(6, shared_heads * size, bias=False)
+        self.out_proj = nn.Linear(width, width)
+        self.double()
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.size)).transpose(-2, -3)
+            for part in (self.q_proj(x), self.k_proj(memory), self.v_proj(memory))
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        out: Tensor = self.out_proj(mixed.transpose(-2, -3).flatten(-2))
+        return out
+
+
+POSITIONS = {"q_proj": 5, "k_proj": 7, "v_proj": 7, "out_proj": 5}
+
+
+def test_separate_projections_equal_their_rows() -> None:
+    x = torch.randn(N, 5, 8, generator=seeded(3)).double()
+    memory = torch.randn(N, 7, 6, generator=seeded(4)).double()
+    kfac = assert_rows(Attention(), (x, memory), POSITIONS)
+    assert kfac.captured_samples() == 0
+    assert {name: f["G"].shape[0] for name, f in kfac.factors().items()} == {
+        "q_proj": 8,
+        "k_proj": 4,
+        "v_proj": 4,
+        "out_proj": 8,
+    }
+
+
+class Flattened(Attention):
+    """Projects rows `[n·T, d]`, as code with packed positions does."""
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        n = len(x)
+        q = self.q_proj(x.flatten(0, 1)).unflatten(0, (n, -1))
+        k, v = (p(memory.flatten(0, 1)).unflatten(0, (n, -1)) for p in (self.k_proj, self.v_proj))
+        q, k, v = (part.unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(n * x.shape[1], -1))
+        return out.unflatten(0, (n, -1))
+
+
+def test_projections_of_flattened_rows_equal_those_of_batches() -> None:
+    x = torch.randn(N, 5, 8, generator=seeded(3)).double()
+    memory = torch.randn(N, 7, 6, generator=seeded(4)).double()
+    kfacs = [assert_rows(model, (x, memory), POSITIONS) for model in (Attention(), Flattened())]
+    assert_same_factors(*kfacs)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_recurrent_modules_are_named_and_keep_their_gradient(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"memory": kind(4, 3), "head": nn.Linear(3, 2)}).double()
+    with pytest.warns(UserWarning, match=rf"memory \({kind.__name__}\)"):
+        kfac = KFAC(model, kl_clip=None)
+    assert kind.__name__ in kfac.coverage()["memory"]
+    out = model["memory"](torch.randn(N, 4, generator=seeded(1)).double())
+    while isinstance(out, tuple):
+        out = out[0]
+    loss_of(model["head"](out)).backward()
+    plain = [p.grad.clone() for p in model["memory"].parameters()]  # type: ignore[union-attr]
+    before = model["head"].weight.grad.clone()  # type: ignore[union-attr, operator]
+    kfac.step()
+    assert all(map(torch.equal, plain, [p.grad for p in model["memory"].parameters()]))  # type: ignore[arg-type]
+    assert not torch.equal(before, model["head"].weight.grad)  # type: ignore[arg-type]
+
+
+# -- training loops ------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """The kinds in one model, on `[n, 2, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose1d(4, 3, 3, stride=2, groups=1)
+        self.volume = nn.Conv3d(3, 4, (1, 1, 3))
+        self.norm = nn.RMSNorm(4)
+        self.encoder, self.decoder = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.decoder.weight = self.encoder.weight
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.up(torch.tanh(self.conv(x))))
+        x = self.volume(x[:, :, None, None]).flatten(2).mT
+        out: Tensor = self.decoder(torch.tanh(self.encoder(self.norm(x)))).mean(1)
+        return out
+
+
+IMAGES = torch.randn(8, 2, 4, generator=seeded(7)).double()
+LABELS = torch.randint(4, (8,), generator=seeded(8))
+
+
+def entropy(model: nn.Module, rows: slice = slice(None)) -> Tensor:
+    return F.cross_entropy(model(IMAGES[rows]), LABELS[rows])
+
+
+def accumulated(model: nn.Module) -> None:
+    for rows in (slice(0, 4), slice(4, 8)):
+        (entropy(model, rows) / 2).backward()
+
+
+def several_passes(model: nn.Module) -> None:
+    loss = entropy(model)
+    (0.25 * loss).backward(retain_graph=True)
+    (0.75 * loss).backward()
+
+
+def after_a_dropped_batch(model: nn.Module) -> None:
+    (100 * entropy(model, slice(0, 3))).backward()
+    model.zero_grad()
+    torch.autograd.grad(entropy(model, slice(2, 5)), list(model.parameters()))
+    entropy(model).backward()
+
+
+def checkpointed(model: nn.Module) -> None:
+    out = torch.utils.checkpoint.checkpoint(model, IMAGES, use_reentrant=False)
+    F.cross_entropy(out, LABELS).backward()
+
+
+LOOPS: list[tuple[Callable[[nn.Module], None], dict[str, Any]]] = [
+    (accumulated, {"accumulation_steps": 2}),
+    (several_passes, {}),
+    (after_a_dropped_batch, {}),
+    (checkpointed, {}),
+]
+
+
+@pytest.mark.parametrize(("loop", "options"), LOOPS)
+def test_kinds_in_training_loops_equal_one_pass(
+    loop: Callable[[nn.Module], None], options: dict[str, Any]
+) -> None:
+    right = stepped(lambda model: entropy(model).backward(), Net)
+    found = stepped(loop, Net, **options)
+    assert set(found.coverage().values()) == {"covered"}
+    assert_same_factors(found, right)
+
+
+@pytest.mark.filterwarnings("ignore")  # what the compiler itself warns of is not ours
+def test_compiled_kinds_equal_eager_without_a_graph_break() -> None:
+    gc.collect()  # what other tests still record with would be seen by the compiler
+    eager, compiled = Net(), Net()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    runs = []
+    for model, called in (
+        (eager, eager),
+        (compiled, torch.compile(compiled, backend=backend, fullgraph=True)),
+    ):
+        kfac = KFAC(called, kl_clip=None, factor_update_steps=2)
+        for _ in range(4):
+            model.zero_grad()
+            F.cross_entropy(called(IMAGES), LABELS).backward()
+            kfac.step()
+        kfac.close()
+        runs.append(kfac)
+    assert_same_factors(*runs)
+    assert len(graphs) == 2  # with statistics and without
