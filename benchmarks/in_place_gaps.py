@@ -39,7 +39,7 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, Point
 from elastic_kfac.training.in_place import run_member
-from elastic_kfac.training.membership import StoreMembership
+from elastic_kfac.training.membership import Membership
 
 MEMBERS = 4
 BATCH = 32
@@ -215,7 +215,7 @@ def measure(folder: Path, cycles: int, model: str) -> dict[str, list[dict[str, f
     try:
         for slot in range(MEMBERS):
             members.prepare(slot)
-        StoreMembership.found(members.store, range(MEMBERS))
+        Membership.found(members.store, range(MEMBERS))
         for slot in range(MEMBERS):
             members.join(slot)
         slot = MEMBERS

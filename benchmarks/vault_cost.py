@@ -144,13 +144,13 @@ def main() -> int:
         buddy = cluster.node_id(cluster.nodes[0])
         keeper.follow({0: buddy}, {buddy})
         places = keeper.places
-        asked = [place.actor.__ray_call__.remote(process_ids) for place in places]
+        asked = [actor.__ray_call__.remote(process_ids) for actor in places.values()]
         vaults, raylets = zip(*ray.get(asked), strict=True)
         clocks = Clocks(vaults=vaults, raylets=raylets)
         store = ReplicatedStore(
             CheckpointStore(folder), lambda: places, attempt=1, checkpoint_interval_s=1e9
         )
-        rows = [measure(size, store, places[0].actor, clocks) for size in SIZES]
+        rows = [measure(size, store, places[home], clocks) for size in SIZES]
         store.close()
         keeper.close()
     report = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import head_node
 from elastic_kfac.cluster.run.replicas import (
+    Places,
     ReplicaActor,
     ReplicaActors,
     ReplicaInfo,
-    ReplicaPlace,
     ReplicatedStore,
     StoreCallback,
 )
@@ -86,7 +86,7 @@ def test_actors_follows_rank_0_and_keeps_the_old_copy_until_there_is_another() -
     actors = ReplicaActors("head", create=lambda node: node, end=ended.append)
 
     def nodes() -> list[str]:
-        return [place.node_id for place in actors.places]
+        return list(actors.places)
 
     assert nodes() == ["head"]
     assert actors.follow({0: "a", 1: "b"}, {"a", "b"})
@@ -104,11 +104,11 @@ def test_actors_follows_rank_0_and_keeps_the_old_copy_until_there_is_another() -
 def test_actors_with_rank_0_on_the_head_takes_its_neighbour() -> None:
     actors = ReplicaActors("head", create=lambda node: node)
     actors.follow({0: "head", 1: "b", 2: "c"}, {"head", "b", "c"})
-    assert [place.node_id for place in actors.places] == ["head", "b"]
+    assert list(actors.places) == ["head", "b"]
 
 
 @pytest.fixture(scope="module")
-def places(session_cluster: LocalCluster) -> Iterator[Sequence[ReplicaPlace]]:
+def places(session_cluster: LocalCluster) -> Iterator[Places]:
     home = head_node()
     assert home is not None
     actors = ReplicaActors(home)
@@ -132,9 +132,7 @@ class _Heard(StoreCallback):
     def on_restore(self, source: str, step: int) -> None:
         self.sources.append((source, step))
 
-    def store(
-        self, folder: Path, places: Sequence[ReplicaPlace], attempt: int, **options: Any
-    ) -> ReplicatedStore:
+    def store(self, folder: Path, places: Places, attempt: int, **options: Any) -> ReplicatedStore:
         options.setdefault("checkpoint_interval_s", 3600.0)
         return ReplicatedStore(
             CheckpointStore(folder),
@@ -146,7 +144,7 @@ class _Heard(StoreCallback):
 
 
 def test_store_restores_the_newest_of_replicas_and_disk_and_skips_what_is_damaged(
-    places: Sequence[ReplicaPlace], tmp_path: Path
+    places: Places, tmp_path: Path
 ) -> None:
     heard = _Heard()
     store = heard.store(tmp_path, places, 1)
@@ -178,7 +176,7 @@ def test_store_restores_the_newest_of_replicas_and_disk_and_skips_what_is_damage
 
     # A copy that names another content than it has is not taken either.
     lie = _info(b"never sent", attempt=6, step=99)
-    fakes = [ReplicaPlace("fake", _Liar(lie)), *places]
+    fakes = {"fake": _Liar(lie), **places}
     assert heard.store(tmp_path, fakes, 6).load_latest() == _Same(_state(10))
     assert any("step 99 was skipped" in line for line in heard.warnings)
 
@@ -191,7 +189,7 @@ def test_store_without_replicas_checkpoints_every_snapshot(
     assert home is not None
     actors = ReplicaActors(home)
     dead = actors.places
-    ray.get(dead[0].actor.infos.remote(0))
+    ray.get(dead[home].infos.remote(0))
     actors.close()
     store = heard.store(tmp_path, dead, 1)
     saving = store.save_async(_state(3))
@@ -201,7 +199,7 @@ def test_store_without_replicas_checkpoints_every_snapshot(
     assert "none of 1 replica actors took the state of step 3" in heard.warnings[0]
     assert heard.store(tmp_path, dead, 2).load_latest() == _Same(_state(3))
     assert heard.sources == [("disk", 3)]
-    assert heard.store(tmp_path / "empty", (), 1).load_latest() is None
+    assert heard.store(tmp_path / "empty", {}, 1).load_latest() is None
 
 
 class _Same:

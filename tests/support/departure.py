@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from elastic_kfac.training.membership import StoreMembership, World
+from elastic_kfac.training.membership import Membership, World
 
 
 class Departed(Exception):
     """This process is no member any more."""
 
 
-class DepartingMembership(StoreMembership):
+class DepartingMembership(Membership):
     """A membership that can end while its process lives."""
 
     leaves = False

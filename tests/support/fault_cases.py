@@ -18,7 +18,7 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.regroup import leave, regroup
+from elastic_kfac.training.membership import leave, regroup
 from support.faults import (
     FaultKind,
     FaultPoint,

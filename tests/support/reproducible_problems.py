@@ -15,7 +15,7 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
-from elastic_kfac.training.regroup import leave, regroup
+from elastic_kfac.training.membership import leave, regroup
 from support.gloo import disband, wait_for
 from support.training_problems import RecordingCallback, StopAt, memory_datasets, small_config
 

@@ -18,7 +18,7 @@ from greenlet import getcurrent, greenlet
 
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training import membership as protocol
-from elastic_kfac.training.membership import StoreMembership, World
+from elastic_kfac.training.membership import Membership, World
 from support.departure import Departed, DepartingMembership
 
 LIMIT_S = 3600.0
@@ -196,7 +196,7 @@ def play(seed: int, schedule: Schedule) -> Played:
 
         def member(slot: int) -> None:
             if slot == 0:
-                StoreMembership.found(store, schedule.founders)  # type: ignore[arg-type]
+                Membership.found(store, schedule.founders)  # type: ignore[arg-type]
                 ready["found"] = True
             while not ready["found"]:
                 clock.sleep(0.01)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
@@ -26,12 +27,8 @@ Batch = tuple[Tensor, Tensor]
 _Rows = tuple[Tensor, Sequence[Tensor | None]]
 """The loss of a chunk and its summed derivative for each parameter (None is zero)."""
 
-SumOverRanks = Callable[[Tensor], object]
-"""Sums a tensor over all ranks in place; complete on return."""
-
-
-def alone(tensor: Tensor) -> None:
-    """The sum over the ranks of a world of one."""
+SOLO = Communicator.solo()
+"""A world of one rank."""
 
 
 class Operator(Protocol):
@@ -115,10 +112,10 @@ class Hessian:
 
     Args:
         model: In any mode; modes are restored after each product.
-        loss_sum: The SUM of the losses of a batch.
         batches: This rank's samples in chunks, iterated once per product.
         parameters: The block to differentiate; None takes all trainable parameters.
-        sum_over_ranks: `alone` in a world of one.
+        communicator: The ranks that have samples.
+        tag: Name of the counted traffic.
         time_budget_s: Counted from the first product; a started product is finished.
 
     Raises:
@@ -132,7 +129,8 @@ class Hessian:
         batches: Iterable[Batch],
         *,
         parameters: Sequence[nn.Parameter] | None = None,
-        sum_over_ranks: SumOverRanks = alone,
+        communicator: Communicator = SOLO,
+        tag: str = "hessian",
         time_budget_s: float | None = None,
     ) -> None:
         if iter(batches) is batches:
@@ -150,7 +148,7 @@ class Hessian:
         """Products so far: each costs two to three backward passes over the samples."""
         self._loss_sum = loss_sum
         self._batches = batches
-        self._sum_over_ranks = sum_over_ranks
+        self._communicator, self._tag = communicator, tag
         self._time_budget_s = time_budget_s
         self._began: float | None = None
         self._expired = False
@@ -254,8 +252,8 @@ class Hessian:
                 totals[1] += len(labels)
         if self._time_budget_s is not None:
             totals[2] += time.monotonic() - self._began > self._time_budget_s
-        self._sum_over_ranks(totals)
-        self._sum_over_ranks(total)
+        self._communicator.all_reduce(totals, tag=self._tag)
+        self._communicator.all_reduce(total, tag=self._tag)
         loss_sum, count, expired = totals.tolist()
         if count == 0:
             raise UsageError("the Hessian analysis has no samples on any rank")

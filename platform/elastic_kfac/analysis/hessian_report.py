@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -239,9 +240,6 @@ class _Analysis:
         left = self._request.budget_s - (time.monotonic() - self._began)
         return float(self._communicator.broadcast_object(left, 0, tag="hessian"))
 
-    def _sum(self, tensor: Tensor) -> None:
-        self._communicator.all_reduce(tensor, tag="hessian").wait()
-
     def _hessian(
         self, limit_s: float | None, parameters: Sequence[nn.Parameter] | None = None
     ) -> Hessian:
@@ -250,7 +248,7 @@ class _Analysis:
             self._loss_sum,
             self._samples,
             parameters=parameters,
-            sum_over_ranks=self._sum,
+            communicator=self._communicator,
             time_budget_s=limit_s,
         )
 
@@ -337,7 +335,7 @@ class _Analysis:
             samples,
             self._direction,
             distances,
-            sum_over_ranks=self._sum,
+            communicator=self._communicator,
         )
 
     def _reach(self, slope: float, curvature: float) -> float:
@@ -382,9 +380,7 @@ class _Analysis:
             self._samples.one,
             wanted,
             top=request.top_k,
-            rank=self._communicator.rank,
-            world_size=self._communicator.world_size,
-            sum_over_ranks=self._sum,
+            communicator=self._communicator,
             max_steps=request.lanczos_steps,
             tolerance=request.tolerance,
             time_budget_s=limit_s,
@@ -394,12 +390,12 @@ class _Analysis:
         if not len(table):
             return {}
         sizes = table.abs().sort(dim=1, descending=True).values
-        columns = [sorted(column) for column in sizes.T.tolist()]
+        columns = sizes.T.tolist()
         return {
             "samples": len(table),
             "mean": [statistics.fmean(column) for column in columns],
-            "low": [_quantile(column, 0.1) for column in columns],
-            "high": [_quantile(column, 0.9) for column in columns],
+            "low": np.quantile(columns, 0.1, axis=1).tolist(),
+            "high": np.quantile(columns, 0.9, axis=1).tolist(),
         }
 
     def _density(self, limit_s: float | None) -> Mapping[str, Any]:
@@ -429,13 +425,6 @@ def _eigenvalues(top: Eigenpairs) -> dict[str, Any]:
         "converged": list(top.converged),
         "products": top.products,
     }
-
-
-def _quantile(ordered: Sequence[float], share_below: float) -> float:
-    position = share_below * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def _number(value: float) -> float | None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import Batch, SumOverRanks, alone
+from elastic_kfac.analysis.hessian import SOLO, Batch
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
 from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
@@ -23,7 +24,7 @@ def loss_along(
     direction: Tensor,
     distances: Sequence[float],
     *,
-    sum_over_ranks: SumOverRanks = alone,
+    communicator: Communicator = SOLO,
 ) -> list[float]:
     """Mean loss L(θ + δv) over all samples of all ranks for each distance δ. Collective.
 
@@ -56,7 +57,7 @@ def loss_along(
     finally:
         for parameter, original in zip(chosen, originals, strict=True):
             parameter.copy_(original)
-    sum_over_ranks(totals)
+    communicator.all_reduce(totals, tag="hessian")
     if not float(totals[-1]):
         raise UsageError("the loss along a direction has no samples on any rank")
     return (totals[:-1] / totals[-1]).tolist()
@@ -82,7 +83,7 @@ def bias_variance(
     loss_sum: SumLoss,
     batches: Iterable[Batch],
     *,
-    sum_over_ranks: SumOverRanks = alone,
+    communicator: Communicator = SOLO,
 ) -> BiasVariance:
     """Mean and variance of single samples' losses over all ranks. Collective."""
     losses: list[Tensor] = []
@@ -97,12 +98,12 @@ def bias_variance(
     device = next(model.parameters()).device
     values = torch.stack(losses) if losses else torch.zeros(0, dtype=torch.float64, device=device)
     totals = torch.stack((values.sum(), values.new_tensor(float(len(losses)))))
-    sum_over_ranks(totals)
+    communicator.all_reduce(totals, tag="hessian")
     total, count = totals.tolist()
     if count < 2:
         raise UsageError("a variance needs at least two samples", given=int(count))
     mean = total / count
     # Summed around the mean: the difference of two large moments would lose digits.
     spread = (values - mean).square().sum().reshape(1)
-    sum_over_ranks(spread)
+    communicator.all_reduce(spread, tag="hessian")
     return BiasVariance(mean, float(spread) / (count - 1), int(count))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import Batch, Hessian, Operator, SumOverRanks, alone
+from elastic_kfac.analysis.hessian import SOLO, Batch, Hessian, Operator
 from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczos
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.tasks.losses import SumLoss
@@ -84,8 +86,7 @@ def trace(
             break
     error = math.nan
     if len(samples) > 1:
-        variance = math.fsum((x - mean) ** 2 for x in samples) / (len(samples) - 1)
-        error = math.sqrt(variance / len(samples))
+        error = statistics.stdev(samples) / math.sqrt(len(samples))
     return TraceEstimate(mean, error, len(samples))
 
 
@@ -112,9 +113,7 @@ def one_sample_eigenvalues(
     samples: int,
     *,
     top: int = 20,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: SumOverRanks = alone,
+    communicator: Communicator = SOLO,
     max_steps: int = 100,
     tolerance: float = 1e-3,
     time_budget_s: float | None = None,
@@ -131,7 +130,7 @@ def one_sample_eigenvalues(
     device = next(model.parameters()).device
     # The last column marks the rows that count.
     table = torch.zeros(samples, top + 1, dtype=torch.float64, device=device)
-    for index in range(rank, samples, world_size):
+    for index in range(communicator.rank, samples, communicator.world_size):
         if time_budget_s is not None and time.monotonic() - began > time_budget_s:
             break
         batch = sample(index)
@@ -143,7 +142,7 @@ def one_sample_eigenvalues(
         values = torch.tensor(found.values, dtype=torch.float64)
         table[index, : len(values)] = values
         table[index, -1] = 1
-    sum_over_ranks(table)
+    communicator.all_reduce(table, tag="hessian")
     return table[table[:, -1] > 0, :-1].cpu()
 
 
@@ -151,15 +150,15 @@ def one_sample_eigenvalues(
 def kfac_eigenvalue(
     kfac: KFAC,
     *,
-    rank: int = 0,
-    world_size: int = 1,
-    sum_over_ranks: SumOverRanks = alone,
+    communicator: Communicator = SOLO,
+    tag: str = "hessian",
 ) -> float:
     """λ̂ = max_i max(d_A)·max(d_G), the top eigenvalue of K-FAC's curvature. Collective.
 
     The `inverse` method keeps no eigenvalues, so its factors are decomposed here, distributed over the
     ranks. NaN before the first factor update.
     """
+    rank, world_size = communicator.rank, communicator.world_size
     states = [
         state
         for layer, state in zip(kfac.layers, kfac.states, strict=True)
@@ -179,7 +178,7 @@ def kfac_eigenvalue(
         if spectra[0] is not None and spectra[1] is not None:
             tops = spectra[0].amax(-1).double() * spectra[1].amax(-1).double()
             table[rank, index] = tops.amax()
-    sum_over_ranks(table)
+    communicator.all_reduce(table, tag=tag)
     return float(table[:, :-1].amax()) if states and table[:, -1].any() else math.nan
 
 

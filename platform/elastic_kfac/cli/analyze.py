@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from elastic_kfac.cli.runs import locate_run, open_run, write_report
+from elastic_kfac.cli.runs import device_of, locate_run, open_run
 
 if TYPE_CHECKING:
-    import torch
-
     from elastic_kfac.config import AnalysisConfig
-    from elastic_kfac.state.run_folder import RunFolder
+    from elastic_kfac.runs.checkpoints import Restored
 
 _ONE_SAMPLES = 50
 _TRACE_DRAWS = 30
@@ -33,69 +32,44 @@ def analyze(arguments: argparse.Namespace) -> int:
         memory_gib=arguments.memory_gib,
         seed=arguments.seed,
     )
-    uri = locate_run(arguments.run, arguments.storage)
-    folder = open_run(uri)
+    with _restored(arguments) as here:
+        from elastic_kfac.runs.checkpoint_analysis import analyse_checkpoint
 
-    from elastic_kfac.runs.checkpoint_analysis import analyse_run
-
-    found = analyse_run(
-        folder,
-        request,
-        split=arguments.split,
-        step=arguments.checkpoint,
-        epoch=arguments.epoch,
-        device=_device(folder),
-        say=lambda line: print(line, flush=True),
-    )
-    print("\n".join(table(found)))
-    _finish(uri, folder, found)
-    return 0
+        found = analyse_checkpoint(
+            here, request, split=arguments.split, say=lambda line: print(line, flush=True)
+        )
+    return _finish(arguments, found, table(found))
 
 
 def lowrank(arguments: argparse.Namespace) -> int:
     """Ranks of a checkpoint's matrices, compared with a kernel matrix."""
-    uri = locate_run(arguments.run, arguments.storage)
-    folder = open_run(uri)
+    with _restored(arguments) as here:
+        from elastic_kfac.runs.checkpoint_analysis import probe_low_rank
 
-    from elastic_kfac.runs.checkpoint_analysis import low_rank_of_run
-
-    found = low_rank_of_run(
-        folder,
-        _request(samples=arguments.images, batch_size=256),
-        epsilon=arguments.epsilon,
-        step=arguments.checkpoint,
-        epoch=arguments.epoch,
-        device=_device(folder),
-    )
-    print("\n".join(low_rank_table(found)))
-    _finish(uri, folder, found)
-    return 0
+        request = _request(samples=arguments.images, batch_size=256)
+        found = probe_low_rank(here, request, epsilon=arguments.epsilon)
+    return _finish(arguments, found, low_rank_table(found))
 
 
 def bias_variance(arguments: argparse.Namespace) -> int:
     """Training loss + C·√(variance of the samples' losses / n), and the other split's loss."""
-    uri = locate_run(arguments.run, arguments.storage)
-    folder = open_run(uri)
+    with _restored(arguments) as here:
+        from elastic_kfac.runs.checkpoint_analysis import measure_bias_variance
 
-    from elastic_kfac.runs.checkpoint_analysis import bias_variance_of_run
+        request = _request(samples=arguments.samples)
+        found = measure_bias_variance(here, request, factor=arguments.factor)
+    return _finish(arguments, found, bias_variance_table(found))
 
-    found = bias_variance_of_run(
-        folder,
-        _request(samples=arguments.samples),
-        factor=arguments.factor,
-        step=arguments.checkpoint,
-        epoch=arguments.epoch,
-        device=_device(folder),
-    )
-    print(f"step {found['step']:,}, C = {found['factor']:g}")
-    print(f"  {'split':<12} {'loss':>10} {'std':>10} {'samples':>9} {'loss + C·√(Var/n)':>19}")
+
+def bias_variance_table(found: Mapping[str, Any]) -> Iterator[str]:
+    """Both splits on one screen."""
+    yield f"step {found['step']:,}, C = {found['factor']:g}"
+    yield f"  {'split':<12} {'loss':>10} {'std':>10} {'samples':>9} {'loss + C·√(Var/n)':>19}"
     for name, row in found["splits"].items():
-        print(
+        yield (
             f"  {name:<12} {row['loss']:>10.4g} {row['variance'] ** 0.5:>10.4g} "
             f"{row['samples']:>9,} {row['bound']:>19.4g}"
         )
-    _finish(uri, folder, found)
-    return 0
 
 
 def table(found: Mapping[str, Any]) -> Iterator[str]:
@@ -155,16 +129,31 @@ def low_rank_verdict(claims: Mapping[str, bool]) -> Iterator[str]:
         yield f"  {'holds' if claims[key] else 'FAILS'}: {text}"
 
 
-def _finish(uri: str, folder: RunFolder, found: Mapping[str, Any]) -> None:
-    from elastic_kfac.reports.analysis import figures
+@contextmanager
+def _restored(arguments: argparse.Namespace) -> Iterator[Restored]:
+    folder = open_run(locate_run(arguments.run, arguments.storage))
 
-    written = [found["file"]]
+    from elastic_kfac.runs.checkpoints import restored
+
+    device = device_of(folder)
+    with restored(folder, step=arguments.checkpoint, epoch=arguments.epoch, device=device) as here:
+        yield here
+
+
+def _finish(arguments: argparse.Namespace, found: Mapping[str, Any], lines: Iterable[str]) -> int:
+    from elastic_kfac.reports.analysis import figures
+    from elastic_kfac.reports.run_page import write_report
+
+    print("\n".join(lines))
+    uri = locate_run(arguments.run, arguments.storage)
+    folder, written = open_run(uri), [found["file"]]
     for name, text in figures(found).items():
         file = f"{found['file'].removesuffix('.json')}-{name}.svg"
         folder.storage.write(file, text.encode())
         written.append(file)
     write_report(uri)
     print(f"Written to {uri}: {', '.join(written)}, report.html")
+    return 0
 
 
 def _saddle(low: float, high: float) -> str:
@@ -194,10 +183,3 @@ def _request(**values: Any) -> AnalysisConfig:
     if values["samples"] == "all":
         values["samples"] = None
     return parse_config({"analysis": values}).analysis
-
-
-def _device(folder: RunFolder) -> torch.device:
-    import torch
-
-    use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu")

@@ -15,7 +15,8 @@ from urllib.parse import urlparse
 from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
-    from elastic_kfac.runs.history import Run
+    import torch
+
     from elastic_kfac.state.run_folder import RunFolder
 
 
@@ -83,30 +84,11 @@ def write_report_and_summary(uri: str) -> None:
     Raises:
         UsageError: If there is no run.
     """
+    from elastic_kfac.reports.run_page import write_report
     from elastic_kfac.runs.summary import summary_text
 
     print(summary_text(write_report(uri)))
     print(f"\nReport: {uri}/report.html")
-
-
-def write_report(uri: str) -> Run:
-    """Writes `report.html` into a run's folder, local or remote.
-
-    Raises:
-        UsageError: If there is no run.
-    """
-    from elastic_kfac.reports.run_page import render_report
-    from elastic_kfac.runs.history import ANALYSES, FILES, parse_run
-
-    folder = open_run(uri)
-    storage = folder.storage
-    analyses = [f"{ANALYSES}{name}" for name in storage.files(ANALYSES.rstrip("/"))]
-    names = [*FILES, *(name for name in analyses if name.endswith(".json"))]
-    contents = {name: storage.read(name) for name in names if storage.exists(name)}
-    name = uri.rpartition("/")[2] if is_remote(uri) else Path(uri).resolve().name
-    run = parse_run(name, uri, contents)
-    storage.write("report.html", render_report(run).encode())
-    return run
 
 
 def audit(arguments: argparse.Namespace) -> int:
@@ -122,23 +104,16 @@ def audit(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Prints loss and accuracy of the newest checkpoint."""
-    import torch
-
-    from elastic_kfac.runs.measures import evaluate_run
+    from elastic_kfac.runs.checkpoints import evaluate_run
 
     folder = open_run(locate_run(arguments.run, arguments.storage))
-    use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
-    device = torch.device("cuda" if use_gpu else "cpu")
-    found = evaluate_run(folder, attack=_attack(arguments), device=device)
+    step, found = evaluate_run(folder, attack=_attack(arguments), device=device_of(folder))
     print(
-        f"step {found.step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
+        f"step {step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
         f"on {found.count:,} samples"
     )
-    if found.adversarial_accuracy is not None:
-        print(
-            f"under attack: accuracy {found.adversarial_accuracy:.2%}, "
-            f"loss {found.adversarial_loss:.4f}"
-        )
+    if (attacked := found.attacked) is not None:
+        print(f"under attack: accuracy {attacked.accuracy:.2%}, loss {attacked.loss:.4f}")
     return 0
 
 
@@ -234,6 +209,14 @@ def _outlook_lines(row: Mapping[str, Any]) -> Iterator[str]:
         f"with kfac.inverse_update_steps {suggested['inverse_update_steps']} or more, decompositions "
         "take at most a tenth of a step"
     )
+
+
+def device_of(folder: RunFolder) -> torch.device:
+    """The device on which a run's checkpoints are looked at."""
+    import torch
+
+    use_gpu = folder.read_config().resources.use_gpu and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
 
 
 def open_run(uri: str) -> RunFolder:

@@ -16,10 +16,8 @@ def require_agreement(
     """Compares named facts (shapes, options, hashes) of all ranks as text. Collective.
 
     Args:
-        communicator: The ranks.
         facts: For example `{"kfac.damping": 0.001, "layer conv1": (64, 576)}`.
         what: What the facts describe, for the error: "the K-FAC configuration".
-        tag: Name of the counted traffic.
 
     Raises:
         CommunicationError: On every rank, with the first fact that differs and its values by rank.

@@ -86,9 +86,7 @@ def reduce_scatter(
     """The first phase on `flat` [n], in place.
 
     Args:
-        transport: The ranks.
         flat: Contiguous vector; parts of other owners hold partial sums afterwards.
-        algorithm: `ring`, `rabenseifner` or `hierarchical`.
         topology: Nodes, for `hierarchical`; by default all ranks are one node.
         sizes: Sizes of the parts, one per rank (ring only); by default as equal as possible.
 

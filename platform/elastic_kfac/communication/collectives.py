@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -105,33 +106,26 @@ class Communicator:
 
     def all_reduce(self, tensor: Tensor, *, tag: str, async_op: bool = False) -> Work:
         """Sums `tensor` over all ranks, in place."""
-        if self._nothing_to_send(tensor):
-            return Work()
-        size = _bytes(tensor)
-        self.counters.add(tag, size, all_reduce_received(size, self.world_size))
-        buffer, finish = _contiguous(tensor)
-        return self._start(
+        received = all_reduce_received(_bytes(tensor), self.world_size)
+        return self._in_place(
             "all_reduce",
+            tensor,
             tag,
-            lambda: dist.all_reduce(buffer, group=self.group, async_op=async_op),
-            finish,
+            received,
+            lambda buffer: dist.all_reduce(buffer, group=self.group, async_op=async_op),
             async_op,
         )
 
     def reduce(self, tensor: Tensor, dst: int, *, tag: str, async_op: bool = False) -> Work:
         """Sums `tensor` at rank `dst`, in place; its content on other ranks is undefined afterwards."""
         self._check_rank(dst)
-        if self._nothing_to_send(tensor):
-            return Work()
-        size = _bytes(tensor)
         starts = (dst + 1) % self.world_size
-        self.counters.add(tag, size, 0 if self.rank == starts else size)
-        buffer, finish = _contiguous(tensor)
-        return self._start(
+        return self._in_place(
             "reduce",
+            tensor,
             tag,
-            lambda: dist.reduce(buffer, group_dst=dst, group=self.group, async_op=async_op),
-            finish,
+            0 if self.rank == starts else _bytes(tensor),
+            lambda buffer: dist.reduce(buffer, group_dst=dst, group=self.group, async_op=async_op),
             async_op,
         )
 
@@ -165,16 +159,14 @@ class Communicator:
     def broadcast(self, tensor: Tensor, src: int, *, tag: str, async_op: bool = False) -> Work:
         """Copies `tensor` of rank `src` (a rank of this communicator) into `tensor` on all ranks."""
         self._check_rank(src)
-        if self._nothing_to_send(tensor):
-            return Work()
-        size = _bytes(tensor)
-        self.counters.add(tag, size, 0 if self.rank == src else size)
-        buffer, finish = _contiguous(tensor)
-        return self._start(
+        return self._in_place(
             "broadcast",
+            tensor,
             tag,
-            lambda: dist.broadcast(buffer, group_src=src, group=self.group, async_op=async_op),
-            finish if self.rank != src else None,
+            0 if self.rank == src else _bytes(tensor),
+            lambda buffer: dist.broadcast(
+                buffer, group_src=src, group=self.group, async_op=async_op
+            ),
             async_op,
         )
 
@@ -395,6 +387,21 @@ class Communicator:
                 given=rank,
                 allowed=f"0 to {self.world_size - 1}",
             )
+
+    def _in_place(
+        self,
+        collective: str,
+        tensor: Tensor,
+        tag: str,
+        received_bytes: Fraction | int,
+        call: Callable[[Tensor], Any],
+        async_op: bool,
+    ) -> Work:
+        if self._nothing_to_send(tensor):
+            return Work()
+        self.counters.add(tag, _bytes(tensor), received_bytes)
+        buffer, finish = _contiguous(tensor)
+        return self._start(collective, tag, lambda: call(buffer), finish, async_op)
 
     def _start(
         self,

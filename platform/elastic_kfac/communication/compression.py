@@ -27,11 +27,9 @@ class CompressedAllReduce:
     """Sums tensors over ranks in a communication format; keeps error-feedback residuals by tag.
 
     Args:
-        communicator: The ranks.
         wire: The format, for example `wire_format("int8")`.
         error_feedback: Whether to carry encoding errors into the next call with the same tag. None
             means for lossy formats only. Costs one residual of the tensor's size per tag.
-        seed: Seed of the stochastic rounding.
     """
 
     def __init__(

@@ -129,7 +129,6 @@ class Bucketer:
 
     Args:
         communicator: The ranks. Groups of equal size never share a bucket.
-        tag: Name of the counted traffic.
         cap_bytes: Largest bucket; a larger tensor has a bucket of its own. 0 gives every tensor one.
     """
 

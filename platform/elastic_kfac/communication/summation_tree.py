@@ -153,10 +153,8 @@ def exchange_partials(
         partials: What this rank's `PartialSums` left.
         flags: [k]: numbers that are summed over the ranks in the ordinary way, on the same trip;
             small integers, because their sum is exact in any order.
-        size: Elements of the vectors.
         num_shards: Leaves of the tree, a power of two.
         num_filled: Leaves that hold samples (the first ones).
-        tag: Under which the traffic is counted.
         small_bytes: Up to this size an all-gather of whole partial sums is used.
 
     Returns:

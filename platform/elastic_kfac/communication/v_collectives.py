@@ -85,12 +85,9 @@ def reduce_scatter_half(
     """`reduce_scatter_v` in half precision, with one scale per part so that no sum overflows.
 
     Args:
-        communicator: The ranks.
         parts: Flat tensors in owner order, with the same lengths on all ranks.
         sizes: Elements per owner; each is a sum of lengths of whole parts.
         half: `torch.float16` or `torch.bfloat16`.
-        method: Method of the V-collective.
-        tag: Name of the counted traffic.
 
     Returns:
         The summed parts of this rank, concatenated, in their own precision.

@@ -8,8 +8,11 @@ in the search space.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from elastic_kfac.config import Config
 from elastic_kfac.experiments.search_space import Links
+from elastic_kfac.placement.costs import Method
 from elastic_kfac.placement.simulator import Calibration, Line, predict_step
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.runs.prediction import (
@@ -28,7 +31,7 @@ class Emulator:
 
     def __init__(self, links: Links) -> None:
         self._links = links
-        self._calibrations: dict[str, Calibration] = {}
+        self._calibration = lru_cache(None)(self._calibrated)
         self._passes: dict[str, Passes] = {}
 
     def step_seconds(self, config: Config) -> float:
@@ -37,7 +40,7 @@ class Emulator:
         batch = config.train.global_batch_size
         share = -(-batch // ranks)
         micro = min(config.train.micro_batch_size or share, share)
-        calibration, passes = self._calibration(config), self._measured(sized)
+        calibration, passes = self._calibration(config.kfac.method), self._measured(sized)
         if not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
             computation = -(-share // micro) * passes.forward_backward.at(micro)
             exchange = calibration.all_reduce_seconds(ranks, sized.parameter_elements * 4)
@@ -51,12 +54,9 @@ class Emulator:
         )
         return step.total
 
-    def _calibration(self, config: Config) -> Calibration:
-        links, method = self._links, config.kfac.method
-        if method not in self._calibrations:
-            network = Line(links.latency_s, 8.0 / (links.gbit_per_s * 1e9))
-            self._calibrations[method] = measure_calibration(method, network, links.ranks_per_node)
-        return self._calibrations[method]
+    def _calibrated(self, method: Method) -> Calibration:
+        network = Line(self._links.latency_s, 8.0 / (self._links.gbit_per_s * 1e9))
+        return measure_calibration(method, network, self._links.ranks_per_node)
 
     def _measured(self, sized: Sized) -> Passes:
         key = f"{sized.config.data.shards} {sized.config.model.model_dump_json()}"

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
-
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing import Protocol
 
 from elastic_kfac.cluster.ray.connection import connected, quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
@@ -60,10 +57,7 @@ def session(
 
     Args:
         line: Reports that a cluster starts.
-        config: Resources of a worker.
-        nodes: Nodes of a cluster that is started here.
         workers_per_node: Workers that fit on such a node.
-        address: Address of a Ray cluster; None starts one on this machine.
         cluster: An embedded cluster that this process is connected to already.
     """
     with contextlib.ExitStack() as stack:
@@ -175,10 +169,3 @@ def _seconds_left(
         + sum(means.get(t.point, usual) for t in waiting)
         + usual * unplanned
     )
-
-
-def start_actor(kind: type, *arguments: Any) -> Any:
-    """An actor on the node of this process, without resources of its own."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = ray.remote(kind).options(num_cpus=0, scheduling_strategy=here)
-    return options.remote(*arguments)

@@ -24,8 +24,6 @@ def shares(room: int, slots: int, live: Sequence[str], waiting: int) -> dict[str
     Args:
         room: How many workers the cluster can carry.
         slots: How many trials may run at the same time.
-        live: Trials that run, in the order of their start.
-        waiting: Trials that will still start.
     """
     # While others wait, a free place stays free for them: a resize costs more than it would win.
     parties = max(len(live), min(slots, len(live) + waiting), 1)

@@ -36,7 +36,6 @@ def announce_round(folder: RunFolder, measure: str, end: float) -> None:
     """Sets where the ranks of a trial wait next; ranks that are waiting may continue.
 
     Args:
-        folder: The trial's run folder.
         measure: `epoch` or `train_time_s`.
         end: Where the round ends, in that measure.
     """

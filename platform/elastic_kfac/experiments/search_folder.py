@@ -38,7 +38,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +69,7 @@ from elastic_kfac.experiments.trials import (
 from elastic_kfac.runs.history import number
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
+from elastic_kfac.state.run_folder import RunFolder
 
 EXPERIMENT = "experiment.json"
 BEST = "best"
@@ -164,13 +165,13 @@ class SearchFolder:
 
     def write(self) -> None:
         """Replaces all files."""
-        best = self.best()
+        best, storage = self.best(), Storage(self.folder)
         table = trials_csv(self.trials.values(), list(self.space.parameters))
-        _replace(self.folder / "trials.csv", table)
+        storage.write("trials.csv", table.encode())
         if best is not None:
             shipped = self.space.shipped_config(self.values_of(best)).model_dump(mode="json")
-            _replace(self.folder / "best_config.yaml", yaml.safe_dump(shipped, sort_keys=False))
-        _replace(self.folder / EXPERIMENT, json.dumps(self._about(best), indent=1) + "\n")
+            storage.write("best_config.yaml", yaml.safe_dump(shipped, sort_keys=False).encode())
+        storage.write(EXPERIMENT, (json.dumps(self._about(best), indent=1) + "\n").encode())
 
     def _about(self, best: Trial | None) -> dict[str, Any]:
         space, objective = self.space, self.space.objective
@@ -340,8 +341,8 @@ def read_experiment(folder: Path) -> Experiment:
     for trial in trials.values():
         run = _inside(folder, trial.run_folder)
         if run is not None:
-            trial.evaluations = list(_evaluations(run / "metrics.jsonl"))
-            trial.resizes = list(_resizes(run / "events.jsonl"))
+            trial.evaluations = list(_evaluations(RunFolder(run)))
+            trial.resizes = list(_resizes(RunFolder(run)))
     if parameters is None:
         parameters = list(next(iter(trials.values())).parameters) if trials else []
     return Experiment(
@@ -399,9 +400,8 @@ def _inside(folder: Path, relative: str) -> Path | None:
     return run if run.is_relative_to(folder.resolve()) and run.is_dir() else None
 
 
-def _evaluations(path: Path) -> Iterator[Evaluation]:
-    # Steps are thousands of rows and evaluations a few: the others are not even parsed.
-    for row in _rows(path, '"eval_accuracy"'):
+def _evaluations(run: RunFolder) -> Iterator[Evaluation]:
+    for row in run.rows("metrics.jsonl", b'"eval_accuracy"')[0]:
         seconds = number(row, "train_time_s")
         seconds = number(row, "wall_time_s") if seconds is None else seconds
         found = (number(row, "step"), seconds, number(row, "eval_accuracy"))
@@ -410,24 +410,12 @@ def _evaluations(path: Path) -> Iterator[Evaluation]:
             yield Evaluation(*known)
 
 
-def _resizes(path: Path) -> Iterator[Resize]:
-    for row in _rows(path, "to_world_size"):
+def _resizes(run: RunFolder) -> Iterator[Resize]:
+    for row in run.events():
         time_s = number(row, "time")
         before, after = number(row, "from_world_size"), number(row, "to_world_size")
         if time_s is not None and before and after:
             yield Resize(time_s, int(before), int(after))
-
-
-def _rows(path: Path, needle: str) -> Iterable[Mapping[str, Any]]:
-    for line in (_text_of(path) or "").splitlines():
-        if needle not in line:
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row
 
 
 def _text_of(path: Path) -> str | None:
@@ -435,9 +423,3 @@ def _text_of(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

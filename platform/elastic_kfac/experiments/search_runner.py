@@ -17,11 +17,11 @@ from ray.tune.logger import TBXLoggerCallback
 
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.ray.nodes import room_for_workers
+from elastic_kfac.cluster.ray.nodes import room_for_workers, start_actor
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
 from elastic_kfac.errors import RunError, UsageError
-from elastic_kfac.experiments.engine import Engine, session, start_actor
+from elastic_kfac.experiments.engine import Engine, session
 from elastic_kfac.experiments.resource_broker import ResourceBroker
 from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search, hardware_of
 from elastic_kfac.experiments.search_plan import SearchPlan
@@ -80,14 +80,11 @@ def search(
     """Searches until all trials have ended; the same `name` continues an earlier call.
 
     Args:
-        space: The search space.
         name: Name of the search; its folder is `<storage>/<name>`.
         write_page: Writes `report.html` into the search's folder.
-        storage: Folder that every node of the cluster reaches.
         address: Address of a Ray cluster; None starts one on this machine with a node per worker of
             every concurrent trial.
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
-        display: Shows progress; None is standard output.
         rank_function: `module:function` that runs one rank of a trial; None is the usual one.
 
     Raises:
@@ -118,7 +115,7 @@ def search(
         )
         broker = start_actor(ResourceBroker, slots, per_worker)
         stack.callback(ray.kill, broker)
-        settings = TrialSettings.of(space, folder.folder, broker, rank_function)
+        settings = TrialSettings(space, str(folder.folder), broker, rank_function)
         return _Search(folder, plan, engine, slots, settings).run()
 
 

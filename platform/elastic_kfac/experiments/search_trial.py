@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import shutil
 import socket
@@ -25,11 +24,13 @@ import ray
 from ray import tune
 from ray.tune.result import TIMESTEPS_TOTAL
 
+from elastic_kfac.cluster.ray.idle_workers import cpu_seconds
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.experiments.resource_broker import TrialShare
 from elastic_kfac.experiments.rounds import RANK_FUNCTION as ROUNDS_RANK_FUNCTION
@@ -58,16 +59,8 @@ class TrialSettings:
     """The experiment's folder."""
     broker: Any
     """Handle of the `ResourceBroker`."""
-    rank_function: str = RANK_FUNCTION
-
-    @classmethod
-    def of(
-        cls, space: SearchSpace, folder: Path, broker: Any, rank_function: str | None
-    ) -> TrialSettings:
-        """Settings with the usual rank function where none is given: members of a population wait for
-        each other."""
-        usual = ROUNDS_RANK_FUNCTION if space.perturbed else RANK_FUNCTION
-        return cls(space, str(folder), broker, rank_function or usual)
+    rank_function: str | None = None
+    """Replaces the usual one: members of a population wait for each other."""
 
 
 class StopRequest(StopSignals):
@@ -219,6 +212,7 @@ class _LiveRun:
         if reason is not None:
             self._stop.ask(reason)
             return
+        usual = ROUNDS_RANK_FUNCTION if self._settings.space.perturbed else RANK_FUNCTION
         try:
             self._result = train(
                 self._config,
@@ -226,7 +220,7 @@ class _LiveRun:
                 storage=str(self._folder.parent),
                 address="auto",
                 progress=self._display,
-                rank_function=self._settings.rank_function,
+                rank_function=self._settings.rank_function or usual,
                 stop_signals=self._stop,
                 share=TrialShare(broker, self._trial),
             )
@@ -375,12 +369,11 @@ class ProcessMeter:
 
 def process_usage(pid: int) -> tuple[float | None, int]:
     """CPU seconds and largest resident memory [bytes] of a process of this machine."""
+    seconds = cpu_seconds(pid)
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return None, 0
-    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return seconds, int(peaks[0]) * 1024 if peaks else 0
 
@@ -395,10 +388,7 @@ def read_extras(folder: Path) -> dict[str, Any]:
 
 def write_extras(folder: Path, extras: Mapping[str, Any]) -> None:
     """Replaces `EXTRAS` of a run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{EXTRAS}"
-    draft.write_text(json.dumps(dict(extras)))
-    draft.replace(folder / EXTRAS)
+    Storage(folder).write(EXTRAS, json.dumps(dict(extras)).encode())
 
 
 def _copy(source: Path, target: Path) -> None:

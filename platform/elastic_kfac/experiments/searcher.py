@@ -75,12 +75,7 @@ def _is_screened(trial: Any) -> bool:
 
 
 def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
-    """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget.
-
-    Args:
-        space: The search.
-        slots: How many trials may train at the same time.
-    """
+    """Ray Tune's scheduler; ASHA and PB2 compare accuracies at equal shares of the budget."""
     if space.scheduler.name == "asha":
         grace = space.scheduler.grace or space.limit / 8
         return Screening(
@@ -158,9 +153,6 @@ class TrialSearcher(TuneSearcher):
         """Starts with the planned trials.
 
         Args:
-            space: The search.
-            source: Makes trials of points, and scores them.
-            planned: Trials that are known already.
             evaluated: Points of an earlier call with their scores.
             num_points: How many points Optuna may still suggest.
         """

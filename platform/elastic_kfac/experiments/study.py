@@ -31,8 +31,8 @@ Overrides = dict[str, Any]
 """`section.key` to value."""
 
 _METHOD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}")
-_SIDE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.+-]*)@(\d+|\*)")
-_COMPARISON = re.compile(r"(\S+)\s+([-/])\s+(\S+)")
+_SIDE = r"([A-Za-z0-9][A-Za-z0-9_.+-]*)@(\d+|\*)"
+_COMPARISON = re.compile(rf"{_SIDE}\s+([-/])\s+{_SIDE}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Measure(Section):
     """How the final state of a cell is measured."""
 
     hessian_samples: Annotated[int, Field(ge=1)] = 512
-    """First training samples that λ₁ is computed on, the same for every cell."""
+    """First training samples (in id order) that λ₁ is computed on, the same for every run on the data."""
     hessian_steps: Annotated[int, Field(ge=5)] = 60
     """Most Lanczos steps."""
     attack: Literal["fgsm", "pgd", "l2"] = "fgsm"
@@ -289,12 +289,17 @@ def operator_of(comparison: str) -> str:
     Raises:
         ValueError: If the text is no comparison.
     """
+    return _parsed(comparison)[3]
+
+
+def _parsed(comparison: str) -> re.Match[str]:
+    """Groups: method, size, operator, method, size."""
     match = _COMPARISON.fullmatch(comparison.strip())
-    if not match or not all(_SIDE.fullmatch(side) for side in (match[1], match[3])):
+    if not match:
         raise ValueError(
             f"{comparison!r} is not a comparison such as `ABS@256 - BL@32` or `KFAC@* / SGD@*`"
         )
-    return match[2]
+    return match
 
 
 def expand(comparison: str, study: Study) -> list[tuple[Place, Place]]:
@@ -303,15 +308,10 @@ def expand(comparison: str, study: Study) -> list[tuple[Place, Place]]:
     Raises:
         ValueError: If it names a method or batch size that the study does not run.
     """
-    operator_of(comparison)
-    match = _COMPARISON.fullmatch(comparison.strip())
-    assert match is not None
-    sides = []
-    for text in (match[1], match[3]):
-        method, _, size = text.partition("@")
-        if method not in study.methods:
-            _known(f"the comparison {comparison!r}: methods", method, study.methods)
-        sides.append((method, size))
+    match = _parsed(comparison)
+    sides = [(match[1], match[2]), (match[4], match[5])]
+    for method, _ in sides:
+        _known(f"the comparison {comparison!r}: methods", method, study.methods)
     starred = [method for method, size in sides if size == "*"]
     sizes = [b for b in study.batch_sizes if all(study.is_run(Place(m, b)) for m in starred)]
     pairs = []
@@ -336,10 +336,8 @@ def load_study(
     """Reads a study file and resolves the configuration of every cell.
 
     Args:
-        path: A YAML file.
         overrides: `section.key=value` changes of the configuration of every cell.
         seeds: Overrides the number of seeds in the file (0, 1, …).
-        parallelism: Overrides the file.
 
     Raises:
         ConfigError: If the file is missing or not YAML, or a key or value is not allowed, in the study

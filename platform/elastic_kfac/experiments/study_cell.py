@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 
+from elastic_kfac.analysis.hessian import Hessian
+from elastic_kfac.analysis.spectrum import top_by_lanczos
 from elastic_kfac.cluster.ray.devices import device_of_task
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, NumericalError, RunError
+from elastic_kfac.experiments.study import Measure
 from elastic_kfac.experiments.trials import DIVERGED, FAILED, FINISHED
+from elastic_kfac.runs.checkpoints import Restored, restored
 from elastic_kfac.runs.final_record import compact_ledger, result_row
-from elastic_kfac.runs.measures import FinalMeasures, measure_final_state
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.tasks.attacks import evaluation_attack
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import run_rank
 
@@ -31,6 +35,8 @@ Row = Mapping[str, Any]
 
 CLAIM_TIMEOUT_S = 60.0
 """A worker may outlive its killed driver for a moment."""
+
+LANCZOS_TOLERANCE = 1e-3
 REPORT_INTERVAL_S = 0.5
 
 
@@ -43,14 +49,13 @@ class CellTask:
     config: Config
     columns: tuple[str, ...]
     """Columns to measure on the final state."""
-    measures: FinalMeasures
+    measures: Measure
 
 
 def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
     """Trains and measures; the Ray task.
 
     Args:
-        task: The cell.
         board: Handle of the `StudyBoard`; None reports no progress.
 
     Returns:
@@ -73,7 +78,7 @@ def run_cell(task: CellTask, board: Any) -> dict[str, Any]:
 
 def missing_measures(result: Row, task: CellTask) -> tuple[str, ...]:
     """Columns that a finished cell lacks, or has measured with other settings."""
-    if result.get("measured") != asdict(task.measures):
+    if result.get("measured") != task.measures.model_dump():
         return task.columns
     return tuple(name for name in task.columns if name not in result)
 
@@ -85,8 +90,8 @@ def _finished(task: CellTask, folder: RunFolder, board: Any) -> dict[str, Any]:
         result = _trained(task, folder, board, device)
     wanted = missing_measures(result, task)
     if wanted:
-        result.update(measure_final_state(folder, wanted, task.measures, device=device))
-    result["measured"] = asdict(task.measures)
+        result.update(measure_final_state(folder, wanted, task.measures, device))
+    result["measured"] = task.measures.model_dump()
     # Last, because a cell with a result is not trained again.
     folder.write_result(result)
     return result
@@ -119,6 +124,56 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
         "accuracy": last["eval_accuracy"],
         "eval_loss": last["eval_loss"],
     }
+
+
+def measure_final_state(
+    folder: RunFolder,
+    wanted: Collection[str],
+    how: Measure,
+    device: torch.device,
+) -> dict[str, float]:
+    """The wanted `COLUMNS` of the final state of a cell, in evaluation mode.
+
+    Raises:
+        ConfigError: If the attack's radius is outside the data range.
+        NumericalError: If a Hessian product is not finite.
+    """
+    found = {}
+    with restored(folder, device=device, shuffle=False) as here:
+        data = here.config.data
+        if "train_loss" in wanted:
+            found["train_loss"] = here.evaluate(data.train_split).loss
+        if "lambda_1" in wanted:
+            found["lambda_1"] = _top_eigenvalue(here, how)
+        if "adversarial_accuracy" in wanted:
+            attack = evaluation_attack(
+                here.config.adversarial,
+                here.preprocess,
+                here.datasets[data.eval_split],
+                how.attack,
+                how.adversarial_radius,
+                how.adversarial_steps,
+            )
+            attacked = here.evaluate(data.eval_split, attack).attacked
+            assert attacked is not None
+            found["adversarial_accuracy"] = attacked.accuracy
+    return found
+
+
+def _top_eigenvalue(here: Restored, how: Measure) -> float:
+    training = here.datasets[here.config.data.train_split]
+    size = here.config.train.eval_batch_size
+    count = min(how.hessian_samples, training.num_samples)
+    inputs = [
+        here.preprocess(training.read(0, first, min(size, count - first)))
+        for first in range(0, count, size)
+    ]
+    batches = [(part.images, part.labels) for part in inputs]
+    operator = Hessian(here.model, here.task.loss, batches)
+    found = top_by_lanczos(
+        operator, max_steps=min(how.hessian_steps, operator.size), tolerance=LANCZOS_TOLERANCE
+    )
+    return abs(found.values[0])
 
 
 class _ReportingWriter(FolderWriter):

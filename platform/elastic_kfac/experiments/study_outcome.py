@@ -43,12 +43,7 @@ _SOURCES = {"updates": "steps", "time_s": "train_time_s"}
 
 
 def trial_of_cell(cell: Cell, result: Mapping[str, Any] | None) -> Trial:
-    """A cell as a row of the trial table.
-
-    Args:
-        cell: The cell.
-        result: Content of its `result.json`; None while there is none.
-    """
+    """A cell as a row of the trial table; `result` is its `result.json`, None while there is none."""
     trial = Trial(cell.name, str(cell.place), cell.seed, "study", status=WAITING)
     take_result(trial, result)
     return trial

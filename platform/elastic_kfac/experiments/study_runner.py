@@ -16,11 +16,12 @@ from typing import Any
 import ray
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.nodes import start_actor
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
-from elastic_kfac.experiments.engine import Engine, session, start_actor
+from elastic_kfac.experiments.engine import Engine, session
 from elastic_kfac.experiments.study import COLUMNS, Cell, LoadedStudy
 from elastic_kfac.experiments.study_cell import (
     CellTask,
@@ -37,7 +38,6 @@ from elastic_kfac.experiments.study_outcome import (
     trial_of_cell,
 )
 from elastic_kfac.experiments.trials import FAILED, FINISHED, RUNNING, WAITING, Trial, TrialTable
-from elastic_kfac.runs.measures import FinalMeasures
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.run_folder import RunFolder
 
@@ -78,14 +78,10 @@ def compare(
     """Trains what has no result yet and writes the study's files; the same `name` continues.
 
     Args:
-        loaded: The study.
         name: Its folder is `<storage>/<name>`.
-        render: Makes the page of the study.
-        storage: Folder or URI that every node of the cluster reaches.
         address: Address of a Ray cluster; None starts one on this machine with room for
             `parallelism` cells.
         provenance: Versions and hardware, for `comparison.json`.
-        display: Shows progress; None is standard output.
         cluster: An embedded cluster that this process is connected to.
 
     Raises:
@@ -172,7 +168,7 @@ class _StudyFolder:
             uri=self._folder_of(cell).uri,
             config=cell.config,
             columns=tuple(name for name in columns if COLUMNS[name].needs == "state"),
-            measures=FinalMeasures(**self.study.measure.model_dump()),
+            measures=self.study.measure,
         )
 
     def outcome(self) -> Outcome:

@@ -58,8 +58,6 @@ def paired_interval(
     """The interval of left − right, or of left / right, over the seeds that both have.
 
     Args:
-        left: Values by seed.
-        right: Values by seed.
         ratio: Whether to compare logarithms; the interval is of the geometric mean of the quotients.
 
     Returns:

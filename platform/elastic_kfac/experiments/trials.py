@@ -263,7 +263,6 @@ def read_trials(text: str, parameters: Sequence[str] | None = None) -> TrialTabl
     """The trials of a `trials.csv`, whatever of it can be read.
 
     Args:
-        text: The content of the file.
         parameters: Columns of searched parameters; None takes those with a dot in their name.
     """
     table = TrialTable()

@@ -9,7 +9,7 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.curvature import inverses
-from elastic_kfac.placement.costs import CostFit, CostModel, Method, fit_costs
+from elastic_kfac.placement.costs import CostModel, Method, fit_costs
 
 DIMENSIONS = (16, 64, 128, 256, 512)
 
@@ -21,7 +21,7 @@ def measure_costs(
     dtype: torch.dtype = torch.float32,
     dimensions: Sequence[int] = DIMENSIONS,
     repeats: int = 3,
-) -> CostFit:
+) -> CostModel:
     """Times decompositions of random factors (least of `repeats`) and fits c0 + c1·d^p."""
     device = device or torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
@@ -51,10 +51,8 @@ def shared_costs(
     dtype: torch.dtype = torch.float32,
 ) -> CostModel:
     """Rank 0's measurement on every rank, so that all make the same plan. Collective."""
-    fit = measure_costs(method, device=device, dtype=dtype) if communicator.rank == 0 else None
-    model: CostModel = communicator.broadcast_object(
-        None if fit is None else fit.model, 0, tag="kfac/costs"
-    )
+    own = measure_costs(method, device=device, dtype=dtype) if communicator.rank == 0 else None
+    model: CostModel = communicator.broadcast_object(own, 0, tag="kfac/costs")
     return model
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.observability.metric_names import METRICS, OTHER, Metric, label, metric
@@ -58,13 +58,8 @@ class TelemetryOptions:
     """Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`."""
 
 
-class SettableGauge(Protocol):
-    """The part of `ray.util.metrics.Gauge` that is used."""
-
-    def set(self, value: float, tags: dict[str, str]) -> None: ...
-
-
-MakeGauge = Callable[[str, str, tuple[str, ...]], SettableGauge]
+MakeGauge = Callable[[str, str, tuple[str, ...]], Any]
+"""`ray.util.metrics.Gauge`, or what has its `set(value, tags)`."""
 
 
 class _NoGauge:
@@ -88,12 +83,10 @@ class Series:
         """Creates every gauge of the exporter; sets counters to 0 where all labels are known.
 
         Args:
-            exporter: Selects metrics of the table.
             fixed: Labels with the same value in all of its series (run, rank).
-            make_gauge: Ray's gauge, or a stand-in.
         """
         self._fixed = {name: value if len(value) <= 100 else OTHER for name, value in fixed.items()}
-        self._gauges: dict[str, SettableGauge] = {}
+        self._gauges: dict[str, Any] = {}
         self._values: dict[tuple[str, Labels], tuple[float, dict[str, str]]] = {}
         self._totals: dict[tuple[str, Labels], float] = {}
         self._seen: dict[str, set[str]] = {}
@@ -287,9 +280,7 @@ class RankTelemetry:
         """Creates the gauges.
 
         Args:
-            options: Settings of the run.
             rank: Number of this rank; from the label's bound on, ranks share a series.
-            make_gauge: Ray's gauge, or a stand-in.
             clock: Monotonic time in s.
         """
         self._clock = clock

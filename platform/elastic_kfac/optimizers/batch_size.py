@@ -11,12 +11,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from elastic_kfac.errors import ConfigError, StateError
-
-PolicyName = Literal["bl", "fb", "gg", "abs", "absa", "warmup"]
 
 
 @dataclass(frozen=True)
@@ -336,6 +334,11 @@ _KINDS: Mapping[str, type[BatchSizePolicy]] = {
     "absa": HessianAdaptive,
     "warmup": BatchWarmup,
 }
+
+
+def options_of(name: str) -> set[str]:
+    """Names of the options that only some policies have."""
+    return {option.name for option in fields(_KINDS[name]) if option.kw_only and option.init}
 
 
 def make_policy(

@@ -137,7 +137,6 @@ def merge(
     Args:
         parameters: θ_k [n] of each worker.
         gradients: g_k [n] of each worker, at its own θ_k.
-        options: See `DistNewton`.
         block_size: Elements processed at a time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""First-order rules for large batches that torch lacks: LARS, LAMB, gradient descent with a velocity.
+"""Rules for large batches that torch lacks: LARS, LAMB, descent with a velocity, rescaled weights.
 
 State is per parameter, replicated and independent of the world size. No rule reads a number on the host,
 so a step never waits for the device.
@@ -6,16 +6,20 @@ so a step never waits for the device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.uncompiled import Uncompiled
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+Rule = Literal["shrink", "always"]
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Rule(Uncompiled):
@@ -46,7 +50,6 @@ class LARS(_Rule):
 
     Args:
         params: Parameters or groups; a group may set every value below and `adapt`.
-        lr: The global rate.
         momentum: μ; the velocity contains the rate.
         weight_decay: wd.
         trust: η.
@@ -170,6 +173,42 @@ class VelocitySGD(_Rule):
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
         step = gradient * group["lr"]
         parameter.sub_(_velocity(self.state[parameter], step, group["momentum"]))
+
+
+class WeightRescaling:
+    """W ← W·√(2·d_out) / (‖W‖_F + 1e-9) after an update, for every convolution and linear layer: the
+    replacement for weight decay in the large-batch K-FAC recipe (Osawa et al. 2019).
+
+    The output of a layer followed by normalisation does not depend on the scale of its weight, but its
+    effective rate falls as the weight grows. Normalisation layers and biases are left alone; a shared
+    weight is rescaled once.
+
+    Args:
+        rule: `shrink` rescales only where that makes the weight smaller, as the released code does;
+            `always` as the paper writes.
+
+    Raises:
+        ConfigError: If the rule is unknown.
+    """
+
+    def __init__(self, model: nn.Module, rule: Rule = "shrink") -> None:
+        if rule not in ("shrink", "always"):
+            raise ConfigError("unknown weight rescaling", given=rule, allowed="shrink, always")
+        self.rule = rule
+        layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
+        self._weights = list(dict.fromkeys(layer.weight for layer in layers))
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Rescales every weight; call after `optimizer.step()`."""
+        if not self._weights:
+            return
+        norms = torch._foreach_norm(self._weights)
+        scales: list[Tensor] = []
+        for weight, norm in zip(self._weights, norms, strict=True):
+            scale = math.sqrt(2 * weight.shape[0]) / (norm + 1e-9)
+            scales.append(scale.clamp(max=1.0) if self.rule == "shrink" else scale)
+        torch._foreach_mul_(self._weights, scales)
 
 
 def _velocity(state: dict[str, Any], step: Tensor, momentum: float) -> Tensor:

@@ -144,16 +144,7 @@ def default_costs(method: Method) -> CostModel:
     return EIGH_ONE_CORE if method == "eigen" else CHOLESKY_ONE_CORE
 
 
-@dataclass(frozen=True)
-class CostFit:
-    """A calibrated model and its residuals."""
-
-    model: CostModel
-    relative_residuals: tuple[float, ...]
-    """(predicted - measured) / measured, per measurement."""
-
-
-def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostFit:
+def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostModel:
     """Fit c0 + c1 d^p to measured times, in relative error.
 
     Absolute error would let the widest factor decide alone. For every p of a grid c0 and c1 are the
@@ -162,6 +153,8 @@ def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostFit:
     Raises:
         UsageError: If there are fewer than two different widths, or a time is not positive.
     """
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
     d = np.asarray(dims, dtype=np.float64)
     t = np.asarray(seconds, dtype=np.float64)
     if len(set(dims)) < 2 or len(d) != len(t) or not np.all(t > 0) or not np.all(d > 0):
@@ -169,22 +162,10 @@ def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostFit:
             "a cost model needs positive times of at least two factor widths",
             given=f"widths {list(dims)}, seconds {list(seconds)}",
         )
-    best: tuple[float, CostModel, np.ndarray] | None = None
+    fits = []
     for p in np.linspace(1.0, 3.5, 101):
-        powers = d**p
-        for use_constant, use_power in ((True, True), (False, True), (True, False)):
-            columns = [np.ones_like(d)] * use_constant + [powers / powers.max()] * use_power
-            matrix = np.stack(columns, axis=1) / t[:, None]
-            solution = np.linalg.lstsq(matrix, np.ones_like(t), rcond=None)[0]
-            if np.any(solution < 0):
-                continue
-            residuals = matrix @ solution - 1.0
-            error = float(residuals @ residuals)
-            if best is None or error < best[0] - 1e-15:
-                coefficients = list(solution)
-                c0 = float(coefficients.pop(0)) if use_constant else 0.0
-                c1 = float(coefficients.pop(0) / powers.max()) if use_power else 0.0
-                best = (error, CostModel(c0, c1, float(p)), residuals)
-            break
-    assert best is not None
-    return CostFit(best[1], tuple(float(r) for r in best[2]))
+        largest = (d**p).max()
+        columns = np.stack([np.ones_like(d), d**p / largest], axis=1)
+        (c0, c1), error = nnls(columns / t[:, None], np.ones_like(t))
+        fits.append((float(error), CostModel(float(c0), float(c1 / largest), float(p))))
+    return min(fits, key=lambda fit: fit[0])[1]

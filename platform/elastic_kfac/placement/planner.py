@@ -49,8 +49,6 @@ def make_plan(
     """Assign every layer to a column and its factors to inverse workers.
 
     Args:
-        layers: All K-FAC layers in registration order.
-        world_size: Number of ranks.
         grad_worker_frac: Share of ranks that precondition a layer; see `columns_for_fraction`.
         colocate: Whether one rank decomposes both factors of a layer; otherwise two ranks of a column do.
         costs: Seconds per factor, equal on all ranks; by default the stored measurement.
@@ -140,14 +138,10 @@ def auto_fraction(
     is s plus the largest decompositions of a rank.
 
     Args:
-        layers: All K-FAC layers.
-        world_size: Number of ranks.
         inverse_update_steps: t_i.
         precompute: Whether gradient workers keep the precomputed eigenvalue product.
         memory_budget_bytes: Budget per rank for factors and decompositions together.
-        method: Kind of the decompositions.
         element_bytes: Bytes per element of factors and decompositions.
-        costs: As in `make_plan`.
 
     Raises:
         ConfigError: If not even one gradient worker per layer fits the budget.

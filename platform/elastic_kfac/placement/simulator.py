@@ -250,9 +250,6 @@ def choose_plan(
     better t_i is only reported.
 
     Args:
-        workload: The model and its options.
-        calibration: Measured costs, equal on all ranks.
-        world_size: Number of ranks.
         global_batch_size: Samples per step over all ranks.
         memory_budget_bytes: Budget per device.
         num_columns: Fixes P; only the micro-batch is chosen then.

@@ -53,8 +53,6 @@ def traffic_per_step(
     """Elements that the average rank receives per step under a plan.
 
     Args:
-        plan: The placement.
-        layers: All K-FAC layers.
         factor_update_steps: t_f.
         inverse_update_steps: t_i.
         parameter_elements: Elements of the gradient all-reduce; the K-FAC weights if None.

@@ -55,7 +55,6 @@ def drawn(
 
     Args:
         name: Makes identifiers differ between the figures of a page.
-        draw: Draws on the figure.
         size: Width and height in inches.
         style: Further settings of matplotlib, with `__` for a dot.
     """
@@ -75,7 +74,6 @@ def titled(svg: Markup, titles: dict[str, tuple[int, str]]) -> Markup:
     """Connects marks with trials: `data-t` holds the trial's index, `<title>` what a pointer shows.
 
     Args:
-        svg: A figure.
         titles: Index and words by the `gid` of a mark.
     """
     for mark, (index, words) in titles.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -100,14 +99,6 @@ def page(template: str, *, script: str = "", **content: Any) -> str:
 def part(template: str, **content: Any) -> Markup:
     """A rendered template, as markup for another one."""
     return Markup(_environment().get_template(template).render(content).strip() + "\n")
-
-
-def write_page(target: Path, text: str) -> Path:
-    """Replaces a page as a whole: a browser that reloads never sees half of one."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
-    return target
 
 
 def yaml_text(value: Mapping[str, Any]) -> str:

@@ -8,24 +8,27 @@ from typing import Any
 
 from markupsafe import Markup
 
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.observability.metric_names import METRICS
 from elastic_kfac.reports.analysis import analysis_section
-from elastic_kfac.reports.pages import Cell, Table, code, page, write_page, yaml_text
+from elastic_kfac.reports.pages import Cell, Table, code, page, yaml_text
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
-from elastic_kfac.runs.history import Row, Run, number, read_run
+from elastic_kfac.runs.history import Run, number, read_run
 from elastic_kfac.runs.summary import duration, headline, moved_text
+from elastic_kfac.state.run_folder import Row
 
 UNPLANNED = ("fail", "kill", "lost", "crash", "error")
 
 
-def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` into the folder of a run, finished or not, and returns its path.
+def write_report(uri: str | Path) -> Run:
+    """Writes `report.html` into the folder of a run, finished or not, local or remote.
 
     Raises:
         UsageError: If the folder is not there or holds no run.
     """
-    folder = Path(run_folder)
-    return write_page(folder / "report.html", render_report(read_run(folder)))
+    run = read_run(uri)
+    Storage(uri).write("report.html", render_report(run).encode())
+    return run
 
 
 def render_report(run: Run) -> str:

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from elastic_kfac.data.storage import Storage
 from elastic_kfac.experiments.importance import FEWEST, RELIABLE, importances
 from elastic_kfac.experiments.search_folder import (
     BEST,
@@ -24,7 +25,7 @@ from elastic_kfac.experiments.search_folder import (
     read_experiment,
 )
 from elastic_kfac.experiments.trials import WORDS, Point, Trial, is_real
-from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, write_page, yaml_text
+from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, yaml_text
 from elastic_kfac.reports.search_figures import (
     MIB,
     MOST_AXES,
@@ -72,8 +73,8 @@ def write_search_page(folder: Path) -> Path:
     Raises:
         UsageError: If the folder is not there or holds no search.
     """
-    folder = Path(folder)
-    return write_page(folder / "report.html", render_search(read_experiment(folder)))
+    Storage(folder).write("report.html", render_search(read_experiment(folder)).encode())
+    return folder / "report.html"
 
 
 def render_search(experiment: Experiment) -> str:

@@ -8,7 +8,6 @@ steps must be consecutive.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +19,6 @@ from elastic_kfac.data.storage import join_uri
 from elastic_kfac.runs.final_record import read_ledger
 from elastic_kfac.state.ledger import Rows, world_sizes
 from elastic_kfac.state.run_folder import RunFolder
-
-
-class Order(Protocol):
-    """The sample ids at the positions of an epoch."""
-
-    @property
-    def num_samples(self) -> int: ...
-
-    def ids(self, epoch: int, first_position: int, count: int) -> npt.NDArray[np.int64]:
-        """The sample ids at `count` positions of an epoch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -68,10 +56,10 @@ def audit_run(folder: RunFolder) -> AuditReport:
         ElasticKfacError: If the run, its checkpoints or its shards cannot be read.
     """
     config = folder.read_config()
-    return audit_rows(read_ledger(folder), _TrainingOrder(config))
+    return audit_rows(read_ledger(folder), TrainingOrder(config))
 
 
-def audit_rows(rows: Rows, order: Order, *, most_problems: int = 20) -> AuditReport:
+def audit_rows(rows: Rows, order: TrainingOrder, *, most_problems: int = 20) -> AuditReport:
     """Audits ledger rows against an order."""
     problems: list[str] = []
     size = order.num_samples
@@ -115,7 +103,7 @@ def _what(epoch: int, first: int, expected_epoch: int, expected: int) -> str:
     return "samples lost" if (epoch, first) > (expected_epoch, expected) else "samples repeated"
 
 
-class _TrainingOrder:
+class TrainingOrder:
     """The order of a run's training split, read from its manifest alone."""
 
     def __init__(self, config: Config) -> None:
@@ -128,6 +116,7 @@ class _TrainingOrder:
         return self._shards.num_samples
 
     def ids(self, epoch: int, first_position: int, count: int) -> npt.NDArray[np.int64]:
+        """The sample ids at `count` positions of an epoch."""
         if self._current is None or self._current.epoch != epoch:
             self._current = self._shards.order(self._seed, epoch)
         return self._current.ids(first_position, count)

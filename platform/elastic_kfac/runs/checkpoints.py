@@ -1,10 +1,11 @@
-"""A run's checkpoints: choosing one, its model with the run's splits in one process, and export."""
+"""A run's checkpoints: choosing one, its model with the run's splits, evaluation and export."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,18 @@ from torch import nn
 
 from elastic_kfac.analysis.fixed_samples import FixedSamples
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import AnalysisConfig, Config
+from elastic_kfac.config import AnalysisConfig, Config, parse_config
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import StateError, UsageError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState, restore_model
+from elastic_kfac.tasks.attacks import Attack, evaluation_attack
+from elastic_kfac.tasks.losses import Task, make_task
 from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 
 
 def newest_state(folder: RunFolder) -> TrainingState:
@@ -68,39 +73,36 @@ def choose_state(
     )
 
 
-def restored_model(
-    config: Config, state: TrainingState, training: Dataset, device: torch.device | None
-) -> nn.Module:
-    """The model of a checkpoint in evaluation mode, on `device` (None: the CPU).
-
-    Raises:
-        StateError: If the state belongs to another model or data set.
-    """
-    if state.data_sha256 != training.sha256:
-        raise StateError(
-            "the run's data set has changed: its manifest differs from the checkpoint's",
-            given=config.data.shards,
-            change="restore the shards that the run was trained on",
-        )
-    model = build_model(
-        config.model,
-        num_classes=training.num_classes,
-        image_shape=training.image_shape,
-        seed=config.train.seed,
-    ).to(device or torch.device("cpu"))
-    restore_model(model, state)
-    return model.eval()
-
-
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint's model with the splits of its run, in one process."""
+    """A checkpoint's model in evaluation mode with the splits of its run, in one process."""
 
+    folder: RunFolder
     config: Config
     state: TrainingState
     model: nn.Module
     datasets: Mapping[str, Dataset]
     """By name of the split, without augmentation."""
+
+    @property
+    def task(self) -> Task:
+        """Loss and accuracy."""
+        return make_task(self.config.train)
+
+    @cached_property
+    def preprocess(self) -> Preprocessor:
+        """Normalises every split as the training split is, like in the run."""
+        parameter = next(self.model.parameters())
+        training = self.datasets[self.config.data.train_split]
+        return Preprocessor(training, parameter.dtype, parameter.device)
+
+    def evaluate(self, split: str, attack: Attack | None = None) -> EvalResult:
+        """The result over a whole split, also under an attack."""
+        config, solo = self.config.train, Communicator.solo()
+        task, dataset = self.task, self.datasets[split]
+        return evaluate_split(
+            self.model, task, dataset, self.preprocess, solo, config, attack=attack
+        )
 
     def samples(self, split: str, request: AnalysisConfig) -> FixedSamples:
         """The samples of a split that a request asks for."""
@@ -121,8 +123,11 @@ def restored(
     epoch: float | None = None,
     device: torch.device | None = None,
     datasets: Datasets | None = None,
+    shuffle: bool = True,
 ) -> Iterator[Restored]:
-    """The model of a checkpoint (see `choose_state`); `datasets` replaces the run's splits.
+    """The model of a checkpoint (see `choose_state`) on `device` (None: the CPU).
+
+    `datasets` replaces the run's splits; without `shuffle` they are read in id order.
 
     Raises:
         UsageError: If there is no such checkpoint; it names the existing ones.
@@ -130,17 +135,61 @@ def restored(
     """
     state = choose_state(folder, step=step, epoch=epoch)
     config = folder.read_config()
-    train, evaluation = config.data.train_split, config.data.eval_split
-    opened = datasets or Datasets(open_split(config, train), open_split(config, evaluation))
+    data, train = config.data, config.train
+    opened = datasets or Datasets(
+        open_split(config, data.train_split, shuffle=shuffle),
+        open_split(config, data.eval_split, shuffle=shuffle),
+    )
     try:
-        model = restored_model(config, state, opened.train, device)
-        splits = {train: opened.train}
+        if state.data_sha256 != opened.train.sha256:
+            raise StateError(
+                "the run's data set has changed: its manifest differs from the checkpoint's",
+                given=data.shards,
+                change="restore the shards that the run was trained on",
+            )
+        model = build_model(
+            config.model,
+            num_classes=opened.train.num_classes,
+            image_shape=opened.train.image_shape,
+            seed=train.seed,
+        ).to(device or torch.device("cpu"))
+        restore_model(model, state)
+        splits = {data.train_split: opened.train}
         if opened.evaluation is not None:
-            splits[evaluation] = opened.evaluation
-        yield Restored(config, state, model, splits)
+            splits[data.eval_split] = opened.evaluation
+        yield Restored(folder, config, state, model.eval(), splits)
     finally:
         if datasets is None:
             opened.close()
+
+
+def evaluate_run(
+    folder: RunFolder,
+    *,
+    attack: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    datasets: Datasets | None = None,
+) -> tuple[int, EvalResult]:
+    """The step of a run's newest checkpoint, and its result over the evaluation split.
+
+    Args:
+        attack: Overrides of the section `adversarial`: `eval_attack`, `eval_radius`, `eval_steps`.
+        datasets: Replaces the configured splits.
+
+    Raises:
+        UsageError: If the run has no checkpoint or no evaluation split.
+        ConfigError: If the attack is out of range.
+        StateError: If the data set has changed.
+    """
+    with restored(folder, device=device, datasets=datasets, shuffle=False) as here:
+        adversarial, split = here.config.adversarial, here.config.data.eval_split
+        if attack:
+            changed = {**adversarial.model_dump(), **attack}
+            adversarial = parse_config({"adversarial": changed}).adversarial
+        if split not in here.datasets:
+            raise UsageError("the run has no evaluation split", given=split)
+        chosen = evaluation_attack(adversarial, here.preprocess, here.datasets[split])
+        return here.state.progress.step, here.evaluate(split, chosen)
 
 
 def export_run(folder: RunFolder, out: str | Path) -> int:

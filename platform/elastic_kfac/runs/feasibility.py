@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,16 +69,6 @@ class Sized:
             memory_budget_bytes=None if budget is None else budget * 2**30,
             previous=previous,
         )
-
-
-def plans(config: Config, world_sizes: Sequence[int]) -> Iterator[Plan]:
-    """The plan of every world size.
-
-    Raises:
-        DataError: As `Sized.of`.
-    """
-    sized = Sized.of(config)
-    yield from map(sized.plan, world_sizes)
 
 
 def check_parts(config: Config) -> None:

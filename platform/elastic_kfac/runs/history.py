@@ -6,6 +6,7 @@ the rows that exist.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,11 @@ from typing import Any
 import yaml
 
 from elastic_kfac.errors import UsageError
+from elastic_kfac.state.run_folder import Row, RunFolder
 
-FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "result.json")
 FINISHED = "finished"
-ANALYSES = "analysis/"
+ANALYSES = "analysis"
 """Folder of the JSON files of `analyze` and the probes."""
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -162,38 +162,23 @@ class Run:
         return {}
 
 
-def read_run(folder: Path) -> Run:
-    """Reads a run's folder.
+def read_run(uri: str | Path) -> Run:
+    """Reads a run's folder, local or remote.
 
     Raises:
-        UsageError: If the folder is not there or holds no run.
+        UsageError: If it holds no run, or `config.yaml` or `result.json` cannot be read.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(
-            "not a run's folder", given=folder, change="name a folder that holds config.yaml"
-        )
-    contents = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    for path in (folder / ANALYSES).glob("*.json"):
-        contents[f"{ANALYSES}{path.name}"] = path.read_bytes()
-    return parse_run(folder.resolve().name, str(folder), contents)
-
-
-def parse_run(name: str, location: str, contents: Mapping[str, bytes]) -> Run:
-    """A run from the contents of its files.
-
-    Raises:
-        UsageError: If `config.yaml` or `result.json` cannot be read.
-    """
+    folder = RunFolder.existing(uri)
     try:
-        config = yaml.safe_load(contents.get("config.yaml", b"")) or {}
-        result = json.loads(contents["result.json"]) if "result.json" in contents else None
+        config = yaml.safe_load(folder.storage.read("config.yaml")) or {}
+        result = folder.result()
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError("a damaged run's folder", given=location, change=str(error)) from None
-    metrics, torn_metrics = _rows(contents.get("metrics.jsonl", b""))
-    events, torn_events = _rows(contents.get("events.jsonl", b""))
-    analyses = _analyses(contents, metrics)
+        raise UsageError("a damaged run's folder", given=uri, change=str(error)) from None
+    metrics, torn_metrics = folder.rows("metrics.jsonl")
+    events, torn_events = folder.rows("events.jsonl")
+    name = folder.storage.path().rpartition("/")[2]
     torn = torn_metrics + torn_events
-    return Run(name, location, config, metrics, events, result, torn, analyses)
+    return Run(name, str(uri), config, metrics, events, result, torn, _analyses(folder, metrics))
 
 
 def is_evaluation(row: Row) -> bool:
@@ -220,34 +205,15 @@ def first_number(row: Row, *keys: str) -> float | None:
     return next((value for key in keys if (value := number(row, key)) is not None), None)
 
 
-def _analyses(contents: Mapping[str, bytes], metrics: Sequence[Row]) -> list[Row]:
+def _analyses(folder: RunFolder, metrics: Sequence[Row]) -> list[Row]:
     found: list[Row] = [
         {**row["analysis"], "step": row.get("step"), "epoch": row.get("epoch")}
         for row in metrics
         if isinstance(row.get("analysis"), dict)
     ]
-    for name, content in sorted(contents.items()):
-        if name.startswith(ANALYSES) and name.endswith(".json"):
-            try:
-                row = json.loads(content)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                found.append(row)
+    for name in folder.storage.files(ANALYSES):
+        if name.endswith(".json"):
+            with contextlib.suppress(ValueError):
+                row = json.loads(folder.storage.read(f"{ANALYSES}/{name}"))
+                found += [row] if isinstance(row, dict) else []
     return sorted(found, key=lambda row: number(row, "step") or 0.0)
-
-
-def _rows(content: bytes) -> tuple[list[Row], int]:
-    rows: list[Row] = []
-    torn = 0
-    for line in content.decode("utf-8", errors="replace").splitlines():
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            torn += 1
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows, torn

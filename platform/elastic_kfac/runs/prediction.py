@@ -79,7 +79,7 @@ def measure_calibration(method: Method, network: Line, ranks_per_node: int = 1) 
     matrix = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
     seconds = _least_seconds(lambda: matrix @ matrix, lambda: None)
     return Calibration(
-        costs=measure_costs(method).model,
+        costs=measure_costs(method),
         seconds_per_flop=seconds / (2 * 256**3),
         network=network,
         ranks_per_node=ranks_per_node,
@@ -110,7 +110,6 @@ class Outlook:
     """Predictions for one configuration; measures when it is made.
 
     Args:
-        sized: The configuration with its model.
         network: Seconds of a message of x bytes between ranks.
         memory_budget_bytes: Device memory per rank that suggestions must fit.
     """

@@ -57,7 +57,6 @@ class CheckpointStore:
     """The checkpoints of one run, below its folder.
 
     Args:
-        uri: The run's folder.
         keep: Number of complete checkpoints to retain.
         on_warning: Called with one line for every checkpoint that is skipped or could not be written.
     """

@@ -88,11 +88,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`."""
-        return self._rows("metrics.jsonl")
+        return self.rows("metrics.jsonl")[0]
 
     def events(self) -> list[dict[str, Any]]:
         """All rows of `events.jsonl`."""
-        return self._rows("events.jsonl")
+        return self.rows("events.jsonl")[0]
 
     def rewind_metrics(self, step: int) -> int:
         """Drops metric rows of later steps, which a restart from `step` repeats.
@@ -131,19 +131,24 @@ class RunFolder:
         if content:
             self.storage.append_lines(name, content)
 
-    def _rows(self, name: str) -> list[dict[str, Any]]:
-        if not self.storage.exists(name):
-            return []
-        rows = map(_row, self.storage.read(name).splitlines())
-        return [row for row in rows if row is not None]
+    def rows(self, name: str, containing: bytes = b"") -> tuple[list[dict[str, Any]], int]:
+        """The rows of a file, and how many torn lines were left out.
+
+        Lines without `containing` are not parsed: steps are thousands of rows and evaluations a few.
+        """
+        content = self.storage.read(name) if self.storage.exists(name) else b""
+        lines = [line for line in content.splitlines() if line.strip() and containing in line]
+        rows = [row for row in map(_row, lines) if row is not None]
+        return rows, len(lines) - len(rows)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     # A killed writer leaves at most one torn line; the restart repeats it.
     try:
-        return dict(json.loads(line))
+        row = json.loads(line)
     except ValueError:
         return None
+    return row if isinstance(row, dict) else None
 
 
 def _lines(rows: Iterable[Row]) -> bytes:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from elastic_kfac.errors import StateError
 from elastic_kfac.state.ledger import ROW, LedgerValue, Rows, Segment
-from elastic_kfac.state.tree import join_tree, split_tree
 
 _TAIL = "ledger/tail"
+_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+"""Marks of the skeleton of a nested state: no pickle."""
 
 Buffer = npt.NDArray[np.uint8]
 
@@ -294,3 +295,58 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(_memory(tensor).data)
     return digest.hexdigest()
+
+
+def split_tree(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Moves the tensors of `tree` into `tensors`, under names that begin with `prefix`.
+
+    Returns:
+        A JSON skeleton for `join_tree`, with a name in place of each tensor.
+
+    Raises:
+        StateError: If the tree holds something that is neither a tensor nor plain data.
+    """
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree.detach()
+        return {_TENSOR: prefix}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    if isinstance(tree, dict):
+        parts = [(key, split_tree(part, f"{prefix}/{key}", tensors)) for key, part in tree.items()]
+        if all(isinstance(key, str) and not key.startswith("__") for key in tree):
+            return dict(parts)
+        return {_ITEMS: [[key, part] for key, part in parts]}
+    if isinstance(tree, (list, tuple)):
+        listed = [split_tree(part, f"{prefix}/{index}", tensors) for index, part in enumerate(tree)]
+        return {_TUPLE: listed} if isinstance(tree, tuple) else listed
+    raise StateError(
+        "state holds something that cannot be saved",
+        given=f"{prefix}: {type(tree).__name__}",
+        allowed="tensors, numbers, strings, dicts, lists and tuples of them",
+    )
+
+
+def join_tree(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree of `split_tree`.
+
+    Raises:
+        StateError: If a tensor is missing.
+    """
+    if isinstance(skeleton, dict):
+        if _TENSOR in skeleton:
+            name = skeleton[_TENSOR]
+            if name not in tensors:
+                raise StateError("a tensor of the state is missing", given=name)
+            return tensors[name]
+        if _TUPLE in skeleton:
+            return tuple(join_tree(part, tensors) for part in skeleton[_TUPLE])
+        if _ITEMS in skeleton:
+            return {_key(key): join_tree(part, tensors) for key, part in skeleton[_ITEMS]}
+        return {key: join_tree(part, tensors) for key, part in skeleton.items()}
+    if isinstance(skeleton, list):
+        return [join_tree(part, tensors) for part in skeleton]
+    return skeleton
+
+
+def _key(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key

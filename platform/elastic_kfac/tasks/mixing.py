@@ -67,8 +67,6 @@ class Mixup:
 
     Args:
         alpha: α of the Beta distribution.
-        num_classes: Number of classes.
-        seed: Seed of the run.
         running: Mix with the last mixed batch instead of the last plain one.
         on_smaller: For a batch smaller than the buffer, `reset` leaves it unmixed and `subsample` uses
             the first part of the buffer.
@@ -111,7 +109,6 @@ class Mixup:
             images: [n, ...], floating point.
             labels: [n] classes, or [n, classes] probabilities.
             ids: Sample ids [n].
-            epoch: Epoch of the batch.
         """
         targets = labels.to(images.dtype)
         if labels.dim() == 1:

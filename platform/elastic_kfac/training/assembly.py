@@ -10,14 +10,14 @@ from torch import nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Dataset
-from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
+from elastic_kfac.optimizers.large_batch import WeightRescaling
 from elastic_kfac.tasks.losses import Task, make_task
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
 from elastic_kfac.training.first_order import make_optimizer
 from elastic_kfac.training.passes import ModelPasses
 from elastic_kfac.training.precision import LossScaler
-from elastic_kfac.training.sync.factory import make_synchronisation
+from elastic_kfac.training.sync import make_synchronisation
 from elastic_kfac.training.sync.sync_batch_norm import synchronise_batch_norm
 from elastic_kfac.training.sync.synchronisation import Synchronisation
 

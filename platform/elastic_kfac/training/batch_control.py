@@ -24,6 +24,7 @@ from elastic_kfac.optimizers.batch_size import (
     BatchSizePolicy,
     Growth,
     make_policy,
+    options_of,
     wanted_workers,
 )
 
@@ -196,22 +197,12 @@ def schedule_policy(config: Config) -> BatchSizePolicy | None:
     if batch.policy == "constant":
         return None
     assert batch.max_batch_size is not None
-    options: dict[str, Any] = {}
-    if batch.policy == "fb":
-        options = {"warmup_epochs": batch.warmup_epochs}
-    elif batch.policy == "warmup":
-        options = {"stages": batch.stages}
-    elif batch.policy in ("abs", "absa"):
-        options = {
-            "eigenvalue_ratio": batch.eigenvalue_ratio,
-            "growth": batch.growth,
-            "patience_epochs": batch.patience_epochs,
-        }
+    options: dict[str, Any] = {
+        name: getattr(batch, name)
+        for name in options_of(batch.policy) & set(type(batch).model_fields)
+    }
     if batch.policy == "absa":
-        options |= {
-            "adversarial_fraction": attacks.fraction,
-            "adversarial_decay": attacks.decay,
-        }
+        options |= {"adversarial_fraction": attacks.fraction, "adversarial_decay": attacks.decay}
         if attacks.stop_epoch is not None:
             options["adversarial_stop_epoch"] = attacks.stop_epoch
     return make_policy(

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.state.state_transfer import share_state, state_held_by_all
 from elastic_kfac.training.step import StepTrainer
@@ -86,7 +87,7 @@ def _resize(
     behind = [rank for rank in range(communicator.world_size) if rank not in front]
     is_behind = communicator.rank in behind
     if is_behind:
-        trainer.reset_preconditioner()
+        trainer.build_preconditioner(Communicator.solo())
     moved_bytes = trainer.resize_preconditioner()
     if moved_bytes is None:
         return None

@@ -12,11 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor, nn
 
-from elastic_kfac.analysis.hessian import Hessian, SumOverRanks, last_layer_parameters
+from elastic_kfac.analysis.hessian import Hessian, last_layer_parameters
 from elastic_kfac.analysis.spectrum import top_eigenvalues
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
 # As in Yao et al. (2018). Loose, because only a decrease by a factor matters.
 POWER_ITERATIONS = 10
 POWER_TOLERANCE = 1e-2
+_TAG = "eigenvalue"
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,6 @@ class EigenvalueWatch:
         """Measures the configured eigenvalues. Collective."""
         batch = self._config.batch
 
-        def add(tensor: Tensor) -> None:
-            communicator.all_reduce(tensor, tag="eigenvalue").wait()
-
         begin = time.perf_counter()
         free = None
         # Free with eigendecompositions; other methods would have to decompose the factors for it.
@@ -88,15 +84,10 @@ class EigenvalueWatch:
         if kfac is not None and (is_free or batch.eigenvalue == "kfac" or batch.report_both):
             from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
 
-            free = kfac_eigenvalue(
-                kfac,
-                rank=communicator.rank,
-                world_size=communicator.world_size,
-                sum_over_ranks=add,
-            )
+            free = kfac_eigenvalue(kfac, communicator=communicator, tag=_TAG)
         hessian = None
         if batch.eigenvalue != "kfac" or batch.report_both:
-            hessian = self._top_of_hessian(communicator, add)
+            hessian = self._top_of_hessian(communicator)
         if hessian is not None and free is not None and math.isfinite(hessian + free):
             self._pairs.append((abs(hessian), free))
         driving = free if batch.eigenvalue == "kfac" else hessian
@@ -108,7 +99,7 @@ class EigenvalueWatch:
             time.perf_counter() - begin,
         )
 
-    def _top_of_hessian(self, communicator: Communicator, add: SumOverRanks) -> float:
+    def _top_of_hessian(self, communicator: Communicator) -> float:
         batch = self._config.batch
         only = last_layer_parameters(self._model) if batch.eigenvalue == "last_layer" else None
         operator = Hessian(
@@ -116,7 +107,8 @@ class EigenvalueWatch:
             self._task.loss,
             self._samples(communicator),
             parameters=only,
-            sum_over_ranks=add,
+            communicator=communicator,
+            tag=_TAG,
         )
         found = top_eigenvalues(
             operator,
@@ -151,7 +143,9 @@ class EigenvalueWatch:
         first, second = zip(*self._pairs, strict=True)
         if len(set(first)) == 1 or len(set(second)) == 1:
             return None
-        return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
+        from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+        return float(spearmanr(first, second).statistic)
 
     def state_dict(self) -> dict[str, Any]:
         """The history; independent of the world size."""
@@ -160,11 +154,3 @@ class EigenvalueWatch:
     def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """Restores the history; an empty `state` clears it."""
         self._pairs = [(pair[0], pair[1]) for pair in state.get("pairs", ())]
-
-
-def _ranks(values: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Ranks from 0; ties get the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[place]
-    return ranks

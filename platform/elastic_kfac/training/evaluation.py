@@ -46,11 +46,6 @@ def evaluate_split(
 
     Args:
         model: Left in training mode.
-        task: Loss and number of correct predictions.
-        dataset: The split.
-        preprocess: Turns samples into inputs and labels.
-        communicator: The ranks.
-        config: Batch size and precision.
         attack: Also evaluate inputs perturbed by this attack.
         whole_batches: Divide the split at multiples of the batch size only, so that every batch has the
             same samples at every world size.

@@ -20,9 +20,8 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
-from elastic_kfac.training.membership import Membership
+from elastic_kfac.training.membership import Membership, leave
 from elastic_kfac.training.rank import RankTrainer
-from elastic_kfac.training.regroup import leave
 
 _CHANGE = "the world changes"
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -50,16 +50,9 @@ SURVIVORS = 3
 """Number of ranks, the lowest, that save their state after a loss; all would save the same bytes."""
 
 
-class SurvivorStore(Protocol):
-    """Receives the last committed state of a rank that lost a peer, before its process ends, so that the
-    loss costs no committed step."""
-
-    def save_survivor(self, state: TrainingState, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Keeps the state and the newest metric rows, of which a lost rank 0 may have reported only some.
-
-        Best effort: returns quickly, even if the state could not be kept.
-        """
-        ...
+SaveSurvivor = Callable[[TrainingState, Sequence[Mapping[str, Any]]], object]
+"""Keeps the last committed state of a rank that lost a peer, before its process ends, and the newest
+metric rows, of which a lost rank 0 may have reported only some. Best effort, and returns quickly."""
 
 
 def run_rank(
@@ -71,12 +64,12 @@ def run_rank(
     control: Control,
     device: torch.device | None = None,
     datasets: Datasets | None = None,
-    survivors: SurvivorStore | None = None,
+    save_survivor: SaveSurvivor | None = None,
 ) -> Outcome:
     """Trains as one rank until the run ends or the control of any rank requests a stop. Collective.
 
     Rank 0 loads the latest state from `store`, reports rows to `callback` and saves; the stores of other
-    ranks are not used. After the loss of a peer, `survivors` receives the last committed state.
+    ranks are not used. After the loss of a peer, `save_survivor` receives the last committed state.
 
     Raises:
         ElasticKfacError: `CommunicationError` if a peer left, `NumericalError` if the loss is not finite,
@@ -91,10 +84,10 @@ def run_rank(
             return loop.run_until_stopped(control)
         except CommunicationError:
             can_save = trainer.is_committed and trainer.holds_everything
-            if survivors is not None and can_save and communicator.rank < SURVIVORS:
+            if save_survivor is not None and can_save and communicator.rank < SURVIVORS:
                 # A decomposition may still be under way from the lost peer.
                 with contextlib.suppress(CommunicationError):
-                    survivors.save_survivor(trainer.capture(), list(loop.recent_rows))
+                    save_survivor(trainer.capture(), list(loop.recent_rows))
             raise
     finally:
         if datasets is None:

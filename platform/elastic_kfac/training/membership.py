@@ -1,4 +1,5 @@
-"""Membership of the world: members agree on the next generation through a store that outlives them.
+"""Membership of the world: members agree on the next generation through a store that outlives them,
+and replace their process group by that of the generation.
 
     plan/<generation>            {"members": [slots in rank order], "joins_seen": n}
     arrive/<generation>/<slot>   a survivor of the previous generation requests this one
@@ -10,17 +11,22 @@ store keeps the first proposal, so two proposers cannot split the world.
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from datetime import timedelta
 
 import torch.distributed as dist
 
+# Optimizers import it, and default arguments of its functions keep the group that exists at that time
+# alive forever. Import it before the first group is created.
+import torch.distributed.nn.functional  # noqa: F401
+
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training.regroup import regroup
 
 
 @dataclass(frozen=True)
@@ -32,33 +38,12 @@ class World:
     world_size: int
 
 
-class Membership(Protocol):
-    """How a process joins an elastic world and follows its generations."""
-
-    def join(self) -> World:
-        """Blocks until this process is a member."""
-        ...
-
-    def change_is_wanted(self) -> bool:
-        """Whether a newcomer is waiting for admission. Must not block."""
-        ...
-
-    def next_world(self, world: World) -> World:
-        """Blocks until the survivors of `world` agree on the next one."""
-        ...
-
-    def connect(self, world: World) -> Communicator:
-        """Creates the process group of `world`."""
-        ...
-
-
-class StoreMembership:
-    """Membership over a `torch.distributed` store that no member hosts.
+class Membership:
+    """How a process joins an elastic world and follows its generations, over a store no member hosts.
 
     Args:
         store: For example a TCPStore on a node that is not preempted.
         slot: Number of this process; never reused after its death.
-        backend: Backend of the process groups.
         settle_s: Seconds that survivors wait for one more survivor before they continue without it.
         timeout_s: Timeout in seconds for joining and for the collectives of the groups.
         while_joining: Called repeatedly while this process waits for admission; raise to give up.
@@ -113,6 +98,7 @@ class StoreMembership:
         )
 
     def change_is_wanted(self) -> bool:
+        """Whether a newcomer is waiting for admission. Does not block."""
         return self._store.check([f"join/{self._joins_seen + 1}"])
 
     def next_world(self, world: World) -> World:
@@ -132,6 +118,7 @@ class StoreMembership:
         return self._world(generation)
 
     def connect(self, world: World) -> Communicator:
+        """Creates the process group of `world`."""
         return regroup(
             world.generation,
             world.rank,
@@ -190,3 +177,60 @@ class StoreMembership:
     def _world(self, generation: int) -> World:
         members, self._joins_seen = self._plan(generation)
         return World(generation, members.index(self._slot), len(members))
+
+
+_OWN_REFERENCES = 2
+"""A local name and the argument of `getrefcount`."""
+
+
+def regroup(
+    generation: int,
+    rank: int,
+    world_size: int,
+    store: dist.Store,
+    *,
+    backend: str = "gloo",
+    timeout_s: float = 60.0,
+) -> Communicator:
+    """Destroys the old group, if there is one, and creates the group of `generation`. Collective.
+
+    The members agree on `generation`, `world_size` and their ranks beforehand. The `store` is hosted
+    outside the members, so it survives any of them. Destroying the old group first also wakes peers
+    that still wait in it for a lost member.
+
+    Raises:
+        CommunicationError: If the members do not connect within `timeout_s` seconds.
+    """
+    leave()
+    if world_size == 1:
+        return Communicator.solo()
+    try:
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"generation-{generation}", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    except RuntimeError as error:
+        leave()
+        raise CommunicationError(
+            f"rank {rank} of {world_size} could not join generation {generation}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return Communicator.world()
+
+
+def leave() -> None:
+    """Destroys the group of this process, if there is one.
+
+    Its connections close, which wakes peers that wait in it, once the last reference to it is gone. A
+    failed trainer holds references in cycles, hence the collection; a caller that still handles the
+    error holds one too, so call this outside the handler.
+    """
+    if not dist.is_initialized():
+        return
+    group = dist.group.WORLD
+    dist.destroy_process_group()
+    if sys.getrefcount(group) > _OWN_REFERENCES:
+        gc.collect()

@@ -370,17 +370,11 @@ class StepTrainer:
         self._parts.passes.forget_mixed()
         join_batch_norm(self.config, self.model, communicator)
 
-    def build_preconditioner(self) -> None:
-        """K-FAC anew for the present ranks; its state must be restored. Collective."""
+    def build_preconditioner(self, communicator: Communicator | None = None) -> None:
+        """K-FAC anew, as one that holds nothing yet, for the present ranks or those given. Collective."""
         if self.kfac is not None:
             self.kfac.close()
-        self._precondition_for(self.communicator)
-
-    def reset_preconditioner(self) -> None:
-        """K-FAC anew, as one that holds nothing yet."""
-        if self.kfac is not None:
-            self.kfac.close()
-        self._precondition_for(Communicator.solo())
+        self._precondition_for(communicator or self.communicator)
 
     def resize_preconditioner(self) -> int | None:
         """K-FAC works with the present ranks and keeps what it holds; the bytes that moved. Collective.

@@ -44,22 +44,18 @@ def analyse(world: Communicator, ranks: int) -> dict[str, Any] | None:
         return None
     model, x, y = problem()
 
-    def add(tensor: Tensor) -> None:
-        part.all_reduce(tensor, tag="hessian").wait()
-
     edges = {1: [0, COUNT], 2: [0, 7, COUNT], 3: [0, 16, COUNT, COUNT]}[ranks]
     mine = slice(edges[part.rank], edges[part.rank + 1])
     own: list[Batch] = list(zip(x[mine].split(5), y[mine].split(5), strict=True))
-    hessian = Hessian(model, loss_sum, own, sum_over_ranks=add)
+    hessian = Hessian(model, loss_sum, own, communicator=part)
     top = top_eigenvalues(hessian, 3, max_iterations=40, tolerance=1e-9)
     _, ends = spectrum(hessian, max_steps=20, tolerance=0.0)
-    share = {"rank": part.rank, "world_size": part.world_size, "sum_over_ranks": add}
-    spread = bias_variance(model, loss_sum, own, sum_over_ranks=add)
+    spread = bias_variance(model, loss_sum, own, communicator=part)
 
     kfac = KFAC(model, process_group=part, grad_worker_frac=1 / ranks, damping=0.1)
     (loss_sum(model.train()(x), y) / COUNT).backward()  # the same batch on every rank
     kfac.step(num_samples=COUNT, loss_scale_per_sample=1 / COUNT)
-    surrogate = kfac_eigenvalue(kfac, **share)
+    surrogate = kfac_eigenvalue(kfac, communicator=part)
     kfac.close()
     model, _, _ = problem()
     return {
@@ -70,10 +66,10 @@ def analyse(world: Communicator, ranks: int) -> dict[str, Any] | None:
         "density": torch.tensor(density(hessian, draws=2, steps=10).moment(2)),
         "gradient": hessian.gradient().gradient,
         "along": torch.tensor(
-            loss_along(model, loss_sum, own, top.vectors[0], [-0.1, 0.1], sum_over_ranks=add)
+            loss_along(model, loss_sum, own, top.vectors[0], [-0.1, 0.1], communicator=part)
         ),
         "one_sample": one_sample_eigenvalues(
-            model, loss_sum, lambda i: (x[i : i + 1], y[i : i + 1]), 5, top=2, **share
+            model, loss_sum, lambda i: (x[i : i + 1], y[i : i + 1]), 5, top=2, communicator=part
         ),
         "spread": torch.tensor([spread.mean, spread.variance], dtype=torch.float64),
         "surrogate": torch.tensor(surrogate),
@@ -87,7 +83,7 @@ def expired_by_one_rank(world: Communicator) -> int:
         model,
         loss_sum,
         [(x, y)],
-        sum_over_ranks=lambda t: world.all_reduce(t, tag="hessian").wait(),
+        communicator=world,
         time_budget_s=budget,
     )
     return top_eigenvalues(hessian, 2, tolerance=0.0).products

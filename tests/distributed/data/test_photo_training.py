@@ -19,7 +19,7 @@ from elastic_kfac.config import Config, read_config
 from elastic_kfac.data import SampleStream, ShardSet, verify_shards
 from elastic_kfac.data.augment import augmentation_key, center_boxes, resized_crop_boxes
 from elastic_kfac.runs.audit import audit_run
-from elastic_kfac.runs.measures import evaluate_run
+from elastic_kfac.runs.checkpoints import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
@@ -114,7 +114,7 @@ def test_imagenet_configuration_runs_from_tars_to_an_audited_run(tmp_path: Path)
     assert report.passed and report.complete_epochs == 2, report.line()
     losses = [row["loss"] for row in folder.metrics() if "loss" in row]
     assert len(losses) == 6 and np.isfinite(losses).all()
-    evaluated = evaluate_run(folder)
+    _, evaluated = evaluate_run(folder)
     assert evaluated.count == VALIDATION
 
 
@@ -153,7 +153,7 @@ def test_caltech_photos_train_at_two_ranks_then_one(data_folder: Path, tmp_path:
     assert report.passed, report.line()
     losses = [row["loss"] for row in folder.metrics() if "loss" in row]
     assert len(losses) == 8 and np.isfinite(losses).all()
-    assert evaluate_run(folder).count == 606
+    assert evaluate_run(folder)[1].count == 606
 
 
 def by_pil(data: bytes, box: np.ndarray, flip: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ from elastic_kfac.communication.counters import all_reduce_received
 from elastic_kfac.communication.packing import triangle_size
 from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.errors import StateError
-from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
+from elastic_kfac.optimizers.large_batch import WeightRescaling
 from support.gloo import run_ranks
 
 BATCH = 10

@@ -9,8 +9,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.runs.audit import audit_run
+from elastic_kfac.runs.checkpoints import evaluate_run
 from elastic_kfac.runs.final_record import compact_ledger, read_ledger
-from elastic_kfac.runs.measures import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import to_parquet
 from elastic_kfac.state.run_folder import RunFolder
@@ -59,7 +59,7 @@ def test_digits_at_two_ranks_then_one_passes_the_audit_and_learns(tmp_path: Path
     rows = [row for row in folder.metrics() if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 25))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    evaluation = evaluate_run(folder)
+    _, evaluation = evaluate_run(folder)
     assert evaluation.count == 359
     last = [row["eval_accuracy"] for row in folder.metrics() if "eval_accuracy" in row][-1]
     assert evaluation.accuracy == last > 0.5

@@ -15,7 +15,7 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
-from elastic_kfac.training.membership import StoreMembership
+from elastic_kfac.training.membership import Membership
 from support.departure import Departed, DepartingMembership
 from support.faults import Faults
 from support.gloo import disband, run_ranks
@@ -47,7 +47,7 @@ def member(folder: str, script: Script) -> Seen:
     store = disband()
     membership = DepartingMembership(store, slot, settle_s=2, timeout_s=60)
     if slot == min(script.founders):
-        StoreMembership.found(store, script.founders)
+        Membership.found(store, script.founders)
     store.wait(["membership/generation"])
     seen, faults, recorded = Seen(), Faults(slot), RecordingCallback()
     if slot in script.kills:

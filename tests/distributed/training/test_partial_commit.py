@@ -19,7 +19,7 @@ from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.loop import run_rank
-from elastic_kfac.training.membership import StoreMembership
+from elastic_kfac.training.membership import Membership
 from support.faults import Faults
 from support.gloo import disband, run_ranks
 from support.training_problems import (
@@ -41,9 +41,9 @@ def member(folder: str, torn: bool) -> tuple[list[int], list[int]]:
     """Slot 1 dies once it has committed; slot 0 has committed too, slot 2 lost the exchange."""
     slot = dist.get_rank()
     store = disband()
-    membership = StoreMembership(store, slot, settle_s=2, timeout_s=60)
+    membership = Membership(store, slot, settle_s=2, timeout_s=60)
     if slot == 0:
-        StoreMembership.found(store, (0, 1, 2))
+        Membership.found(store, (0, 1, 2))
     store.wait(["membership/generation"])
     steps: list[int] = []
     recorded = RecordingCallback()
@@ -119,7 +119,7 @@ def lose_a_peer(folder: str, changes: dict[str, Any]) -> list[tuple[int, list[in
             callback=faults,
             control=KeepGoing(),
             datasets=memory_datasets(),
-            survivors=kept,
+            save_survivor=kept.save_survivor,
         )
     return kept.seen
 

@@ -9,10 +9,9 @@ from elastic_kfac.kfac.calibration import measure_costs, shared_costs
 
 
 @pytest.mark.parametrize("method", ["eigen", "inverse"])
-def test_measured_costs_grow_with_the_width_and_fit_their_measurements(method: str) -> None:
+def test_measured_costs_grow_with_the_width(method: str) -> None:
     fit = measure_costs(method, dimensions=(16, 64, 192), repeats=2)
-    assert 0 < fit.model.seconds(16) < fit.model.seconds(192)
-    assert len(fit.relative_residuals) == 3
+    assert 0 < fit.seconds(16) < fit.seconds(192)
 
 
 def test_shared_costs_alone_are_a_measurement_of_this_process() -> None:

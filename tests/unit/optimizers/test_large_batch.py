@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
-from elastic_kfac.state.state import optimizer_by_name, restore_optimizer
-from elastic_kfac.state.tree import join_tree, split_tree
+from elastic_kfac.state.state import join_tree, optimizer_by_name, restore_optimizer, split_tree
 
 
 def parameters() -> list[nn.Parameter]:

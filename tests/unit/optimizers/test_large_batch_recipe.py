@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.optimizers.large_batch import VelocitySGD
+from elastic_kfac.optimizers.large_batch import VelocitySGD, WeightRescaling
 from elastic_kfac.optimizers.schedules import polynomial_decay, tied_momentum
-from elastic_kfac.optimizers.weight_rescaling import WeightRescaling
 from support.recipes import IMAGENET_SAMPLES, PRESETS
 
 

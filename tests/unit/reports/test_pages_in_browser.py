@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from elastic_kfac.reports.pages import page, write_page
+from elastic_kfac.reports.pages import page
 from elastic_kfac.reports.run_page import write_report
 from elastic_kfac.reports.search_page import SECTIONS, write_search_page
 from support.browser import Visit, browser, visit
@@ -117,7 +117,9 @@ def test_page_of_a_search_with_hostile_names_runs_none_of_them(
 
 
 def test_page_of_a_run_works(debugger: str, make_run: Callable[..., Path]) -> None:
-    answers = opened(debugger, write_report(make_run()))
+    folder = make_run()
+    write_report(folder)
+    answers = opened(debugger, folder / "report.html")
     assert answers["headings"][0] == "Learning"
     assert answers["headings"][-1] == "Provenance"
 
@@ -130,7 +132,8 @@ def program() -> str:
 
 def test_browser_sees_what_a_page_must_not_do(debugger: str, tmp_path: Path) -> None:
     # The policy of our pages stops a program that got in, and the visit hears of it.
-    stopped = write_page(tmp_path / "stopped.html", program())
+    stopped = tmp_path / "stopped.html"
+    stopped.write_text(program(), encoding="utf-8")
     seen = visit(debugger, stopped, widths=WIDTHS, ask=EVERYWHERE)
     assert seen.answers["broken"] is None
     assert any("Content Security Policy" in complaint for complaint in seen.complaints)

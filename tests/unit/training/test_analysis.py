@@ -22,11 +22,11 @@ from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.reports.analysis import analysis_section, figures, training_figure
 from elastic_kfac.runs.checkpoint_analysis import (
-    analyse_run,
-    bias_variance_of_run,
-    low_rank_of_run,
+    analyse_checkpoint,
+    measure_bias_variance,
+    probe_low_rank,
 )
-from elastic_kfac.runs.checkpoints import choose_state
+from elastic_kfac.runs.checkpoints import choose_state, restored
 from elastic_kfac.runs.history import read_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
@@ -211,24 +211,25 @@ def test_checkpoints_are_chosen_by_step_by_epoch_or_the_newest(tmp_path: Path) -
 
 def test_analysed_run_shows_its_figures_and_probes_in_the_report(tmp_path: Path) -> None:
     run, _ = trained(tmp_path)
-    found = analyse_run(run, FULL, datasets=memory_datasets())
+    with restored(run, datasets=memory_datasets()) as here:
+        found = analyse_checkpoint(here, FULL)
+        spread = measure_bias_variance(here, AnalysisConfig(samples=None))
+        low_rank = probe_low_rank(here, AnalysisConfig(samples=16))
+        with pytest.raises(UsageError, match="allowed: train, test"):
+            analyse_checkpoint(here, FULL, split="validation")
     written = json.loads(run.storage.read(found["file"]))
     assert written["spectrum"] == found["spectrum"]
     assert written["landscape"]["losses"].keys() == {"train", "test"}
     assert figures(found).keys() == {"spectrum", "landscape", "density"}
     assert any("not a saddle" in line or "saddle" in line for line in table(found))
-    spread = bias_variance_of_run(run, AnalysisConfig(samples=None), datasets=memory_datasets())
     train = spread["splits"]["train"]
     expected = train["loss"] + math.sqrt(train["variance"] / train["samples"])
     assert train["bound"] == pytest.approx(expected, rel=1e-12)
-    low_rank = low_rank_of_run(run, AnalysisConfig(samples=16), datasets=memory_datasets())
     assert sum("holds" in line or "FAILS" in line for line in low_rank_table(low_rank)) == 3
     text = analysis_section(read_run(tmp_path))
     for heading in ("Loss surface", "Bias and variance", "Low-rank probe"):
         assert heading in text
     assert text.count("<svg") == 3
-    with pytest.raises(UsageError, match="allowed: train, test"):
-        analyse_run(run, FULL, split="validation", datasets=memory_datasets())
 
 
 def test_kernel_block_has_low_rank_and_unrolled_inputs_have_not() -> None:

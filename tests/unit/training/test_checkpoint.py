@@ -15,8 +15,7 @@ import torch
 from elastic_kfac.errors import StateError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import Ledger
-from elastic_kfac.state.state import Progress, TrainingState, tensors_sha256
-from elastic_kfac.state.tree import join_tree, split_tree
+from elastic_kfac.state.state import Progress, TrainingState, join_tree, split_tree, tensors_sha256
 
 
 def make_state(step: int, *, ledger: Ledger | None = None) -> TrainingState:

@@ -13,9 +13,8 @@ from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import ConfigError, NumericalError, StateError
 from elastic_kfac.runs.audit import audit_rows
-from elastic_kfac.runs.checkpoints import export_run
+from elastic_kfac.runs.checkpoints import evaluate_run, export_run
 from elastic_kfac.runs.final_record import compact_ledger, read_ledger, result_row
-from elastic_kfac.runs.measures import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.run_folder import RunFolder
@@ -271,9 +270,9 @@ def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
     folder.write_config(config)
     outcome = run(tmp_path, callback=FolderWriter(folder))
     datasets = memory_datasets()
-    evaluation = evaluate_run(folder, datasets=datasets)
+    step, evaluation = evaluate_run(folder, datasets=datasets)
     last = [row for row in folder.metrics() if "eval_accuracy" in row][-1]
-    assert evaluation.accuracy == last["eval_accuracy"] and evaluation.step == 12
+    assert evaluation.accuracy == last["eval_accuracy"] and step == 12
     assert compact_ledger(folder) == 12
     assert audit_rows(read_ledger(folder), MemoryOrder()).passed
     result = result_row(config, outcome)

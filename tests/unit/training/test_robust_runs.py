@@ -10,8 +10,8 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import read_config
+from elastic_kfac.runs.checkpoints import evaluate_run
 from elastic_kfac.runs.final_record import result_row
-from elastic_kfac.runs.measures import evaluate_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.attacks import check_attacks
@@ -93,12 +93,13 @@ def test_evaluations_count_attacked_samples_too(run: tuple[RunFolder, dict[str, 
     rows = [row for row in folder.metrics() if "eval_loss" in row]
     assert all(row["eval_adversarial_loss"] > row["eval_loss"] for row in rows)
     assert all(row["eval_adversarial_accuracy"] <= row["eval_accuracy"] for row in rows)
-    configured = evaluate_run(folder, datasets=memory_datasets())
-    assert configured.adversarial_loss == pytest.approx(rows[-1]["eval_adversarial_loss"])
+    _, configured = evaluate_run(folder, datasets=memory_datasets())
+    assert configured.attacked is not None
+    assert configured.attacked.loss == pytest.approx(rows[-1]["eval_adversarial_loss"])
     weak = {"eval_attack": "pgd", "eval_radius": 0.01, "eval_steps": 2}
-    weaker = evaluate_run(folder, attack=weak, datasets=memory_datasets())
-    assert weaker.adversarial_loss is not None and configured.adversarial_loss is not None
-    assert weaker.loss < weaker.adversarial_loss < configured.adversarial_loss
+    _, weaker = evaluate_run(folder, attack=weak, datasets=memory_datasets())
+    assert weaker.attacked is not None
+    assert weaker.loss < weaker.attacked.loss < configured.attacked.loss
 
 
 def test_growth_by_schedule_is_an_event_and_scales_the_rate(tmp_path: Path) -> None:

@@ -124,7 +124,6 @@ def environment(variables: Mapping[str, str], *, user_wins: bool = False) -> Ite
     """Sets variables for the block, for processes that Ray starts in it; then restores them.
 
     Args:
-        variables: Names and values.
         user_wins: Whether a variable that is already set keeps its value.
     """
     if user_wins:

@@ -89,7 +89,6 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         """Created by the driver, runs in Ray Train's controller.
 
         Args:
-            coordinator: Handle of the run coordinator.
             spare_processes: Idle worker processes to keep ready on every node of a group.
             head_start_s: Upper bound on the time that processes on new nodes get for their imports
                 before the group drains; only with spare processes.
@@ -227,10 +226,8 @@ class InPlaceCallback(ElasticCallback):
         """Created by the driver, runs in Ray Train's controller.
 
         Args:
-            coordinator: Handle of the run coordinator.
             wait_s: How long survivors run on without a place for the lost ranks.
             min_workers: With fewer survivors the group drains at once.
-            options: Those of `ElasticCallback`.
         """
         super().__init__(coordinator, **options)
         self._wait_s = wait_s

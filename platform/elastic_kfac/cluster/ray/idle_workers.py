@@ -44,10 +44,7 @@ def prestart_workers(
     Only an optimisation: a refusal is logged and the next worker starts from scratch.
 
     Args:
-        node_ids: Nodes to ask.
-        count: Unused processes per node.
         environment: Runtime environment of the actors they are for; None is that of this process.
-        keep_s: How long an unused process stays.
 
     Returns:
         How many processes were requested.
@@ -74,7 +71,7 @@ def await_idle_workers(node_ids: set[str], *, timeout_s: float, settled_s: float
         Whether there is one on every node and all of them are at rest.
     """
     deadline = time.monotonic() + timeout_s
-    before: dict[int, float] = {}
+    before: dict[int, float | None] = {}
     while True:
         pids = []
         try:
@@ -84,10 +81,10 @@ def await_idle_workers(node_ids: set[str], *, timeout_s: float, settled_s: float
         except Exception:
             logger.warning("cannot ask nodes for their workers", exc_info=True)
             return False
-        now = {pid: _cpu_seconds(pid) for pids_of_node in pids for pid in pids_of_node}
+        now = {pid: cpu_seconds(pid) for pids_of_node in pids for pid in pids_of_node}
         # A process that has just been started rests too, before its imports.
         if all(pids) and all(
-            spent > 0.5 and before.get(pid) == spent for pid, spent in now.items()
+            spent and spent > 0.5 and before.get(pid) == spent for pid, spent in now.items()
         ):
             return True
         if time.monotonic() > deadline:
@@ -100,11 +97,12 @@ def _nodes(node_ids: set[str]) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in node_ids]
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float | None:
+    """CPU time of a process of this machine; None for one that is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
+        return None
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 

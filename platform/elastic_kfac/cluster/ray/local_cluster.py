@@ -103,12 +103,9 @@ class LocalCluster:
         """Starts the head and `num_nodes` nodes besides it.
 
         Args:
-            num_nodes: Nodes besides the head.
             cpus_per_node: Logical CPUs of a node; more than the machine has is allowed.
-            gpus_per_node: Logical GPUs of a node.
             gpu_ids: CUDA names of devices of this machine, assigned to nodes in turn; without them all
                 nodes see the same ones.
-            resources_per_node: Further logical resources of a node.
             object_store_mib: Shared memory of a node's object store, in MiB.
             dashboard: Whether to start Ray's dashboard (needed for the jobs API).
             start_attempts: Limit on attempts; on a busy machine the first may time out.

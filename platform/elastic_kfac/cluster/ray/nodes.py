@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -15,6 +16,20 @@ from elastic_kfac.cluster.ray.internals import ray_state
 
 ANSWER_TIMEOUT_S = 60.0
 """How long a node may take to start a process and answer."""
+
+
+def start_actor(kind: type, *arguments: Any, node_id: str | None = None, **named: Any) -> Any:
+    """Starts an actor without resources of its own and returns its handle at once.
+
+    Args:
+        kind: Its class; `arguments` and `named` are those of its constructor.
+        node_id: Node that it needs; None is the node of this process.
+    """
+    node_id = node_id or ray.get_runtime_context().get_node_id()
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return (
+        ray.remote(kind).options(num_cpus=0, scheduling_strategy=there).remote(*arguments, **named)
+    )
 
 
 def staying_nodes() -> dict[str, dict[str, float]]:

@@ -38,7 +38,6 @@ def refresh_capacity(timeout_s: float = 10.0, *, withdraw: Sequence[str] = ()) -
     """Makes Ray Train see the nodes as they are now.
 
     Args:
-        timeout_s: How long the autoscaling coordinator may take.
         withdraw: Requests of controllers that were killed; Ray would honour them for 180 s.
     """
     try:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
@@ -21,7 +21,7 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
 
 if TYPE_CHECKING:
-    from elastic_kfac.cluster.run.replicas import ReplicaPlace
+    from elastic_kfac.cluster.run.replicas import Places
 
 LOST = "a member of the world was lost"
 RETURNED = "a replacement joined the world"
@@ -30,33 +30,33 @@ REPLICAS_INTERVAL_S = 5.0
 """Between two measurements of what the replica actors hold."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunView:
-    """A snapshot of a run for the driver."""
+    """The record of a run: the coordinator keeps it, and sends the driver snapshots of it."""
 
-    state: RunState
-    reason: str
+    state: RunState = RunState.STARTING
+    reason: str = ""
     """Reason of the state."""
-    attempt: int
-    world_size: int
-    pids: Mapping[int, int]
-    progress: Mapping[str, Any]
-    """The newest row of a step."""
-    evaluation: Mapping[str, Any]
-    """The newest metrics row of an evaluation."""
-    events: Sequence[Mapping[str, Any]]
-    """Event rows after the ones the driver has seen."""
-    num_events: int
-    outcome: Mapping[str, Any] | None
-    """Result of the training function when the run ended."""
-    error: RankError | None
-    """Why the run has to end."""
-    world_sizes: Sequence[int]
-    worker_seconds: float
-    state_since: float
+    state_since: float = field(default_factory=time.time)
     """Unix time."""
+    attempt: int = 0
+    world_size: int = 0
+    pids: Mapping[int, int] = field(default_factory=dict)
     rank_nodes: Mapping[int, str] = field(default_factory=dict)
     """Ray's identifier of every rank's node."""
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    """The newest row of a step."""
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    """The newest metrics row of an evaluation."""
+    events: Sequence[Mapping[str, Any]] = ()
+    """Event rows after the ones the driver has seen."""
+    num_events: int = 0
+    outcome: Mapping[str, Any] | None = None
+    """Result of the training function when the run ended."""
+    error: RankError | None = None
+    """Why the run has to end."""
+    world_sizes: Sequence[int] = field(default_factory=list)
+    worker_seconds: float = 0.0
     controller: Any = None
     """Ray's handle of the controller."""
     placement_group: Any = None
@@ -78,7 +78,6 @@ class RunCoordinator:
         """Opens the run's folder.
 
         Args:
-            run_uri: The run's folder.
             in_place: Whether Ray replaces failed ranks while the others run on.
             breaker: Decides when a run that keeps failing has to end.
             survivors_timeout_s: How long survivors have to save their state after processes died.
@@ -96,25 +95,16 @@ class RunCoordinator:
         self._wanted_workers = next(
             (r["wanted_workers"] for r in rows[:-9:-1] if "wanted_workers" in r), None
         )
-        self._attempt = 0
         self._group: Group | None = None
         self._change: Change | None = None
         self._stop_reason: str | None = None
-        self._progress: dict[str, Any] = {}
-        self._evaluation: dict[str, Any] = {}
+        self._run = RunView()
         self._events: list[dict[str, Any]] = []
-        self._outcome: dict[str, Any] | None = None
-        self._error: RankError | None = None
         self._plan: Any = None
-        self._world_sizes: list[int] = []
         self._steps_redone = 0
-        self._worker_seconds = 0.0
-        self._state, self._reason = RunState.STARTING, ""
-        self._state_since = self._last_step_time = time.time()
-        self._controller: Any = None
-        self._placement_group: Any = None
+        self._last_step_time = time.time()
         self._step_reached = asyncio.Condition()
-        self._replicas: tuple[ReplicaPlace, ...] = ()
+        self._replicas: Places = {}
         self._replicas_measured_at = float("-inf")
 
     def __repr__(self) -> str:
@@ -124,7 +114,7 @@ class RunCoordinator:
 
     async def controller_started(self, controller: Any) -> None:
         """Keeps the controller's handle for the driver."""
-        self._controller = controller
+        self._run.controller = controller
 
     async def group_planned(self, world_size: int) -> None:
         """Ray has begun to place a group of this size."""
@@ -133,20 +123,20 @@ class RunCoordinator:
 
     async def group_started(self, pids: Mapping[int, int], nodes: Mapping[int, str]) -> None:
         """All processes of the next group are up; they are the founders of its first world."""
-        self._enter(RunState.STARTING, self._reason)
+        self._enter(RunState.STARTING, self._run.reason)
         self._mark("started")
         self._close_group()
-        self._attempt += 1
+        self._run.attempt += 1
         size = len(pids)
-        self._group = Group(self._attempt, size, dict(pids), dict(nodes), time.time(), size, size)
+        self._group = Group(
+            self._run.attempt, size, dict(pids), dict(nodes), time.time(), size, size
+        )
         self._group.store_address = asyncio.get_running_loop().create_future()
 
     async def drain(self, reason: str, *, timeout_s: float, notice_s: float | None = None) -> bool:
         """Asks all ranks to stop at the same boundary and waits until they have exited.
 
         Args:
-            reason: Why the group changes.
-            timeout_s: Upper bound on the wait.
             notice_s: For a preemption, the time until the first node leaves.
 
         Returns:
@@ -154,7 +144,7 @@ class RunCoordinator:
         """
         group = self._group
         if group is None:
-            return self._outcome is not None
+            return self._run.outcome is not None
         self._begin_change("resize", reason)
         if notice_s is not None:
             change = group.next_change or self._change
@@ -186,7 +176,7 @@ class RunCoordinator:
         died = sorted(silent - self._breaker.reported_ranks)
         if group is not None and died:
             await self._await_survivors(group, gone=set(died))
-        self._error = self._breaker.judge(
+        self._run.error = self._breaker.judge(
             step=self._last_step, died=died, errors=errors, lost_nodes=len(lost_nodes)
         )
         reason = self._breaker.last_reason
@@ -194,7 +184,7 @@ class RunCoordinator:
         self._record_failure(group.world_size if group else None, None)
         self._close_group()
         self._enter(RunState.WAITING, reason)
-        return self._error
+        return self._run.error
 
     async def members_lost(
         self, errors: Mapping[int, str], lost_nodes: Sequence[str]
@@ -207,14 +197,14 @@ class RunCoordinator:
         group.away.update(rank for rank in errors if rank in group.pids)
         for rank in group.away:
             group.ended.pop(rank, None)
-        self._error = self._breaker.judge(
+        self._run.error = self._breaker.judge(
             step=self._last_step, died=silent, errors=errors, lost_nodes=len(lost_nodes)
         )
         if self._change is not None and self._change.reason == LOST:
             self._change.reason = self._breaker.last_reason
         size = len(group.pids)
         self._record_failure(size, size - len(group.away), in_place=True)
-        return self._error
+        return self._run.error
 
     async def is_over(self) -> bool:
         """Whether every remaining rank has returned for good."""
@@ -239,7 +229,7 @@ class RunCoordinator:
     ) -> dict[str, Any]:
         """Registers a rank whose training function begins; returns its place in the group."""
         self._mark("joined")
-        self._placement_group = places
+        self._run.placement_group = places
         group = self._group
         if group is None:
             raise RuntimeError(f"rank {rank} joined before its group was started")
@@ -286,7 +276,7 @@ class RunCoordinator:
             group = self._group
         return None
 
-    async def replica_places(self) -> tuple[ReplicaPlace, ...]:
+    async def replica_places(self) -> Places:
         """The present replica actors."""
         return self._replicas
 
@@ -305,7 +295,7 @@ class RunCoordinator:
                 metrics.append(row)
                 self._telemetry.logged(row)
                 if row.get("eval_accuracy") is not None:
-                    self._evaluation = dict(row)
+                    self._run.evaluation = dict(row)
             elif kind == "event":
                 self._record_rank_event(group, row)
             elif kind == "rollback":
@@ -332,8 +322,8 @@ class RunCoordinator:
         is_last = outcome.get("status") != "parked" or self._stop_reason is not None
         # In place, rank 0 may be a process that was never taken into the world.
         knows = "steps" in outcome and (rank == 0 or self._in_place)
-        if is_last and (knows or (rank == 0 and self._outcome is None)):
-            self._outcome = dict(outcome)
+        if is_last and (knows or (rank == 0 and self._run.outcome is None)):
+            self._run.outcome = dict(outcome)
 
     async def rank_failed(self, attempt: int, error: RankError) -> None:
         """A rank's training function raised."""
@@ -354,31 +344,21 @@ class RunCoordinator:
         """A snapshot for the display, without the first `seen_events` events."""
         group = self._group
         running = (time.time() - group.began) * group.world_size if group is not None else 0.0
-        return RunView(
-            state=self._state,
-            reason=self._reason,
-            attempt=self._attempt,
+        return replace(
+            self._run,
             world_size=group.world_size if group is not None else 0,
             pids=dict(group.pids) if group is not None else {},
-            progress=dict(self._progress),
-            evaluation=dict(self._evaluation),
-            events=list(self._events[seen_events:]),
-            num_events=len(self._events),
-            outcome=self._outcome,
-            error=self._error,
-            world_sizes=list(self._world_sizes),
-            worker_seconds=self._worker_seconds + running,
-            state_since=self._state_since,
             rank_nodes=dict(group.nodes) if group is not None else {},
-            controller=self._controller,
-            placement_group=self._placement_group,
+            events=self._events[seen_events:],
+            num_events=len(self._events),
+            worker_seconds=self._run.worker_seconds + running,
         )
 
     async def reached(self, step: int) -> int:
         """Waits until `step` is committed; returns the newest committed step."""
         async with self._step_reached:
-            await self._step_reached.wait_for(lambda: self._progress.get("step", -1) >= step)
-        return int(self._progress["step"])
+            await self._step_reached.wait_for(lambda: self._run.progress.get("step", -1) >= step)
+        return int(self._run.progress["step"])
 
     async def stop(self, reason: str) -> None:
         """Drains this group and every later one: the run ends with its state safe."""
@@ -386,9 +366,9 @@ class RunCoordinator:
         if self._group is not None:
             self._group.changed.set()
 
-    async def set_replica_places(self, places: Sequence[ReplicaPlace]) -> None:
+    async def set_replica_places(self, places: Places) -> None:
         """The replica actors from now on."""
-        self._replicas = tuple(places)
+        self._replicas = places
 
     async def add_event(self, row: Mapping[str, Any]) -> None:
         """Records an event that the driver caused."""
@@ -403,9 +383,10 @@ class RunCoordinator:
     # ---- inside ----------------------------------------------------------------------------
 
     def _enter(self, state: RunState, reason: str) -> None:
-        if state is not self._state or reason != self._reason:
-            self._state, self._reason = transition(self._state, state), reason
-            self._state_since = time.time()
+        run = self._run
+        if state is not run.state or reason != run.reason:
+            run.state, run.reason = transition(run.state, state), reason
+            run.state_since = time.time()
             self._telemetry.state(state, reason)
 
     def _stop_reason_of(self, group: Group) -> str | None:
@@ -413,7 +394,7 @@ class RunCoordinator:
 
     def _is_over(self, group: Group) -> bool:
         present = set(group.pids) - group.away
-        return self._outcome is not None and bool(present) and set(group.ended) >= present
+        return self._run.outcome is not None and bool(present) and set(group.ended) >= present
 
     def _begin_change(self, kind: Literal["resize", "failure"], reason: str) -> None:
         change, group = self._change, self._group
@@ -440,7 +421,7 @@ class RunCoordinator:
 
     def _enter_world(self, group: Group, world_size: int) -> None:
         now = time.time()
-        self._worker_seconds += (now - group.began) * group.world_size
+        self._run.worker_seconds += (now - group.began) * group.world_size
         group.began = now
         change = self._change
         if change is not None and change.in_place and world_size > group.world_size:
@@ -471,19 +452,19 @@ class RunCoordinator:
         if not group.stepped:
             group.stepped = True
             self._first_step(group, now)
-        self._progress = {**row, "world_size": group.world_size}
+        self._run.progress = {**row, "world_size": group.world_size}
         self._last_step, self._last_step_time = step, now
         self._breaker.stepped(step)
         self._wanted_workers = row.get("wanted_workers")
-        self._telemetry.stepped(self._progress)
+        self._telemetry.stepped(self._run.progress)
 
     def _first_step(self, group: Group, now: float) -> None:
         change, self._change = self._change, group.next_change
         group.next_change = None
-        if self._state is not RunState.DRAINING:
+        if self._run.state is not RunState.DRAINING:
             self._enter(RunState.RUNNING, "")
-        if not self._world_sizes or self._world_sizes[-1] != group.world_size:
-            self._world_sizes.append(group.world_size)
+        if self._run.world_sizes[-1:] != [group.world_size]:
+            self._run.world_sizes = [*self._run.world_sizes, group.world_size]
         if change is None:
             details: dict[str, Any] = {
                 "kind": "continue" if self._continued else "start",
@@ -553,10 +534,10 @@ class RunCoordinator:
             self._replicas_measured_at = now
             self._measuring = asyncio.create_task(self._sum_replicas(self._replicas))
 
-    async def _sum_replicas(self, places: Sequence[ReplicaPlace]) -> None:
+    async def _sum_replicas(self, places: Places) -> None:
         # An actor that is gone is replaced by the driver; the next answer counts.
         with contextlib.suppress(Exception):
-            answers = [place.actor.infos.remote(0) for place in places]
+            answers = [actor.infos.remote(0) for actor in places.values()]
             held = await asyncio.wait_for(asyncio.gather(*answers), REPLICAS_INTERVAL_S)
             size = sum(info.num_bytes for infos in held for info in infos)
             self._telemetry.set("vault_bytes", size)
@@ -565,7 +546,7 @@ class RunCoordinator:
         group, self._group = self._group, None
         if group is not None:
             self._change = self._change or group.next_change
-            self._worker_seconds += (time.time() - group.began) * group.world_size
+            self._run.worker_seconds += (time.time() - group.began) * group.world_size
             group.changed.set()
             if group.store_address is not None and not group.store_address.done():
                 group.store_address.cancel()

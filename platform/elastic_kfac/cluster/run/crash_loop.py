@@ -83,9 +83,7 @@ class CrashLoopBreaker:
         """Judges the failure of the present group.
 
         Args:
-            step: The newest committed step.
             died: Ranks whose process ended without a report.
-            errors: Ray's errors by rank.
             lost_nodes: How many nodes of the group are dead.
 
         Returns:

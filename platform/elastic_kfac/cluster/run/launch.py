@@ -6,14 +6,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util import remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.controller import (
@@ -23,13 +21,13 @@ from elastic_kfac.cluster.ray.controller import (
 )
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node
+from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node, start_actor
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
-from elastic_kfac.cluster.run.membership import create_membership_host
+from elastic_kfac.cluster.run.membership import MembershipHost
 from elastic_kfac.cluster.run.replicas import ReplicaActors
 from elastic_kfac.cluster.run.states import RunState
-from elastic_kfac.cluster.run.worker import RANK_FUNCTION, WorkerSettings, run_worker
+from elastic_kfac.cluster.run.worker import WorkerSettings, run_worker
 from elastic_kfac.config import Config
 from elastic_kfac.observability.telemetry import TelemetryOptions
 from elastic_kfac.state.run_folder import RunFolder
@@ -53,20 +51,6 @@ _TRAIN_ENVIRONMENT = {
 _EMBEDDED_TRAIN_ENVIRONMENT = {"RAY_TRAIN_METRICS_ENABLED": "0"}
 
 
-@dataclass(frozen=True)
-class LaunchOptions:
-    """How a run is started; see `trainer.train`."""
-
-    rank_function: str = RANK_FUNCTION
-    """`module:function` that runs one rank."""
-    share: Callable[[], int] | None = None
-    """How many workers the run may use now; None leaves that to Ray."""
-    logical_gpus: bool = False
-    """Whether the cluster's GPUs are only Ray's numbers."""
-    log: str = ""
-    """Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`."""
-
-
 class Launch:
     """Starts a run on the connected cluster, keeps up with its nodes, and cleans up after it."""
 
@@ -75,15 +59,17 @@ class Launch:
         config: Config,
         folder: RunFolder,
         cluster: LocalCluster | None,
-        options: LaunchOptions,
+        *,
+        rank_function: str,
+        share: Callable[[], int] | None,
+        logical_gpus: bool,
+        log: str,
     ) -> None:
         """Creates the actors and Ray Train's trainer; `start` runs it.
 
         Args:
-            config: The run.
-            folder: The run's folder.
-            cluster: The embedded cluster, if it is one.
-            options: Further settings.
+            rank_function: As in `trainer.train`, like `share` and `logical_gpus`.
+            log: Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`.
         """
         self._folder = folder
         self._nodes: set[str] = set(alive_worker_nodes())
@@ -100,29 +86,23 @@ class Launch:
             elastic.min_workers,
             elastic.max_workers,
             exports=cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1",
-            log=options.log,
+            log=log,
         )
-        here = ray.get_runtime_context().get_node_id()
-        home = head_node() or here
-        self.coordinator: Any = (
-            ray.remote(RunCoordinator)
-            .options(
-                num_cpus=0,
-                max_concurrency=1000,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
-            )
-            .remote(run_uri, in_place=elastic.in_place, telemetry=telemetry)
+        home = head_node()
+        self.coordinator = start_actor(
+            RunCoordinator, run_uri, in_place=elastic.in_place, telemetry=telemetry
         )
-        self._replicas = ReplicaActors(home)
+        self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
         ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
+        member_host = start_actor(MembershipHost, node_id=home) if elastic.in_place else None
         settings = WorkerSettings(
             config,
             run_uri,
             self.coordinator,
-            options.rank_function,
+            rank_function,
             telemetry=telemetry,
-            membership_host=create_membership_host(home) if elastic.in_place else None,
-            logical_gpus=options.logical_gpus,
+            membership_host=member_host,
+            logical_gpus=logical_gpus,
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         self._trainer = TorchTrainer(
@@ -139,7 +119,7 @@ class Launch:
                 name=run_uri.rpartition("/")[2],
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[self._callback(config, options.share)],
+                callbacks=[self._callback(config, share)],
             ),
         )
         self._request = request_of(self._trainer)

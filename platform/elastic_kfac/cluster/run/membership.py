@@ -9,12 +9,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from elastic_kfac.communication.collectives import Communicator
     from elastic_kfac.training.callbacks import Control
-    from elastic_kfac.training.membership import StoreMembership
+    from elastic_kfac.training.membership import Membership
 
 MEMBER_TIMEOUT_S = 60.0
 """For joining, and for collectives between members."""
@@ -41,7 +40,7 @@ class MembershipHost:
         Raises:
             RuntimeError: If that group has been replaced.
         """
-        from elastic_kfac.training.membership import StoreMembership
+        from elastic_kfac.training.membership import Membership
 
         if attempt < self._attempt:
             raise RuntimeError("this group has been replaced")
@@ -49,37 +48,23 @@ class MembershipHost:
             self._store = None
             host = ray.util.get_node_ip_address()
             self._store, port = _listening_store(host, None, self._timeout)
-            StoreMembership.found(self._store, range(founders))
+            Membership.found(self._store, range(founders))
             self._attempt, self._address = attempt, (host, port)
         return self._address
 
 
-def create_membership_host(node_id: str) -> Any:
-    """Starts the actor on a node that outlives the workers; returns its handle at once."""
-    return (
-        ray.remote(MembershipHost)
-        .options(
-            num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote()
-    )
-
-
 def membership_of(
     host: Any, joined: Mapping[str, Any], control: Control, *, backend: str
-) -> StoreMembership:
+) -> Membership:
     """The membership of this process in its group's worlds.
 
     Args:
-        host: Handle of the `MembershipHost`.
         joined: The coordinator's answer when this process joined.
         control: Has a stop reason when it is too late to join.
-        backend: Backend of the process groups.
     """
     from torch.distributed import TCPStore
 
-    from elastic_kfac.training.membership import StoreMembership
+    from elastic_kfac.training.membership import Membership
 
     address, port = ray.get(host.open.remote(joined["attempt"], joined["founders"]))
     store = TCPStore(
@@ -90,7 +75,7 @@ def membership_of(
         if control.stop_reason() is not None:
             raise NeverAMember
 
-    return StoreMembership(
+    return Membership(
         store,
         int(joined["slot"]),
         backend=backend,
@@ -111,7 +96,7 @@ def process_group(
     from torch.distributed import TCPStore
 
     from elastic_kfac.communication.collectives import Communicator
-    from elastic_kfac.training.regroup import leave, regroup
+    from elastic_kfac.training.membership import leave, regroup
 
     if world_size == 1:
         yield Communicator.solo()

@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from elastic_kfac.errors import StateError
 
@@ -51,13 +51,8 @@ class ReplicaInfo:
     """Whether a survivor of a lost group sent it."""
 
 
-@dataclass(frozen=True)
-class ReplicaPlace:
-    """A replica actor and its node."""
-
-    node_id: str
-    actor: Any
-    """Handle of the `ReplicaActor`."""
+Places = Mapping[str, Any]
+"""Handles of the replica actors by node, oldest first."""
 
 
 class ReplicaActor:
@@ -124,9 +119,9 @@ class ReplicaActors:
         self._actors: dict[str, Any] = {home: self._create(home)}
 
     @property
-    def places(self) -> tuple[ReplicaPlace, ...]:
-        """The actors, oldest first."""
-        return tuple(ReplicaPlace(node_id, actor) for node_id, actor in self._actors.items())
+    def places(self) -> Places:
+        """The present actors."""
+        return dict(self._actors)
 
     def follow(self, rank_nodes: Mapping[int, str], usable: set[str]) -> bool:
         """Adapts to where the ranks are.
@@ -158,16 +153,9 @@ class ReplicaActors:
 
 
 def _create_actor(node_id: str) -> Any:
-    """Starts an actor on a node; returns its handle at once."""
-    return (
-        ray.remote(ReplicaActor)
-        .options(
-            num_cpus=0,
-            max_restarts=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-        )
-        .remote()
-    )
+    from elastic_kfac.cluster.ray.nodes import start_actor
+
+    return start_actor(ReplicaActor, node_id=node_id)
 
 
 def _end_actor(actor: Any) -> None:
@@ -202,7 +190,7 @@ class ReplicatedStore:
     def __init__(
         self,
         durable: CheckpointStore,
-        places: Callable[[], Sequence[ReplicaPlace]],
+        places: Callable[[], Places],
         *,
         attempt: int,
         checkpoint_interval_s: float,
@@ -212,11 +200,8 @@ class ReplicatedStore:
         """Wraps `durable`.
 
         Args:
-            durable: The checkpoints of the run.
-            places: Returns the present replica actors.
             attempt: Number of this worker group; actors refuse what older groups send later.
             checkpoint_interval_s: At least this long between two checkpoints.
-            callback: Receives what happens.
             timeout_s: How long an actor may take to answer.
         """
         self._durable = durable
@@ -284,21 +269,18 @@ class ReplicatedStore:
             StateError: If there are checkpoints but nothing can be read.
         """
         replicas = list(self._infos())
-        candidates: list[tuple[int, ReplicaPlace | None, ReplicaInfo | None]] = [
-            (info.step, place, info) for place, info in replicas
-        ]
-        if replicas:
-            candidates += [(step, None, None) for step in self._durable.steps()]
+        candidates: list[tuple[int, bool, str, Callable[[], TrainingState]]] = []
+        for node, actor, info in replicas:
+            source = f"replica on node {node[:8]}"
+            if info.rescued:
+                source = f"survivor's checkpoint ({source})"
+            candidates.append((info.step, True, source, partial(self._fetch, actor, info)))
+        for step in self._durable.steps() if replicas else ():
+            candidates.append((step, False, "disk", partial(self._durable.load, step)))
         # Where both have a step the replica is nearer.
-        candidates.sort(key=lambda entry: (entry[0], entry[1] is not None), reverse=True)
-        for step, place, info in candidates:
+        for step, _, source, load in sorted(candidates, key=lambda c: c[:2], reverse=True):
             try:
-                if place is None or info is None:
-                    state, source = self._durable.load(step), "disk"
-                else:
-                    state, source = self._fetch(place, info), f"replica on node {place.node_id[:8]}"
-                    if info.rescued:
-                        source = f"survivor's checkpoint ({source})"
+                state = load()
             except (StateError, OSError, ray.exceptions.RayError) as error:
                 line = error.line() if isinstance(error, StateError) else str(error)
                 self._callback.on_warning(
@@ -354,9 +336,9 @@ class ReplicatedStore:
             info = ReplicaInfo(self._attempt, step, digest.hexdigest(), num_bytes, rescued)
             # Arrays enter and leave the object store without a copy of their own.
             shared = ray.put(buffers)
-            for place in places:
-                self._sent[place.node_id] = place.actor.put.remote(info, shared)
-            waiting = [self._sent[place.node_id] for place in places]
+            for node, actor in places.items():
+                self._sent[node] = actor.put.remote(info, shared)
+            waiting = [self._sent[node] for node in places]
             deadline = time.monotonic() + self._timeout_s
             while waiting and time.monotonic() < deadline:
                 ready, waiting = ray.wait(waiting, timeout=self._timeout_s)
@@ -378,9 +360,9 @@ class ReplicatedStore:
         )
         return False
 
-    def _free_places(self) -> list[ReplicaPlace]:
+    def _free_places(self) -> Places:
         # An actor that is slow (it may still be starting) must not hold up the others.
-        known = {place.node_id: place for place in self._places()}
+        known = self._places()
         self._sent = {node: answer for node, answer in self._sent.items() if node in known}
         if self._sent:
             all_busy = len(self._sent) == len(known)
@@ -390,10 +372,12 @@ class ReplicatedStore:
                 timeout=self._timeout_s if all_busy else 0,
             )
             self._sent = {n: answer for n, answer in self._sent.items() if answer not in done}
-        return [place for node, place in known.items() if node not in self._sent]
+        return {node: actor for node, actor in known.items() if node not in self._sent}
 
-    def _infos(self) -> Iterator[tuple[ReplicaPlace, ReplicaInfo]]:
-        asked = {place.actor.infos.remote(self._attempt): place for place in self._places()}
+    def _infos(self) -> Iterator[tuple[str, Any, ReplicaInfo]]:
+        asked = {
+            actor.infos.remote(self._attempt): (n, actor) for n, actor in self._places().items()
+        }
         if not asked:
             return
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=10.0)
@@ -402,14 +386,14 @@ class ReplicatedStore:
                 infos = ray.get(answer)
             except ray.exceptions.RayError:
                 continue
-            yield from ((asked[answer], info) for info in infos)
+            yield from ((*asked[answer], info) for info in infos)
         if late:
             self._callback.on_warning(f"{len(late)} of {len(asked)} replica actors did not answer")
 
-    def _fetch(self, place: ReplicaPlace, info: ReplicaInfo) -> TrainingState:
+    def _fetch(self, actor: Any, info: ReplicaInfo) -> TrainingState:
         from elastic_kfac.state.state import TrainingState
 
-        content = ray.get(place.actor.get.remote(info.sha256), timeout=self._timeout_s)
+        content = ray.get(actor.get.remote(info.sha256), timeout=self._timeout_s)
         if content is None or hashlib.sha256(content.data).hexdigest() != info.sha256:
             raise StateError("an in-memory replica is gone or damaged (its hash differs)")
         state = TrainingState.from_bytes(content.data)

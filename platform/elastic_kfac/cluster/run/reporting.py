@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +28,7 @@ class RankReporter(Reporter):
         self._coordinator = coordinator
         self._attempt = attempt
         self._interval_s = interval_s
-        self._rows: list[Message] = []
-        self._ready = threading.Condition()
-        self._sending = False
-        self._closed = False
+        self._rows: queue.Queue[Message | None] = queue.Queue()
         self._thread = threading.Thread(target=self._send_all, name="rank-reporter", daemon=True)
         self._thread.start()
 
@@ -44,34 +42,30 @@ class RankReporter(Reporter):
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """Returns when everything has arrived."""
-        with self._ready:
-            self._ready.wait_for(lambda: not self._rows and not self._sending, timeout_s)
+        with self._rows.all_tasks_done:
+            self._rows.all_tasks_done.wait_for(lambda: not self._rows.unfinished_tasks, timeout_s)
 
     def close(self) -> None:
         """Flushes and ends the sending thread."""
         self.flush()
-        with self._ready:
-            self._closed = True
-            self._ready.notify_all()
+        self._rows.put(None)
         self._thread.join()
 
     def send(self, message: Message) -> None:
-        with self._ready:
-            self._rows.append(message)
-            self._ready.notify_all()
+        self._rows.put(message)
 
     def _send_all(self) -> None:
-        while True:
-            with self._ready:
-                self._ready.wait_for(lambda: self._rows or self._closed)
-                if not self._rows:
-                    return
-                rows, self._rows, self._sending = self._rows, [], True
-            # One batch at a time: an actor with several callers at once may reorder calls.
-            ray.get(self._coordinator.record.remote(self._attempt, rows))
-            with self._ready:
-                self._sending = False
-                self._ready.notify_all()
+        is_closing = False
+        while not is_closing:
+            taken = [self._rows.get()]
+            while not self._rows.empty():
+                taken.append(self._rows.get())
+            is_closing = None in taken
+            if rows := [row for row in taken if row is not None]:
+                # One batch at a time: an actor with several callers at once may reorder calls.
+                ray.get(self._coordinator.record.remote(self._attempt, rows))
+            for _ in taken:
+                self._rows.task_done()
             time.sleep(self._interval_s)
 
 

@@ -16,7 +16,7 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
-from elastic_kfac.cluster.run.launch import Launch, LaunchOptions
+from elastic_kfac.cluster.run.launch import Launch
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.run.result import RunResult, build_result, error_of
 from elastic_kfac.cluster.run.states import RunState
@@ -49,7 +49,6 @@ def train(
     """Trains until the configured end; the same `name` continues where an earlier call ended.
 
     Args:
-        config: The run.
         name: Name of the run; its folder is `<storage>/<name>`.
         storage: Folder or URI that every node of the cluster reaches.
         address: Address of a Ray cluster; None starts one on this machine with a node per worker
@@ -95,8 +94,15 @@ def train(
             display.say(f"Run {name} exists in {storage}: resuming it.")
         folder.write_config(config)
         signals.defer()
-        options = LaunchOptions(rank_function, share, logical_gpus, levels)
-        launch = Launch(config, folder, cluster, options)
+        launch = Launch(
+            config,
+            folder,
+            cluster,
+            rank_function=rank_function,
+            share=share,
+            logical_gpus=logical_gpus,
+            log=levels,
+        )
         return _Driver(config, folder, launch, faults, display, signals).finish()
 
 

@@ -153,7 +153,7 @@ def _run(
                     callback=callback,
                     control=control,
                     device=device,
-                    survivors=store,
+                    save_survivor=store.save_survivor,
                 )
         store.close()
     finally:

@@ -188,8 +188,6 @@ class Exchange:
         """Sums the vector over all ranks and returns the global totals. Collective.
 
         Args:
-            communicator: The ranks.
-            local: Totals of this rank.
             reduce_gradients: Sums the gradients in place of the all-reduce, or defers their sum; the rest
                 of the vector is then summed separately.
         """

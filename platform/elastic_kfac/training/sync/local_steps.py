@@ -7,7 +7,6 @@ set of ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +21,6 @@ from elastic_kfac.training.sync.global_sum import MicroBatches
 from elastic_kfac.training.sync.synchronisation import Passes, Span
 
 _TAG = "merge"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The newest merge."""
-
-    workers: int
-    rank: int = 0
-    """Dimensions of the Newton part; 0 with averages."""
-    sigma: float = 0.0
-    """σ̂: a lower bound of the largest singular value of the Hessian."""
 
 
 class LocalSteps(MicroBatches):
@@ -59,7 +47,7 @@ class LocalSteps(MicroBatches):
         self._steps = 0
         self._newest_span = (0, 0, 0)
         self._newest_lr = config.optimizer.lr
-        self._merged: Merged | None = None
+        self._metrics: dict[str, float] = {}
 
     @property
     def holds_everything(self) -> bool:
@@ -79,13 +67,7 @@ class LocalSteps(MicroBatches):
         return self._steps >= self._config.elastic.merge_every_steps
 
     def metrics(self) -> dict[str, float]:
-        if self._merged is None:
-            return {}
-        return {
-            "merged_workers": self._merged.workers,
-            "merge_newton_rank": self._merged.rank,
-            "merge_sigma": self._merged.sigma,
-        }
+        return self._metrics
 
     def load_state_dict(self, state: Any) -> None:
         self._steps = 0  # ranks that restore hold equal parameters
@@ -104,13 +86,14 @@ class LocalSteps(MicroBatches):
         if self._config.elastic.merge == "average":
             communicator.all_reduce(theta, tag=_TAG).wait()
             merged = theta.div_(communicator.world_size)
-            self._merged = Merged(communicator.world_size)
+            workers, rank, sigma = communicator.world_size, 0, 0.0
         else:
             with torch.enable_grad():
                 own = self._gradient()
             found = merge_ranks(theta, own, self._options(self._newest_lr), communicator)
             merged = found.parameters
-            self._merged = Merged(found.workers, found.rank, found.sigma)
+            workers, rank, sigma = found.workers, found.rank, found.sigma
+        self._metrics = {"merged_workers": workers, "merge_newton_rank": rank, "merge_sigma": sigma}
         sizes = [p.numel() for p in parameters]
         for parameter, values in zip(parameters, merged.split(sizes), strict=True):
             parameter.copy_(values.view(parameter.shape))

@@ -7,7 +7,7 @@
     LocalSteps           counters only; parameters and momenta are merged every k steps
 
 A strategy owns the flat vector and lives as long as its trainer; `join` moves it to other ranks.
-`factory.make_synchronisation` chooses one from the configuration.
+`make_synchronisation` chooses one from the configuration.
 """
 
 from __future__ import annotations
