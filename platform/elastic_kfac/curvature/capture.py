@@ -141,9 +141,14 @@ class _Watched:
             return
         if call.sampled is not None:
             sums.add_outputs(_SAMPLED, call.sampled)
-        if self._shared.fisher == "empirical" and call.gradient is not None:
+        if call.gradient is None:
+            return
+        gradient = self._batched(call.gradient, call)
+        if observed.rows != (found := layer.output_rows(gradient)):
+            reason = f"its output has {found} rows where its options give {observed.rows}"
+            self._shared.faults.setdefault(layer.name, reason)
+        elif self._shared.fisher == "empirical":
             key = -float(batch.size) if batch.scale is None else batch.scale
-            gradient = self._batched(call.gradient, call)
             sums.add_outputs(key, layer.output_sum(gradient, observed.kept))
 
     def clear(self) -> None:
@@ -166,8 +171,11 @@ class _Watched:
     def _batched(self, tensor: Tensor, call: Call) -> Tensor:
         """`[n, ...]`, or the real rows `[m, 1, d]` alone where the batch has a mask."""
         tensor = self.layer.samples_first(tensor, call.axis)
-        if tensor.shape[0] < call.batch.extent:
-            self._shared.faults[self.layer.name] = shared_by_all(tensor.shape[0], call.batch.extent)
+        batch, rows = call.batch, tensor.shape[0]
+        # Nobody but the user can tell parameters that are samples, one each, from those of all samples.
+        are_samples = batch.is_given and rows == batch.size
+        if rows < batch.extent or (call.of_parameter and batch.extent > 1 and not are_samples):
+            self._shared.faults[self.layer.name] = shared_by_all(rows, batch.extent)
         mask = call.batch.mask
         if mask is None or not self.layer.row_wise:
             return tensor

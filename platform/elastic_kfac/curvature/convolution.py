@@ -51,6 +51,9 @@ class ConvLayer(KroneckerLayer):
     def _input_sum(self, inputs: Tensor) -> Tensor:
         return conv_input_sum(inputs, self.module, bias=self.bias is not None)
 
+    def output_rows(self, gradients: Tensor) -> int:
+        return gradients.shape[0] * gradients.shape[2:].numel()
+
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         return conv_output_sum(gradients, self.groups)
 

@@ -14,7 +14,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -39,8 +39,8 @@ class Root(Protocol):
     def enter_root(self, arguments: Sequence[Any]) -> None:
         """A call begins."""
 
-    def leave_root(self, output: Tensor) -> None:
-        """It has returned."""
+    def leave_root(self, keywords: Mapping[str, Any], output: Any) -> None:
+        """It has returned. Its keyword arguments are not seen before."""
 
 
 class Site(Protocol):
@@ -197,12 +197,11 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     if len(rest) < 2:
         return None
     kwargs, output = rest
-    if isinstance(output, Tensor):
-        compiled = module._modules.get("_orig_mod")
-        for known in registry.roots.get(key if compiled is None else id(compiled), ()):
-            recorder = known()
-            if recorder is not None and recorder.active and _counts():
-                recorder.leave_root(output)
+    compiled = module._modules.get("_orig_mod")
+    for known in registry.roots.get(key if compiled is None else id(compiled), ()):
+        recorder = known()
+        if recorder is not None and recorder.active and _counts():
+            recorder.leave_root(kwargs, output)
     numbers = registry.numbers.get(key)
     if numbers is None or isinstance(module, nn.MultiheadAttention):
         return None

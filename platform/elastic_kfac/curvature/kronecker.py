@@ -197,6 +197,9 @@ class LinearLayer(KroneckerLayer):
     def _input_sum(self, inputs: Tensor) -> Tensor:
         return linear_input_sum(inputs, bias=self.bias is not None, reduce=self._reduces)
 
+    def output_rows(self, gradients: Tensor) -> int:
+        return gradients.shape[0] if self._reduces else gradients.shape[:-1].numel()
+
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         return linear_output_sum(gradients, reduce=self._reduces)
 
@@ -270,6 +273,9 @@ class EmbeddingLayer(KroneckerLayer):
         table = self.module
         counts = embedding_input_sum(inputs, table.num_embeddings, table.padding_idx)
         return counts.to(self.dtype)
+
+    def output_rows(self, gradients: Tensor) -> int:
+        return gradients.shape[:-1].numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         return linear_output_sum(gradients, reduce=False)

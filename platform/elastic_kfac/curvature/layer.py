@@ -145,6 +145,10 @@ class Layer(ABC):
         """Sums over the input `[n, ...]` of one forward call, for the factors that are due."""
 
     @abstractmethod
+    def output_rows(self, gradients: Tensor) -> int:
+        """The rows of an `Observation`, counted in the output gradients `[n, ...]` of the same call."""
+
+    @abstractmethod
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         """The sum over the output gradients `[n, ...]` of the same call."""
 

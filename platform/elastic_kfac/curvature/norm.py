@@ -70,6 +70,9 @@ class NormLayer(Layer):
     def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
         return Observation(inputs.shape[0], kept=inputs)
 
+    def output_rows(self, gradients: Tensor) -> int:
+        return gradients.shape[0]
+
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         assert kept is not None
         normalized, gradients = self._by_channel(kept, gradients)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -65,9 +65,17 @@ class Batch:
 
     length: int | None = None
     """Of the dimension that counts samples, in the inputs of the model."""
+    is_guessed: bool = False
+    """Whether `length` is that of the first layer's input, as the model was called without tensors."""
     has_positions: bool = False
     """Whether the model's output has several positions per sample."""
     is_folded: bool = False
+
+    def set_length(self, length: int) -> None:
+        """Counts the samples, unless somebody has given their number."""
+        self.length = length
+        if not self.is_given:
+            self.size = length
 
     @property
     def extent(self) -> int:
@@ -116,6 +124,8 @@ class Call:
     sampled: Tensor | None = None
     """What gradients of sampled labels have added up to."""
     epoch: int = -1
+    of_parameter: bool = False
+    """Whether the input is a parameter itself, and so the same for all samples."""
 
 
 @dataclass(eq=False)
@@ -322,29 +332,30 @@ class Recorder:
 
     def enter_root(self, arguments: Sequence[Any]) -> None:
         """A forward call of the whole model begins: its first tensor counts the samples."""
-        tensors = (v for v in arguments if isinstance(v, Tensor) and v.dim())
-        first = next(tensors, None)
-        given = self._explicit
-        axis = self._axis if given is None else given.axis
-        size = None if first is None or first.dim() <= axis else first.shape[axis]
-        if given is None:
-            self._newest = None if size is None else Batch(size, axis, is_given=False, length=size)
-        elif size is not None:
-            given.length = size
-            given.size = given.size if given.is_given else size
+        if self._explicit is None:
+            self._newest = Batch(0, self._axis, is_given=False)
+        batch = self._explicit or self._newest
+        assert batch is not None
+        batch.length, batch.is_guessed = None, True
+        _count(batch, arguments)
 
-    def leave_root(self, output: Tensor) -> None:
+    def leave_root(self, keywords: Mapping[str, Any], output: Any) -> None:
         """The call has returned."""
         batch = self._explicit or self._newest
-        if batch is not None:
-            batch.has_positions = output.dim() > 2
+        if batch is None:
+            return
+        if batch.is_guessed:
+            _count(batch, keywords)
+        first = next(_tensors(output), None)
+        batch.has_positions = first is not None and first.dim() > 2
 
     def batch_of(self, inputs: Tensor) -> Batch:
         """The batch that a call of a layer is about."""
-        if self._explicit is not None:
-            return self._explicit
-        if self._newest is not None:
-            return self._newest
+        batch = self._explicit or self._newest
+        if batch is not None:
+            if batch.is_guessed and batch.length is None and inputs.dim() > batch.axis:
+                batch.set_length(inputs.shape[batch.axis])
+            return batch
         # Only parts of the model are called: the layer's own input counts, once per size and pass.
         size = inputs.shape[0] if inputs.dim() else 1
         if self._loose_is_old and torch._C._current_graph_task_id() == -1:
@@ -370,6 +381,7 @@ class Recorder:
         if saving and in_backward:
             return None  # a checkpoint is recomputed, for a call that is known already
         call = self.call(site, inputs.detach(), axis)
+        call.of_parameter = isinstance(inputs, nn.Parameter)
         if (saving or torch.is_autocast_enabled(inputs.device.type)) and not self._is_due(site):
             # Somebody saves memory here; a reference to the input would undo it.
             call.inputs, call.version = _exactly(site.layer.condense, call), None
@@ -389,7 +401,7 @@ class Recorder:
         if not batch.is_given:
             samples = site.layer.samples_in(inputs)
             if samples is not None:
-                batch.size = batch.length = samples
+                batch.set_length(samples)
         return Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
 
     def _is_due(self, site: Site) -> bool:
@@ -464,6 +476,26 @@ class Recorder:
                 f"(relative difference {difference:.2g})"
             )
             self.faults += [(site.layer, reason) for site in due]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors with dimensions among arguments or results, and in mappings among those; a list
+    inside is no batch."""
+    if isinstance(values, Mapping):
+        values = tuple(values.values())
+    for value in values if isinstance(values, tuple) else (values,):
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor) and value.dim():
+            yield value
+
+
+def _count(batch: Batch, arguments: Any) -> None:
+    """Counts the samples in the first tensor that a model is called with."""
+    first = next(_tensors(arguments), None)
+    if first is not None and first.dim() > batch.axis:
+        batch.set_length(first.shape[batch.axis])
+        batch.is_guessed = False
 
 
 def _exactly(function: Callable[[Call], T], call: Call) -> T:

@@ -134,7 +134,7 @@ def transposed_weight_gradient(
     """The gradient of a transposed convolution's weight: that of a convolution of the output gradient.
 
     Raises:
-        RuntimeError: If the output has another size than that of the module's own `output_padding`.
+        RuntimeError: If the module was called with an `output_size` that is not its own.
     """
     if gradients.shape[2:] != _transposed_lengths(inputs, module):
         raise RuntimeError("called with output_size")

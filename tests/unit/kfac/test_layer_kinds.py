@@ -612,3 +612,82 @@ def test_compiled_kinds_equal_eager_without_a_graph_break() -> None:
         runs.append(kfac)
     assert_same_factors(*runs)
     assert len(graphs) == 2  # with statistics and without
+
+
+class Upsampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1)
+        self.head = nn.Conv2d(2, 2, 1)
+        self.size: list[int] | None = None
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.tanh(self.up(x, output_size=self.size)))
+        return out
+
+
+@pytest.mark.parametrize("first", [[5, 5], [6, 5]])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_call_with_another_output_size_leaves_the_layer_out_by_name(
+    first: list[int], checkpoint: bool
+) -> None:
+    """At its first statistics or later, whatever was kept of its input."""
+    model = Upsampled()
+    kfac = KFAC(model, kl_clip=None, loss_reduction="mean")
+    x = torch.randn(N, 2, 3, 3, generator=seeded(1)).double()
+    with pytest.warns(UserWarning, match=r"up \((its output has|its gradient)") as said:
+        for size in (first, [6, 6]):
+            model.zero_grad()
+            model.size = size
+            out = (
+                torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+                if checkpoint
+                else model(x)
+            )
+            loss_of(out).backward()
+            plain = model.up.weight.grad.clone()  # type: ignore[union-attr]
+            kfac.step()
+            assert torch.equal(plain, model.up.weight.grad) == (size != [5, 5])  # type: ignore[arg-type]
+    assert len(said) == 1 and kfac.coverage()["head"] == "covered"
+
+
+class Queries(nn.Module):
+    """Parameters `[k, 4]` that every sample is compared with."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries = nn.Parameter(torch.randn(k, 4))
+        self.project, self.embed = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.embed(x)) @ self.project(self.queries).t()
+        return out
+
+
+@pytest.mark.parametrize("k", [N - 1, N, 4 * N])
+def test_a_parameter_as_input_is_shared_by_all_samples(k: int) -> None:
+    model = Queries(k)
+    with pytest.warns(UserWarning, match="Queries"):
+        kfac = KFAC(model, kl_clip=None)
+    loss_of(model(torch.randn(N, 4, generator=seeded(1)).double())).backward()
+    with pytest.warns(UserWarning, match=rf"project \(its input of {k} rows is shared by all"):
+        kfac.step()
+    assert kfac.coverage()["embed"] == "covered" and "project" not in kfac.factors()
+
+
+def test_parameters_that_are_samples_count_where_their_number_is_given() -> None:
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+    codes = nn.Parameter(torch.randn(N, 4, generator=seeded(1)).double())
+    kfacs = []
+    for inputs in (codes, codes.detach()):
+        kfac = KFAC(model, kl_clip=None)
+        model.zero_grad()
+        with kfac.micro_batch(N):
+            loss_of(model(inputs)).backward()
+        kfac.step()
+        kfacs.append(kfac)
+    assert_same_factors(*kfacs)

@@ -310,3 +310,92 @@ def test_an_empty_batch_changes_nothing() -> None:
         for name, value in factors.items():
             assert torch.equal(value, before[layer][name])
     assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+# -- models that are called with keywords, or with what is no tensor ------------------------------
+
+
+class Tagger(nn.Module):
+    """A language model as libraries write them: keywords in, a dictionary out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places = nn.Embedding(10, 4), nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 10)
+        self.double()
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        places = self.places(torch.arange(tokens.shape[1])[None])
+        logits = self.head(torch.tanh(self.tokens(tokens) + places))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+TOKENS = torch.randint(10, (4, 7), generator=seeded(1))
+
+
+def by_keywords(model: nn.Module) -> Tensor:
+    loss: Tensor = model(tokens=TOKENS, labels=TOKENS)["loss"]
+    return loss
+
+
+def by_position(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(TOKENS)["logits"].flatten(0, 1), TOKENS.flatten())
+
+
+def by_dictionary(model: nn.Module) -> Tensor:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: dict[str, Tensor]) -> Any:
+            return self.model(**batch)
+
+    loss: Tensor = Wrapped()({"tokens": TOKENS, "labels": TOKENS})["loss"]
+    return loss
+
+
+@pytest.mark.parametrize("reduction", ["positions", "mean"])
+@pytest.mark.parametrize("call", [by_keywords, by_dictionary])
+def test_samples_are_counted_in_keywords_and_dictionaries(
+    call: Callable[[nn.Module], Tensor], reduction: str
+) -> None:
+    kfacs = []
+    for loss in (call, by_position):
+        with pytest.warns(UserWarning, match="places .its input of 1 rows is shared"):
+            kfacs.append(
+                stepped(lambda m, loss=loss: loss(m).backward(), Tagger, loss_reduction=reduction)
+            )
+    assert_same_factors(*kfacs)
+    factors = kfacs[0].factors()
+    assert factors.keys() == {"tokens", "head"}
+    samples = 28 if reduction == "positions" else 4
+    torch.testing.assert_close(factors["tokens"]["A"].sum(), torch.tensor(28 / samples).double())
+
+
+def test_positions_in_a_dictionary_of_results_are_seen() -> None:
+    model = Tagger()
+    kfac = KFAC(model, kl_clip=None)
+    by_keywords(model).backward()
+    with pytest.warns(UserWarning, match="places"), pytest.warns(match="loss_reduction"):
+        kfac.step()
+
+
+def test_a_list_of_images_is_counted_at_the_first_layer() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, rows: list[Tensor]) -> Tensor:
+            out: Tensor = self.net(torch.stack(rows))
+            return out
+
+    listed = stepped(lambda m: F.cross_entropy(m(list(X)), Y).backward(), Stacked)
+    right = stepped().factors()
+    for name, factors in right.items():
+        for factor, value in factors.items():
+            torch.testing.assert_close(listed.factors()[f"net.{name}"][factor], value)

@@ -67,7 +67,7 @@ class _Everything(nn.Module):
         self.table = nn.Embedding(5, 4, sparse=True)
         self.attention = nn.MultiheadAttention(4, 1)
         self.tied = nn.Linear(4, 4)
-        self.other = nn.Linear(4, 4)
+        self.other = nn.Embedding(4, 4)
         self.other.weight = self.tied.weight
         self.plain = nn.Tanh()
 
