@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -18,6 +18,15 @@ from elastic_kfac.curvature.factors import (
 )
 from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
 from elastic_kfac.curvature.preconditioning import EigenForm, InverseForm
+
+_SMALL = 8192
+"""Elements of both factors together; beyond, products cost more than calls."""
+
+_STACKED = (
+    *("gradient", "precondition", "set_gradient"),
+    *("_weight_part", "_bias_part", "_to_matrix", "_from_matrix"),
+)
+"""What a layer must not do in its own way to be stacked."""
 
 
 class KroneckerLayer(Layer):
@@ -47,6 +56,18 @@ class KroneckerLayer(Layer):
         )
         self.g_dim, self.a_dim = self._dimensions(self._weight_part(weight).shape)
         self.a_dim += self.bias is not None
+        size = self.groups * (self.a_dim**2 + self.g_dim**2)
+        self._is_small = size <= _SMALL and all(
+            getattr(type(self), name) is getattr(KroneckerLayer, name) for name in _STACKED
+        )
+
+    @property
+    def stack_key(self) -> Hashable:
+        """Small layers with equal keys can be stacked (see stacks.py); None: only by itself."""
+        if not self._is_small or len(self.biases) > 1:
+            return None
+        weight = self.weight
+        return self._form, weight.shape, len(self.biases), weight.dtype, weight.device
 
     def can_share(self, other: Layer) -> bool:
         """Whether both use the same parameter as the same matrix."""

@@ -27,14 +27,14 @@ from elastic_kfac.curvature.damping import AdaptiveDamping
 from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
+from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
-from elastic_kfac.kfac.distribution import CostModel, as_communicator, make_distribution
+from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
 from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
 from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
-from elastic_kfac.placement.plan import Plan
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
 
@@ -268,9 +268,10 @@ class KFAC:
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
         damping, due = self.damping, []
+        stale = self.refresh.decompositions_due(self.steps, refreshed)
         for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
             whole = len(state.factors) == len(layer.factor_names)
-            if not whole or not (state.inverse_step < 0 or self._is_stale(i, i in refreshed)):
+            if not whole or not (state.inverse_step < 0 or i in stale):
                 continue
             due.append(i)
             names, parts = self.distribution.decomposes(i), {}
@@ -291,7 +292,8 @@ class KFAC:
         layers = [self.layers[i] for i in active]
         decay = self.options.weight_decay
         used = [layer.used_columns(decay) for layer in layers]
-        gradients = [x.gradient(decay, columns) for x, columns in zip(layers, used, strict=True)]
+        stacks = Stacks(layers, used)
+        gradients = stacks.gradients(decay)
         results = self.distribution.precondition(self.states, active, gradients, self.damping, used)
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
@@ -308,8 +310,7 @@ class KFAC:
             if results:
                 torch._foreach_mul_(results, scale.to(results[0].dtype))
         self._last_clip = scale
-        for layer, value, columns in zip(layers, results, used, strict=True):
-            layer.set_gradient(value, columns)
+        stacks.set_gradients(results)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -423,9 +424,6 @@ class KFAC:
             for layer, due in zip(self.layers, self.refresh.statistics_due(self.steps), strict=True)
         ]
         self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
-
-    def _is_stale(self, index: int, refreshed: bool) -> bool:
-        return self.refresh.decomposition_due(index, self.steps, refreshed=refreshed)
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
         self.communicator.all_reduce(tensor, tag="kfac/intervals").wait()

@@ -7,7 +7,7 @@ numbers while the statistic resembles its last two snapshots, and halves when it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,8 +39,8 @@ class Refresh(ABC):
         """Factors whose statistics `step` refreshes, by layer."""
 
     @abstractmethod
-    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
-        """Whether `step` decomposes a layer again."""
+    def decompositions_due(self, step: int, refreshed: set[int]) -> Collection[int]:
+        """Layers that `step` decomposes again; `refreshed` are those with new factors."""
 
     def choose(self, layer: Layer, sums: Sums, normalizers: Mapping[str, float]) -> None:  # noqa: B027 (optional)
         """Chooses when the statistics of a layer are due again, on the rank that decides about it."""
@@ -68,14 +68,15 @@ class FixedRefresh(Refresh):
         due = step % int(value_at(self._options, "factor_update_steps", step)) == 0
         return self._all if due else self._none
 
-    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
+    def decompositions_due(self, step: int, refreshed: set[int]) -> Collection[int]:
         interval = int(value_at(self._options, "inverse_update_steps", step))
-        offset = 0
-        if self._options.stagger:
-            # Whole factor intervals, so that a decomposition always sees fresh factors.
-            slots = max(1, interval // int(value_at(self._options, "factor_update_steps", step)))
-            offset = (index * slots // len(self._layers)) * (interval // slots)
-        return step == 0 or step % interval == offset
+        layers = range(len(self._layers))
+        if step == 0 or not self._options.stagger:
+            return layers if step % interval == 0 else ()
+        # Whole factor intervals, so that a decomposition always sees fresh factors.
+        slots = max(1, interval // int(value_at(self._options, "factor_update_steps", step)))
+        now = step % interval
+        return {i for i in layers if i * slots // len(layers) * (interval // slots) == now}
 
 
 def next_interval(
@@ -135,7 +136,7 @@ class AdaptiveRefresh(Refresh):
             for layer in self._layers
         ]
 
-    def decomposition_due(self, index: int, step: int, *, refreshed: bool) -> bool:
+    def decompositions_due(self, step: int, refreshed: set[int]) -> Collection[int]:
         return refreshed
 
     def choose(self, layer: Layer, sums: Sums, normalizers: Mapping[str, float]) -> None:

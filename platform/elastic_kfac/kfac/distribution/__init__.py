@@ -15,8 +15,9 @@ from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
 from elastic_kfac.kfac.distribution.strategy import Distribution, as_communicator
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
 from elastic_kfac.placement.costs import CostModel
+from elastic_kfac.placement.plan import Plan
 
-__all__ = ["CostModel", "Distribution", "as_communicator", "make_distribution"]
+__all__ = ["CostModel", "Distribution", "Plan", "as_communicator", "make_distribution"]
 
 
 def make_distribution(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.communication.packing import Bucketer
+from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
@@ -184,17 +185,23 @@ class KaisaGrid(Distribution):
         results: list[Tensor] = [torch.empty(0)] * len(indices)
         bucketers: dict[tuple[int, ...], Bucketer] = {}
         whole: list[int] = []
+        own = [place for place, index in enumerate(indices) if self._is_worker(index)]
+        for place in own:
+            if not self._receive(indices[place]):
+                self._decompose_alone(states, indices[place], damping)
+        stacks = Stacks([self.layers[indices[place]] for place in own], [used[p] for p in own])
+        values = stacks.precondition(
+            [states[indices[place]].decomposition for place in own],
+            [gradients[place] for place in own],
+            damping,
+        )
+        for place, value in zip(own, values, strict=True):
+            results[place] = value
         for place in reversed(range(len(indices))):
-            index, gradient = indices[place], gradients[place]
+            index, value = indices[place], results[place]
             layer = self.layers[index]
-            if self._is_worker(index):
-                if not self._receive(index):
-                    self._decompose_alone(states, index, damping)
-                value = layer.precondition(
-                    states[index].decomposition, gradient, damping, used[place]
-                )
-            else:
-                value = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+            if not self._is_worker(index):
+                value = torch.empty_like(gradients[place], memory_format=torch.contiguous_format)
             group, columns = self._receivers[index], used[place]
             if group is not None:
                 ranks = self.plan.receiver_group(layer.name, self.rank)

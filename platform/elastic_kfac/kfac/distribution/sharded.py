@@ -28,6 +28,7 @@ from elastic_kfac.communication.v_collectives import (
 )
 from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
@@ -222,10 +223,8 @@ class ShardedByOwner(Distribution):
         damping: float,
         used: Sequence[Tensor | None],
     ) -> list[Tensor]:
-        return [
-            self.layers[index].precondition(states[index].decomposition, gradient, damping, columns)
-            for index, gradient, columns in zip(indices, gradients, used, strict=True)
-        ]
+        stacks = Stacks([self.layers[index] for index in indices], used)
+        return stacks.precondition([states[i].decomposition for i in indices], gradients, damping)
 
     def total(self, value: Tensor) -> Tensor:
         summed = value.clone()
