@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped]
+
 from elastic_kfac.experiments.study import (
     COLUMNS,
     Assertion,
@@ -34,9 +36,7 @@ from elastic_kfac.experiments.trials import (
     WAITING,
     Trial,
     TrialTable,
-    csv_text,
 )
-from elastic_kfac.runs.summary import duration
 
 _SOURCES = {"updates": "steps", "time_s": "train_time_s"}
 """Columns that have another name in `result.json`."""
@@ -163,14 +163,14 @@ class Outcome:
 # ---- words and tables ------------------------------------------------------------------------
 
 
-def number_text(column: Column, value: float, *, unit: bool = False) -> str:
+def number_text(column: Column, value: float) -> str:
     """A value as the tables show it: percent without a sign, counts whole, seconds plain."""
     if column.form == "percent":
-        return f"{100 * value:.2f}" + (" %" if unit else "")
+        return f"{100 * value:.2f}"
     if column.form == "count":
         return f"{value:,.0f}" if abs(value - round(value)) < 0.05 else f"{value:,.1f}"
     if column.form == "seconds":
-        return duration(value) if unit else f"{value:.1f}"
+        return f"{value:.1f}"
     return f"{value:.2e}" if abs(value) >= 1e5 else f"{value:.{_decimals(value)}f}"
 
 
@@ -321,37 +321,25 @@ def outcome_text(outcome: Outcome) -> str:
 
 def cells_csv(outcome: Outcome) -> str:
     """One line per cell."""
-    columns = outcome.study.wanted_columns()
-    rows = [
-        [
-            *trial.point.rsplit("@", 1),
-            trial.seed,
-            trial.status,
-            *(_exact(trial.numbers.get(column)) for column in columns),
-        ]
-        for trial in outcome.trials.values()
-    ]
-    return csv_text(["method", "batch_size", "seed", "status", *columns], rows)
+    return str(_cells(outcome).to_csv(index=False, float_format="%.10g"))
 
 
 def summary_csv(outcome: Outcome) -> str:
     """One line per method and batch size: mean, standard deviation and count of every column."""
+    cells, columns = _cells(outcome), outcome.study.wanted_columns()
+    places = cells.groupby(["method", "batch_size"], sort=False)[columns]
+    summary = places.agg(["mean", "std", "count"])
+    summary.columns = [f"{c}_{'n' if what == 'count' else what}" for c, what in summary.columns]
+    return str(summary.to_csv(float_format="%.10g"))
+
+
+def _cells(outcome: Outcome) -> pd.DataFrame:
     columns = outcome.study.wanted_columns()
-    head = ["method", "batch_size"]
-    for column in columns:
-        head += [f"{column}_mean", f"{column}_std", f"{column}_n"]
-    rows = []
-    for place in outcome.study.places():
-        row: list[object] = [place.method, place.batch_size]
-        for column in columns:
-            summary = outcome.summary(place, column)
-            row += (
-                ["", "", 0]
-                if summary is None
-                else [_exact(summary.mean), _exact(summary.deviation), summary.count]
-            )
-        rows.append(row)
-    return csv_text(head, rows)
+    rows = [
+        (*t.point.rsplit("@", 1), t.seed, t.status, *(t.numbers.get(c, math.nan) for c in columns))
+        for t in outcome.trials.values()
+    ]
+    return pd.DataFrame(rows, columns=["method", "batch_size", "seed", "status", *columns])
 
 
 def to_json(outcome: Outcome) -> dict[str, Any]:
@@ -386,7 +374,3 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
             f"{trial.point} seed {trial.seed}": trial.reason for trial in outcome.failures()
         },
     }
-
-
-def _exact(value: float | None) -> str:
-    return "" if value is None else f"{value:.10g}"

@@ -230,16 +230,13 @@ def trials_csv(trials: Iterable[Trial], parameters: Sequence[str]) -> str:
     """The content of `trials.csv`; unknown values are empty."""
     head = ["trial_id", "stage", "point", "status", "reason", "seed"]
     head += [*parameters, "reached", *NUMBERS, "run_folder", "parent"]
-    rows = []
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, head, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
     for trial in trials:
-        cells = as_row(trial)
-        rows.append(
-            [
-                "null" if name in parameters and cells[name] is None else _cell(cells.get(name))
-                for name in head
-            ]
-        )
-    return csv_text(head, rows)
+        nulls = {name: "null" for name in parameters if trial.parameters[name] is None}
+        writer.writerow({**{k: _cell(v) for k, v in as_row(trial).items()}, **nulls})
+    return buffer.getvalue()
 
 
 def as_row(trial: Trial) -> dict[str, Any]:
@@ -285,15 +282,6 @@ def read_trials(text: str, parameters: Sequence[str] | None = None) -> TrialTabl
             index=index,
         )
     return table
-
-
-def csv_text(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A CSV file with unix line ends."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 def is_real(value: Any) -> TypeGuard[int | float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Literal
 
+import pandas as pd  # type: ignore[import-untyped]
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -228,13 +228,9 @@ def _stretches(run: Run, horizontal: Horizontal, values: Sequence[float | None])
 def _centred_median(points: Points) -> Points:
     # Centred, because a look at the past alone lies above every falling loss; a median, because
     # one bad batch moves a mean by decades on a logarithmic axis.
-    reach = min(30, len(points) // 25)
-    smooth: Points = []
-    for index, (x, _) in enumerate(points):
-        near = points[max(0, index - reach) : index + reach + 1]
-        window = [y for _, y in near if math.isfinite(y)]
-        smooth.append((x, statistics.median(window) if window else math.nan))
-    return smooth
+    width = 2 * min(30, len(points) // 25) + 1
+    values = pd.Series([y for _, y in points]).rolling(width, center=True, min_periods=1).median()
+    return [(x, y) for (x, _), y in zip(points, values, strict=True)]
 
 
 def _thin(points: Points) -> Points:

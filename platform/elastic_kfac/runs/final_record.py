@@ -35,13 +35,11 @@ def compact_ledger(folder: RunFolder) -> int:
     return len(rows)
 
 
-def result_row(
-    config: Config, outcome: Outcome, *, status: str | None = None, steps_redone: int = 0
-) -> dict[str, Any]:
+def result_row(config: Config, outcome: Outcome) -> dict[str, Any]:
     """The columns of `result.json` that the training loop provides."""
     progress = outcome.progress
     return {
-        "status": status or outcome.status,
+        "status": outcome.status,
         "steps": progress.step,
         "epochs": outcome.fractional_epoch,
         "samples_committed": progress.samples_committed,
@@ -58,5 +56,5 @@ def result_row(
         "final_state_sha256": outcome.state_sha256,
         "world_sizes": list(outcome.world_sizes),
         "resizes": max(0, len(outcome.world_sizes) - 1),
-        "steps_redone": steps_redone,
+        "steps_redone": 0,
     }
