@@ -23,7 +23,22 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Rule(Uncompiled):
-    """A rule that updates each parameter independently."""
+    """A rule that updates each parameter independently.
+
+    Raises:
+        ConfigError: If a default is out of range.
+    """
+
+    def __init__(self, params: Parameters, **defaults: Any) -> None:
+        for key, value in defaults.items():
+            name = {"betas": "momentum", "clip": "trust"}.get(key, key)
+            limit = 1.0 if name == "momentum" else float("inf")
+            for number in value if isinstance(value, tuple) else (value,):
+                if not 0 <= number < limit:
+                    raise ConfigError(
+                        f"{name} out of range", given=number, allowed=f"0 to below {limit:g}"
+                    )
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -54,9 +69,6 @@ class LARS(_Rule):
         weight_decay: wd.
         trust: η.
         eps: ε.
-
-    Raises:
-        ConfigError: If a value is out of range.
     """
 
     def __init__(
@@ -69,16 +81,8 @@ class LARS(_Rule):
         trust: float = 1e-3,
         eps: float = 1e-9,
     ) -> None:
-        _check(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust, eps=eps)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust": trust,
-            "eps": eps,
-            "adapt": True,
-        }
-        super().__init__(params, defaults)
+        rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, **rates, trust=trust, eps=eps, adapt=True)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         decay = group["weight_decay"]
@@ -100,9 +104,6 @@ class LAMB(_Rule):
 
     m, v as Adam, bias-corrected; r = m̂/(√v̂ + ε) + wd·w; w ← w − lr·φ(‖w‖)/‖r‖·r with φ the identity
     clipped to [0, `clip`]. The ratio is 1 where either norm is 0 and in groups with `adapt` false.
-
-    Raises:
-        ConfigError: If a value is out of range.
     """
 
     def __init__(
@@ -115,17 +116,8 @@ class LAMB(_Rule):
         eps: float = 1e-6,
         clip: float = 10.0,
     ) -> None:
-        _check(lr=lr, weight_decay=weight_decay, momentum=betas[0], eps=eps, trust=clip)
-        _check(momentum=betas[1])
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "eps": eps,
-            "clip": clip,
-            "adapt": True,
-        }
-        super().__init__(params, defaults)
+        rates = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, **rates, eps=eps, clip=clip, adapt=True)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -165,8 +157,7 @@ class VelocitySGD(_Rule):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        _check(lr=lr, weight_decay=weight_decay, momentum=momentum)
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         if group["weight_decay"]:
@@ -220,10 +211,3 @@ def _velocity(state: dict[str, Any], step: Tensor, momentum: float) -> Tensor:
         known.mul_(momentum).add_(step)
     buffer: Tensor = state["momentum_buffer"]
     return buffer
-
-
-def _check(**values: float) -> None:
-    for name, value in values.items():
-        limit = 1.0 if name == "momentum" else float("inf")
-        if not 0 <= value < limit:
-            raise ConfigError(f"{name} out of range", given=value, allowed=f"0 to below {limit:g}")
