@@ -92,24 +92,19 @@ class RunningStatistics:
 
     def finish_step(self, sums: list[Tensor], count: int) -> None:
         """Updates the moving averages from the saved values and the reduced sums."""
+        self.abandon_step()
         means = iter(sums)
-        for module, (momentum, mean, variance, batches) in zip(
-            self._modules, self._saved, strict=True
-        ):
-            module.momentum = momentum
-            if batches is not None and module.num_batches_tracked is not None:
+        for module in self._modules:
+            if (batches := module.num_batches_tracked) is not None:
                 batches.add_(1)
-                module.num_batches_tracked.copy_(batches)
-            if momentum is not None:
-                weight = momentum
-            else:
+            weight = module.momentum
+            if weight is None:
                 weight = 1.0 / float(batches) if batches is not None else 0.1
-            for tensor, old in zip(_running(module), (mean, variance), strict=True):
-                tensor.copy_(old.mul(1 - weight).add_(next(means), alpha=weight / count))
-        self._saved = []
+            for tensor in _running(module):
+                tensor.mul_(1 - weight).add_(next(means), alpha=weight / count)
 
     def abandon_step(self) -> None:
-        """Restores the saved values after a failed step."""
+        """Restores the saved values."""
         for module, (momentum, mean, variance, batches) in zip(
             self._modules, self._saved, strict=False
         ):
