@@ -91,7 +91,7 @@ def measure(parameters: int, store: ReplicatedStore, vault: Any, clocks: Clocks)
             ledger=LedgerValue(),
             seed=0,
             data_sha256="",
-            config_sha256="",
+            config={},
         )
         capture_s = time.thread_time() - begin
         saving = store.save_async(state)

@@ -136,7 +136,7 @@ class ElasticState:
             ledger=self._ledger.value(),
             seed=0,
             data_sha256="",
-            config_sha256="",
+            config={},
         )
         if self._communicator.rank == 0:
             self._store.save(state)

@@ -111,5 +111,5 @@ WAITING = RunView(
     error=None,
     world_sizes=(2,),
     worker_seconds=0.0,
-    state_since=0.0,
+    in_state_s=0.0,
 )

@@ -25,6 +25,8 @@ class Store:
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.lock = threading.Lock()
         self.counts: Counter[str] = Counter()
+        self.transferred: Counter[str] = Counter()
+        """Bytes of objects by method."""
         self.delay_s = 0.0
         self.on_get: Callable[[str, bytes], bytes | int] = lambda key, data: data
         """Changes what a GET of a whole object answers: other bytes, or an HTTP error."""
@@ -104,7 +106,11 @@ class Handler(BaseHTTPRequestHandler):
             first, last = self.headers["Range"].removeprefix("bytes=").split("-")
             low, high = int(first), min(int(last or len(data) - 1), len(data) - 1)
             span = f"bytes {low}-{high}/{len(data)}"
+            with self.store.lock:
+                self.store.transferred["GET"] += high + 1 - low
             return self.answer(206, data[low : high + 1], Content_Range=span)
+        with self.store.lock:
+            self.store.transferred["GET"] += len(data)
         return self.answer(200, data)
 
     def listing(self, query: dict[str, str]) -> None:
@@ -133,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         key, query = self.parse()
         body = self.payload()
+        with self.store.lock:
+            self.store.transferred["PUT"] += len(body)
         code = self.store.on_put(key)
         if code != 200:
             return self.answer(code, b"<Error><Code>SlowDown</Code></Error>")

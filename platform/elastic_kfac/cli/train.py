@@ -67,10 +67,12 @@ def train(arguments: argparse.Namespace) -> int:
         if error.exit_code == 1:
             # People want to see first how far a failed run came. One that failed before it had
             # a folder has nothing to show.
-            with contextlib.suppress(UsageError):
+            with contextlib.suppress(ElasticKfacError):
                 _finish(uri, config)
         raise
     _finish(uri, config)
+    if result.status == "interrupted" or not result.is_safe:
+        print(f"\n{result.status.capitalize()}: {result.safe}.")
     if result.unfired:
         raise RunError(
             "the run ended before all of --resize-at and --kill-at had happened",
@@ -154,7 +156,12 @@ def _finish(uri: str, config: Config) -> None:
     from elastic_kfac.training.callbacks import event_row
 
     folder = open_run(uri)
+    if folder.read_config() != config:
+        return  # Nothing in it is of this call: the state of an earlier one was not restored.
     step = int((folder.result() or {}).get("steps") or 0)
     row = event_row("provenance", step, provenance=provenance(config.resources.use_gpu))
-    folder.append_events([row])
-    write_report_and_summary(uri)
+    try:
+        folder.append_events([row])
+        write_report_and_summary(uri)
+    except OSError as error:
+        raise RunError("the report cannot be written", given=uri, change=str(error)) from None

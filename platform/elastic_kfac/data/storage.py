@@ -104,28 +104,6 @@ class Storage:
             shutil.copyfileobj(file, out, _CHUNK_BYTES)
         source.unlink()
 
-    def append_lines(self, name: str, content: bytes) -> None:
-        """Appends whole lines to a file (an object store rewrites it).
-
-        A line that a killed writer left unfinished is terminated first.
-        """
-        if self.is_local:
-            with self._local(name).open("ab+") as stream:
-                if stream.tell() > 0:
-                    stream.seek(-1, os.SEEK_END)
-                    content = content if stream.read(1) == b"\n" else b"\n" + content
-                stream.write(content)
-            return
-        old = self.read(name) if self.exists(name) else b""
-        self.write(name, old + content)
-
-    def truncate(self, name: str, size: int) -> None:
-        """Cuts a file to `size` bytes (an object store rewrites it)."""
-        if self.is_local:
-            os.truncate(self.path(name), size)
-        else:
-            self.write(name, self.read(name)[:size])
-
     def delete(self, name: str) -> None:
         """Deletes a file or a folder with its content; does nothing if there is none."""
         info = self._info(name)

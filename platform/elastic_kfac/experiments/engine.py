@@ -159,7 +159,9 @@ def _seconds_left(
             known.setdefault(trial.point, []).append(seconds)
     for trial in running:
         if trial.fraction > 0.02 and trial.point not in known:
-            known[trial.point] = [(now - trial.numbers.get("started", now)) / trial.fraction]
+            known[trial.point] = [
+                max(0.0, now - trial.numbers.get("started", now)) / trial.fraction
+            ]
     if not known:
         return None
     means = {point: sum(some) / len(some) for point, some in known.items()}

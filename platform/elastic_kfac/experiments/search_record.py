@@ -103,7 +103,8 @@ class SearchRecord:
                 trial.status = STOPPED
                 trial.reason = f"{self._space.scheduler.name}: others were better at the same point"
             if trial.ended:
-                trial.numbers["ended"] = time.time()
+                # A clock that was set back does not give a trial a negative duration.
+                trial.numbers["ended"] = max(time.time(), trial.numbers.get("started", 0.0))
                 self._read_result(trial)
                 self._say(self._line(trial))
             self.write()

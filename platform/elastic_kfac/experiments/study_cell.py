@@ -102,17 +102,19 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
     torch.set_num_threads(config.train.torch_threads)
     folder.write_config(config)
     store = CheckpointStore(folder.uri, keep=config.elastic.keep_checkpoints)
+    writer = _ReportingWriter(folder, task.name, config.train.epochs, board)
     try:
         outcome = run_rank(
             config,
             Communicator.solo(),
             store=store,
-            callback=_ReportingWriter(folder, task.name, config.train.epochs, board),
+            callback=writer,
             control=KeepGoing(),
             device=device,
         )
     finally:
         store.close()
+        writer.close()
     compact_ledger(folder)
     evaluations = [row for row in folder.metrics() if "eval_accuracy" in row]
     if not evaluations:

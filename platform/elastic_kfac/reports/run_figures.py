@@ -27,6 +27,7 @@ from elastic_kfac.reports.figures import (
     plot_points,
 )
 from elastic_kfac.runs.history import Row, Run, Segment, first_number, number
+from elastic_kfac.runs.summary import duration
 
 BAND = ("#f0e2c8", "#cfe3d4", "#c6dbef", "#dccfe8", "#f3cfd0", "#d5d8dc")
 MAX_POINTS = 1500
@@ -175,6 +176,13 @@ def _update_steps(run: Run, key: str) -> list[float]:
 
 
 def _mark_changes(axes: Axes, run: Run, horizontal: Horizontal) -> None:
+    for pause in run.pauses:
+        x = pause.step - 0.5 if horizontal == "step" else pause.wall_s
+        axes.axvline(x, color=INK, lw=1.2, ls=":", zorder=1)
+        if horizontal == "wall_time_s":
+            away = "" if pause.away_s is None else f" after {duration(pause.away_s)}"
+            across = axes.get_xaxis_transform()
+            axes.text(x, 0.98, f" continued{away}", transform=across, va="top", fontsize=7)
     for before, after in zip(run.segments, run.segments[1:], strict=False):
         start, end = _span(before, horizontal)[1], _span(after, horizontal)[0]
         if horizontal == "wall_time_s":
@@ -214,13 +222,15 @@ def _line_and_trend(
 def _stretches(run: Run, horizontal: Horizontal, values: Sequence[float | None]) -> list[Points]:
     found: list[Points] = []
     size: object = None
+    pauses = [pause.step for pause in run.pauses]
     for row, value in zip(run.steps, values, strict=True):
         x = number(row, horizontal)
         if x is None or value is None:
             continue
-        if not found or row.get("world_size") != size:
+        stretch = row.get("world_size"), sum(row["step"] >= step for step in pauses)
+        if not found or stretch != size:
             found.append([])
-        size = row.get("world_size")
+        size = stretch
         found[-1].append((x, value))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def render_report(run: Run) -> str:
     note = "Thin line: every logged step; thick line: running median."
     if len(run.segments) > 1:
         note += " Dashed lines: changes of the world size; grey: time without steps."
+    if run.pauses:
+        note += " Dotted lines: the run was continued; no time counts what lay between."
     columns = {key for row in run.steps[:50] for key in row}
     result = {k: v for k, v in (run.result or {}).items() if k != "provenance"}
     return page(
@@ -86,24 +89,26 @@ def _events(events: Sequence[Row]) -> Table:
     head = "kind|#time|#step|workers|reason|#downtime|#steps redone"
     has_plans = any(event.get("plan") for event in events)
     origin = next((at for event in events if (at := number(event, "time")) is not None), 0.0)
-    rows = [_event_row(event, origin) for event in events]
+    # A clock that was set back does not make an event earlier than the one before.
+    times = itertools.accumulate((number(event, "time") or 0.0 for event in events), max)
+    rows = [_event_row(event, at - origin) for event, at in zip(events, times, strict=True)]
     if has_plans:
         head += "|plan"
         rows = [[*r, code(e.get("plan") or "")] for r, e in zip(rows, events, strict=True)]
     return Table.of("Events", head, rows)
 
 
-def _event_row(event: Row, origin: float) -> list[object]:
+def _event_row(event: Row, since_s: float) -> list[object]:
     kind = str(event.get("kind", "event"))
     bad = " bad" if any(word in kind.lower() for word in UNPLANNED) else ""
     before = event.get("from_world_size") or None
     after = event.get("to_world_size", event.get("world_size"))
     workers = "" if after is None else f"{before} → {after}" if before is not None else f"{after}"
-    at, redone = number(event, "time"), number(event, "steps_redone")
+    redone = number(event, "steps_redone")
     downtime = number(event, "downtime_s") if before is not None else None
     return [
         Markup('<span class="kind{}">{}</span>').format(bad, kind),
-        "" if at is None else duration(at - origin),
+        "" if number(event, "time") is None else duration(since_s),
         event.get("step", ""),
         workers,
         Markup("{}{}").format(event.get("reason") or "", _notes(event)),

@@ -14,13 +14,19 @@ from elastic_kfac.training.loop import Outcome
 
 
 def read_ledger(folder: RunFolder) -> Rows:
-    """The ledger of a run: `ledger.parquet` after its end, else that of its last checkpoint."""
+    """The ledger of a run: `ledger.parquet` after its end, that of its last checkpoint before.
+
+    A run that goes on after an end has checkpoints that are newer than the file.
+    """
+    rows = np.empty(0, ROW)
     if folder.storage.exists("ledger.parquet"):
-        return from_parquet(folder.storage.read("ledger.parquet"))
-    state = CheckpointStore(folder.uri).load_latest()
-    if state is None:
-        return np.empty(0, ROW)
-    return state.ledger.rows(folder.storage)
+        rows = from_parquet(folder.storage.read("ledger.parquet"))
+    store = CheckpointStore(folder.uri)
+    if max(store.steps(), default=0) <= max(rows["step"], default=0):
+        return rows
+    state = store.load_latest()
+    newer = rows if state is None else state.ledger.rows(folder.storage)
+    return newer if len(newer) > len(rows) else rows
 
 
 def compact_ledger(folder: RunFolder) -> int:

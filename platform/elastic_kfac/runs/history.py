@@ -36,6 +36,18 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Pause:
+    """Time between two calls for one run, in which the run did not exist; no wall time counts it."""
+
+    step: int
+    """First step afterwards."""
+    wall_s: float
+    """Wall time of that step."""
+    away_s: float | None
+    """Seconds between the calls; None if not recorded."""
+
+
+@dataclass(frozen=True)
 class Run:
     """One run folder, read once."""
 
@@ -96,6 +108,17 @@ class Run:
             if number(event, "from_world_size") and number(event, "to_world_size")
         ]
 
+    @cached_property
+    def pauses(self) -> list[Pause]:
+        """Where the run was continued under its name by another call."""
+        found = []
+        for event in self.events:
+            if event.get("kind") == "continue" and number(event, "step") is not None:
+                step = int(event["step"] - (number(event, "steps_redone") or 0)) + 1
+                walls = [number(r, "wall_time_s") or 0.0 for r in self.steps if r["step"] >= step]
+                found.append(Pause(step, min(walls, default=0.0), number(event, "away_s")))
+        return found
+
     @property
     def finished(self) -> bool:
         """Whether the run finished."""
@@ -107,6 +130,11 @@ class Run:
         given = None if self.result is None else number(self.result, "best_accuracy")
         seen = [accuracy for _, _, accuracy, _ in self.evaluations]
         return given if given is not None else max(seen, default=None)
+
+    @property
+    def last_accuracy(self) -> float | None:
+        """Accuracy of the last evaluation."""
+        return self.evaluations[-1][2] if self.evaluations else None
 
     @property
     def target_accuracy(self) -> float | None:

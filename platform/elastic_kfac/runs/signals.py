@@ -6,9 +6,11 @@ import signal
 import threading
 from typing import Any
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class StopSignals:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the third one interrupts.
+    """Turns the first Ctrl-C, SIGTERM or closed terminal into a request to stop; the third interrupts.
 
     Until `defer` is called there is nothing to save, and every signal interrupts at once.
     """
@@ -21,7 +23,9 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup
                 self._old[number] = signal.signal(number, self._on_signal)
         return self
 

@@ -34,11 +34,17 @@ def _outcome(run: Run) -> str:
         )
     if best is None:
         return f"Finished {run.last_step:,} steps in {duration(run.wall_time_s)}"
+    last = run.last_accuracy
+    fell = last is not None and last < best and f"{last:.2%}" != f"{best:.2%}"
+    ended = f", but ended at {last:.2%}" if fell else ""
     if target is None:
-        return f"Reached {best:.2%} test accuracy in {duration(run.wall_time_s)}"
+        return f"Reached {best:.2%} test accuracy in {duration(run.wall_time_s)}{ended}"
     if reached is None:
-        return f"Missed the target of {target:.2%} test accuracy with {best:.2%}"
-    return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%})"
+        return f"Missed the target of {target:.2%} test accuracy with {best:.2%}{ended}"
+    ended = f", at the end {last:.2%}" if fell else ""
+    if last is not None and last < target:
+        ended += ", below the target"
+    return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%}{ended})"
 
 
 def summary_text(run: Run) -> str:
@@ -54,6 +60,11 @@ def summary_text(run: Run) -> str:
         f"  time        {duration(run.wall_time_s)}"
         + (f", of which {duration(run.downtime_s)} without steps" if run.downtime_s else "")
     )
+    for pause in run.pauses:
+        away = (
+            "" if pause.away_s is None else f" after {duration(pause.away_s)}, which no time counts"
+        )
+        lines.append(f"  continued   at step {pause.step:,}{away}")
     for event in run.changes[:8]:
         lines.append("  " + describe_event(event))
     if len(run.changes) > 8:

@@ -1,21 +1,25 @@
-"""Identities: the hash of a configuration, seeds from counters, the machine type."""
+"""Identities: the changes of a configuration, seeds from counters, the machine type."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from elastic_kfac.config import Config
 
-
-def config_sha256(config: Config) -> str:
-    """A hash of the resolved configuration."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (old, new) of two resolved configurations; None where one lacks the key."""
+    found = {}
+    for section in sorted({*old, *new}):
+        before, after = old.get(section) or {}, new.get(section) or {}
+        for key in sorted({*before, *after}):
+            if before.get(key) != after.get(key):
+                found[f"{section}.{key}"] = (before.get(key), after.get(key))
+    return found
 
 
 def counter_seed(*counters: int) -> int:

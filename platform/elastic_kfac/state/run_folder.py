@@ -17,8 +17,11 @@ from elastic_kfac.config import Config, parse_config
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.state.claim import Claim, claimed
+from elastic_kfac.state.line_log import LineLog
 
 Row = Mapping[str, Any]
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 class RunFolder:
@@ -28,6 +31,7 @@ class RunFolder:
         self.storage = Storage(uri)
         self.uri = self.storage.uri
         self._claim: Claim | None = None
+        self._logs = {name: LineLog(self.storage, name) for name in (METRICS, EVENTS)}
 
     @classmethod
     def existing(cls, uri: str | Path) -> RunFolder:
@@ -80,19 +84,19 @@ class RunFolder:
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Adds rows to `metrics.jsonl`."""
-        self._append("metrics.jsonl", rows)
+        self.append(METRICS, rows)
 
     def append_events(self, rows: Iterable[Row]) -> None:
         """Adds rows to `events.jsonl`."""
-        self._append("events.jsonl", rows)
+        self.append(EVENTS, rows)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of `metrics.jsonl`."""
-        return self.rows("metrics.jsonl")[0]
+        return self.rows(METRICS)[0]
 
     def events(self) -> list[dict[str, Any]]:
         """All rows of `events.jsonl`."""
-        return self.rows("events.jsonl")[0]
+        return self.rows(EVENTS)[0]
 
     def rewind_metrics(self, step: int) -> int:
         """Drops metric rows of later steps, which a restart from `step` repeats.
@@ -100,10 +104,8 @@ class RunFolder:
         Returns:
             The number of dropped rows.
         """
-        if not self.storage.exists("metrics.jsonl"):
-            return 0
         # Rows are ordered by step: only the end of a long file is parsed.
-        content = self.storage.read("metrics.jsonl")
+        content = self._logs[METRICS].content()
         end, dropped = len(content), 0
         while end > 0:
             begin = content.rfind(b"\n", 0, end - 1) + 1
@@ -112,7 +114,7 @@ class RunFolder:
                 break
             end, dropped = begin, dropped + (row is not None)
         if dropped:
-            self.storage.truncate("metrics.jsonl", end)
+            self._logs[METRICS].truncate(end)
         return dropped
 
     def write_result(self, result: Row) -> None:
@@ -120,23 +122,34 @@ class RunFolder:
         self.storage.write("result.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def result(self) -> dict[str, Any] | None:
-        """`result.json`; None until the run has ended."""
+        """`result.json`; None until the run has ended, and of a damaged one."""
         if not self.storage.exists("result.json"):
             return None
-        content = json.loads(self.storage.read("result.json"))
-        return dict(content)
+        return _row(self.storage.read("result.json"))
 
-    def _append(self, name: str, rows: Iterable[Row]) -> None:
-        content = _lines(rows)
+    def append(self, name: str, rows: Iterable[Row]) -> None:
+        """Adds rows to a file: all of them, or none and an error."""
+        content = "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()
         if content:
-            self.storage.append_lines(name, content)
+            self._logs[name].append(content)
+
+    def finish_rows(self) -> None:
+        """Makes one file of each log on an object store."""
+        for log in self._logs.values():
+            log.finish()
+
+    def content(self, name: str) -> bytes | None:
+        """The content of a file; None if there is none."""
+        if name in self._logs:
+            return self._logs[name].content()
+        return self.storage.read(name) if self.storage.exists(name) else None
 
     def rows(self, name: str, containing: bytes = b"") -> tuple[list[dict[str, Any]], int]:
         """The rows of a file, and how many torn lines were left out.
 
         Lines without `containing` are not parsed: steps are thousands of rows and evaluations a few.
         """
-        content = self.storage.read(name) if self.storage.exists(name) else b""
+        content = self._logs[name].content()
         lines = [line for line in content.splitlines() if line.strip() and containing in line]
         rows = [row for row in map(_row, lines) if row is not None]
         return rows, len(lines) - len(rows)
@@ -149,7 +162,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def _lines(rows: Iterable[Row]) -> bytes:
-    return "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()

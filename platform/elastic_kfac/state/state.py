@@ -7,9 +7,11 @@ is no generator state.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
-import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -41,8 +43,8 @@ class Progress:
     consumed: int = 0
     """Committed positions of the current epoch's order."""
     samples_committed: int = 0
-    started_at: float = 0.0
-    """Unix time of the run's first start; wall times include downtime."""
+    wall_time_s: float = 0.0
+    """Time in which the run existed: with evaluation and downtime, without that between two calls."""
     train_time_s: float = 0.0
     """Stepping time, without evaluation and downtime."""
     computation_s: float = 0.0
@@ -61,7 +63,9 @@ class Progress:
     time_to_accuracy_s: float | None = None
     train_time_to_accuracy_s: float | None = None
 
-    def evaluated(self, accuracy: float, points: int, target: float | None) -> Progress:
+    def evaluated(
+        self, accuracy: float, points: int, target: float | None, wall_time_s: float
+    ) -> Progress:
         """Progress after evaluation number `points`; the first accuracy at `target` stops the clock."""
         best = accuracy if self.best_accuracy is None else max(accuracy, self.best_accuracy)
         progress = replace(self, best_accuracy=best, evaluations=points)
@@ -69,7 +73,7 @@ class Progress:
             return progress
         return replace(
             progress,
-            time_to_accuracy_s=time.time() - progress.started_at,
+            time_to_accuracy_s=wall_time_s,
             train_time_to_accuracy_s=progress.train_time_s,
         )
 
@@ -86,7 +90,8 @@ class TrainingState:
     ledger: LedgerValue = field(default_factory=LedgerValue)
     seed: int = 0
     data_sha256: str = ""
-    config_sha256: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved configuration."""
 
     def part(self, name: str) -> Any:
         """The nested state of one part: `optimizer`, `kfac`, …; None if there is none."""
@@ -114,7 +119,7 @@ class TrainingState:
             "world_sizes": list(self.ledger.world_sizes),
             "seed": self.seed,
             "data_sha256": self.data_sha256,
-            "config_sha256": self.config_sha256,
+            "config": dict(self.config),
         }
 
     def payload(self) -> bytes:
@@ -194,13 +199,14 @@ class TrainingState:
     ) -> TrainingState:
         segments = tuple(Segment(**segment) for segment in meta["segments"])
         return cls(
-            progress=Progress(**meta["progress"]),
+            # Earlier versions had `started_at` in the place of `wall_time_s`.
+            progress=Progress(**{k: v for k, v in meta["progress"].items() if k != "started_at"}),
             tensors=tensors,
             skeleton=meta["skeleton"],
             ledger=LedgerValue(segments, tail, tuple(meta["world_sizes"])),
             seed=meta["seed"],
             data_sha256=meta["data_sha256"],
-            config_sha256=meta["config_sha256"],
+            config=meta.get("config", {}),
         )
 
 
@@ -218,7 +224,7 @@ def capture(
     ledger: LedgerValue,
     seed: int,
     data_sha256: str,
-    config_sha256: str,
+    config: Mapping[str, Any],
 ) -> TrainingState:
     """Copies the state of a running training; `parts` are further nested states, such as K-FAC's."""
     tensors: dict[str, Tensor] = {
@@ -232,7 +238,7 @@ def capture(
         name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    return TrainingState(progress, owned, skeleton, ledger, seed, data_sha256, config_sha256)
+    return TrainingState(progress, owned, skeleton, ledger, seed, data_sha256, config)
 
 
 def restore_model(model: nn.Module, state: TrainingState) -> None:
@@ -269,12 +275,20 @@ def restore_optimizer(
     """Restores the state of `optimizer_by_name`.
 
     Raises:
-        StateError: If it names a parameter that the model does not have.
+        StateError: If it names a parameter that the model does not have, or belongs to another kind
+            of optimizer.
     """
     parameters = dict(model.named_parameters())
     unknown = sorted(set(by_name) - set(parameters))
     if unknown:
         raise StateError(f"the optimizer state names unknown parameters: {', '.join(unknown[:3])}")
+    kept = _kept_by(optimizer)
+    if missing := {key for saved in by_name.values() if saved for key in set(kept) - set(saved)}:
+        raise StateError(
+            "the optimizer's state belongs to another kind of optimizer",
+            given=f"no {', '.join(sorted(missing))} in the checkpoint",
+            change="continue with the optimizer of the checkpoint, or start a run under another name",
+        )
     optimizer.state.clear()
     for name, values in by_name.items():
         parameter = parameters[name]
@@ -282,9 +296,25 @@ def restore_optimizer(
             # Step counters of torch optimizers stay on the CPU.
             key: value.to(parameter.device if value.shape == parameter.shape else "cpu", copy=True)
             if isinstance(value, Tensor)
+            # LAMB counts steps in an integer, torch in a tensor.
+            else torch.tensor(float(value))
+            if isinstance(kept.get(key), Tensor) and value is not None
             else value
             for key, value in values.items()
         }
+
+
+def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a step of this optimizer keeps for a parameter, from a step on a parameter of its own."""
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    twin = copy.copy(optimizer)
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
+    # An optimizer with further attributes, which the copy lacks, is taken on trust.
+    with contextlib.suppress(AttributeError):
+        type(twin).step(twin)
+    return {key: value for key, value in twin.state[parameter].items() if value is not None}
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:

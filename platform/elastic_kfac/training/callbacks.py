@@ -11,6 +11,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from elastic_kfac.errors import RunError
+from elastic_kfac.state.recorder import Recorder
 from elastic_kfac.state.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ class Callback:
         """Rank 0, before it continues: the last step ever reported for this run; 0 if unknown."""
         return 0
 
+    def wall_time_s(self) -> float:
+        """Rank 0, before it continues: the time in which this run existed so far; 0 if unknown."""
+        return 0.0
+
 
 class Callbacks(Callback):
     """Several callbacks, called in their order."""
@@ -110,6 +116,9 @@ class Callbacks(Callback):
     def last_step(self) -> int:
         return max((callback.last_step() for callback in self._callbacks), default=0)
 
+    def wall_time_s(self) -> float:
+        return max((callback.wall_time_s() for callback in self._callbacks), default=0.0)
+
 
 class FolderWriter(Callback):
     """Writes rows into a run's folder, for runs without Ray."""
@@ -117,20 +126,34 @@ class FolderWriter(Callback):
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self.steps_redone = 0
+        self._recorder = Recorder(folder)
+
+    def close(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            RunError: If it cannot be written.
+        """
+        if count := self._recorder.close():
+            raise RunError(f"{count} rows cannot be written", given=self.folder.uri)
 
     def on_metrics(self, row: Row) -> None:
-        self.folder.append_metrics([row])
+        self._recorder.metrics([row])
 
     def on_event(self, row: Row) -> None:
-        self.folder.append_events([row])
+        self._recorder.events([row])
 
     def on_rollback(self, step: int, lost_steps: int) -> None:
-        self.folder.rewind_metrics(step)
+        self._recorder.rewind(step)
         self.steps_redone += lost_steps
 
     def last_step(self) -> int:
         # From the file: the rank 0 of another attempt or world may have written it.
         return max((int(row.get("step", 0)) for row in self.folder.metrics()), default=0)
+
+    def wall_time_s(self) -> float:
+        rows = self.folder.metrics()
+        return max((float(row.get("wall_time_s") or 0.0) for row in rows), default=0.0)
 
 
 class Control(Protocol):

@@ -15,6 +15,9 @@ from elastic_kfac.optimizers.large_batch import LAMB, LARS, VelocitySGD
 from elastic_kfac.optimizers.schedules import Schedule, make_schedule, tied_momentum
 from elastic_kfac.optimizers.uncompiled import SGD, Adam, AdamW
 
+RATE_IN_MOMENTUM = ("lars", "velocity_sgd")
+"""Optimizers that keep lr·gradient in their momentum, so that no other one can continue from it."""
+
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 

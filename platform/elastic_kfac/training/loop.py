@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets, open_datasets
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
+from elastic_kfac.state.identity import changed_keys
 from elastic_kfac.state.state import Progress, TrainingState
 from elastic_kfac.training.callbacks import Callback, Control, event_row
 from elastic_kfac.training.continuation import Continued, continue_on, restore_newest
@@ -166,13 +167,13 @@ class RunLoop:
         self._continue(continue_on(trainer, self._newest, self._store.load_latest))
 
     def _continue(self, continued: Continued) -> None:
-        trainer = self._trainer
-        if continued.state is not None:
+        trainer, changes = self._trainer, {}
+        if continued.state is not None and continued.state.config:
             self._newest = continued.state if self._keep_newest else None
+            changes = changed_keys(continued.state.config, trainer.config.model_dump(mode="json"))
         self._target_reported = trainer.progress.time_to_accuracy_s is not None
-        if trainer.progress.started_at == 0.0:
-            started_at = trainer.communicator.broadcast_object(time.time(), 0, tag="start")
-            trainer.progress = replace(trainer.progress, started_at=started_at)
+        wall_time_s = max(trainer.wall_time_s, self._report.wall_time_s())
+        trainer.start_clock(trainer.communicator.broadcast_object(wall_time_s, 0, tag="start"))
         self._saved_at_train_time_s = trainer.progress.train_time_s
         step = trainer.progress.step
         lost = max(0, self._report.last_step() - step)
@@ -189,6 +190,9 @@ class RunLoop:
                     moved_bytes=continued.moved_bytes,
                 )
             )
+        if changes:
+            text = "; ".join(f"{key} {old} → {new}" for key, (old, new) in changes.items())
+            self._report.on_event(event_row("configuration", step, reason=text, changes=changes))
 
     def keep_live_state(self) -> None:
         """Keeps the live state as the newest one; for ranks that hold all of it."""
@@ -367,7 +371,7 @@ class RunLoop:
             "epoch": self._trainer.fractional_epoch,
             "samples": progress.samples_committed,
             **self._world(),
-            "wall_time_s": time.time() - progress.started_at,
+            "wall_time_s": self._trainer.wall_time_s,
             "train_time_s": progress.train_time_s,
         }
 

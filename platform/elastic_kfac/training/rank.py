@@ -101,6 +101,7 @@ class RankTrainer(StepTrainer):
             result.accuracy,
             self._points(self.config.train.eval_every_epochs),
             self.config.train.target_accuracy,
+            self.wall_time_s,
         )
         return result
 

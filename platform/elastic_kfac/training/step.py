@@ -18,7 +18,6 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import NumericalError, StateError
-from elastic_kfac.state.identity import config_sha256
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
     Progress,
@@ -30,7 +29,7 @@ from elastic_kfac.state.state import (
 from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
-from elastic_kfac.training.first_order import RateControl, Rates
+from elastic_kfac.training.first_order import RATE_IN_MOMENTUM, RateControl, Rates
 from elastic_kfac.training.preconditioner import make_preconditioner
 from elastic_kfac.training.sync.synchronisation import Span, Totals
 
@@ -73,6 +72,8 @@ class StepTrainer:
         self.rates = RateControl(config)
         self.ledger = Ledger()
         self.progress = Progress()
+        self._zero: float | None = None
+        """When the wall time was 0 on the clock of this process; None before it is known."""
         self.communicator = communicator
         self.left_world_size = 0
         """Ranks of the world that was left last; 0 before."""
@@ -254,6 +255,17 @@ class StepTrainer:
         )
         self.account(elapsed)
 
+    @property
+    def wall_time_s(self) -> float:
+        """Time in which the run has existed, downtime and evaluation included."""
+        if self._zero is None:
+            return self.progress.wall_time_s
+        return time.perf_counter() - self._zero
+
+    def start_clock(self, wall_time_s: float) -> None:
+        """The run has existed for `wall_time_s` now."""
+        self._zero = time.perf_counter() - wall_time_s
+
     def account(self, elapsed_s: float) -> None:
         """Adds time that all ranks spent to the cost of the run."""
         cost = elapsed_s * self.communicator.world_size
@@ -296,11 +308,11 @@ class StepTrainer:
             model=self.model,
             optimizer=self.optimizer,
             parts=parts,
-            progress=self.progress,
+            progress=replace(self.progress, wall_time_s=self.wall_time_s),
             ledger=self.ledger.value(),
             seed=self.config.train.seed,
             data_sha256=self.datasets.train.sha256,
-            config_sha256=config_sha256(self.config),
+            config=self.config.model_dump(mode="json"),
         )
 
     def join_capture(self) -> dict[str, Any]:
@@ -351,6 +363,13 @@ class StepTrainer:
                 "train.seed differs from the seed of the checkpoint",
                 given=self.config.train.seed,
                 allowed=state.seed,
+            )
+        kinds = state.config.get("optimizer", {}).get("name"), self.config.optimizer.name
+        if kinds[0] and len({kind in RATE_IN_MOMENTUM for kind in kinds}) > 1:
+            raise StateError(
+                "the momentum of one of these optimizers contains the learning rate",
+                given=f"optimizer.name={kinds[1]}",
+                allowed=f"{kinds[0]}, as in the checkpoint",
             )
 
     # -- other ranks -----------------------------------------------------------------------------

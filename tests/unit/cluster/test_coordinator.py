@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.run.coordinator import RunCoordinator
+from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.states import TRANSITIONS, RunState, transition
+from elastic_kfac.config import parse_config
 from elastic_kfac.errors import RunError
 from elastic_kfac.observability.metric_names import label
+from elastic_kfac.state import recorder
 from elastic_kfac.state.run_folder import RunFolder
 
 PIDS = {0: 10, 1: 11}
@@ -352,3 +355,102 @@ def test_coordinator_restart_that_is_retried_reports_the_bytes_of_its_last_attem
     asyncio.run(scenario())
     rows = [row for row in RunFolder(tmp_path).events() if row["kind"] == "recovery"]
     assert [(row["way"], row["moved_bytes"]) for row in rows] == [("restore", 300), (None, None)]
+
+
+def test_coordinator_whose_folder_cannot_be_written_says_so_and_loses_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RETRY_S", 0.05)
+    run = tmp_path / "run"
+    run.write_text("a file in the place of the folder")
+
+    async def scenario() -> list[str]:
+        coordinator = RunCoordinator(str(run))
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1, 2))
+        await coordinator.record(1, [("rollback", {"step": 1, "lost_steps": 1}), *_steps(2, 3)])
+        seen = [str(row["reason"]) for row in (await coordinator.view(0)).events]
+        run.unlink()
+        view = await coordinator.close()
+        assert view.unwritten_rows == 0
+        return [*seen, str(view.events[-1]["reason"])]
+
+    *_, failing, working = asyncio.run(scenario())
+    assert "cannot be written" in failing and "can be written again" in working
+    folder = RunFolder(run)
+    assert [row["step"] for row in folder.metrics()] == [1, 2, 3]
+    assert [row["kind"] for row in folder.events()] == [
+        "start",
+        "recovery",
+        "warning",
+        "warning",
+    ]
+
+
+def test_coordinator_of_a_resumed_run_writes_once_the_state_is_restored(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config(parse_config({"train": {"epochs": 1}}))
+    folder.append_metrics([{"step": 7}])
+    config = parse_config({"train": {"epochs": 2}})
+
+    async def scenario(*messages: Any) -> bool:
+        coordinator = RunCoordinator(str(tmp_path), config=config)
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, [("event", {"kind": "state_found", "source": "disk"})])
+        assert folder.events() == [] and folder.read_config().train.epochs == 1
+        await coordinator.record(1, messages)
+        return (await coordinator.close()).is_accepted
+
+    assert not asyncio.run(scenario())
+    assert folder.events() == [] and folder.read_config().train.epochs == 1
+    restored = {"kind": "restored", "step": 5, "world_size": 2, "way": "restore", "moved_bytes": 0}
+    assert asyncio.run(scenario(("event", restored)))
+    assert [row["kind"] for row in folder.events()] == ["state_found", "restored"]
+    assert folder.read_config().train.epochs == 2
+
+
+def test_coordinator_whose_clock_is_set_back_counts_no_negative_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+
+    async def scenario() -> RunView:
+        coordinator = RunCoordinator(str(tmp_path))
+        first = await coordinator.wall_time()
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1))
+        await coordinator.group_failed({0: "ActorDied", 1: "ActorDied"}, ["node"])
+        monkeypatch.setattr(time, "time", lambda: real() - 3600)
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(2, _steps(2))
+        assert 0 <= first <= await coordinator.wall_time() < 60
+        return await coordinator.close()
+
+    view = asyncio.run(scenario())
+    assert 0 <= view.worker_seconds < 120 and 0 <= view.in_state_s < 60
+    (recovery,) = [row for row in RunFolder(tmp_path).events() if row["kind"] == "recovery"]
+    assert 0 <= recovery["downtime_s"] < 60
+    assert all(0 <= at < 60 for at in recovery["phases_s"].values())
+
+
+def test_coordinator_of_a_continued_run_counts_only_time_in_which_it_existed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_metrics([{"step": 6, "wall_time_s": 12.0}, {"step": 7, "wall_time_s": 14.0}])
+    folder.append_events([{"kind": "start", "time": time.time() - 7200}])
+
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path))
+        # Placing the first group is not counted, as at the run's first start.
+        await asyncio.sleep(0.3)
+        assert await coordinator.wall_time() == 14.0
+        await asyncio.sleep(0.05)
+        assert 14.05 <= await coordinator.wall_time() < 30.0
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(8))
+
+    asyncio.run(scenario())
+    event = folder.events()[-1]
+    assert event["kind"] == "continue" and 7200 <= event["away_s"] < 7260
+    assert event["reason"] == "the run was continued after 2 h 00 min"

@@ -29,7 +29,7 @@ RUNNING = RunView(
     error=None,
     world_sizes=(2,),
     worker_seconds=1.0,
-    state_since=0.0,
+    in_state_s=0.0,
 )
 
 

@@ -148,6 +148,65 @@ def test_headline_of_run_below_target_says_missed(make_run: MakeRun) -> None:
     assert headline(run).startswith("Missed the target of 97.00% test accuracy with 91.00%")
 
 
+@pytest.mark.parametrize(
+    ("target", "accuracies", "sentence"),
+    [
+        (None, (0.95, 0.6), "Reached 95.00% test accuracy in 2.1 s, but ended at 60.00%"),
+        (None, (0.9, 0.95), "Reached 95.00% test accuracy in 2.1 s on"),
+        (
+            0.97,
+            (0.91, 0.4),
+            "Missed the target of 97.00% test accuracy with 91.00%, but ended at 40",
+        ),
+        (
+            0.9,
+            (0.95, 0.92),
+            "Reached 90.00% test accuracy in 1.1 s (best 95.00%, at the end 92.00%)",
+        ),
+        (0.9, (0.95, 0.1), "(best 95.00%, at the end 10.00%, below the target)"),
+    ],
+)
+def test_headline_of_run_that_ended_worse_than_it_was_says_so(
+    make_run: MakeRun, target: float | None, accuracies: tuple[float, ...], sentence: str
+) -> None:
+    rows = [
+        {"step": step, "wall_time_s": step + 0.1, "world_size": 1, "eval_accuracy": accuracy}
+        for step, accuracy in enumerate(accuracies, start=1)
+    ]
+    rows.insert(0, {"step": 1, "wall_time_s": 1.0, "world_size": 1, "loss": 1.0})
+    result = {"status": "finished", "best_accuracy": max(accuracies), "steps": 2}
+    config = "train: {}" if target is None else f"train: {{target_accuracy: {target}}}"
+    folder = make_run(
+        config__yaml=config,
+        metrics__jsonl="".join(json.dumps(row) + "\n" for row in rows),
+        events__jsonl=None,
+        result__json=json.dumps(result),
+    )
+    assert sentence in headline(read_run(folder))
+
+
+def test_continued_run_shows_where_and_after_how_long_in_summary_and_figures(
+    make_run: MakeRun,
+) -> None:
+    event = {"time": 9000.0, "kind": "continue", "step": 133, "steps_redone": 3, "away_s": 4000.0}
+    folder = make_run(events__jsonl=json.dumps({**event, "from_world_size": 0, "to_world_size": 2}))
+    run = read_run(folder)
+    (pause,) = run.pauses
+    assert (pause.step, pause.wall_s) == (131, pytest.approx(31.09))
+    assert "continued   at step 131 after 1 h 07 min, which no time counts" in summary_text(run)
+    text = page_of(folder)
+    assert text.count("> continued after 1 h 07 min<") == 3
+    assert "Dotted lines: the run was continued" in text
+    assert "continued after" not in page_of(make_run("other"))
+
+
+def test_events_of_a_clock_that_was_set_back_do_not_run_backwards(make_run: MakeRun) -> None:
+    events = [{"time": at, "kind": "note", "step": 1} for at in (1000.0, 1008.0, 1008.0 - 3600)]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    text = page_of(make_run(events__jsonl=lines))
+    assert text.count("8.0 s</td>") == 2
+
+
 def test_headline_of_failed_run_names_the_status(make_run: MakeRun) -> None:
     run = read_run(make_run(result__json=json.dumps({"status": "failed", "steps": 9})))
     assert headline(run).startswith("Ended as “failed” at step 9")

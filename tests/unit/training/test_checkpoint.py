@@ -34,7 +34,7 @@ def make_state(step: int, *, ledger: Ledger | None = None) -> TrainingState:
         ledger.value(),
         seed=3,
         data_sha256="d",
-        config_sha256="c",
+        config={"train": {"seed": 3}},
     )
 
 
@@ -63,7 +63,7 @@ def test_round_trip_of_everything_is_exact(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.sha256() == state.sha256()
     assert loaded.progress == state.progress
-    assert (loaded.seed, loaded.data_sha256, loaded.config_sha256) == (3, "d", "c")
+    assert (loaded.seed, loaded.data_sha256, loaded.config) == (3, "d", {"train": {"seed": 3}})
     part = loaded.part("kfac")
     assert part["a"][:2] == (1, None)
     assert torch.equal(part["a"][2], torch.arange(3.0))

@@ -19,7 +19,7 @@ def state_of(step: int, kibibytes: int) -> TrainingState:
     weights = {"model/weight": torch.full((kibibytes, 256), float(step))}
     progress = Progress(step=step)
     return TrainingState(
-        progress, weights, {}, Ledger().value(), seed=0, data_sha256="d", config_sha256="c"
+        progress, weights, {}, Ledger().value(), seed=0, data_sha256="d", config={}
     )
 
 

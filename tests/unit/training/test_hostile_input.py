@@ -19,6 +19,7 @@ from elastic_kfac.config import parse_config, read_config
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, DataError, ElasticKfacError, StateError
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.line_log import LineLog
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.training.callbacks import KeepGoing
@@ -93,8 +94,8 @@ def test_storage_refuses_names_that_lead_out_of_it(name: str, tmp_path: Path) ->
     calls: tuple[Callable[[], Any], ...] = (
         lambda: storage.read(name),
         lambda: storage.write(name, b"owned"),
-        lambda: storage.append_lines(name, b"owned\n"),
-        lambda: storage.truncate(name, 0),
+        lambda: LineLog(storage, name).append(b"owned\n"),
+        lambda: LineLog(storage, name).truncate(0),
         lambda: storage.exists(name),
         lambda: storage.folders(name),
         lambda: storage.files(name),

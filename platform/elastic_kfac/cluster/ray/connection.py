@@ -22,6 +22,7 @@ from elastic_kfac.cluster.ray.internals import (
     ray_worker,
 )
 from elastic_kfac.errors import UsageError
+from elastic_kfac.runs.signals import STOPPING
 
 logger = logging.getLogger(__name__)
 
@@ -142,14 +143,17 @@ def environment(variables: Mapping[str, str], *, user_wins: bool = False) -> Ite
 
 @contextlib.contextmanager
 def kept_signal_handlers() -> Iterator[None]:
-    """Keeps this process's handlers, which Ray replaces when a node starts or a driver connects."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.getsignal(number) for number in numbers}
+    """Keeps this process's handlers, which Ray replaces when a node starts or a driver connects.
+
+    Processes that start in the block outlive a closed terminal: this one has them save their state.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    old = {number: signal.getsignal(number) for number in STOPPING if is_main}
+    # Children inherit the mask. What comes meanwhile is delivered afterwards.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

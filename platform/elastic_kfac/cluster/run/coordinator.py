@@ -11,17 +11,21 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
 from elastic_kfac.cluster.run.messages import Message
 from elastic_kfac.cluster.run.states import Change, Group, RunState, transition
 from elastic_kfac.observability.telemetry import RunTelemetry, TelemetryOptions
+from elastic_kfac.runs.summary import duration
+from elastic_kfac.state.recorder import Recorder
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
 
 if TYPE_CHECKING:
     from elastic_kfac.cluster.run.replicas import Places
+    from elastic_kfac.config import Config
 
 LOST = "a member of the world was lost"
 RETURNED = "a replacement joined the world"
@@ -37,8 +41,8 @@ class RunView:
     state: RunState = RunState.STARTING
     reason: str = ""
     """Reason of the state."""
-    state_since: float = field(default_factory=time.time)
-    """Unix time."""
+    in_state_s: float = 0.0
+    """Time in this state."""
     attempt: int = 0
     world_size: int = 0
     pids: Mapping[int, int] = field(default_factory=dict)
@@ -61,6 +65,10 @@ class RunView:
     """Ray's handle of the controller."""
     placement_group: Any = None
     """Ray's handle of the newest group's placement group."""
+    is_accepted: bool = True
+    """Whether the state of a run that is resumed was restored."""
+    unwritten_rows: int = 0
+    """Rows that the run's folder lacks at the end."""
 
 
 class RunCoordinator:
@@ -74,6 +82,7 @@ class RunCoordinator:
         breaker: CrashLoopBreaker | None = None,
         survivors_timeout_s: float = 3.0,
         telemetry: TelemetryOptions | None = None,
+        config: Config | None = None,
     ) -> None:
         """Opens the run's folder.
 
@@ -82,16 +91,26 @@ class RunCoordinator:
             breaker: Decides when a run that keeps failing has to end.
             survivors_timeout_s: How long survivors have to save their state after processes died.
             telemetry: Settings of the exporter; None exports nothing.
+            config: Configuration of a run that is resumed: nothing is written before its state is
+                restored. None writes at once.
         """
         self._telemetry = RunTelemetry(telemetry, _gauge)
         self._in_place = in_place
         self._survivors_timeout_s = survivors_timeout_s
         self._folder = RunFolder(run_uri)
         self._breaker = breaker or CrashLoopBreaker()
+        self._recorder = Recorder(self._folder)
+        self._config = config
+        if config is not None:
+            self._recorder.hold()
         rows = self._folder.metrics()
         self._last_step = max((int(row.get("step", 0)) for row in rows), default=0)
         self._last_row_step = max((int(r["step"]) for r in rows if "loss" in r), default=0)
         self._continued = self._last_step > 0
+        self._wall_time_s = max((float(row.get("wall_time_s") or 0) for row in rows), default=0.0)
+        self._asked_at: float | None = None
+        stamps = (float(row.get("time") or 0) for row in self._folder.events())
+        self._left_at = max(stamps, default=0.0) if self._continued else 0.0
         self._wanted_workers = next(
             (r["wanted_workers"] for r in rows[:-9:-1] if "wanted_workers" in r), None
         )
@@ -102,7 +121,7 @@ class RunCoordinator:
         self._events: list[dict[str, Any]] = []
         self._plan: Any = None
         self._steps_redone = 0
-        self._last_step_time = time.time()
+        self._state_since = self._last_step_time = time.monotonic()
         self._step_reached = asyncio.Condition()
         self._replicas: Places = {}
         self._replicas_measured_at = float("-inf")
@@ -129,7 +148,7 @@ class RunCoordinator:
         self._run.attempt += 1
         size = len(pids)
         self._group = Group(
-            self._run.attempt, size, dict(pids), dict(nodes), time.time(), size, size
+            self._run.attempt, size, dict(pids), dict(nodes), time.monotonic(), size, size
         )
         self._group.store_address = asyncio.get_running_loop().create_future()
 
@@ -253,6 +272,12 @@ class RunCoordinator:
         """The newest committed step that was reported."""
         return self._last_step
 
+    async def wall_time(self) -> float:
+        """Time [s] in which the run existed: that of earlier calls, and since this was first asked."""
+        now = time.monotonic()
+        self._asked_at = now if self._asked_at is None else self._asked_at
+        return self._wall_time_s + now - self._asked_at
+
     async def publish_store(self, host: str, port: int) -> None:
         """Address of rank 0's rendezvous store."""
         if self._group is not None and self._group.store_address is not None:
@@ -299,7 +324,7 @@ class RunCoordinator:
             elif kind == "event":
                 self._record_rank_event(group, row)
             elif kind == "rollback":
-                self._folder.append_metrics(metrics)
+                self._recorder.metrics(metrics)
                 metrics = []
                 if group.stepped:
                     self._begin_world(group)
@@ -309,7 +334,7 @@ class RunCoordinator:
                 self._measure_replicas()
             else:
                 self._stepped(group, row)
-        self._folder.append_metrics(metrics)
+        self._recorder.metrics(metrics)
         async with self._step_reached:
             self._step_reached.notify_all()
 
@@ -342,16 +367,20 @@ class RunCoordinator:
 
     async def view(self, seen_events: int) -> RunView:
         """A snapshot for the display, without the first `seen_events` events."""
+        for line in self._recorder.news():
+            self._record_event(event_row("warning", self._last_step, reason=line))
         group = self._group
-        running = (time.time() - group.began) * group.world_size if group is not None else 0.0
+        running = (time.monotonic() - group.began) * group.world_size if group is not None else 0.0
         return replace(
             self._run,
+            in_state_s=time.monotonic() - self._state_since,
             world_size=group.world_size if group is not None else 0,
             pids=dict(group.pids) if group is not None else {},
             rank_nodes=dict(group.nodes) if group is not None else {},
             events=self._events[seen_events:],
             num_events=len(self._events),
             worker_seconds=self._run.worker_seconds + running,
+            is_accepted=not self._recorder.is_held,
         )
 
     async def reached(self, step: int) -> int:
@@ -378,6 +407,7 @@ class RunCoordinator:
         """Ends the run's record and returns the last view."""
         self._close_group()
         self._enter(RunState.ENDED, "")
+        self._run.unwritten_rows = await asyncio.to_thread(self._recorder.close)
         return await self.view(0)
 
     # ---- inside ----------------------------------------------------------------------------
@@ -386,7 +416,7 @@ class RunCoordinator:
         run = self._run
         if state is not run.state or reason != run.reason:
             run.state, run.reason = transition(run.state, state), reason
-            run.state_since = time.time()
+            self._state_since = time.monotonic()
             self._telemetry.state(state, reason)
 
     def _stop_reason_of(self, group: Group) -> str | None:
@@ -400,7 +430,7 @@ class RunCoordinator:
         change, group = self._change, self._group
         before = group.world_size if group is not None else 0
         if kind == "resize" and group is not None and not group.stepped:
-            group.next_change = Change(kind, reason, before, marks={"noticed": time.time()})
+            group.next_change = Change(kind, reason, before, marks={"noticed": time.monotonic()})
             return
         if change is None:
             self._change = Change(kind, reason, before)
@@ -420,7 +450,7 @@ class RunCoordinator:
         group.stepped = False
 
     def _enter_world(self, group: Group, world_size: int) -> None:
-        now = time.time()
+        now = time.monotonic()
         self._run.worker_seconds += (now - group.began) * group.world_size
         group.began = now
         change = self._change
@@ -441,14 +471,15 @@ class RunCoordinator:
 
     def _roll_back(self, step: int, lost_steps: int) -> None:
         self._mark("restored")
-        self._folder.rewind_metrics(step)
+        self._recorder.rewind(step)
         self._last_row_step = min(self._last_row_step, step)
         self._steps_redone += lost_steps
         if self._change is not None:
             self._change.steps_redone += lost_steps
 
     def _stepped(self, group: Group, row: Mapping[str, Any]) -> None:
-        step, now = int(row["step"]), time.time()
+        step, now = int(row["step"]), time.monotonic()
+        self._accept()
         if not group.stepped:
             group.stepped = True
             self._first_step(group, now)
@@ -467,12 +498,16 @@ class RunCoordinator:
             self._run.world_sizes = [*self._run.world_sizes, group.world_size]
         if change is None:
             details: dict[str, Any] = {
-                "kind": "continue" if self._continued else "start",
+                "kind": "start",
                 "from_world_size": 0,
-                "reason": "the run was continued" if self._continued else "the run began",
+                "reason": "the run began",
                 "downtime_s": 0.0,
                 "steps_redone": self._steps_redone,
             }
+            if self._continued:
+                away_s = max(0.0, time.time() - self._left_at) if self._left_at else 0.0
+                details |= {"kind": "continue", "away_s": round(away_s, 3)}
+                details["reason"] = f"the run was continued after {duration(away_s)}"
         else:
             began = self._last_step_time
             details = {
@@ -499,10 +534,15 @@ class RunCoordinator:
         if row.get("kind") == "state_found" and self._change is not None:
             self._change.restored_from = str(row["source"])
         elif row.get("kind") == "restored":
+            self._accept()
             self._enter_world(group, int(row["world_size"]))
             if self._change is not None:
                 self._change.way, self._change.moved_bytes = row["way"], row["moved_bytes"]
         self._record_event({**row, "world_size": group.world_size})
+
+    def _accept(self) -> None:
+        if self._config is not None:
+            self._recorder.accept(partial(self._folder.write_config, self._config))
 
     def _record_failure(self, before: int | None, after: int | None, **details: Any) -> None:
         self._record_event(
@@ -522,7 +562,7 @@ class RunCoordinator:
     def _record_event(self, row: Mapping[str, Any]) -> None:
         self._events.append(dict(row))
         self._telemetry.event(row)
-        self._folder.append_events([row])
+        self._recorder.events([row])
 
     def _measure_replicas(self) -> None:
         now = time.monotonic()
@@ -546,7 +586,7 @@ class RunCoordinator:
         group, self._group = self._group, None
         if group is not None:
             self._change = self._change or group.next_change
-            self._run.worker_seconds += (time.time() - group.began) * group.world_size
+            self._run.worker_seconds += (time.monotonic() - group.began) * group.world_size
             group.changed.set()
             if group.store_address is not None and not group.store_address.done():
                 group.store_address.cancel()

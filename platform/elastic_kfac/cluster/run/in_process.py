@@ -18,7 +18,7 @@ from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.messages import Message, Reporter
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
-from elastic_kfac.cluster.run.result import RunResult, build_result, error_of
+from elastic_kfac.cluster.run.result import RunResult, begin_record, build_result, error_of
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import UsageError
@@ -62,11 +62,9 @@ def train_in_process(
         signals = stack.enter_context(stop_signals or StopSignals())
         stack.enter_context(folder.claimed(f"run {name}", display.say))
         device = device_of_task(config)
-        if folder.storage.folders("checkpoints"):
-            display.say(f"Run {name} exists in {storage}: resuming it.")
-        folder.write_config(config)
+        resumed = begin_record(folder, config, name, display)
         signals.defer()
-        record = _Record(folder, display, signals)
+        record = _Record(folder, display, signals, config if resumed else None)
         store = CheckpointStore(
             folder.uri, keep=config.elastic.keep_checkpoints, on_warning=record.warn
         )
@@ -94,18 +92,20 @@ def train_in_process(
             failed=error is not None,
         )
         if error is not None:
-            raise error_of(error, display, change="the last checkpoint is kept")
+            raise error_of(error, display, change=result.safe)
     return result
 
 
 class _Record(Reporter):
     """The run coordinator in this process, and the display in the place of a driver that polls it."""
 
-    def __init__(self, folder: RunFolder, display: Display, signals: StopSignals) -> None:
+    def __init__(
+        self, folder: RunFolder, display: Display, signals: StopSignals, config: Config | None
+    ) -> None:
         self._loop = asyncio.new_event_loop()
         # The thread that writes checkpoints reports as well.
         self._lock = threading.RLock()
-        self._coordinator = RunCoordinator(folder.uri)
+        self._coordinator = RunCoordinator(folder.uri, config=config)
         self._display, self._signals = display, signals
         self._seen_events = 0
         self._shown_at = float("-inf")
@@ -120,6 +120,9 @@ class _Record(Reporter):
 
     def last_step(self) -> int:
         return self._call(self._coordinator.last_step())
+
+    def wall_time_s(self) -> float:
+        return self._call(self._coordinator.wall_time())
 
     def stop_reason(self) -> str | None:
         return self._signals.reason

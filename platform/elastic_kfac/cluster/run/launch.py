@@ -64,12 +64,14 @@ class Launch:
         share: Callable[[], int] | None,
         logical_gpus: bool,
         log: str,
+        resumed: bool,
     ) -> None:
         """Creates the actors and Ray Train's trainer; `start` runs it.
 
         Args:
             rank_function: As in `trainer.train`, like `share` and `logical_gpus`.
             log: Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`.
+            resumed: Whether the run's folder stays as it is until its state is restored.
         """
         self._folder = folder
         self._nodes: set[str] = set(alive_worker_nodes())
@@ -90,7 +92,11 @@ class Launch:
         )
         home = head_node()
         self.coordinator = start_actor(
-            RunCoordinator, run_uri, in_place=elastic.in_place, telemetry=telemetry
+            RunCoordinator,
+            run_uri,
+            in_place=elastic.in_place,
+            telemetry=telemetry,
+            config=config if resumed else None,
         )
         self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
         ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))

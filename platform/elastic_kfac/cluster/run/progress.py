@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -33,7 +34,10 @@ class Display:
 
 
 class ProgressLine(Display):
-    """One live line on a terminal; elsewhere a plain line every `plain_interval_s` seconds."""
+    """One live line on a terminal; elsewhere a plain line every `plain_interval_s` seconds.
+
+    A terminal that is closed, or a reader that has gone, does not end what is shown.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, plain_interval_s: float = 5.0) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -46,7 +50,8 @@ class ProgressLine(Display):
             self._live.start()
 
     def say(self, line: str) -> None:
-        self._console.print(Text(line))
+        with contextlib.suppress(OSError):
+            self._console.print(Text(line))
 
     def update(self, view: RunView) -> None:
         for event in view.events:
@@ -66,7 +71,8 @@ class ProgressLine(Display):
 
     def close(self) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
 
 
@@ -89,8 +95,7 @@ def status_line(view: RunView) -> str:
     if view.state is RunState.RUNNING:
         parts.append(workers(view.world_size))
     else:
-        waited = max(0.0, time.time() - view.state_since)
-        parts.append(f"{_state_text(view)} ({waited:.0f} s)")
+        parts.append(f"{_state_text(view)} ({view.in_state_s:.0f} s)")
     return "  ".join(parts)
 
 
@@ -119,6 +124,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"[step {step}] {event['reason']}"
     if kind == "warning":
         return f"[step {step}] warning: {event['reason']}"
+    if kind == "configuration":
+        return f"[step {step}] the configuration has changed: {event['reason']}"
     return None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.exceptions import ActorDiedError
 
 from elastic_kfac.cluster.run.messages import Message, Reporter
 from elastic_kfac.cluster.run.replicas import StoreCallback
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from elastic_kfac.training.measurement import RankProbe
 
 
+RETRY_S = 2.0
+
+
 class RankReporter(Reporter):
     """Sends a rank's rows to the coordinator: in order, in batches, without waiting for it."""
 
@@ -29,6 +33,7 @@ class RankReporter(Reporter):
         self._attempt = attempt
         self._interval_s = interval_s
         self._rows: queue.Queue[Message | None] = queue.Queue()
+        self._is_over = False
         self._thread = threading.Thread(target=self._send_all, name="rank-reporter", daemon=True)
         self._thread.start()
 
@@ -40,6 +45,9 @@ class RankReporter(Reporter):
         self.flush()
         return int(ray.get(self._coordinator.last_step.remote()))
 
+    def wall_time_s(self) -> float:
+        return float(ray.get(self._coordinator.wall_time.remote()))
+
     def flush(self, timeout_s: float = 30.0) -> None:
         """Returns when everything has arrived."""
         with self._rows.all_tasks_done:
@@ -48,6 +56,7 @@ class RankReporter(Reporter):
     def close(self) -> None:
         """Flushes and ends the sending thread."""
         self.flush()
+        self._is_over = True
         self._rows.put(None)
         self._thread.join()
 
@@ -63,10 +72,21 @@ class RankReporter(Reporter):
             is_closing = None in taken
             if rows := [row for row in taken if row is not None]:
                 # One batch at a time: an actor with several callers at once may reorder calls.
-                ray.get(self._coordinator.record.remote(self._attempt, rows))
+                self._record(rows)
             for _ in taken:
                 self._rows.task_done()
             time.sleep(self._interval_s)
+
+    def _record(self, rows: Sequence[Message]) -> None:
+        while not self._is_over:
+            try:
+                ray.get(self._coordinator.record.remote(self._attempt, rows))
+                return
+            except ActorDiedError:
+                self._is_over = True  # and the run with it
+            except Exception:
+                log_of("run").warning("rows were not recorded; trying again", exc_info=True)
+                time.sleep(RETRY_S)
 
 
 class CoordinatorControl:

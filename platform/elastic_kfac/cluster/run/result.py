@@ -10,8 +10,10 @@ from typing import Any
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.progress import Display
+from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, RunError, StateError
 from elastic_kfac.runs.final_record import compact_ledger
+from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 
 EXIT_INTERRUPTED = 130
@@ -31,13 +33,33 @@ class RunResult:
     """The content of `result.json`."""
     unfired: tuple[str, ...] = ()
     """Requested faults that never happened."""
+    safe: str = ""
+    """What of the run is safe, where it did not finish."""
+    is_safe: bool = True
+    """Whether every committed step is, with all rows."""
 
     @property
     def exit_code(self) -> int:
-        """0 success; 1 the run failed or a requested fault never happened; 130 it was interrupted."""
-        if self.status == "interrupted":
+        """0 success; 1 the run failed, a requested fault never happened, or something is not safe;
+        130 it was interrupted."""
+        if self.status == "interrupted" and self.is_safe:
             return EXIT_INTERRUPTED
-        return 0 if self.status == "finished" and not self.unfired else 1
+        return 0 if self.status == "finished" and self.is_safe and not self.unfired else 1
+
+
+def begin_record(folder: RunFolder, config: Config, name: str, display: Display) -> bool:
+    """Begins a run's folder, or reports that the run is resumed; returns whether it is.
+
+    The folder of a run with checkpoints stays as it is until the newest one has accepted the
+    configuration.
+    """
+    if folder.storage.exists("result.json") and folder.result() is None:
+        display.say(f"warning: {folder.uri}/result.json is damaged; the run's end writes it anew")
+    if CheckpointStore(folder.uri).steps():
+        display.say(f"Run {name} exists in {folder.uri}: resuming it.")
+        return True
+    folder.write_config(config)
+    return False
 
 
 def build_result(
@@ -49,7 +71,13 @@ def build_result(
     target_accuracy: float | None,
     failed: bool,
 ) -> RunResult:
-    """Writes `ledger.parquet` and `result.json`; for a failed run from what the driver has seen."""
+    """Writes `ledger.parquet` and `result.json`; for a failed run from what the driver has seen.
+
+    Nothing of a run whose state did not accept the configuration.
+
+    Raises:
+        RunError: If they cannot be written.
+    """
     earlier = folder.result() or {}
     progress = view.progress
     # Of all calls for this run, not only of this one.
@@ -82,10 +110,34 @@ def build_result(
         "error": view.error.line if view.error is not None else None,
     }
     values.pop("reasons", None)
-    with contextlib.suppress(StateError):
-        compact_ledger(folder)
-    folder.write_result(values)
-    return RunResult(status, folder.uri, values, tuple(unfired))
+    is_safe, safe = _safe_part(folder, int(values["steps"] or 0), view.unwritten_rows)
+    result = RunResult(status, folder.uri, values, tuple(unfired), safe, is_safe)
+    if not view.is_accepted:
+        return result
+    try:
+        with contextlib.suppress(StateError):
+            compact_ledger(folder)
+        folder.write_result(values)
+    except OSError as error:
+        cause = view.error.line if view.error is not None else error
+        raise RunError(
+            "the run's result cannot be written", given=folder.uri, change=f"{cause}; {safe}"
+        ) from None
+    return result
+
+
+def _safe_part(folder: RunFolder, step: int, unwritten_rows: int) -> tuple[bool, str]:
+    """Whether everything up to `step` is on disk, and what is, in words."""
+    newest = max(CheckpointStore(folder.uri).steps(), default=0)
+    if newest >= step:
+        line = f"the state of step {newest} is safe" if newest else "no step was committed"
+    elif newest:
+        line = f"the newest checkpoint is of step {newest}: the {step - newest} after it are lost"
+    else:
+        line = f"no checkpoint was written: all {step} steps are lost"
+    if unwritten_rows:
+        line += f"; {unwritten_rows} rows of its record are lost"
+    return newest >= step and not unwritten_rows, line
 
 
 def error_of(error: RankError, display: Display, *, change: str) -> ElasticKfacError:

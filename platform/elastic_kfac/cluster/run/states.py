@@ -79,7 +79,7 @@ class Change:
     moved_bytes: int | None = None
     """Tensors received over all ranks together; of the last attempt when a restart is retried."""
     marks: dict[str, float] = field(default_factory=dict)
-    """When its phases were reached (Unix time)."""
+    """When its phases were reached (monotonic clock of the coordinator)."""
 
     @property
     def hand_over_s(self) -> float | None:
@@ -90,7 +90,7 @@ class Change:
 
     def mark(self, name: str) -> None:
         """A phase was reached; when a restart is retried, the last time counts."""
-        self.marks[name] = time.time()
+        self.marks[name] = time.monotonic()
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Group:
     pids: dict[int, int]
     nodes: dict[int, str]
     began: float
-    """Start of the present world (Unix time)."""
+    """Start of the present world (monotonic clock of the coordinator)."""
     founders: int = 0
     """Ranks at the start, the members of the first world."""
     next_slot: int = 0

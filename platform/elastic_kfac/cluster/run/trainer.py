@@ -18,7 +18,7 @@ from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.launch import Launch
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
-from elastic_kfac.cluster.run.result import RunResult, build_result, error_of
+from elastic_kfac.cluster.run.result import RunResult, begin_record, build_result, error_of
 from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.config import Config
@@ -59,7 +59,7 @@ def train(
         progress: Shows the run; None is a live line on standard output.
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
         rank_function: `module:function` that runs one rank.
-        stop_signals: Source of stop requests; None is Ctrl-C and SIGTERM.
+        stop_signals: Source of stop requests; None is Ctrl-C, SIGTERM and SIGHUP.
         share: How many workers this run may use now, called in Ray Train's controller; None leaves
             that to Ray.
         logical_gpus: Whether the GPUs of a given `cluster` are only Ray's numbers, so that ranks
@@ -90,9 +90,7 @@ def train(
         elif address is not None:
             stack.enter_context(connected(address))
         faults = FaultPlan(cluster, resize_at, kill_at)
-        if folder.storage.folders("checkpoints"):
-            display.say(f"Run {name} exists in {storage}: resuming it.")
-        folder.write_config(config)
+        resumed = begin_record(folder, config, name, display)
         signals.defer()
         launch = Launch(
             config,
@@ -102,6 +100,7 @@ def train(
             share=share,
             logical_gpus=logical_gpus,
             log=levels,
+            resumed=resumed,
         )
         return _Driver(config, folder, launch, faults, display, signals).finish()
 
@@ -146,8 +145,8 @@ class _Driver:
             failed=failure is not None,
         )
         self._display.close()
-        if self._signals.reason is None and failure is not None:
-            raise self._error(view, failure)
+        if failure is not None and (self._signals.reason is None or not view.is_accepted):
+            raise self._error(view, failure, result.safe)
         return result
 
     def _watch(self, fit: threading.Thread) -> None:
@@ -204,13 +203,13 @@ class _Driver:
     def _record_event(self, row: Mapping[str, Any]) -> None:
         ray.get(self._launch.coordinator.add_event.remote(row))
 
-    def _error(self, view: RunView, failure: BaseException) -> ElasticKfacError:
+    def _error(self, view: RunView, failure: BaseException, safe: str) -> ElasticKfacError:
         if view.error is None:
             text = str(failure).strip().splitlines()
             return RunError(
                 f"Ray Train ended the run: {type(failure).__name__}",
                 given=text[0] if text else None,
-                change=f"see {self._folder.uri}/events.jsonl",
+                change=f"see {self._folder.uri}/events.jsonl; {safe}",
             )
-        change = "it failed in the same way at every attempt; the last state is kept"
+        change = f"it failed in the same way at every attempt; {safe}"
         return error_of(view.error, self._display, change=change)
