@@ -63,7 +63,8 @@ class NormLayer(Layer):
         """x̂ and the output gradients as `[n, positions, features]`."""
         normalized = normalize(self.module, inputs.to(self.dtype))
         if isinstance(self.module, _OVER_SHAPE):
-            shape = (gradients.shape[0], -1, self.features)
+            positions = gradients.shape[1 : gradients.dim() - len(self.module.normalized_shape)]
+            shape = (gradients.shape[0], positions.numel(), self.features)
             return normalized.reshape(shape), gradients.reshape(shape)
         return _channels_last(normalized), _channels_last(gradients)
 

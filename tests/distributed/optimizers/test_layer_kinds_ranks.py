@@ -24,6 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole": {"grad_worker_frac": 1.0},
     "parts": {"grad_worker_frac": 1e-9, "method": "inverse", "stagger": True},
     "sharded": {"sharding": ShardedConfig(gather="gradients")},
+    "sharded weights": {"sharding": ShardedConfig(gather="weights")},
     "tree": {"tree": True, "grad_worker_frac": 0.5},
 }
 
@@ -62,7 +63,8 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             options = {"damping": 0.01, "inverse_update_steps": 2, **CASES[case]}
-            self.kfac = KFAC(self.model, process_group=communicator, **options)
+            rates = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            self.kfac = KFAC(self.model, lr=rates, process_group=communicator, **options)
         self.uses_tree = options.get("tree", False)
 
     def train(self, steps: range) -> dict[str, Tensor]:
@@ -89,6 +91,8 @@ class Run:
             self.kfac.step(statistics=layout.unpack(vector, BATCH))
         else:
             self.kfac.step(num_samples=len(x), loss_scale_per_sample=1 / BATCH)
+        if self.kfac.updates_weights:
+            return
         with torch.no_grad():
             for p in weights:
                 assert p.grad is not None

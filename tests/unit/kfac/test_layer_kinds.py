@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable
@@ -586,6 +587,41 @@ def test_kinds_in_training_loops_equal_one_pass(
     found = stepped(loop, Net, **options)
     assert set(found.coverage().values()) == {"covered"}
     assert_same_factors(found, right)
+
+
+def test_an_empty_batch_leaves_every_kind_as_it_was() -> None:
+    model = Net()
+    kfac = KFAC(model, kl_clip=None)
+    entropy(model).backward()
+    kfac.step()
+    before = copy.deepcopy(kfac.factors())
+    model.zero_grad()
+    F.cross_entropy(model(IMAGES[:0]), LABELS[:0], reduction="sum").backward()
+    kfac.step()
+    for name, factors in kfac.factors().items():
+        for factor, value in factors.items():
+            assert torch.equal(value, before[name][factor])
+    assert all(float(p.grad.abs().sum()) == 0 for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")  # RMSNorm under autocast, torch's own
+def test_kinds_in_half_precision_and_autocast_stay_near_float64() -> None:
+    right = stepped(lambda m: F.cross_entropy(m(IMAGES), LABELS).backward(), Net).factors()
+
+    def half(model: nn.Module) -> None:
+        F.cross_entropy(model(IMAGES.bfloat16()).float(), LABELS).backward()
+
+    def cast(model: nn.Module) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(IMAGES.float())
+        F.cross_entropy(out.float(), LABELS).backward()
+
+    for found in (stepped(half, lambda: Net().bfloat16()), stepped(cast, lambda: Net().float())):
+        assert set(found.coverage().values()) == {"covered"}
+        for name, factors in right.items():
+            for factor, value in factors.items():
+                error = (found.factors()[name][factor] - value).norm() / value.norm()
+                assert float(error) < 0.1, (name, factor)
 
 
 @pytest.mark.filterwarnings("ignore")  # what the compiler itself warns of is not ours
