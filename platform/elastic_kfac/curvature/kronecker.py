@@ -36,6 +36,8 @@ class KroneckerLayer(Layer):
     factor_names = ("A", "G")
     groups = 1
     diagonal_a = False
+    _is_shared = False
+    """Whether several modules use the weight."""
 
     def __init__(
         self,
@@ -64,7 +66,7 @@ class KroneckerLayer(Layer):
     @property
     def stack_key(self) -> Hashable:
         """Small layers with equal keys can be stacked (see stacks.py); None: only by itself."""
-        if not self._is_small or len(self.biases) > 1:
+        if not self._is_small or self._is_shared:
             return None
         weight = self.weight
         return self._form, weight.shape, len(self.biases), weight.dtype, weight.device
@@ -85,7 +87,7 @@ class KroneckerLayer(Layer):
         them. An input has one homogeneous coordinate per bias, 1 for its own and 0 for the others.
         """
         use = copy.copy(self)
-        use.name = others[0].name
+        use.name, use._is_shared = others[0].name, True
         use.biases = tuple({id(b): b for other in others for b in other.biases}.values())
         use.a_dim += len(use.biases) - len(self.biases)
         return use
@@ -169,9 +171,8 @@ class KroneckerLayer(Layer):
         return matrix
 
     def has_gradient(self) -> bool:
-        # A use of a shared weight may be left out of a pass, and its bias with it.
-        reached = [bias.grad is not None for bias in self.biases]
-        return self.weight.grad is not None and (any(reached) or not reached)
+        # A pass may leave out some uses of a shared weight, and their biases with them.
+        return self.weight.grad is not None if self._is_shared else super().has_gradient()
 
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         assert self.weight.grad is not None

@@ -259,21 +259,23 @@ def test_embeddings_that_share_a_table_count_the_tokens_of_both() -> None:
     torch.testing.assert_close(kfac.factors()["uses.0"]["A"], counts / 2)
 
 
-def test_a_use_that_a_pass_leaves_out_leaves_the_others_covered() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_use_that_a_pass_leaves_out_leaves_the_others_covered(bias: bool) -> None:
     torch.manual_seed(0)
-    model = Tied(nn.Linear(4, 3), nn.Linear(4, 3))
-    kfac = KFAC(model, damping=DAMPING, kl_clip=None)
-    alone = KFAC(nn.Linear(4, 3).double(), damping=DAMPING, kl_clip=None)
-    alone.layers[0].module.load_state_dict(model.uses[0].state_dict())
+    model = Tied(nn.Linear(4, 3, bias=bias), nn.Linear(4, 3))
+    alone = nn.Linear(4, 3, bias=bias).double()
+    alone.load_state_dict(model.uses[0].state_dict())
     x = torch.randn(N, 4, generator=seeded(3)).double()
-    for use, one in ((model.uses[0], kfac), (alone.layers[0].module, alone)):
+    for owner, use in ((model, model.uses[0]), (alone, alone)):
+        kfac = KFAC(owner, damping=DAMPING, kl_clip=None)
         loss_of(use(x)).backward()
-        one.step()
-        assert one.coverage() == dict.fromkeys(one.coverage(), "covered")
+        kfac.step()
+        assert set(kfac.coverage().values()) == {"covered"}
     assert model.uses[1].bias.grad is None
-    for name in ("weight", "bias"):
-        ours, theirs = (getattr(m, name).grad for m in (model.uses[0], alone.layers[0].module))
-        torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    for name, parameter in alone.named_parameters():
+        torch.testing.assert_close(
+            model.uses[0].get_parameter(name).grad, parameter.grad, **TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("third", ["embedding", "attention", "norm", "bias"])
