@@ -62,14 +62,6 @@ MakeGauge = Callable[[str, str, tuple[str, ...]], Any]
 """`ray.util.metrics.Gauge`, or what has its `set(value, tags)`."""
 
 
-class _NoGauge:
-    def __init__(self, name: str, description: str, labels: tuple[str, ...]) -> None:
-        pass
-
-    def set(self, value: float, tags: dict[str, str]) -> None:
-        return None
-
-
 class Series:
     """The series of one exporter: names, bounds of labels, and totals of counters."""
 
@@ -78,9 +70,11 @@ class Series:
         exporter: Literal["coordinator", "rank"],
         fixed: Mapping[str, str],
         *,
-        make_gauge: MakeGauge,
+        make_gauge: MakeGauge | None,
     ) -> None:
         """Creates every gauge of the exporter; sets counters to 0 where all labels are known.
+
+        Without `make_gauge` nothing is exported.
 
         Args:
             fixed: Labels with the same value in all of its series (run, rank).
@@ -93,7 +87,9 @@ class Series:
         for entry in METRICS:
             if entry.exporter != exporter:
                 continue
-            self._gauges[entry.column] = make_gauge(entry.exported_name, entry.help, entry.labels)
+            if make_gauge is not None:
+                gauge = make_gauge(entry.exported_name, entry.help, entry.labels)
+                self._gauges[entry.column] = gauge
             if entry.kind == "counter":
                 known = [label(name).values for name in self._free(entry)]
                 for labels in product(*known):
@@ -135,7 +131,8 @@ class Series:
     def flush(self) -> None:
         """Hands every value to Ray, which drops what is not set again before its next report."""
         for (column, _), (value, tags) in list(self._values.items()):
-            self._gauges[column].set(value, tags)
+            if column in self._gauges:
+                self._gauges[column].set(value, tags)
 
     def _free(self, entry: Metric) -> list[str]:
         return [name for name in entry.labels if name not in self._fixed]
@@ -168,7 +165,7 @@ class RunTelemetry:
         self._series = Series(
             "coordinator",
             {"run": options.run},
-            make_gauge=make_gauge if self.exports else _NoGauge,
+            make_gauge=make_gauge if self.exports else None,
         )
         self._row: Mapping[str, Any] = {}
         self._flushing = threading.RLock()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,13 @@ class Run:
     @cached_property
     def segments(self) -> list[Segment]:
         """Stretches of equal world size; a restart at the same size does not split one."""
-        found: list[Segment] = []
-        for row in self.steps:
-            size, wall = number(row, "world_size"), number(row, "wall_time_s") or 0.0
-            if size is None:
-                continue
-            step = int(row["step"])
-            if found and found[-1].world_size == int(size):
-                last = found[-1]
-                found[-1] = Segment(last.world_size, last.first_step, step, last.first_wall_s, wall)
-            else:
-                found.append(Segment(int(size), step, step, wall, wall))
+        found = []
+        sized = [row for row in self.steps if number(row, "world_size") is not None]
+        for size, same in groupby(sized, lambda row: int(row["world_size"])):
+            rows = list(same)
+            steps = (int(rows[index]["step"]) for index in (0, -1))
+            walls = (number(rows[index], "wall_time_s") or 0.0 for index in (0, -1))
+            found.append(Segment(size, *steps, *walls))
         return found
 
     @cached_property
@@ -127,7 +124,7 @@ class Run:
     @property
     def best_accuracy(self) -> float | None:
         """Best evaluation accuracy so far."""
-        given = None if self.result is None else number(self.result, "best_accuracy")
+        given = number(self.result or {}, "best_accuracy")
         seen = [accuracy for _, _, accuracy, _ in self.evaluations]
         return given if given is not None else max(seen, default=None)
 
@@ -139,15 +136,14 @@ class Run:
     @property
     def target_accuracy(self) -> float | None:
         """The target accuracy; None without a target."""
-        given = None if self.result is None else number(self.result, "target_accuracy")
-        return (
-            given if given is not None else number(self.config.get("train", {}), "target_accuracy")
-        )
+        given = number(self.result or {}, "target_accuracy")
+        asked = number(self.config.get("train", {}), "target_accuracy")
+        return given if given is not None else asked
 
     @property
     def time_to_accuracy_s(self) -> float | None:
         """Wall-clock seconds to the target, downtime and evaluation included."""
-        given = None if self.result is None else number(self.result, "time_to_accuracy_s")
+        given = number(self.result or {}, "time_to_accuracy_s")
         target = self.target_accuracy
         if given is not None or target is None:
             return given
@@ -156,12 +152,9 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last committed step that was logged."""
-        given = None if self.result is None else number(self.result, "steps")
-        return (
-            int(given)
-            if given is not None
-            else max((int(r["step"]) for r in self.steps), default=0)
-        )
+        given = number(self.result or {}, "steps")
+        seen = max((int(row["step"]) for row in self.steps), default=0)
+        return seen if given is None else int(given)
 
     @property
     def wall_time_s(self) -> float:
@@ -176,7 +169,7 @@ class Run:
     @property
     def steps_redone(self) -> int:
         """Steps that were redone after an unplanned loss."""
-        given = None if self.result is None else number(self.result, "steps_redone")
+        given = number(self.result or {}, "steps_redone")
         if given is not None:
             return int(given)
         return int(sum(number(event, "steps_redone") or 0 for event in self.changes))
