@@ -12,9 +12,8 @@ of donors and the exchange itself are Ray Tune's.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,9 @@ class Population(PB2):
         self, trial: Trial, trial_to_clone: Trial
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         own, given = trial.config["assignment"], trial_to_clone.config["assignment"]
-        with _quiet_model():
+        with warnings.catch_warnings():
+            # A fit that does not converge still proposes; and Ray's calls of SciPy are not ours.
+            warnings.simplefilter("ignore")
             try:
                 config, operations = super()._get_new_config(trial, trial_to_clone)
             except (ValueError, np.linalg.LinAlgError):
@@ -88,11 +89,3 @@ class Population(PB2):
                 config, operations = dict(trial_to_clone.config), {}
         # Values that do not change in training go with the state that was trained with them.
         return {**config, "assignment": {**own, "point": given["point"]}}, operations
-
-
-@contextlib.contextmanager
-def _quiet_model() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # A fit that does not converge still proposes; and Ray's calls of SciPy are not ours.
-        warnings.simplefilter("ignore")
-        yield

@@ -144,10 +144,9 @@ class SearchFolder:
 
     def best(self) -> Trial | None:
         """The median seed of the best decided point, if it finished."""
-        points = [self.seeds_of(first) for first in self.first_seeds()]
         decided = [
             point
-            for point in points
+            for point in self.trials.points("search", self.scoring)
             if point.is_decided(self.space.repeats) and point.representative.status == FINISHED
         ]
         return min(decided, key=lambda p: p.rank).representative if decided else None
