@@ -131,8 +131,15 @@ class KfacOptions(Section):
     """Steps between factor updates; or a schedule."""
     inverse_update_steps: Interval = 10
     """Steps between decompositions, a multiple of factor_update_steps; or a schedule."""
+    trust_region: Literal["adaptive", "fixed", "none"] = "fixed"
+    """What bounds a step. `adaptive` normalises the loss by the size of its first output gradients,
+    bounds the whole step with the optimizer's momentum in it, and moves the bound with the descent:
+    damping then is on the scale of the normalised loss, and of the learning rate only its course
+    counts, from the largest value on. `fixed` bounds one preconditioned gradient by `kl_clip`, and is
+    what a given `kl_clip` stands for. `none` bounds nothing."""
     kl_clip: Clip = 1e-3
-    """Bound κ on the approximate KL divergence of a step; null switches it off; or a schedule."""
+    """Bound κ of `trust_region: fixed` on the approximate KL divergence of a step; null is
+    `trust_region: none`; or a schedule."""
     method: Literal["eigen", "inverse"] = "eigen"
     """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form."""
     grad_worker_frac: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
@@ -174,8 +181,21 @@ class KfacOptions(Section):
     bucket_mib: Positive = 25.0
     """Size of communication buckets, MiB."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _clip_given(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "kl_clip" in data and "trust_region" not in data:
+            return {**data, "trust_region": "none" if data["kl_clip"] is None else "fixed"}
+        return data
+
     @model_validator(mode="after")
     def _consistent(self) -> KfacOptions:
+        if self.trust_region == "fixed" and self.kl_clip is None:
+            raise ValueError("trust_region=fixed needs a kl_clip; null is trust_region=none")
+        if self.trust_region == "adaptive" and self.factor_scale != "per_sample":
+            raise ValueError(
+                "trust_region=adaptive needs factor_scale=per_sample: give kl_clip to use another scale"
+            )
         if self.precompute and self.method != "eigen":
             raise ValueError("precompute caches eigenvalue products: it needs method=eigen")
         if self.precompute and not self.colocate:

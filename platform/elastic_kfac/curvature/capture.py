@@ -96,6 +96,8 @@ class _Shared:
     """Whether a call without any rows was part of the gradient."""
     has_positions: bool = False
     """Whether a batch was seen whose outputs have several positions per sample."""
+    last_called: str | None = None
+    """Name of the layer with a G that was called last in the first pass."""
 
     def due_of(self, layer: Layer) -> frozenset[str]:
         """The factors of a layer that the coming passes are for."""
@@ -133,6 +135,8 @@ class _Watched:
             self._shared.has_positions |= batch.has_positions
             if self._shared.counts_positions and not batch.is_given:
                 batch.size = observed.rows
+        if self._shared.last_called is None and layer.factor_names[-1] == "G":
+            self._shared.last_called = layer.name
         self._shared.saw_empty |= not observed.rows
         sums.batches[batch] = None
         sums.rows += observed.rows
@@ -242,6 +246,11 @@ class Capture:
         self.took_empty, self._shared.saw_empty = self._shared.saw_empty, False
         self.drop()
         return taken
+
+    @property
+    def last_called(self) -> str | None:
+        """Name of the layer whose output is nearest to the loss: a backward pass reaches it first."""
+        return self._shared.last_called
 
     def take_faults(self) -> dict[str, str]:
         """Layers whose statistics cannot be right, with the reason."""

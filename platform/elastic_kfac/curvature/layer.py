@@ -36,6 +36,18 @@ class LayerState:
     precondition the layer."""
     inverse_step: int = -1
     """The step that made the decomposition; -1 before the first one."""
+    floor: float = 0.0
+    """What is added to the factor of the output gradients before it is decomposed, times I."""
+
+    @property
+    def floored(self) -> Mapping[str, Tensor]:
+        """The factors as they are decomposed."""
+        if not self.floor:
+            return self.factors
+        name = list(self.factors)[-1]
+        factor = self.factors[name].clone()
+        (factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)).add_(self.floor)
+        return {**self.factors, name: factor}
 
     def decomposed(self, parts: Mapping[str, Tensor], step: int) -> LayerState:
         """With new `parts` of the decomposition, made in `step`."""
@@ -235,6 +247,7 @@ class Layer(ABC):
     def saved(self, state: LayerState) -> dict[str, Any]:
         """A state as plain numbers and copies of its tensors."""
         return {
+            **({"floor": state.floor} if state.floor else {}),
             "factor_updates": state.factor_updates,
             "inverse_step": state.inverse_step,
             "factors": {name: tensor.clone() for name, tensor in state.factors.items()},
@@ -262,6 +275,7 @@ class Layer(ABC):
             int(saved["factor_updates"]),
             self.placed(saved["second_order"]),
             int(saved["inverse_step"]),
+            float(saved.get("floor", 0.0)),
         )
 
     def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

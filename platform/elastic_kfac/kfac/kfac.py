@@ -9,11 +9,13 @@ refreshed is `refresh.py`. Nothing here depends on the world size except through
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,10 +25,9 @@ from torch import Tensor, nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
-from elastic_kfac.curvature.damping import AdaptiveDamping
+from elastic_kfac.curvature.damping import AdaptiveDamping, mean_eigenvalue
 from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
-from elastic_kfac.curvature.layer import LayerState
-from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
+from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
@@ -35,6 +36,7 @@ from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
 from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
+from elastic_kfac.kfac.trust_region import FLOOR, LossScale, StepRates, TrustRegion, kl_clip
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
 
@@ -129,6 +131,10 @@ class KFAC:
         self._coverage, self._sharing = found.coverage, found.sharing
         self.layers = found.layers
         """The covered layers in registration order."""
+        self.trust: TrustRegion | None = None
+        if self.options.trust_region == "adaptive":
+            names = [layer.name for layer in self.layers]
+            self.trust = TrustRegion(names, self.layers[0].device)
         self.states = [LayerState() for _ in self.layers]
         """What this rank holds of each layer."""
         self.refresh = make_refresh(self.layers, self.options)
@@ -206,6 +212,8 @@ class KFAC:
                 self._enter("factor_exchange", if_=due)
                 captured = self._captured(num_samples, loss_scale_per_sample)
                 statistics = self.distribution.reduce(captured)
+            if self.trust is not None and due and statistics is not None:
+                self._take_scales(statistics)
             refreshed = self._update_factors(statistics) if due else set()
         with self._timed("decompositions"):
             self._decompose(refreshed)
@@ -252,6 +260,37 @@ class KFAC:
         self.refresh.agree(keys, self.steps, self._sum_over_ranks)
         return refreshed
 
+    def _take_scales(self, statistics: Statistics) -> None:
+        """Takes the scale of the loss and of each layer's output gradients from the first statistics.
+        Collective."""
+        assert self.trust is not None
+        new = [
+            index
+            for index, (_, rows) in enumerate(statistics.counts)
+            if rows and not self.states[index].floor
+        ]
+        if not new:
+            return
+        means = torch.zeros(len(self.layers), dtype=torch.float64, device=self.layers[0].device)
+        for i in new:
+            name = self.layers[i].factor_names[-1]
+            total = statistics.sums[i].get(name)
+            if total is not None:
+                divisor = statistics.normalizers(self.layers[i], i)[name]
+                means[i] = mean_eigenvalue(total).mean() / divisor
+        known = self.distribution.total(means).tolist()
+        for i in new:
+            if 0 < known[i] < math.inf:
+                self.states[i] = replace(self.states[i], floor=FLOOR * known[i])
+        if self.trust.scale is None:
+            outputs = [i for i in new if "G" in self.layers[i].factor_names]
+            last = outputs[-1:] if statistics.last_called is None else [statistics.last_called]
+            for i in last:
+                shape, (samples, rows) = self.layers[i].factor_shapes["G"], statistics.counts[i]
+                square = known[i] * math.prod(shape[:-1])
+                if 0 < square < math.inf and samples:
+                    self.trust.scale = LossScale(math.sqrt(square), rows / samples)
+
     def _leave_out(self, indices: Iterable[int]) -> None:
         """Uncovers layers whose statistics cannot be right, on every rank alike."""
         for index in sorted(indices):
@@ -267,7 +306,7 @@ class KFAC:
 
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
-        damping, due = self.damping, []
+        damping, due = self._tikhonov, []
         stale = self.refresh.decompositions_due(self.steps, refreshed)
         for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
             whole = len(state.factors) == len(layer.factor_names)
@@ -276,7 +315,7 @@ class KFAC:
             due.append(i)
             names, parts = self.distribution.decomposes(i), {}
             try:
-                parts = layer.decompose(state.factors, names, damping) if names else {}
+                parts = layer.decompose(state.floored, names, damping) if names else {}
             except NumericalError:
                 self.counters["inverse_failures"] += 1
                 if state.inverse_step < 0:
@@ -291,26 +330,54 @@ class KFAC:
         active = self.distribution.preconditioned_here(self.states)
         layers = [self.layers[i] for i in active]
         decay = self.options.weight_decay
-        used = [layer.used_columns(decay) for layer in layers]
+        # A step of the trust region is one of all columns, whether or not they have a gradient now.
+        whole = self.trust is not None
+        used = [None if whole else layer.used_columns(decay) for layer in layers]
         stacks = Stacks(layers, used)
         gradients = stacks.gradients(decay)
-        results = self.distribution.precondition(self.states, active, gradients, self.damping, used)
+        results = self.distribution.precondition(
+            self.states, active, gradients, self._tikhonov, used
+        )
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[place]).all()
                 results[place] = torch.where(good, results[place], gradients[place])
                 self._fallbacks += (~good).to(self._fallbacks)
-        products = inner_products(results, gradients).to(self.layers[0].device)
-        self._last_product, scale = products.sum(), torch.ones_like(products.sum())
-        if self.options.kl_clip is not None:
-            rates = self._rates.of_layers(layers, self.steps)
-            squares = torch.tensor(rates, dtype=torch.float64, device=products.device).square()
-            divergence = self.distribution.total((products.abs() * squares).sum())
-            scale = kl_clip_scale(divergence, value_at(self.options, "kl_clip", self.steps))
-            if results:
-                torch._foreach_mul_(results, scale.to(results[0].dtype))
-        self._last_clip = scale
+        if self.trust is not None:
+            self._last_clip, self._last_product = self.trust.apply(
+                active,
+                results,
+                gradients,
+                StepRates(
+                    self._rates.of_layers(self.layers, self.steps),
+                    self._rates.momenta(self.layers),
+                ),
+                is_linear=self._rates.are_linear,
+                total=self.distribution.total,
+            )
+            self._normalise_others(layers)
+        else:
+            bound = value_at(self.options, "kl_clip", self.steps) if self._clips else None
+            rates = self._rates.of_layers(layers, self.steps) if self._clips else ()
+            self._last_clip, self._last_product = kl_clip(
+                results, gradients, rates, bound, self.distribution.total, self.layers[0].device
+            )
         stacks.set_gradients(results)
+
+    @property
+    def _clips(self) -> bool:
+        return self.options.trust_region == "fixed"
+
+    def _normalise_others(self, layers: Sequence[Layer]) -> None:
+        """Gradients of parameters without curvature become those of the normalised loss."""
+        assert self.trust is not None
+        if self.trust.scale is None:
+            return
+        done = {id(p) for layer in layers for p in layer.parameters}
+        grads = [p.grad for p in self._model.parameters() if id(p) not in done]
+        others = [grad for grad in grads if grad is not None]
+        if others:
+            torch._foreach_div_(others, self.trust.scale.loss)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -359,7 +426,14 @@ class KFAC:
         if self.grad_scaler is not None:
             extra *= self.grad_scaler.get_scale()
         return Captured(
-            self.layers, sums, self._due, num_samples, loss_scale, extra, frozenset(faults)
+            self.layers,
+            sums,
+            self._due,
+            num_samples,
+            loss_scale,
+            extra,
+            frozenset(faults),
+            self._capture.last_called,
         )
 
     def _gradients_are_usable(self) -> bool:
@@ -494,6 +568,15 @@ class KFAC:
         return value + self.options.weight_decay
 
     @property
+    def _tikhonov(self) -> float:
+        """What is added to F: γ in the units of the loss, and the curvature of weight decay."""
+        scale = None if self.trust is None else self.trust.scale
+        if scale is None:
+            return self.damping
+        decay = self.options.weight_decay
+        return (self.damping - decay) * scale.fisher + decay * scale.gradient
+
+    @property
     def plan(self) -> Plan:
         """Who decomposes and preconditions what."""
         return self.distribution.plan
@@ -597,7 +680,10 @@ class KFAC:
             raise UsageError("predicted_change() needs a step() first")
         rate = self._rates.of_layers(self.layers[:1], self.steps)[0] if lr is None else lr
         size = rate * float(self._last_clip)
-        product = float(self.distribution.total(self._last_product))
+        if self.trust is None:
+            product = float(self.distribution.total(self._last_product))
+        else:  # its steps are those of the normalised loss
+            product = float(self._last_product) * (self.trust.scale or LossScale()).gradient
         return product * (0.5 * size * size - size)
 
     def reduction_due(self) -> bool:

@@ -42,6 +42,8 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
     options = {n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()}
     given = {} if config is None else type(config).model_fields
     values = {name: getattr(config, name) for name in given if name in known}
+    if "kl_clip" in options:
+        values.pop("trust_region", None)
     try:
         made = ScriptOptions.model_validate({**values, **options})
     except ValidationError as error:
@@ -120,6 +122,18 @@ class Rates:
                 raise _not_held(f"the weight of layer {layer.name}")
         return [max(float(groups[id(p)]["lr"]) for p in x.parameters) for x in layers]
 
+    @property
+    def are_linear(self) -> bool:
+        """Whether an update is −lr (P + momentum times the last one), as far as is known."""
+        return all(isinstance(x, torch.optim.SGD) for x in self.optimizers)
+
+    def momenta(self, layers: Sequence[Layer]) -> list[float]:
+        """The largest momentum (β₁ of Adam) among each layer's parameters; 0 without an optimizer."""
+        if not self.optimizers:
+            return [0.0] * len(layers)
+        groups = self._groups()
+        return [max(_momentum(groups[id(p)]) for p in x.parameters) for x in layers]
+
     def of_parameters(
         self, parameters: Iterable[nn.Parameter], step: int
     ) -> list[tuple[float, float]]:
@@ -158,6 +172,10 @@ def _not_held(what: str) -> ConfigError:
         change="build the optimizer over all parameters of the model, or give all optimizers: "
         "lr=[first, second]",
     )
+
+
+def _momentum(group: Mapping[str, Any]) -> float:
+    return float(group.get("momentum", group.get("betas", (0.0,))[0]))
 
 
 def _checked_rate(lr: Any, where: str = "") -> float:

@@ -17,6 +17,7 @@ from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
 from elastic_kfac.kfac.refresh import Refresh
 from elastic_kfac.kfac.resize import Held, ResizeReport, move
+from elastic_kfac.kfac.trust_region import TrustRegion
 
 STATE_VERSION = 1
 _IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
@@ -30,6 +31,7 @@ class Stateful(Protocol):
     distribution: Distribution
     refresh: Refresh
     damping_rule: AdaptiveDamping | None
+    trust: TrustRegion | None
     states: list[LayerState]
     counters: Counter[str]
     used: set[str]
@@ -55,6 +57,8 @@ def save(kfac: Stateful) -> dict[str, Any]:
     if clocks:
         snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
         state["refresh"] = {"clocks": clocks, "snapshots": snapshots}
+    if kfac.trust is not None:
+        state["trust_region"] = {**kfac.trust.saved(), "step": _collect_step(kfac)}
     velocity = kfac.distribution.collect_velocity()
     if velocity:
         state["velocity"] = velocity
@@ -92,7 +96,7 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
             continue
         restored = layer.restored(state["layers"][layer.name])
         if not keeps("factors", layer.name):
-            restored = LayerState()
+            restored = LayerState(floor=restored.floor)
         elif not keeps("decomposition", layer.name):
             restored = replace(restored, decomposition={})
         kfac.states[index] = restored
@@ -108,6 +112,16 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
         for factor, tensors in refresh["snapshots"].get(layer.name, {}).items()
     }
     kfac.distribution.restore_velocity(state.get("velocity", {}))
+    if kfac.trust is not None and "trust_region" in state:
+        saved = state["trust_region"]
+        kfac.trust.restore(saved)
+        kfac.trust.steps_taken = {
+            layer.name: layer.placed({"": saved["step"][layer.name]})[""]
+            for layer in kfac.layers
+            if layer.name in state["layers"]
+            and layer.name in saved["step"]
+            and keeps("step", layer.name)
+        }
 
 
 def leave(kfac: Stateful) -> None:
@@ -131,17 +145,25 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
         named = {f"{factor}.{place}": tensor for place, tensor in enumerate(tensors)}
         held[Item("snapshots", name)] = Held(steps, {**known, **named})
     held |= {item: Held(steps, tensors) for item, tensors in kfac.distribution.held().items()}
+    if kfac.trust is not None:
+        held |= {
+            Item("step", name): Held(steps, {"": step})
+            for name, step in kfac.trust.steps_taken.items()
+        }
     facts = {
         "steps": steps,
+        "trust": None if kfac.trust is None else kfac.trust.saved(),
         "counters": dict(kfac.counters),
         "clocks": kfac.refresh.saved_clocks(),
         "damping": None if kfac.damping_rule is None else kfac.damping_rule.value,
         "used": sorted(kfac.used),
+        "floors": {x.name: s.floor for x, s in zip(kfac.layers, kfac.states, strict=True)},
     }
     moved = move(kfac.distribution, communicator, held, facts)
     for index, layer in enumerate(kfac.layers):
         kept, curvature = Item("factors", layer.name), Item("decomposition", layer.name)
-        kfac.states[index] = LayerState()
+        floor = moved.facts["floors"][layer.name]
+        kfac.states[index] = LayerState(floor=floor)
         if kept in moved.tensors:
             # Without a holder it is decomposed again in the next step.
             kfac.states[index] = LayerState(
@@ -149,6 +171,7 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
                 moved.ages[kept],
                 moved.tensors.get(curvature, {}),
                 moved.ages.get(curvature, -1),
+                floor,
             )
     snapshots: dict[tuple[str, str], tuple[Tensor, ...]] = {}
     for item, parts in moved.tensors.items():
@@ -166,6 +189,11 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     kfac.counters = counters
     if kfac.damping_rule is not None:
         kfac.damping_rule.value = moved.facts["damping"]
+    if kfac.trust is not None:
+        kfac.trust.restore(moved.facts["trust"])
+        kfac.trust.steps_taken = {
+            item.name: parts[""] for item, parts in moved.tensors.items() if item.kind == "step"
+        }
     return moved.report
 
 
@@ -178,6 +206,28 @@ def _total(kfac: Stateful) -> dict[str, int]:
     ):
         total.update({name: value for name, value in part.items() if name != "steps"})
     return {**total, "steps": kfac.counters["steps"]}
+
+
+def _collect_step(kfac: Stateful) -> dict[str, Tensor]:
+    """The last step by layer, on every rank."""
+    assert kfac.trust is not None
+    own, distribution = kfac.trust.steps_taken, kfac.distribution
+    if not distribution.counts_are_local:  # every rank has all of it
+        return {name: step.clone() for name, step in own.items()}
+    taken = distribution.communicator.all_gather_object(list(own), tag="kfac/state")
+    known = {name for names in taken for name in names}
+    indices = [i for i, layer in enumerate(kfac.layers) if layer.name in known]
+    slots = [
+        Slot(
+            distribution.decider(i),
+            own.get(kfac.layers[i].name),
+            kfac.layers[i].gradient_shape,
+            kfac.layers[i].parameters[0].new_empty(0, dtype=kfac.layers[i].dtype),
+        )
+        for i in indices
+    ]
+    tensors = distribution.from_owners(slots)
+    return {kfac.layers[i].name: t for i, t in zip(indices, tensors, strict=True)}
 
 
 def _collect_snapshots(

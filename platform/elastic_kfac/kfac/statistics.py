@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class Statistics:
     """Layers whose statistics cannot be right on some rank."""
     are_means: bool = False
     """Whether the sums are divided by their normalizers already."""
+    last_called: int | None = None
+    """The layer whose output is nearest to the loss, where a rank has seen it."""
 
     def finite(self, indices: Sequence[int]) -> list[bool]:
         """Whether the sums of layers are finite; one transfer to the host for all."""
@@ -58,6 +60,8 @@ class Captured:
     """A further factor on every gradient: loss scaling, accumulation."""
     faults: frozenset[str] = frozenset()
     """Names of layers whose statistics cannot be right."""
+    last_called: str | None = None
+    """Name of the layer whose output is nearest to the loss, if a pass has shown it."""
 
     @property
     def counts(self) -> list[tuple[float, float]]:
@@ -68,10 +72,12 @@ class Captured:
         ]
 
     @property
-    def facts(self) -> list[tuple[float, float, float]]:
-        """(samples, rows, 1 if faulty) of each layer: what a reduction adds up."""
-        flags = [float(layer.name in self.faults) for layer in self.layers]
-        return [(*count, flag) for count, flag in zip(self.counts, flags, strict=True)]
+    def facts(self) -> list[tuple[float, float, float, float]]:
+        """(samples, rows, 1 if faulty, 1 if called last) of each layer: what a reduction adds up."""
+        return [
+            (*count, float(layer.name in self.faults), float(layer.name == self.last_called))
+            for count, layer in zip(self.counts, self.layers, strict=True)
+        ]
 
     def scaled(
         self, index: int, names: frozenset[str], default_loss_scale: float | None = None
@@ -83,8 +89,19 @@ class Captured:
     def statistics(self) -> Statistics:
         """All sums of this rank at per-sample scale; consumes them."""
         sums = [self.scaled(index, names) for index, names in enumerate(self.due)]
-        names = enumerate(layer.name for layer in self.layers)
-        return Statistics(sums, self.counts, frozenset(i for i, n in names if n in self.faults))
+        return replace(reduced(self.facts), sums=sums)
+
+
+def reduced(facts: Sequence[Sequence[float]]) -> Statistics:
+    """What `Captured.facts`, added up over ranks, say about every layer; the sums are missing."""
+    flagged = [index for index, (*_, fault, _) in enumerate(facts) if fault]
+    nearest = max(range(len(facts)), key=lambda index: facts[index][3])
+    return Statistics(
+        sums=(),
+        counts=[(samples, rows) for samples, rows, *_ in facts],
+        faulty=frozenset(flagged),
+        last_called=nearest if facts[nearest][3] else None,
+    )
 
 
 class WarnOnce:

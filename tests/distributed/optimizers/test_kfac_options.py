@@ -68,6 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1, interval=2)},
     "adaptive": {"refresh": "adaptive", "refresh_threshold": 0.6},
+    "trust region": {"trust_region": "adaptive", "inverse_update_steps": 9},
+    "trust region and loss scale": {"trust_region": "adaptive", "grad_scaler": True},
 }
 
 

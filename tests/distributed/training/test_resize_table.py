@@ -174,6 +174,14 @@ SYSTEMS: dict[str, System] = {
         (*CONSTANT, "4-2-3-4"),
         kinds=("K-FAC",),
     ),
+    "kfac-trust-region": System(
+        {**KFAC, "kfac.trust_region": "adaptive", "kfac.grad_worker_frac": 0.5},
+        (*CONSTANT, "4-2-3-4"),
+        kinds=("trust region",),
+    ),
+    "osawa-trust-region": System(
+        {**OSAWA, "kfac.trust_region": "adaptive"}, ("4-3-4",), kinds=("trust region",)
+    ),
     "osawa": System(
         OSAWA,
         ("4-3-4", "4-2-3-4"),
@@ -524,7 +532,15 @@ def test_every_schedule_gives_a_reason_for_its_empty_cells() -> None:
 
 def test_every_kind_of_state_has_a_row_or_a_test_of_its_own() -> None:
     kinds = {"SGD", "LARS", "LAMB", "velocity and momentum rule", "K-FAC", "Osawa pipeline"}
-    kinds |= {"adaptive refresh", "running mixup", "DistNewton", "ABS", "ABSA", "compression"}
+    kinds |= {
+        "adaptive refresh",
+        "trust region",
+        "running mixup",
+        "DistNewton",
+        "ABS",
+        "ABSA",
+        "compression",
+    }
     kinds |= {"loss scaler", "data", "BN stats", "RNG", "batch of the world"}
     rows = {kind for system in SYSTEMS.values() for kind in system.kinds}
     assert rows | set(ELSEWHERE) == kinds

@@ -41,6 +41,7 @@ CASES = {
         "kl_clip": lambda step: 1e-3 / (1 + step),
     },
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1)},
+    "adaptive trust region": {"trust_region": "adaptive"},
 }
 
 

@@ -26,7 +26,7 @@ from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
-from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
 from elastic_kfac.placement.plan import Plan
 
 
@@ -79,7 +79,7 @@ class KaisaGrid(Distribution):
         return tuple(name for name in names if owners[name] == self.rank)
 
     def keeps(self, item: Item, rank: int) -> bool:
-        if item.kind == "factors":
+        if item.kind in ("factors", "step"):
             return True
         if item.kind == "snapshots":
             return rank == self.plan.placement(item.name).a_worker
@@ -107,9 +107,7 @@ class KaisaGrid(Distribution):
                 bucketer.all_reduce(tensor, symmetric=symmetric)
         bucketer.flush().wait()
         counting.wait()
-        facts = totals.tolist()
-        faulty = frozenset(index for index, fact in enumerate(facts) if fact[2])
-        return replace(own, counts=[(samples, rows) for samples, rows, _ in facts], faulty=faulty)
+        return replace(reduced(totals.tolist()), sums=own.sums)
 
     # -- decompositions -------------------------------------------------------------------------
 
@@ -224,7 +222,7 @@ class KaisaGrid(Distribution):
     def _decompose_alone(self, states: States, index: int, damping: float) -> None:
         layer, state = self.layers[index], states[index]
         try:
-            parts = layer.decompose(state.factors, layer.factor_names, damping)
+            parts = layer.decompose(state.floored, layer.factor_names, damping)
         except NumericalError as error:
             raise CommunicationError(f"a peer was lost, and alone: {error}") from error
         states[index] = state.decomposed(parts, state.inverse_step)

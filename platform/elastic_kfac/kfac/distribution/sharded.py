@@ -13,6 +13,7 @@ all-reduce, to the byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -32,7 +33,7 @@ from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
-from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
 from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
 
@@ -122,7 +123,8 @@ class ShardedByOwner(Distribution):
     # -- reduce ---------------------------------------------------------------------------------
 
     def reduce(self, captured: Captured) -> Statistics:
-        counts, faulty = self._global_counts(captured)
+        found = self._global_facts(captured)
+        counts = found.counts
         due = [
             names if rows else frozenset[str]()
             for names, (_, rows) in zip(captured.due, counts, strict=True)
@@ -134,26 +136,20 @@ class ShardedByOwner(Distribution):
             parts += own
             sizes.append(sum(part.numel() for part in own))
         received = self._reduce_scatter(parts, sizes)
-        return Statistics(self._unpack(received, due), counts, faulty, are_means=True)
+        return replace(found, sums=self._unpack(received, due), are_means=True)
 
-    def _global_counts(
-        self, captured: Captured
-    ) -> tuple[list[tuple[float, float]], frozenset[int]]:
-        """(samples, rows) of every layer with statistics that are due, and which are faulty, over all
-        ranks."""
-        local, faulty = captured.facts, frozenset[int]()
-        indices = [index for index, names in enumerate(captured.due) if names]
-        counts = [(0.0, 0.0)] * len(self.layers)
+    def _global_facts(self, captured: Captured) -> Statistics:
+        """What all ranks know of the layers with statistics that are due."""
+        local, indices = captured.facts, [i for i, names in enumerate(captured.due) if names]
+        facts = [(0.0, 0.0, 0.0, 0.0)] * len(self.layers)
         if indices:
             totals = torch.tensor(
                 [local[i] for i in indices], dtype=torch.float64, device=self.layers[0].device
             )
             self.communicator.all_reduce(totals, tag="sharded/counts").wait()
-            facts = dict(zip(indices, totals.tolist(), strict=True))
-            for index, (samples, rows, _) in facts.items():
-                counts[index] = (samples, rows)
-            faulty = frozenset(index for index, (_, _, flag) in facts.items() if flag)
-        return counts, faulty
+            for index, values in zip(indices, totals.tolist(), strict=True):
+                facts[index] = values
+        return reduced(facts)
 
     def _payload(
         self,
@@ -266,6 +262,7 @@ class ShardedByOwner(Distribution):
         facts = {
             index: {
                 "ages": (states[index].factor_updates, states[index].inverse_step),
+                "floor": states[index].floor,
                 "factors": list(states[index].factors),
                 "decomposition": list(states[index].decomposition),
             }
@@ -296,6 +293,7 @@ class ShardedByOwner(Distribution):
                 known[index]["ages"][0],
                 parts["decomposition"],
                 known[index]["ages"][1],
+                known[index]["floor"],
             )
             for index, parts in enumerate(gathered)
         ]

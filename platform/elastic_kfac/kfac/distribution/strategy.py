@@ -35,7 +35,7 @@ class Item(NamedTuple):
     """Part of the state that ranks keep as a whole and can hand to each other."""
 
     kind: str
-    """`factors`, `decomposition`, `snapshots` or `velocity`."""
+    """`factors`, `decomposition`, `snapshots`, `step` or `velocity`."""
     name: str
     """Of the layer, or of the parameter."""
 

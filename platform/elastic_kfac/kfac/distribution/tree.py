@@ -13,6 +13,7 @@ the reduced ones to `KFAC.step`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -22,7 +23,7 @@ from elastic_kfac.communication.packing import pack_triangle, triangle_size, unp
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
-from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
 
 _LIMBS = 3
 _LIMB_BITS = 12
@@ -41,7 +42,7 @@ class CanonicalTree(KaisaGrid):
 
 class StatisticsLayout:
     """Statistics as one vector: lower triangles of the factors' sums, then row counts in limbs and the
-    flags of faulty layers.
+    flags of faulty layers and of the one called last.
 
     Factors that are not due are zeros.
     """
@@ -54,7 +55,7 @@ class StatisticsLayout:
             for name, shape in layer.factor_shapes.items()
         ]
         self.size = sum(prod(packed) for *_, packed in self._parts)
-        self.size += (_LIMBS + 1) * len(self._layers)
+        self.size += (_LIMBS + 2) * len(self._layers)
         """Elements of the vector."""
 
     def pack(self, statistics: Statistics, out: Tensor) -> None:
@@ -76,6 +77,7 @@ class StatisticsLayout:
             for limb in range(_LIMBS)
         ]
         flags = [float(index in statistics.faulty) for index in range(len(self._layers))]
+        flags += [float(index == statistics.last_called) for index in range(len(self._layers))]
         out[begin:] = torch.tensor(limbs + flags, dtype=out.dtype)
 
     def unpack(self, vector: Tensor, num_samples: int) -> Statistics:
@@ -87,15 +89,18 @@ class StatisticsLayout:
             sums[index][name] = unpack_triangle(part, shape[-1]) if len(shape) > 1 else part.clone()
             begin += prod(packed)
         limbs = [int(value) for value in vector[begin:].tolist()]
-        counts = [
+        size = len(self._layers)
+        flags = limbs[_LIMBS * size :]
+        facts = [
             (
                 float(num_samples),
                 float(sum(limbs[_LIMBS * i + j] << (_LIMB_BITS * j) for j in range(_LIMBS))),
+                flags[i],
+                flags[size + i],
             )
-            for i in range(len(self._layers))
+            for i in range(size)
         ]
-        flags = limbs[_LIMBS * len(self._layers) :]
-        return Statistics(sums, counts, frozenset(i for i, flag in enumerate(flags) if flag))
+        return replace(reduced(facts), sums=sums)
 
 
 def _packed_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,214 @@
+"""The adaptive trust region: invariant, bounded with momentum in it, and exact about what it measures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_kfac import KFAC
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.kfac import trust_region
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batch(seed: int, n: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, dtype=torch.double, generator=generator)
+    return x, (x[:, :3] + 0.3 * torch.randn(n, 3, dtype=torch.double, generator=generator)).argmax(
+        1
+    )
+
+
+class Run:
+    def __init__(
+        self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, **options: Any
+    ) -> None:
+        self.model = model
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+        options = {"trust_region": "adaptive", "damping": 0.01, **options}
+        self.kfac = KFAC(model, lr=self.optimizer, **options)
+
+    def step(self, seed: int, factor: float = 1.0) -> None:
+        x, y = batch(seed)
+        self.optimizer.zero_grad()
+        (factor * F.cross_entropy(self.model(x), y)).backward()
+        self.kfac.step()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize(("factor", "lr"), [(1000.0, 0.1), (0.001, 0.1), (1.0, 10.0)])
+def test_neither_the_units_of_the_loss_nor_the_largest_rate_matter(
+    factor: float, lr: float
+) -> None:
+    plain, other = Run(network()), Run(network(), lr=lr)
+    for step in range(30):
+        plain.step(step)
+        other.step(step, factor)
+    assert plain.kfac.trust is not None
+    assert float(plain.kfac.trust.growth) > 1.0
+    for p, q in zip(plain.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+
+
+def test_uncovered_parameters_get_the_gradient_of_the_normalised_loss() -> None:
+    found = []
+    for factor in (1.0, 1000.0):
+        model = network()
+        model.register_parameter("shift", nn.Parameter(torch.zeros(5, dtype=torch.double)))
+        with pytest.warns(UserWarning, match="does not precondition"):
+            kfac = KFAC(model, lr=0.1, trust_region="adaptive", skip_layers=("0",))
+        x, y = batch(0)
+        (factor * F.cross_entropy(model(x + model.shift), y)).backward()
+        kfac.step()
+        found.append([model.shift.grad, model[0].weight.grad])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def dense_curvature(kfac: KFAC) -> list[Tensor]:
+    """F + γI of each layer in the units of the loss, for row-major weights with the bias last."""
+    return [
+        torch.kron(f["G"] + state.floor * torch.eye(len(f["G"])).double(), f["A"])
+        + kfac._tikhonov * torch.eye(len(f["G"]) * len(f["A"])).double()
+        for f, state in zip(kfac.factors().values(), kfac.states, strict=True)
+    ]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return [torch.cat((m.weight, m.bias[:, None]), 1).detach().reshape(-1) for m in layers]
+
+
+def test_the_whole_step_is_measured_exactly_and_bounded() -> None:
+    # The factors stay those of the first batch, so that norms at different steps compare.
+    run = Run(network(), factor_update_steps=1000, inverse_update_steps=1000)
+    trust = run.kfac.trust
+    assert trust is not None
+    longest = 0.0
+    for step in range(25):
+        before = weights(run.model)
+        run.step(step)
+        assert trust.scale is not None
+        moved = [b - a for a, b in zip(before, weights(run.model), strict=True)]
+        squares = [
+            float(d @ c @ d) / trust.scale.fisher
+            for d, c in zip(moved, dense_curvature(run.kfac), strict=True)
+        ]
+        for measured, dense in zip(trust.squares.tolist(), squares, strict=True):
+            assert 0.1**2 * measured == pytest.approx(dense, rel=1e-9)
+        assert sum(squares) <= float(trust.growth) ** 2 * trust_region.KAPPA * (1 + 1e-9)
+        longest = max(longest, sum(squares))
+    assert longest > 0.3 * trust_region.KAPPA
+
+
+def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body = nn.Linear(6, 3), nn.Linear(5, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).tanh())
+
+    model, (x, y) = Backwards().double(), batch(0)
+    kfac = KFAC(model, lr=0.1, trust_region="adaptive")
+    output = model(x)
+    output.retain_grad()
+    (7.0 * F.cross_entropy(output, y)).backward()
+    assert output.grad is not None
+    kfac.step()
+    expected = math.sqrt(float((output.grad * len(x)).square().sum(1).mean()))
+    assert kfac.trust is not None and kfac.trust.scale is not None
+    assert kfac.trust.scale.loss == pytest.approx(expected)
+
+
+def test_momentum_is_cut_where_the_step_met_rising_ground() -> None:
+    trust = trust_region.TrustRegion(["one"], torch.device("cpu"))
+    velocity = torch.zeros(2, dtype=torch.double)
+    cut = 0.0
+    for d in ([3.0, 0.0], [-1.0, 1.0]):  # F + γI = I, so that P = D
+        gradient = torch.tensor(d, dtype=torch.double)
+        value, before = gradient.clone(), velocity.clone()
+        rates = trust_region.StepRates([0.1], [0.9])
+        factor, _ = trust.apply(
+            [0], [value], [gradient], rates, is_linear=True, total=lambda table: table
+        )
+        if before.any():
+            rho = -float(gradient @ before / gradient.norm() / before.norm())
+            cut = (rho - trust_region.BRAKE) / (1 - trust_region.BRAKE)
+        velocity = 0.9 * velocity + value  # as torch.optim.SGD
+        torch.testing.assert_close(velocity, 0.9 * (1 - cut) * before + factor * gradient)
+        torch.testing.assert_close(trust.steps_taken["one"], velocity)
+        torch.testing.assert_close(trust.squares[0], velocity @ velocity)
+    assert cut == pytest.approx((math.sqrt(0.5) - 0.2) / 0.8)
+
+
+def test_what_is_measured_is_the_momentum_of_the_optimizer() -> None:
+    run = Run(network())
+    for step in range(40):
+        run.step(step)
+    trust = run.kfac.trust
+    assert trust is not None
+    layers = [m for m in run.model.modules() if isinstance(m, nn.Linear)]
+    for velocity, layer in zip(trust.steps_taken.values(), layers, strict=True):
+        weight, bias = (
+            run.optimizer.state[p]["momentum_buffer"] for p in (layer.weight, layer.bias)
+        )
+        torch.testing.assert_close(velocity, torch.cat((weight, bias[:, None]), 1))
+
+
+def test_growth_follows_descent_and_shrinks_on_overshoot() -> None:
+    def growth(cosines: list[float]) -> list[float]:
+        trust = trust_region.TrustRegion(["one"], torch.device("cpu"))
+        trust.squares += 1.0
+        found = []
+        for cosine in cosines:
+            one = torch.ones(1, dtype=torch.float64)
+            trust._grow(one, -cosine * one, one)
+            found.append(float(trust.growth))
+        return found
+
+    descent = growth([-1.0] * 60)
+    assert descent == sorted(descent) and descent[-1] == trust_region.LARGEST
+    assert growth([-1.0] * 60 + [0.0] * 100)[-1] == 1.0
+    assert growth([0.9] * 60)[-1] == trust_region.SMALLEST
+    assert growth([0.9] * 60 + [-0.1] * 200)[-1] == 1.0
+    assert growth([-0.15, 0.15] * 50)[-1] == 1.0
+    assert growth([math.nan] * 3) == [1.0] * 3
+
+
+def test_the_course_of_the_rate_counts_from_its_largest_value() -> None:
+    def lengths(rates: list[float]) -> list[float]:
+        run = Run(network(), momentum=0.0, factor_update_steps=1000, inverse_update_steps=1000)
+        found = []
+        for rate in rates:
+            run.optimizer.param_groups[0]["lr"] = rate
+            run.step(0)
+            assert run.kfac.trust is not None
+            length = math.sqrt(float(run.kfac.trust.squares.sum()))
+            found.append(rate * length / float(run.kfac.trust.growth))
+        return found
+
+    root = math.sqrt(trust_region.KAPPA)
+    assert lengths([1.0, 2.0, 1.0, 0.2]) == pytest.approx(
+        [root, root, root / 2, root / 10], rel=1e-9
+    )
+
+
+def test_a_given_kl_clip_is_the_fixed_rule() -> None:
+    assert KfacOptions(kl_clip=1e-4).trust_region == "fixed"
+    assert KfacOptions(kl_clip=None).trust_region == "none"
+    config = KfacOptions(trust_region="adaptive")
+    assert KFAC(network(), config, kl_clip=1e-4).options.trust_region == "fixed"
+    assert KFAC(network(), config).options.trust_region == "adaptive"
+    with pytest.raises(ConfigError, match="factor_scale"):
+        KFAC(network(), trust_region="adaptive", factor_scale="kaisa")
