@@ -52,10 +52,10 @@ class Found:
     def leave_out(self, name: str, reason: str) -> None:
         """Uncovers a module again, and all that share its weight."""
         for user in self.sharing.pop(name, [name]):
-            _, layers = self.modules.pop(user, (None, ()))
-            for layer in layers:
-                del self.coverage[layer.name]
-            self.coverage[user] = reason
+            if user in self.modules:
+                for layer in self.modules.pop(user)[1]:
+                    del self.coverage[layer.name]
+                self.coverage[user] = reason
 
     def share(self) -> None:
         """Makes one layer of all uses of a weight."""
@@ -134,6 +134,11 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
         skipped = next((p.pattern for p in patterns if p.search(name)), None)
         if skipped is not None:
             found.coverage[name] = f"skip_layers matches it: {skipped}"
+            for owner in {owners.setdefault(id(p), name): None for p in trainable}:
+                if owner in found.modules:
+                    reason = f"shares a weight with {name}, which skip_layers matches"
+                    found.leave_out(owner, reason)
+                    left_out.append(f"{owner} ({reason})")
             continue
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in trainable):
             raise ConfigError(

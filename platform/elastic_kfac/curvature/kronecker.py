@@ -269,13 +269,8 @@ class EmbeddingLayer(KroneckerLayer):
     row_wise = True
     _unbatched_dims = 0
 
-    def samples_first(self, tensor: Tensor, axis: int) -> Tensor:
-        # One index per sample has no second dimension, its gradient has one.
-        return (
-            tensor.movedim(axis, 0)
-            if axis and tensor.dim() > 1
-            else tensor.reshape(tensor.shape or (1,))
-        )
+    def _leading_dims(self, tensor: Tensor) -> int:
+        return tensor.dim() - tensor.is_floating_point()  # indices, or their gradients
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         total = gradients.new_zeros(self.module.weight.shape)

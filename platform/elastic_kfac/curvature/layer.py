@@ -132,11 +132,17 @@ class Layer(ABC):
 
         Args:
             tensor: As the module was called.
-            axis: The dimension that counts samples.
+            axis: The dimension that counts samples; the first one where it does not exist: in `[n, d]`
+                after pooling over positions, in flattened rows, in images.
         """
-        if tensor.dim() <= self._unbatched_dims:
+        leading = self._leading_dims(tensor)
+        if leading <= 0:
             return tensor.unsqueeze(0)
-        return tensor.movedim(axis, 0) if axis else tensor
+        return tensor.movedim(axis, 0) if 0 < axis < leading else tensor
+
+    def _leading_dims(self, tensor: Tensor) -> int:
+        """Dimensions that count samples and positions."""
+        return tensor.dim() - self._unbatched_dims
 
     _unbatched_dims: int = 1
     """Dimensions of a call with one sample and without a batch dimension."""

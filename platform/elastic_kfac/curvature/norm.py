@@ -55,6 +55,9 @@ class NormLayer(Layer):
     def _unbatched_dims(self) -> int:  # type: ignore[override]
         return len(self.module.normalized_shape) if isinstance(self.module, _OVER_SHAPE) else 1
 
+    def _leading_dims(self, tensor: Tensor) -> int:
+        return super()._leading_dims(tensor) if isinstance(self.module, _OVER_SHAPE) else 1
+
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         normalized, gradients = self._by_channel(inputs, gradients)
         return (normalized * gradients).sum((0, 1)).reshape(self._parameters[0].shape)

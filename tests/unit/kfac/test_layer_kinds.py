@@ -306,6 +306,16 @@ def test_a_weight_that_modules_of_different_kinds_share_is_left_out_of_all(third
     )
 
 
+@pytest.mark.parametrize(("skipped", "other"), ["ab", "ba"])
+def test_a_weight_that_a_skipped_module_has_too_is_left_out(skipped: str, other: str) -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+    model["b"].weight = model["a"].weight
+    with pytest.warns(UserWarning, match=rf"{other} .shares a weight with {skipped}"):
+        kfac = KFAC(model, skip_layers=(f"^{skipped}$",))
+    assert [layer.name for layer in kfac.layers] == ["c"]
+    assert kfac.coverage()[skipped].startswith("skip_layers")
+
+
 def test_a_shared_weight_that_is_used_elsewhere_too_is_left_out_for_all_modules() -> None:
     torch.manual_seed(0)
     model = Tied(nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False))

@@ -297,6 +297,46 @@ def test_time_major_reduce_equals_batch_major() -> None:
     assert_same_factors(time_major, batch_major)
 
 
+class Pooled(nn.Module):
+    """Tokens `[positions, n]` or `[n, positions]` and one category per sample, to one output each."""
+
+    def __init__(self, time_major: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.time_major = time_major
+        self.tokens, self.category = nn.Embedding(10, 4), nn.Embedding(5, 4)
+        self.conv, self.images = nn.Conv1d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.norm, self.flat = nn.RMSNorm(4), nn.Linear(4, 4)
+        self.batch, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, tokens: Tensor, category: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        lengths = x.shape[:2]
+        lines = x.permute(1, 2, 0) if self.time_major else x.transpose(1, 2)  # [n, 4, positions]
+        lines = self.images(torch.tanh(self.conv(lines)))
+        x = self.norm(lines.permute(2, 0, 1) if self.time_major else lines.transpose(1, 2))
+        x = torch.tanh(self.flat(x.flatten(0, 1))).unflatten(0, lengths)
+        x = self.batch(x.mean(0 if self.time_major else 1) + self.category(category))
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_time_major_models_with_images_and_pooling_equal_batch_major() -> None:
+    tokens = torch.randint(10, (8, 5), generator=seeded(3))
+    category = torch.randint(5, (8,), generator=seeded(4))
+    found = [
+        stepped(
+            lambda m, x=x: F.cross_entropy(m(x, category), Y).backward(),
+            lambda axis=axis: Pooled(axis == 1),
+            batch_axis=axis,
+        )
+        for axis, x in enumerate((tokens, tokens.t()))
+    ]
+    assert set(found[1].coverage().values()) == {"covered"}
+    assert_same_factors(found[1], found[0])
+
+
 def test_an_empty_batch_changes_nothing() -> None:
     model = mlp()
     kfac = KFAC(model)
