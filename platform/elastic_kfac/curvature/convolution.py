@@ -6,6 +6,8 @@ uncorrelated, so that A sums over patches and G averages over positions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -39,6 +41,7 @@ class ConvLayer(KroneckerLayer):
         bias: nn.Parameter | None,
     ) -> None:
         self.groups = module.groups
+        self._offsets = math.prod(module.kernel_size)
         self._unbatched_dims = 1 + len(module.kernel_size)
         super().__init__(name, module, options, weight, bias)
 
@@ -49,13 +52,13 @@ class ConvLayer(KroneckerLayer):
         return inputs.shape[0] * conv_positions(inputs, self.module)
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
-        return conv_input_sum(inputs, self.module, bias=self.bias is not None)
+        return conv_input_sum(inputs, self.module, bias=self.bias is not None, side=self.sides["A"])
 
     def output_rows(self, gradients: Tensor) -> int:
         return gradients.shape[0] * gradients.shape[2:].numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return conv_output_sum(gradients, self.groups)
+        return conv_output_sum(gradients, self.groups, self.sides["G"])
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:
         spatial = (rows / samples) ** 2
@@ -94,4 +97,6 @@ class ConvTransposeLayer(ConvLayer):
         return transposed_weight_gradient(inputs, gradients, self.module)
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
-        return transposed_input_sum(inputs, self.module, bias=self.bias is not None)
+        return transposed_input_sum(
+            inputs, self.module, bias=self.bias is not None, side=self.sides["A"]
+        )

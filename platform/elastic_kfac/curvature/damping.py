@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +21,11 @@ def mean_eigenvalue(factor: Tensor) -> Tensor:
     return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
-def typical_eigenvalue(factor: Tensor) -> Tensor:
-    """`Σλ² / Σλ` of a factor: the largest eigenvalue of one of rank 1, at most that of others."""
+def typical_eigenvalue(factor: Tensor, *, blocks: bool = False) -> Tensor:
+    """`Σλ² / Σλ` of a factor: the largest eigenvalue of one of rank 1, at most that of others.
+
+    With `blocks`, of the block-diagonal matrix that `[..., b, s, s]` stands for.
+    """
     if factor.dim() == 1:
         squares, trace = factor.square().sum(), factor.sum()
     else:
@@ -29,6 +33,8 @@ def typical_eigenvalue(factor: Tensor) -> Tensor:
         # The lower triangle alone, as for decompositions.
         squares = 2 * factor.tril(-1).square().sum((-2, -1)) + diagonal.square().sum(-1)
         trace = diagonal.sum(-1)
+        if blocks:
+            squares, trace = squares.sum(-1), trace.sum(-1)
     return squares / trace.clamp(min=torch.finfo(factor.dtype).tiny)
 
 
@@ -42,24 +48,25 @@ def least_damping(eigenvalue: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split_damping(
-    a_factor: Tensor, g_factor: Tensor, damping: float, mode: str
+    means: Sequence[Tensor], typical: Sequence[Tensor], damping: float, mode: str
 ) -> tuple[Tensor, Tensor]:
-    """γ_A and γ_G of the factored Tikhonov form (Martens and Grosse 2015, section 6.3).
+    """γ_A and γ_G of the factored Tikhonov form (Martens and Grosse 2015, section 6.3), from the
+    `mean_eigenvalue` and the `typical_eigenvalue` of A and G.
 
     `pi`: γ_A = π√γ, γ_G = √γ/π with π² = (tr A / dim A) / (tr G / dim G); `sqrt`: π = 1; `plain`:
     γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does. γ is at
     least `least_damping`, but with `plain`.
     """
-    one = torch.ones((), dtype=a_factor.dtype, device=a_factor.device)
+    a_mean, g_mean = means
+    one = torch.ones((), dtype=a_mean.dtype, device=a_mean.device)
     if mode == "plain":
         return one * damping, one * damping
     root = math.sqrt(damping)
-    largest = typical_eigenvalue(a_factor) * typical_eigenvalue(g_factor)
+    largest = typical[0] * typical[1]
     # An eighth: the root damps large eigenvalues of one factor, too.
     raised = (least_damping(largest, largest.dtype) / (8 * damping)).clamp(min=1.0).sqrt()
     if mode == "sqrt":
         return raised * root, raised * root
-    a_mean, g_mean = mean_eigenvalue(a_factor), mean_eigenvalue(g_factor)
     pi = (a_mean / g_mean).sqrt()
     # A factor that is all zero (a dead layer) has no balance.
     pi = torch.where((a_mean > 0) & (g_mean > 0), pi, torch.ones_like(pi))

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from elastic_kfac.curvature.sides import WHOLE, Side
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of `dtype` tensors are kept: never below float32."""
@@ -28,39 +30,29 @@ def gram(rows: Tensor) -> Tensor:
     return rows.t() @ rows
 
 
-def append_homogeneous(core: Tensor, sums: Tensor, count: float) -> Tensor:
-    """Borders `core [.., d, d]` with `sums [.., d]` and the count: the coordinate of the bias."""
-    d = core.shape[-1]
-    full = core.new_empty(*core.shape[:-2], d + 1, d + 1)
-    full[..., :d, :d] = core
-    full[..., :d, d] = sums
-    full[..., d, :d] = sums
-    full[..., d, d] = count
-    return full
-
-
-def linear_input_sum(inputs: Tensor, *, bias: bool, reduce: bool) -> Tensor:
+def linear_input_sum(inputs: Tensor, *, bias: bool, reduce: bool, side: Side = WHOLE) -> Tensor:
     """`A_sum` of a Linear layer.
 
     Args:
         inputs: `[n, ..., d_in]`; the dimensions between are positions that share the weight.
         bias: Append the homogeneous coordinate.
         reduce: Average the inputs over positions first (KFAC-reduce, Eschenhagen et al. 2023).
+        side: What is kept of the sum.
     """
     x = inputs.to(statistics_dtype(inputs.dtype))
     if reduce and x.dim() > 2:
         x = x.flatten(1, -2).mean(1)
     x = x.reshape(-1, x.shape[-1])
-    core = gram(x)
-    return append_homogeneous(core, x.sum(0), x.shape[0]) if bias else core
+    core = side.gram(x.t())
+    return side.bordered(core, x.sum(0), x.shape[0]) if bias else core
 
 
-def linear_output_sum(gradients: Tensor, *, reduce: bool) -> Tensor:
+def linear_output_sum(gradients: Tensor, *, reduce: bool, side: Side = WHOLE) -> Tensor:
     """`G_sum` of a Linear layer from gradients with respect to its output `[n, ..., d_out]`."""
     g = gradients.to(statistics_dtype(gradients.dtype))
     if reduce and g.dim() > 2:
         g = g.flatten(1, -2).sum(1)
-    return gram(g.reshape(-1, g.shape[-1]))
+    return side.gram(g.reshape(-1, g.shape[-1]).t())
 
 
 def embedding_input_sum(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> Tensor:

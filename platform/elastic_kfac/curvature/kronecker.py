@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -18,6 +19,7 @@ from elastic_kfac.curvature.factors import (
 )
 from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
 from elastic_kfac.curvature.preconditioning import EigenForm, InverseForm
+from elastic_kfac.curvature.sides import Diagonal, Side, bounded
 
 _SMALL = 8192
 """Elements of both factors together; beyond, products cost more than calls."""
@@ -29,15 +31,19 @@ _STACKED = (
 """What a layer must not do in its own way to be stacked."""
 
 
+_OTHER = {"A": "G", "G": "A"}
+
+
 class KroneckerLayer(Layer):
     """A weight matrix `[g, a]`, or `groups` of them; a bias is the last column, and every use of a weight
     that several modules share may have its own."""
 
     factor_names = ("A", "G")
     groups = 1
-    diagonal_a = False
     _is_shared = False
     """Whether several modules use the weight."""
+    _offsets = 1
+    """Kernel offsets of a channel, which are kept together."""
 
     def __init__(
         self,
@@ -51,13 +57,19 @@ class KroneckerLayer(Layer):
         self.weight = weight
         self.bias = bias if bias is not None and bias.requires_grad else None
         self.biases: tuple[nn.Parameter, ...] = () if self.bias is None else (self.bias,)
+        self.g_dim, self.inputs = self._dimensions(self._weight_part(weight).shape)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows from the number of biases."""
+        self.a_dim = self.inputs + len(self.biases)
+        self.sides: dict[str, Side] = {"A": self._input_side(), "G": self._side(self.g_dim)}
+        """What is kept of a factor, by name."""
         self._form = (
-            EigenForm(precompute=options.precompute)
-            if options.method == "eigen"
-            else InverseForm(options.inverse_damping)
+            EigenForm(**self.sides, precompute=self.options.precompute)
+            if self.options.method == "eigen"
+            else InverseForm(**self.sides, split=self.options.inverse_damping)
         )
-        self.g_dim, self.a_dim = self._dimensions(self._weight_part(weight).shape)
-        self.a_dim += self.bias is not None
         size = self.groups * (self.a_dim**2 + self.g_dim**2)
         self._is_small = size <= _SMALL and all(
             getattr(type(self), name) is getattr(KroneckerLayer, name) for name in _STACKED
@@ -70,6 +82,15 @@ class KroneckerLayer(Layer):
             return None
         weight = self.weight
         return self._form, weight.shape, len(self.biases), weight.dtype, weight.device
+
+    def _side(self, width: int, unit: int = 1, biases: int = 0) -> Side:
+        limit = self.options.max_factor_dim
+        return bounded(width, limit, unit=unit, biases=biases, groups=self.groups)
+
+    def _input_side(self) -> Side:
+        side = self._side(self.a_dim, self._offsets, len(self.biases))
+        own = [self.inputs + i for i, bias in enumerate(self.biases) if bias is self.bias]
+        return replace(side, bias_at=own[0] if own else None)
 
     def can_share(self, other: Layer) -> bool:
         """Whether both use the same parameter as the same matrix."""
@@ -89,7 +110,7 @@ class KroneckerLayer(Layer):
         use = copy.copy(self)
         use.name, use._is_shared = others[0].name, True
         use.biases = tuple({id(b): b for other in others for b in other.biases}.values())
-        use.a_dim += len(use.biases) - len(self.biases)
+        use._settle()
         return use
 
     def _dimensions(self, weight_shape: torch.Size) -> tuple[int, int]:
@@ -112,12 +133,20 @@ class KroneckerLayer(Layer):
 
     @property
     def factor_shapes(self) -> Shapes:
-        a = (self.a_dim,) if self.diagonal_a else self._grouped(self.a_dim, self.a_dim)
-        return {"A": a, "G": self._grouped(self.g_dim, self.g_dim)}
+        return {name: self._grouped(*side.shape) for name, side in self.sides.items()}
+
+    @property
+    def kept(self) -> str:
+        parts = [(name, side) for name, side in self.sides.items() if side.kept]
+        return ", ".join(f"{name} of {side.width}: {side.kept}" for name, side in parts)
+
+    def _identity(self, factor: str) -> Tensor:
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self.sides[factor].identity(like).expand(self.factor_shapes[factor])
 
     @property
     def decomposition_shapes(self) -> Shapes:
-        return self._form.shapes(self.factor_shapes, self.gradient_shape)
+        return {name: self._grouped(*shape) for name, shape in self._form.shapes.items()}
 
     @property
     def gradient_shape(self) -> Shape:
@@ -131,19 +160,9 @@ class KroneckerLayer(Layer):
 
     def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
         rows = self._count_rows(inputs)
-        return Observation(rows, self._widened(self._input_sum(inputs)) if "A" in due else None)
-
-    def _widened(self, total: Tensor) -> Tensor:
-        """A sum over the inputs of one use among the coordinates of all biases."""
-        own = [
-            self.a_dim - len(self.biases) + i for i, b in enumerate(self.biases) if b is self.bias
-        ]
-        if len(own) == len(self.biases):
-            return total
-        index = torch.tensor([*range(self.a_dim - len(self.biases)), *own], device=total.device)
-        wide = total.new_zeros(self.factor_shapes["A"])
-        wide[..., index[:, None], index] = total
-        return wide
+        if "A" not in due:
+            return Observation(rows)
+        return Observation(rows, self.sides["A"].widened(self._input_sum(inputs)))
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:
         if self.options.factor_scale == "kaisa":
@@ -162,10 +181,10 @@ class KroneckerLayer(Layer):
         damping: float,
         used: Tensor | None = None,
     ) -> Tensor:
-        return self._form.precondition(decomposition, gradient, damping)
+        return self._form.precondition(decomposition, gradient, damping, used)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
-        return weight.reshape(self._grouped(self.g_dim, self.a_dim - len(self.biases)))
+        return weight.reshape(self._grouped(self.g_dim, self.inputs))
 
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix
@@ -188,12 +207,11 @@ class KroneckerLayer(Layer):
         return torch.cat(columns, -1) if self.biases else columns[0]
 
     def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
-        width = self.a_dim - len(self.biases)
-        for index, bias in enumerate(self.biases, start=width):
+        for index, bias in enumerate(self.biases, start=self.inputs):
             if bias.grad is not None:
                 self._bias_part(bias.grad).copy_(value[..., index].reshape(-1))
         if self.biases:
-            value = value[..., :width]
+            value = value[..., : self.inputs]
         assert self.weight.grad is not None
         target = self._weight_part(self.weight.grad)
         target.copy_(self._from_matrix(value).reshape(target.shape))
@@ -217,13 +235,15 @@ class LinearLayer(KroneckerLayer):
         return inputs.shape[0] if self._reduces else inputs[..., 0].numel()
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
-        return linear_input_sum(inputs, bias=self.bias is not None, reduce=self._reduces)
+        return linear_input_sum(
+            inputs, bias=self.bias is not None, reduce=self._reduces, side=self.sides["A"]
+        )
 
     def output_rows(self, gradients: Tensor) -> int:
         return gradients.shape[0] if self._reduces else gradients.shape[:-1].numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return linear_output_sum(gradients, reduce=self._reduces)
+        return linear_output_sum(gradients, reduce=self._reduces, side=self.sides["G"])
 
 
 class AttentionProjection(LinearLayer):
@@ -265,7 +285,6 @@ class EmbeddingLayer(KroneckerLayer):
     """nn.Embedding: a Linear over one-hot rows, so that A is the diagonal of token counts."""
 
     module: nn.Embedding
-    diagonal_a = True
     row_wise = True
     _unbatched_dims = 0
 
@@ -295,7 +314,10 @@ class EmbeddingLayer(KroneckerLayer):
         return gradients.shape[:-1].numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return linear_output_sum(gradients, reduce=False)
+        return linear_output_sum(gradients, reduce=False, side=self.sides["G"])
+
+    def _input_side(self) -> Side:
+        return Diagonal(self.a_dim, is_whole=True)
 
     def _to_matrix(self, weight: Tensor) -> Tensor:
         return weight.t()
@@ -324,13 +346,13 @@ class EmbeddingLayer(KroneckerLayer):
         damping: float,
         used: Tensor | None = None,
     ) -> Tensor:
-        if used is not None:
-            # A is diagonal: what belongs to an input is a column.
-            decomposition = {
-                name: tensor if name.startswith("G_") else tensor.index_select(-1, used)
-                for name, tensor in decomposition.items()
-            }
-        return super().precondition(decomposition, gradient, damping)
+        # Rows of the table lie together in memory: the same from the other side.
+        held = {
+            name if name[0] == "E" else _OTHER[name[0]] + name[1:]: t.mT if name[0] == "E" else t
+            for name, t in decomposition.items()
+        }
+        form = replace(self._form, A=self._form.G, G=self._form.A)
+        return form.precondition(held, gradient.mT, damping, used).mT
 
     def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
         if used is None:

@@ -109,6 +109,11 @@ class Layer(ABC):
     def device(self) -> torch.device:
         return self.parameters[0].device
 
+    @property
+    def kept(self) -> str:
+        """What is kept of factors wider than `max_factor_dim`, in words."""
+        return ""
+
     def is_diagonal(self, factor: str) -> bool:
         """Whether a factor is stored as its diagonal."""
         return len(self.factor_shapes[factor]) == 1
@@ -272,6 +277,7 @@ class Layer(ABC):
                     f"saved {kind} of layer {self.name} have other shapes",
                     given=shapes,
                     allowed=expected,
+                    change="give max_factor_dim the value that it had, or start without this state",
                 )
 
     def restored(self, saved: Mapping[str, Any]) -> LayerState:

@@ -120,6 +120,10 @@ class UnitNorm(NormLayer):
     mode = "unit"
 
     @property
+    def kept(self) -> str:
+        return "F: a block per channel" if self.options.bn_fisher == "full" else ""
+
+    @property
     def factor_shapes(self) -> Shapes:
         return {"F": (self.features, len(self._parameters), len(self._parameters))}
 
@@ -198,8 +202,11 @@ class DiagonalNorm(NormLayer):
 def norm_layer(name: str, module: nn.Module, options: KfacOptions) -> NormLayer:
     """The layer of a normalisation module, with the structure that `bn_fisher` names."""
     kinds: tuple[type[NormLayer], ...] = (UnitNorm, FullNorm, DiagonalNorm)
-    kind = next(kind for kind in kinds if kind.mode == options.bn_fisher)
-    return kind(name, module, options)
+    layer = next(kind for kind in kinds if kind.mode == options.bn_fisher)(name, module, options)
+    limit = options.max_factor_dim
+    if isinstance(layer, FullNorm) and limit is not None and layer.factor_shapes["F"][0] > limit:
+        return UnitNorm(name, module, options)
+    return layer
 
 
 def normalize(module: nn.Module, x: Tensor) -> Tensor:

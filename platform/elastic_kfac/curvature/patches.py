@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from elastic_kfac.curvature.factors import append_homogeneous, statistics_dtype
+from elastic_kfac.curvature.factors import statistics_dtype
+from elastic_kfac.curvature.sides import WHOLE, Blocks, Side, Whole
 
 # Patches are copied in pieces of at most this many elements (64 MiB of float32).
 _PATCH_ELEMENTS = 1 << 24
@@ -26,14 +27,14 @@ _PATCH_ELEMENTS = 1 << 24
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
-def conv_output_sum(gradients: Tensor, groups: int) -> Tensor:
+def conv_output_sum(gradients: Tensor, groups: int, side: Side = WHOLE) -> Tensor:
     """`G_sum` of a convolution from `[n, out, ...]`: `[out, out]` or `[groups, out/groups, ...]`."""
     g = gradients.to(statistics_dtype(gradients.dtype))
     # [out, n*t]: one copy and one large product beats n small ones.
     rows = g.flatten(2).transpose(0, 1).reshape(g.shape[1], -1)
     if groups > 1:
         rows = rows.unflatten(0, (groups, -1))
-    return rows @ rows.mT
+    return side.gram(rows)
 
 
 def conv_positions(inputs: Tensor, module: _ConvNd) -> int:
@@ -49,7 +50,7 @@ def conv_positions(inputs: Tensor, module: _ConvNd) -> int:
     )
 
 
-def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool) -> Tensor:
+def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool, side: Side = WHOLE) -> Tensor:
     """`A_sum` of a convolution: `[a, a]`, or `[groups, a, a]`.
 
     Exact for every stride, padding (numbers, 'same', 'valid', non-zero modes), dilation and group
@@ -61,19 +62,22 @@ def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool) -> Tensor:
         inputs: `[n, in_channels, ...]`.
         module: The convolution.
         bias: Append the homogeneous coordinate.
+        side: What is kept of the sum.
     """
     x = inputs.to(statistics_dtype(inputs.dtype))
     x, padding = _resolve_padding(x, module)
+    x, groups = _split(x, module, side)
     window = Window(module.kernel_size, module.stride, module.dilation)
-    if _correlates(x, window, padding, module.groups):
+    if _correlates(x, window, padding, groups):
         core = _autocorrelation_gram(x, window.kernel, padding)
     else:
-        core = _patch_gram(_zero_padded(x, padding), window, module.groups)
+        core = _patch_gram(_zero_padded(x, padding), window, groups)
+    core = _joined(core, module, side)
     if not bias:
         return core
     total = _zero_padded(x.sum(0, keepdim=True), padding)
     sums = _patch_rows(_windows(total, window), module.groups).sum(-1)
-    return append_homogeneous(core, sums, x.shape[0] * conv_positions(inputs, module))
+    return side.bordered(core, sums, x.shape[0] * conv_positions(inputs, module))
 
 
 def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: _ConvNd) -> Tensor:
@@ -90,7 +94,9 @@ def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: _ConvNd) -> 
     )
 
 
-def transposed_input_sum(inputs: Tensor, module: _ConvTransposeNd, *, bias: bool) -> Tensor:
+def transposed_input_sum(
+    inputs: Tensor, module: _ConvTransposeNd, *, bias: bool, side: Side = WHOLE
+) -> Tensor:
     """`A_sum` of a transposed convolution: `[a, a]`, or `[groups, a, a]`.
 
     Output pixel u reads input pixel t through kernel offset k where `stride·t + dilation·k = u +
@@ -102,13 +108,14 @@ def transposed_input_sum(inputs: Tensor, module: _ConvTransposeNd, *, bias: bool
         inputs: `[n, in_channels, ...]`.
         module: The transposed convolution; the padding of its output is the one that it was built with.
         bias: Append the homogeneous coordinate.
+        side: What is kept of the sum.
     """
     spatial = tuple(range(2, inputs.dim()))
     x = inputs.to(statistics_dtype(inputs.dtype)).flip(spatial)
-    total = x.sum(0, keepdim=True)
-    groups, lengths = module.groups, _transposed_lengths(inputs, module)
-    side = (groups, x.shape[1] // groups, *module.kernel_size)
-    core, sums = x.new_zeros(*side, *side[1:]), x.new_zeros(side)
+    x, groups = _split(x, module, side)
+    total, lengths = x.sum(0, keepdim=True), _transposed_lengths(inputs, module)
+    shape = (groups, x.shape[1] // groups, *module.kernel_size)
+    core, sums = x.new_zeros(*shape, *shape[1:]), x.new_zeros(shape)
     phases = product(*(_phases(module, i, inputs.shape[i + 2], u) for i, u in enumerate(lengths)))
     for phase in phases:
         sides = _flat([axis.sides for axis in phase])
@@ -121,11 +128,14 @@ def transposed_input_sum(inputs: Tensor, module: _ConvTransposeNd, *, bias: bool
         part = sums[(slice(None), *at)]
         patches = _patch_rows(_windows(F.pad(total, sides), window), groups)
         part.copy_(patches.sum(-1).view(part.shape))
-    a = math.prod(side[1:])
-    core, sums = core.view(groups, a, a), sums.view(groups, a)
+    a = math.prod(shape[1:])
+    core, sums = core.view(groups, a, a), sums.view(module.groups, -1)
     if groups == 1:
-        core, sums = core[0], sums[0]
-    return append_homogeneous(core, sums, x.shape[0] * math.prod(lengths)) if bias else core
+        core = core[0]
+    if module.groups == 1:
+        sums = sums[0]
+    core = _joined(core, module, side)
+    return side.bordered(core, sums, x.shape[0] * math.prod(lengths)) if bias else core
 
 
 def transposed_weight_gradient(
@@ -148,6 +158,28 @@ def transposed_weight_gradient(
         dilation=module.dilation,
         groups=module.groups,
     )
+
+
+def _split(x: Tensor, module: _ConvNd, side: Side) -> tuple[Tensor, int]:
+    """`x [n, channels, ...]` and how many groups of channels have a Gram matrix of their own, so that all
+    of it is kept; a channel and all its kernel offsets are together."""
+    if isinstance(side, Whole):
+        return x, module.groups
+    size = side.size // math.prod(module.kernel_size) if isinstance(side, Blocks) else 1
+    x = x.unflatten(1, (module.groups, -1))
+    count = -(-x.shape[2] // size)
+    x = F.pad(x, [0, 0] * (x.dim() - 3) + [0, count * size - x.shape[2]])
+    return x.flatten(1, 2), module.groups * count
+
+
+def _joined(core: Tensor, module: _ConvNd, side: Side) -> Tensor:
+    """The Gram matrices of the groups of `_split` in the layout of a side."""
+    if isinstance(side, Whole):
+        return core
+    if isinstance(side, Blocks):
+        blocks = core.view(-1, side.size, side.size)
+        return blocks if module.groups == 1 else blocks.unflatten(0, (module.groups, -1))
+    return core.diagonal(dim1=-2, dim2=-1).flatten()
 
 
 class Window(NamedTuple):

@@ -1,18 +1,19 @@
-"""The two forms of (A ⊗ G + γI)⁻¹, and the KL clip. Matrices are `[..., g, a]` (see factors.py).
-
-A factor with one dimension is a diagonal.
-"""
+"""The two forms of (A ⊗ G + γI)⁻¹, and the KL clip. Matrices are `[..., g, a]` (see factors.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kfac.curvature import inverses
 from elastic_kfac.curvature.damping import least_damping, split_damping
+from elastic_kfac.curvature.sides import Diagonal, Side, Whole
+
+_PIECE_ELEMENTS = 1 << 18
+"""1 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,18 @@ class EigenForm:
     With `precompute` the quotient's denominator is inverted once per decomposition, which freezes γ.
     """
 
+    A: Side
+    G: Side
     precompute: bool
 
-    def shapes(
-        self, factors: Mapping[str, tuple[int, ...]], gradient: tuple[int, ...]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of a decomposition, from those of the factors and of a gradient."""
-        vectors = {f"{name}_vectors": shape for name, shape in factors.items() if len(shape) > 1}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a decomposition, without groups."""
+        sides = {"A": self.A.shape, "G": self.G.shape}
+        vectors = {f"{name}_vectors": shape for name, shape in sides.items() if len(shape) > 1}
         if self.precompute:
-            return {**vectors, "E_reciprocal": gradient}
-        # A diagonal A with a dense G belongs to an Embedding, which has no groups.
-        values = {f"{name}_values": (*shape[:-2], shape[-1]) for name, shape in factors.items()}
+            return {**vectors, "E_reciprocal": (self.G.padded, self.A.padded)}
+        values = {f"{name}_values": shape[:-1] or shape for name, shape in sides.items()}
         return {**vectors, **values}
 
     def decompose(
@@ -41,82 +43,178 @@ class EigenForm:
         """Eigendecompositions of the named factors; all of them with `precompute`."""
         result: dict[str, Tensor] = {}
         for name in names:
-            if factors[name].dim() == 1:
-                result[f"{name}_values"] = factors[name].clone()
-                continue
-            values, vectors = inverses.eigen(factors[name])
-            result[f"{name}_values"], result[f"{name}_vectors"] = values, vectors
+            side = self.A if name == "A" else self.G
+            values, vectors = side.eigen(factors[name])
+            result[f"{name}_values"] = values
+            if vectors is not None:
+                result[f"{name}_vectors"] = vectors
         if self.precompute:
-            a_values, g_values = result.pop("A_values"), result.pop("G_values")
-            result["E_reciprocal"] = _denominator(a_values, g_values, damping).reciprocal_()
+            pair = result.pop("A_values"), result.pop("G_values")
+            product = self._denominator(*pair, damping, self._least(*pair))
+            result["E_reciprocal"] = product.reciprocal_()
         return result
 
-    def precondition(self, held: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        """P from D `[..., g, a]`."""
-        a_vectors, g_vectors = held.get("A_vectors"), held["G_vectors"]
-        rotated = g_vectors.mT @ gradient
+    def precondition(
+        self,
+        held: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """P from D `[..., g, a]`, or from the `used` columns (rows) of D where the inputs of A (of G) are
+        one-hot."""
+        least = None if self.precompute else self._least(held["A_values"], held["G_values"])
+        pieces = _Pieces(self.A, self.G, held, gradient, used)
+        return pieces.map(
+            lambda a, g, held, part: replace(self, A=a, G=g)._applied(held, part, damping, least)
+        )
+
+    def _applied(
+        self, held: Mapping[str, Tensor], gradient: Tensor, damping: float, least: Tensor | None
+    ) -> Tensor:
+        a_vectors, g_vectors = held.get("A_vectors"), held.get("G_vectors")
+        x = _padded(gradient, self.A, self.G)
+        if g_vectors is not None:
+            x = self.G.left(g_vectors.mT, x)
         if a_vectors is not None:
-            rotated = rotated @ a_vectors
-        if self.precompute:
-            rotated = rotated * held["E_reciprocal"]
+            x = self.A.right(x, a_vectors)
+        if least is None:
+            x = x * held["E_reciprocal"]
         else:
-            rotated = rotated / _denominator(held["A_values"], held["G_values"], damping)
-        result = g_vectors @ rotated
-        return result if a_vectors is None else result @ a_vectors.mT
+            x = x / self._denominator(held["A_values"], held["G_values"], damping, least)
+        if g_vectors is not None:
+            x = self.G.left(g_vectors, x)
+        if a_vectors is not None:
+            x = self.A.right(x, a_vectors.mT)
+        return _cropped(x, gradient)
+
+    def _least(self, a_values: Tensor, g_values: Tensor) -> Tensor:
+        largest = self.G.values(g_values).amax(-1) * self.A.values(a_values).amax(-1)
+        return least_damping(largest, largest.dtype)[..., None, None]
+
+    def _denominator(
+        self, a_values: Tensor, g_values: Tensor, damping: float, least: Tensor
+    ) -> Tensor:
+        """`d_G d_Aᵀ + γ` `[..., g, a]`, at least `least_damping`."""
+        a, g = self.A.values(a_values), self.G.values(g_values)
+        return (g.unsqueeze(-1) * a.unsqueeze(-2)).add_(damping).clamp_(min=least)
 
 
 @dataclass(frozen=True)
 class InverseForm:
     """Inverses of the damped factors: `(G + γ_G I)⁻¹ D (A + γ_A I)⁻¹`, with `split_damping`."""
 
+    A: Side
+    G: Side
     split: str
 
-    def shapes(
-        self, factors: Mapping[str, tuple[int, ...]], gradient: tuple[int, ...]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of the inverses, from those of the factors."""
-        return {f"{name}_inverse": shape for name, shape in factors.items()}
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inverses, without groups."""
+        return {"A_inverse": self.A.shape, "G_inverse": self.G.shape}
 
     def decompose(
         self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
     ) -> dict[str, Tensor]:
         """Inverses of the named factors; the split needs both."""
-        shifts = split_damping(factors["A"], factors["G"], damping, self.split)
-        result = {}
-        for name, shift in zip(("A", "G"), shifts, strict=True):
-            if name not in names:
-                continue
-            factor = factors[name]
-            if factor.dim() == 1:
-                result[f"{name}_inverse"] = 1.0 / (factor + shift)
-            else:
-                result[f"{name}_inverse"] = inverses.damped_inverse(factor, shift)
+        pairs = ((self.A, factors["A"]), (self.G, factors["G"]))
+        shifts = split_damping(
+            [side.mean_eigenvalue(factor) for side, factor in pairs],
+            [side.typical_eigenvalue(factor) for side, factor in pairs],
+            damping,
+            self.split,
+        )
+        return {
+            f"{name}_inverse": side.inverse(factor, shift)
+            for name, (side, factor), shift in zip(("A", "G"), pairs, shifts, strict=True)
+            if name in names
+        }
+
+    def precondition(
+        self,
+        held: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """P from D `[..., g, a]`, or from its `used` columns or rows, as there; the damping is inside the
+        inverses."""
+        return _Pieces(self.A, self.G, held, gradient, used).map(self._applied)
+
+    @staticmethod
+    def _applied(a: Side, g: Side, held: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        x = g.left(held["G_inverse"], _padded(gradient, a, g))
+        return _cropped(a.right(x, held["A_inverse"]), gradient)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """A gradient with what it is preconditioned with, cut where its parts do not depend on each other.
+
+    The parts of a large one then stay in a processor's cache from the first product to the last.
+    """
+
+    a: Side
+    g: Side
+    held: Mapping[str, Tensor]
+    gradient: Tensor
+    used: Tensor | None
+    """Columns (rows) of the whole gradient that `gradient` has, where the inputs of A (of G) are
+    one-hot."""
+
+    def map(self, apply: Callable[[Side, Side, Mapping[str, Tensor], Tensor], Tensor]) -> Tensor:
+        """`apply` to A, G, what is held and the gradient of every piece; the results in one matrix."""
+        a, g, held, gradient = self.a, self.g, self.held, self.gradient
+        if self.used is not None:
+            is_column = isinstance(a, Diagonal) and a.is_whole
+            untouched = "G_" if is_column else "A_"
+            held = {
+                name: tensor
+                if name.startswith(untouched)
+                else tensor.index_select(-1 if is_column or tensor.dim() == 1 else 0, self.used)
+                for name, tensor in held.items()
+            }
+        axis = next((i for i, side in ((1, a), (0, g)) if not isinstance(side, Whole)), None)
+        is_large = gradient.numel() > _PIECE_ELEMENTS and gradient.device.type == "cpu"
+        if axis is None or not is_large or gradient.dim() > 2:
+            return apply(a, g, held, gradient)
+        side, other = (a, g) if axis else (g, a)
+        result = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+        for span in side.spans(_PIECE_ELEMENTS // other.padded, gradient.shape[axis]):
+            part = gradient[:, span] if axis else gradient[span]
+            piece = side.piece(span, part.shape[axis])
+            mine = {
+                name: side.part(tensor, span) if name.startswith("GA"[axis]) else tensor
+                for name, tensor in held.items()
+            }
+            if "E_reciprocal" in held:
+                whole = held["E_reciprocal"]
+                mine["E_reciprocal"] = whole[:, span] if axis else whole[span]
+            sides = (piece, g) if axis else (a, piece)
+            (result[:, span] if axis else result[span]).copy_(apply(*sides, mine, part))
         return result
 
-    def precondition(self, held: Mapping[str, Tensor], gradient: Tensor, damping: float) -> Tensor:
-        """P from D `[..., g, a]`; the damping is inside the inverses."""
-        rows = held["G_inverse"] @ gradient
-        a_inverse = held["A_inverse"]
-        return rows * a_inverse if a_inverse.dim() == 1 else rows @ a_inverse
+
+def _padded(gradient: Tensor, a: Side, g: Side) -> Tensor:
+    lacking = (a.padded - a.width, g.padded - g.width)
+    return F.pad(gradient, (0, lacking[0], 0, lacking[1])) if any(lacking) else gradient
 
 
-def _denominator(a_values: Tensor, g_values: Tensor, damping: float) -> Tensor:
-    """`d_G d_Aᵀ + γ` `[..., g, a]`, at least `least_damping`."""
-    largest = g_values.amax(-1) * a_values.amax(-1)
-    result = (g_values.unsqueeze(-1) * a_values.unsqueeze(-2)).add_(damping)
-    return result.clamp_(min=least_damping(largest, largest.dtype)[..., None, None])
+def _cropped(x: Tensor, gradient: Tensor) -> Tensor:
+    return x[..., : gradient.shape[-2], : gradient.shape[-1]]
 
 
 def inner_products(preconditioned: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """`⟨P_i, D_i⟩` per layer as float64 `[layers]`, without a transfer to the host."""
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack(
-        [
-            torch.dot(p.reshape(-1), d.reshape(-1)).double()
-            for p, d in zip(preconditioned, gradients, strict=True)
-        ]
-    )
+    return torch.stack([_product(p, d) for p, d in zip(preconditioned, gradients, strict=True)])
+
+
+def _product(p: Tensor, d: Tensor) -> Tensor:
+    if p.dim() > 1 and p.mT.is_contiguous() and d.mT.is_contiguous():
+        p, d = p.mT, d.mT  # no copies
+    return torch.dot(p.reshape(-1), d.reshape(-1)).double()
 
 
 def kl_clip_scale(divergence: Tensor, kl_clip: float) -> Tensor:

@@ -137,6 +137,12 @@ class KFAC:
             self.trust = TrustRegion(names, self.layers[0].device)
         self.states = [LayerState() for _ in self.layers]
         """What this rank holds of each layer."""
+        wide = ", ".join(f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept)
+        text = (
+            f"factors wider than max_factor_dim={self.options.max_factor_dim} are kept in part: "
+            f"{wide}; raise it to keep more, or None to keep all"
+        )
+        self._warnings.once(text, bool(wide), text)
         self.refresh = make_refresh(self.layers, self.options)
         self.distribution = make_distribution(
             (self.layers, communicator, self.options, self._costs),
@@ -611,7 +617,9 @@ class KFAC:
 
         With weight matrices `[g, a]` (a bias is the last column; a convolution is flattened to
         `[out, in·kernel]`): `A` `[a, a]`, or the diagonal `[a]` of an Embedding, and `G` `[g, g]`, with a
-        leading dimension for the groups of a grouped convolution. Normalisation layers have `F`:
+        leading dimension for the groups of a grouped convolution. Of a factor wider than
+        `max_factor_dim` there are blocks `[blocks, s, s]` along the diagonal (the last one filled up with
+        zeros) or the diagonal `[d]`; `plan` has which. Normalisation layers have `F`:
         `[channels, p, p]` over (scale, shift) with `bn_fisher="unit"`, `[p·channels, p·channels]` with
         `full`, its diagonal with `diag`. A factor is at true per-sample scale, so that A ⊗ G estimates
         the Fisher of a mean loss. With `sharding`, only the layers that this rank owns.
@@ -628,7 +636,8 @@ class KFAC:
         Reasons: `frozen`, a pattern of `skip_layers`, an unsupported type or option, a weight shared by
         modules of different kinds (of one kind, they are one layer under the first one's name), and, once
         a step was made, `unused`: no pass has gone through it so far. The four projections of an
-        attention have names of their own.
+        attention have names of their own. A covered layer's factors are kept whole unless they are wider
+        than `max_factor_dim`: `print(kfac.plan)` shows what is kept then.
         """
         coverage = dict(self._coverage)
         coverage |= self._left_out

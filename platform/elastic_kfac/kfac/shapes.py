@@ -10,7 +10,9 @@ from torch import nn
 
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.discovery import clean_name, find_layers, unwrap
+from elastic_kfac.curvature.kronecker import KroneckerLayer
 from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.curvature.sides import Blocks
 from elastic_kfac.kfac.options import value_at
 from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
 from elastic_kfac.placement.plan import Plan
@@ -23,12 +25,26 @@ def layer_shape(layer: Layer) -> LayerShape:
     weights = prod(layer.gradient_shape)
     shapes = layer.factor_shapes
     if "F" in shapes:
-        is_dense = len(shapes["F"]) == 2
-        return LayerShape(layer.name, 0, weights if is_dense else 0, weights)
-    groups = shapes["G"][0] if len(shapes["G"]) == 3 else 1
-    if layer.is_diagonal("A"):
-        return LayerShape(layer.name, 0, shapes["G"][-1], weights, groups, shapes["A"][0])
-    return LayerShape(layer.name, shapes["A"][-1], shapes["G"][-1], weights, groups)
+        dense = weights if len(shapes["F"]) == 2 else 0
+        blocks = None if dense else prod(shapes["F"])
+        return LayerShape(
+            layer.name, 0, dense, weights, diagonal=blocks, one_factor=True, kept=layer.kept
+        )
+    assert isinstance(layer, KroneckerLayer)
+    diagonal = [shape[0] for shape in shapes.values() if len(shape) == 1]
+    a, g = (0 if len(shapes[name]) == 1 else shapes[name][-1] for name in ("A", "G"))
+    counts = [side.count if isinstance(side, Blocks) else 1 for side in layer.sides.values()]
+    return LayerShape(
+        layer.name,
+        a,
+        g,
+        weights,
+        layer.groups,
+        diagonal=sum(diagonal) or None,
+        a_blocks=counts[0],
+        g_blocks=counts[1],
+        kept=layer.kept,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ Symbols of the traffic model (Pauloski et al., KAISA, SC'21), for layers with we
     w = Σ a g                   weights that K-FAC preconditions
 
 A grouped convolution counts once per group (`copies`). A factor of dimension 0 is diagonal and costs
-nothing to decompose.
+nothing to decompose; one of which blocks are kept counts once per block (`a_blocks`, `g_blocks`).
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ class LayerShape:
     """Factor pairs of this shape: the groups of a grouped convolution."""
     diagonal: int | None = None
     """Elements of diagonal and block-diagonal factors, where the widths leave it open."""
+    one_factor: bool = False
+    """Whether F is the only factor: that of a normalisation."""
+    a_blocks: int = 1
+    """Blocks of A, each `a_dim` wide."""
+    g_blocks: int = 1
+    """Blocks of G."""
+    kept: str = ""
+    """What is kept of factors wider than `max_factor_dim`, in words."""
 
     @property
     def diagonal_elements(self) -> int:
@@ -57,20 +65,37 @@ class LayerShape:
         return self.weight_elements // max(self.a_dim, self.g_dim)
 
     @property
+    def dense_elements(self) -> int:
+        """Elements of dense factors and blocks."""
+        return self.copies * (self.a_blocks * self.a_dim**2 + self.g_blocks * self.g_dim**2)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Coordinates of A and of G that are in dense factors and blocks, per copy."""
+        return self.a_blocks * self.a_dim, self.g_blocks * self.g_dim
+
+    @property
+    def product_elements(self) -> int:
+        """Elements of 1/(d_G d_Aᵀ + damping)."""
+        a, g = self.lengths
+        if a and g:
+            return self.copies * a * g
+        return (self.diagonal or 0) * (a or g) or self.weight_elements
+
+    @property
     def is_pair(self) -> bool:
         """Whether there is an A and a G, diagonal or not."""
-        return bool(self.a_dim and self.g_dim) or bool(self.diagonal)
+        return bool(self.a_dim and self.g_dim) or (bool(self.diagonal) and not self.one_factor)
 
 
 def factor_elements(layers: Iterable[LayerShape], *, packed: bool = False) -> int:
     """s, or its lower triangles only when `packed`."""
     if packed:
         return sum(
-            x.copies * (x.a_dim * (x.a_dim + 1) // 2 + x.g_dim * (x.g_dim + 1) // 2)
-            + x.diagonal_elements
+            (x.dense_elements + x.copies * sum(x.lengths)) // 2 + x.diagonal_elements
             for x in layers
         )
-    return sum(x.copies * (x.a_dim**2 + x.g_dim**2) + x.diagonal_elements for x in layers)
+    return sum(x.dense_elements + x.diagonal_elements for x in layers)
 
 
 def second_order_elements(
@@ -84,9 +109,9 @@ def second_order_elements(
             continue
         if precompute:
             # The product holds what the diagonal would.
-            total += x.weight_elements - x.diagonal_elements
+            total += x.product_elements - x.diagonal_elements
         else:
-            total += x.copies * (x.a_dim + x.g_dim)
+            total += x.copies * sum(x.lengths)
     return total
 
 
@@ -98,9 +123,10 @@ def weight_elements(layers: Iterable[LayerShape]) -> int:
 def precondition_flops(layer: LayerShape, *, method: Method = "eigen") -> float:
     """Floating-point operations to precondition one gradient.
 
-    2 a g (a + g) for two products with inverses, twice that for the four of the eigen form.
+    2 a g (a + g) for two products with inverses, twice that for the four of the eigen form; with blocks
+    the widths in parentheses are theirs.
     """
-    products = 2.0 * layer.copies * layer.a_dim * layer.g_dim * (layer.a_dim + layer.g_dim)
+    products = 2.0 * layer.weight_elements * (layer.a_dim + layer.g_dim)
     return 2.0 * products if method == "eigen" else products
 
 
@@ -122,11 +148,11 @@ class CostModel:
 
     def a_seconds(self, layer: LayerShape) -> float:
         """Cost of the layer's input factors."""
-        return layer.copies * self.seconds(layer.a_dim)
+        return layer.copies * layer.a_blocks * self.seconds(layer.a_dim)
 
     def g_seconds(self, layer: LayerShape) -> float:
         """Cost of the layer's output-gradient factors."""
-        return layer.copies * self.seconds(layer.g_dim)
+        return layer.copies * layer.g_blocks * self.seconds(layer.g_dim)
 
 
 COMPUTE = CostModel(c0=0.0, c1=1.0, p=3.0)

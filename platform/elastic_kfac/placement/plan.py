@@ -95,6 +95,8 @@ class LayerPlacement:
     column: int
     a_worker: int
     g_worker: int
+    kept: str = ""
+    """What is kept of factors wider than `max_factor_dim`, in words."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,10 @@ class Plan:
         return {
             "world_size": self.world_size,
             "columns": len(self.columns),
-            "layers": [[x.name, x.column, x.a_worker, x.g_worker] for x in self.layers],
+            "layers": [
+                [x.name, x.column, x.a_worker, x.g_worker, *([x.kept] if x.kept else [])]
+                for x in self.layers
+            ],
         }
 
     @classmethod
@@ -198,8 +203,8 @@ class Plan:
             if not 1 <= num_columns <= world_size:
                 raise ValueError(f"{num_columns} columns of {world_size} ranks")
             layers = tuple(
-                LayerPlacement(str(name), int(column), int(a), int(g))
-                for name, column, a, g in stored["layers"]
+                LayerPlacement(str(name), int(column), int(a), int(g), *map(str, kept))
+                for name, column, a, g, *kept in stored["layers"]
             )
             for x in layers:
                 if {x.a_worker % num_columns, x.g_worker % num_columns} != {x.column} or not (
@@ -217,7 +222,7 @@ class Plan:
             f"plan for {self.world_size} ranks: {len(self.columns)} columns of {ranks} "
             f"(grad_worker_frac {self.grad_worker_frac:.4g}, {self.strategy})"
         )
-        rows = [("layer", "column", "gradient workers", "A at", "G at")]
+        rows = [("layer", "column", "gradient workers", "A at", "G at", "")]
         rows += [
             (
                 x.name,
@@ -225,10 +230,11 @@ class Plan:
                 _short(self.columns[x.column]),
                 str(x.a_worker),
                 str(x.g_worker),
+                x.kept,
             )
             for x in self.layers
         ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
         ]
@@ -255,7 +261,8 @@ class Plan:
         if name not in self._by_name:
             return "absent"
         x = self._by_name[name]
-        return f"workers {_short(self.columns[x.column])}, A at {x.a_worker}, G at {x.g_worker}"
+        workers = f"workers {_short(self.columns[x.column])}, A at {x.a_worker}, G at {x.g_worker}"
+        return f"{workers} ({x.kept})" if x.kept else workers
 
 
 def _short(ranks: tuple[int, ...]) -> str:

@@ -79,7 +79,8 @@ def make_plan(
         stay = _stay(layers, num_columns, previous, old_ranks)
         places = settle(packing, order, moves, stay)
     placed = tuple(
-        LayerPlacement(layer.name, *place) for layer, place in zip(layers, places, strict=True)
+        LayerPlacement(layer.name, *place, layer.kept)
+        for layer, place in zip(layers, places, strict=True)
     )
     return Plan(world_size, 1.0 / num_columns, columns, placed)
 
@@ -177,7 +178,7 @@ def over_budget(budget_bytes: float, needed_bytes: float, plan: Plan) -> ConfigE
         f"(plan.memory_budget_gib={budget_bytes / 2**30:.4g})",
         allowed=f"at least {needed_bytes:.12g} bytes ({needed_bytes / 2**30:.4g} GiB) on the fullest "
         f"of {plan.world_size} ranks (grad_worker_frac={plan.grad_worker_frac:.4g})",
-        change="raise the budget, lower grad_worker_frac, use more ranks, or skip_layers the widest",
+        change="raise the budget, lower grad_worker_frac or max_factor_dim, or use more ranks",
     )
 
 

@@ -22,6 +22,8 @@ from support.gloo import run_ranks
 BATCH, STEPS = 8, 5
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
 
+pytestmark = pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
+
 
 class Sequence(nn.Module):
     """Convolution, embedding, normalisation, attention, and weights shared by positions."""
@@ -33,7 +35,7 @@ class Sequence(nn.Module):
         self.conv = nn.Conv2d(1, 4, (1, 3), padding=(0, 1))
         self.norm = nn.LayerNorm(4)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.out = nn.Linear(4, 3)
+        self.out = nn.Sequential(nn.Linear(4, 36), nn.Tanh(), nn.Linear(36, 3))
         self.double()
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -51,6 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
     "exact Fisher": {"fisher": "exact"},
     "reduce": {"weight_sharing": "reduce"},
     "one worker": {"grad_worker_frac": 0.5},
+    "blocks": {"max_factor_dim": 34},
+    "blocks of one worker": {"max_factor_dim": 34, "grad_worker_frac": 0.5, "method": "inverse"},
+    "diagonals": {"max_factor_dim": 1, "precompute": True},
     "sc20": {"factor_scale": "sc20"},
     "kaisa": {"factor_scale": "kaisa"},
     "full norms": {"bn_fisher": "full", "bn_damping_multiplier": 3.0},

@@ -9,6 +9,7 @@ import torch
 
 from elastic_kfac.config.kfac import LevenbergMarquardt, MilestoneSchedule, WarmupSchedule
 from elastic_kfac.curvature import damping, inverses, preconditioning
+from elastic_kfac.curvature.sides import Whole
 from elastic_kfac.errors import NumericalError
 
 
@@ -22,11 +23,10 @@ def spd(size: int, seed: int) -> torch.Tensor:
 def test_eigen_precondition_equals_dense_kronecker_inverse() -> None:
     a, g, gamma = spd(5, 0), spd(4, 1), 0.03
     d = torch.randn(4, 5, dtype=torch.double)
-    form, factors = preconditioning.EigenForm(precompute=False), {"A": a, "G": g}
+    form = preconditioning.EigenForm(Whole(5), Whole(4), precompute=False)
+    factors = {"A": a, "G": g}
     held = form.decompose(factors, ("A", "G"), gamma)
-    assert {name: tuple(t.shape) for name, t in held.items()} == form.shapes(
-        {"A": (5, 5), "G": (4, 4)}, (4, 5)
-    )
+    assert {name: tuple(t.shape) for name, t in held.items()} == form.shapes
     result = form.precondition(held, d, gamma)
     # Row-major flattening of G X A is (G ⊗ A) vec(X).
     dense = torch.kron(g, a) + gamma * torch.eye(20, dtype=torch.double)
@@ -42,7 +42,9 @@ def test_eigen_precondition_equals_dense_kronecker_inverse() -> None:
 def test_inverse_precondition_equals_dense_factored_tikhonov(mode: str) -> None:
     a, g, gamma = 7 * spd(5, 0), spd(4, 1), 0.03
     d = torch.randn(4, 5, dtype=torch.double)
-    gamma_a, gamma_g = damping.split_damping(a, g, gamma, mode)
+    means = [damping.mean_eigenvalue(x) for x in (a, g)]
+    typical = [damping.typical_eigenvalue(x) for x in (a, g)]
+    gamma_a, gamma_g = damping.split_damping(means, typical, gamma, mode)
     pi = math.sqrt((a.trace().item() / 5) / (g.trace().item() / 4))
     expected_a, expected_g = {
         "pi": (pi * math.sqrt(gamma), math.sqrt(gamma) / pi),
@@ -51,7 +53,7 @@ def test_inverse_precondition_equals_dense_factored_tikhonov(mode: str) -> None:
     }[mode]
     assert gamma_a.item() == pytest.approx(expected_a, rel=1e-12)
     assert gamma_g.item() == pytest.approx(expected_g, rel=1e-12)
-    form = preconditioning.InverseForm(mode)
+    form = preconditioning.InverseForm(Whole(5), Whole(4), mode)
     result = form.precondition(form.decompose({"A": a, "G": g}, ("A", "G"), gamma), d, gamma)
     dense = torch.kron(
         g + expected_g * torch.eye(4, dtype=torch.double),

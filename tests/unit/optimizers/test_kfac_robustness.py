@@ -299,7 +299,7 @@ class _Kinds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(30, 12)
-        self.norm = nn.LayerNorm(12)
+        self.norm = nn.Sequential(nn.LayerNorm(12), nn.LayerNorm(12, bias=False))
         self.first = nn.Linear(12, 8)
         self.grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)

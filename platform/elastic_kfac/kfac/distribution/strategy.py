@@ -219,6 +219,7 @@ class Distribution(ABC):
 _AGREED = (
     "method",
     "inverse_damping",
+    "max_factor_dim",
     "factor_scale",
     "weight_sharing",
     "bn_fisher",

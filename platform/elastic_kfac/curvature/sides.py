@@ -1,0 +1,309 @@
+"""How a side of weight matrices `[..., g, a]` keeps its factor: whole, in blocks, or as its diagonal.
+
+A factor as wide as a vocabulary or a flattened image fits no memory, and its decomposition no step. What
+is kept of it is the block diagonal of a narrower structure; all that follows is exactly K-FAC with the
+other entries set to zero. Kept shapes, with the groups of a grouped convolution in front:
+
+    Whole     [d, d]
+    Blocks    [b, s, s]   b·s >= d: the last block is padded with zeros
+    Diagonal  [d]
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_kfac.curvature import damping, inverses
+
+Shape = tuple[int, ...]
+
+_DIAGONAL_FROM = 8
+"""Multiple of the limit."""
+
+_SHARE = 16
+"""Blocks together take this part of the memory of a whole factor at the limit."""
+
+
+@dataclass(frozen=True)
+class Side(ABC):
+    """One side of a layer's weight matrices."""
+
+    width: int
+    """d, with the coordinates of biases, which are the last."""
+    bias_at: int | None = field(default=None, kw_only=True)
+    """The coordinate of the bias; None is the last one."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Of the factor, and of its eigenvectors."""
+
+    @property
+    def padded(self) -> int:
+        """Length of a side of the matrices that `left` and `right` take."""
+        return self.width
+
+    @property
+    def kept(self) -> str:
+        """What is kept, in words; empty for all of it."""
+        return ""
+
+    # -- statistics -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def gram(self, rows: Tensor) -> Tensor:
+        """What is kept of `Σ r rᵀ` over `rows [..., d, m]`; without the coordinate of a bias it can be
+        `bordered` with that."""
+
+    @abstractmethod
+    def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
+        """A factor from one without biases, the sums of its rows `[..., inputs]` and their count."""
+
+    @abstractmethod
+    def widened(self, core: Tensor) -> Tensor:
+        """A factor from one without biases, with zeros for them; others as they are."""
+
+    def identity(self, like: Tensor) -> Tensor:
+        """I, without groups."""
+        return self.gram(torch.eye(self.width, dtype=like.dtype, device=like.device))
+
+    # -- curvature ------------------------------------------------------------------------------
+
+    def mean_eigenvalue(self, factor: Tensor) -> Tensor:
+        """`tr X / d`."""
+        return damping.mean_eigenvalue(factor)
+
+    def typical_eigenvalue(self, factor: Tensor) -> Tensor:
+        """`Σλ² / Σλ`."""
+        return damping.typical_eigenvalue(factor)
+
+    def eigen(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues, and eigenvectors if there are other than unit vectors."""
+        return inverses.eigen(factor)
+
+    def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
+        """`(X + γI)⁻¹`; γ is a scalar or one value per group."""
+        return inverses.damped_inverse(factor, shift)
+
+    def values(self, eigenvalues: Tensor) -> Tensor:
+        """Eigenvalues along a side of a matrix, `[..., padded]`."""
+        return eigenvalues
+
+    def left(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """`M X` for `x [..., padded, k]`, with M as it is kept."""
+        return matrix @ x
+
+    def right(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """`X M` for `x [..., k, padded]`."""
+        return x @ matrix
+
+    # -- pieces ---------------------------------------------------------------------------------
+
+    def spans(self, length: int, total: int) -> list[slice]:
+        """About `length` coordinates each, of `total`, without any entry of the factor between them."""
+        return [slice(0, total)]
+
+    def piece(self, span: slice, width: int) -> Side:
+        """The side of the coordinates of a span."""
+        return replace(self, width=width)
+
+    def part(self, kept: Tensor, span: slice) -> Tensor:
+        """What belongs to a span, of a tensor with the shape of a factor or of its eigenvalues."""
+        return kept
+
+
+class Whole(Side):
+    """All of the factor."""
+
+    @property
+    def shape(self) -> Shape:
+        return (self.width, self.width)
+
+    def gram(self, rows: Tensor) -> Tensor:
+        return rows @ rows.mT
+
+    def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
+        d = core.shape[-1]
+        place = d if self.bias_at is None else self.bias_at
+        width = max(self.width, d + 1)
+        full = core.new_zeros(*core.shape[:-2], width, width)
+        full[..., :d, :d] = core
+        full[..., :d, place] = sums
+        full[..., place, :d] = sums
+        full[..., place, place] = count
+        return full
+
+    def widened(self, core: Tensor) -> Tensor:
+        lacking = self.width - core.shape[-1]
+        return F.pad(core, (0, lacking, 0, lacking)) if lacking else core
+
+
+WHOLE = Whole(0)
+"""A whole side of any width, for statistics."""
+
+
+@dataclass(frozen=True)
+class Blocks(Side):
+    """Equal blocks on the diagonal."""
+
+    size: int
+    """s."""
+
+    @property
+    def count(self) -> int:
+        """b."""
+        return -(-self.width // self.size)
+
+    @property
+    def shape(self) -> Shape:
+        return (self.count, self.size, self.size)
+
+    @property
+    def padded(self) -> int:
+        return self.count * self.size
+
+    @property
+    def kept(self) -> str:
+        return f"{self.count} blocks of {self.size}"
+
+    def _blocks(self, rows: Tensor) -> Tensor:
+        """`[..., d, m]` to `[..., b, s, m]`."""
+        lacking = self.padded - rows.shape[-2]
+        rows = F.pad(rows, (0, 0, 0, lacking)) if lacking else rows
+        return rows.unflatten(-2, (self.count, self.size))
+
+    def gram(self, rows: Tensor) -> Tensor:
+        rows = self._blocks(rows)
+        return rows @ rows.mT
+
+    def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
+        bias_at = self.width - 1 if self.bias_at is None else self.bias_at
+        block, place = divmod(bias_at, self.size)
+        core = self.widened(core)
+        own = sums[..., block * self.size : bias_at]
+        inputs, its = own.shape[-1], core[..., block, :, :]
+        its[..., place, :inputs] = own
+        its[..., :inputs, place] = own
+        its[..., place, place] = count
+        return core
+
+    def widened(self, core: Tensor) -> Tensor:
+        lacking = self.count - core.shape[-3]
+        return F.pad(core, (0, 0, 0, 0, 0, lacking)) if lacking else core
+
+    def mean_eigenvalue(self, factor: Tensor) -> Tensor:
+        return factor.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) / self.width
+
+    def typical_eigenvalue(self, factor: Tensor) -> Tensor:
+        return damping.typical_eigenvalue(factor, blocks=True)
+
+    def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
+        return inverses.damped_inverse(factor, shift.unsqueeze(-1).expand(factor.shape[:-2]))
+
+    def values(self, eigenvalues: Tensor) -> Tensor:
+        return eigenvalues.flatten(-2)
+
+    def spans(self, length: int, total: int) -> list[slice]:
+        return _spans(max(1, length // self.size) * self.size, total)
+
+    def part(self, kept: Tensor, span: slice) -> Tensor:
+        return kept[span.start // self.size : -(-span.stop // self.size)]
+
+    def left(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return (matrix @ x.unflatten(-2, (self.count, self.size))).flatten(-3, -2)
+
+    def right(self, x: Tensor, matrix: Tensor) -> Tensor:
+        split = (self.count, self.size)
+        result = torch.empty_like(x, memory_format=torch.contiguous_format)
+        # Written where it belongs, which saves a pass over the result.
+        torch.matmul(
+            x.unflatten(-1, split).transpose(-3, -2),
+            matrix,
+            out=result.unflatten(-1, split).transpose(-3, -2),
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class Diagonal(Side):
+    """The diagonal alone. Never with groups."""
+
+    is_whole: bool = False
+    """Whether there is nothing else: that of one-hot inputs."""
+
+    @property
+    def shape(self) -> Shape:
+        return (self.width,)
+
+    @property
+    def kept(self) -> str:
+        return "" if self.is_whole else "the diagonal"
+
+    def gram(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(-1)
+
+    def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
+        full = self.widened(core)
+        full[-1 if self.bias_at is None else self.bias_at] = count
+        return full
+
+    def widened(self, core: Tensor) -> Tensor:
+        lacking = self.width - core.shape[-1]
+        return F.pad(core, (0, lacking)) if lacking else core
+
+    def identity(self, like: Tensor) -> Tensor:
+        return torch.ones(self.width, dtype=like.dtype, device=like.device)
+
+    def eigen(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+        return factor.clone(), None
+
+    def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
+        return 1.0 / (factor + shift)
+
+    def spans(self, length: int, total: int) -> list[slice]:
+        return _spans(max(1, length), total)
+
+    def part(self, kept: Tensor, span: slice) -> Tensor:
+        return kept[span]
+
+    def left(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return matrix.unsqueeze(-1) * x
+
+    def right(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return x * matrix.unsqueeze(-2)
+
+
+def _spans(length: int, total: int) -> list[slice]:
+    return [slice(first, first + length) for first in range(0, total, length)]
+
+
+def bounded(
+    width: int, limit: int | None, *, biases: int = 0, unit: int = 1, groups: int = 1
+) -> Side:
+    """The side of a given width under `max_factor_dim`.
+
+    Wider sides are cut into blocks that take, together, a sixteenth of the memory of a whole factor of
+    `limit`: a plain step costs a multiple of their size per weight, and stays under 3 times SGD's.
+    Sides of more than 8 times the limit keep the diagonal: blocks would be tiny.
+
+    Args:
+        width: d, with the coordinates of biases.
+        limit: Widest side that is kept whole, biases not counted.
+        biases: Number of these coordinates.
+        unit: Coordinates that belong together (the kernel offsets of a channel): blocks hold whole units.
+        groups: Of a grouped convolution, which keep blocks always.
+    """
+    features = width - biases
+    if limit is None or features <= limit:
+        return Whole(width)
+    if features > _DIAGONAL_FROM * limit and groups == 1:
+        return Diagonal(width)
+    size = max(1, limit * limit // (_SHARE * features))
+    count = -(-features // size)
+    size = -(-features // (count * unit)) * unit
+    return Blocks(width, size)
