@@ -131,7 +131,7 @@ def low_rank_verdict(claims: Mapping[str, bool]) -> Iterator[str]:
 
 @contextmanager
 def _restored(arguments: argparse.Namespace) -> Iterator[Restored]:
-    folder = open_run(locate_run(arguments.run, arguments.storage))
+    folder = open_run(locate_run(arguments.run, arguments.storage), arguments.shards)
 
     from elastic_kfac.runs.checkpoints import restored
 

@@ -182,6 +182,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         dest="overrides",
         metavar="SECTION.KEY=VALUE",
     ),
+    "--shards": _of("root of the shard sets now (default: where the run had them)", metavar="URI"),
     "--source": _of(
         "digits | clusters10[:SEED] | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
         "torchvision:NAME[:ROOT]",
@@ -211,7 +212,7 @@ class Command(NamedTuple):
     """Arguments of this command alone."""
 
 
-ON_A_CHECKPOINT = "RUN --storage --checkpoint --epoch"
+ON_A_CHECKPOINT = "RUN --storage --shards --checkpoint --epoch"
 GROUPS = {
     "shards": "Write, verify and describe Arrow shards.",
     "probe": "Diagnose a run's checkpoint.",
@@ -257,12 +258,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "runs:evaluate",
         "Compute loss and accuracy of a run's newest checkpoint.",
-        "RUN --storage --attack --radius --steps",
+        "RUN --storage --shards --attack --radius --steps",
     ),
     "export": Command(
         "runs:export",
         "Write a run's weights as safetensors.",
-        "RUN --storage",
+        "RUN --storage --checkpoint",
         {"--out": _of("file to write (default: RUN/model.safetensors)", metavar="FILE")},
     ),
     "plan": Command(
@@ -278,9 +279,14 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "audit": Command(
-        "runs:audit", "Verify that every sample was used exactly once.", "RUN --storage"
+        "runs:audit", "Verify that every sample was used exactly once.", "RUN --storage --shards"
     ),
-    "report": Command("runs:report", "Write report.html of a run or a search.", "RUN --storage"),
+    "report": Command(
+        "runs:report",
+        "Write report.html of a run or a search.",
+        "RUN --storage",
+        {"--out": _of("file to write (default: RUN/report.html)", metavar="FILE")},
+    ),
     "analyze": Command(
         "analyze:analyze",
         "Analyse the curvature of the loss at a run's checkpoint.",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import elastic_kfac
 from elastic_kfac.cli.provenance import provenance
-from elastic_kfac.cli.runs import is_remote
 from elastic_kfac.errors import UsageError
+from elastic_kfac.paths import join_uri
 
 if TYPE_CHECKING:
     from elastic_kfac.experiments.study import LoadedStudy
@@ -42,12 +42,7 @@ def compare(arguments: argparse.Namespace) -> int:
         provenance=made_with,
     )
     print(f"\n{outcome_text(result.outcome)}")
-    if is_remote(result.uri):
-        print(f"\nReport: {result.uri}/report.html")
-    else:
-        from elastic_kfac.data.storage import Storage
-
-        print(f"\nReport: {Storage(result.uri).path('report.html')}")
+    print(f"\nReport: {join_uri(result.uri, 'report.html')}")
     return result.exit_code
 
 

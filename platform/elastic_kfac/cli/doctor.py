@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from elastic_kfac.cli.provenance import announce
 from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.paths import local_folder
 
 if TYPE_CHECKING:
     from elastic_kfac.cluster.ray.nodes import ClusterFacts
@@ -208,9 +209,13 @@ def zoo_finding() -> Finding:
 
 def storage_finding(storage: str) -> Finding:
     """Write access to `storage`, and its free space."""
-    if "://" in storage and not storage.startswith("file://"):
+    try:
+        given = local_folder(storage)
+    except ElasticKfacError as error:
+        return Finding("fail", "storage", error.line(), "correct --storage")
+    if given is None:
         return _remote_storage_finding(storage)
-    folder, existing = _local(storage)
+    folder, existing = _existing(given)
     try:
         _probe(existing)
     except OSError as error:
@@ -283,9 +288,9 @@ def ports_finding(addresses: tuple[str, ...]) -> Finding:
 def clock_finding(storage: str) -> Finding:
     """This machine's clock against the one that stamps files in the run storage."""
     skews = {}
-    if "://" not in storage:
-        with contextlib.suppress(OSError):
-            skews["the run storage"] = _probe(_local(storage)[1]) - time.time()
+    with contextlib.suppress(OSError, ElasticKfacError):
+        if (folder := local_folder(storage)) is not None:
+            skews["the run storage"] = _probe(_existing(folder)[1]) - time.time()
     return judge_clocks("clock", skews, now=time.time())
 
 
@@ -357,9 +362,9 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _local(storage: str) -> tuple[Path, Path]:
-    """A local folder, and the nearest one above it that exists."""
-    folder = Path(storage.removeprefix("file://")).expanduser().absolute()
+def _existing(folder: Path) -> tuple[Path, Path]:
+    """A folder, and the nearest one at or above it that exists."""
+    folder = folder.absolute()
     return folder, next(path for path in (folder, *folder.parents) if path.exists())
 
 

@@ -10,19 +10,14 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
 
 from elastic_kfac.errors import UsageError
+from elastic_kfac.paths import join_uri, local_folder
 
 if TYPE_CHECKING:
     import torch
 
     from elastic_kfac.state.run_folder import RunFolder
-
-
-def is_remote(uri: str) -> bool:
-    """Whether a URI names an object store."""
-    return urlparse(uri).scheme not in ("", "file")
 
 
 def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
@@ -38,12 +33,12 @@ def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
     """
     marks = ("config.yaml", "experiment.json") if searches else ("config.yaml",)
     what = "run or search" if searches else "run"
-    if is_remote(run):
+    given, folder = local_folder(run), local_folder(storage)
+    if given is None:
         return run.rstrip("/")
-    if is_remote(storage):
-        return f"{storage.rstrip('/')}/{run}"
-    folder = Path(storage.removeprefix("file://")).expanduser()
-    for candidate in (Path(run).expanduser(), folder / run):
+    if folder is None:
+        return join_uri(storage, run)
+    for candidate in (given, folder / run):
         if any((candidate / mark).is_file() for mark in marks):
             return str(candidate)
         if (candidate / "experiment.json").is_file():
@@ -67,19 +62,20 @@ def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
 def report(arguments: argparse.Namespace) -> int:
     """Writes `report.html` of a run or a search and prints its summary."""
     uri = locate_run(arguments.run, arguments.storage, searches=True)
-    if is_remote(uri) or not (Path(uri) / "experiment.json").is_file():
-        write_report_and_summary(uri)
+    folder = local_folder(uri)
+    if folder is None or not (folder / "experiment.json").is_file():
+        write_report_and_summary(uri, arguments.out)
         return 0
     from elastic_kfac.experiments.search_folder import read_experiment
     from elastic_kfac.reports.search_page import headline, write_search_page
 
-    path = write_search_page(Path(uri))
-    print(f"{headline(read_experiment(Path(uri)))}\n\nReport: {path}")
+    path = write_search_page(folder, arguments.out)
+    print(f"{headline(read_experiment(folder))}\n\nReport: {path}")
     return 0
 
 
-def write_report_and_summary(uri: str) -> None:
-    """Writes `report.html` into a run's folder, local or remote, and prints a summary.
+def write_report_and_summary(uri: str, out: str | None = None) -> None:
+    """Writes `report.html` into a run's folder, or the file `out`, and prints a summary.
 
     Raises:
         UsageError: If there is no run.
@@ -87,15 +83,15 @@ def write_report_and_summary(uri: str) -> None:
     from elastic_kfac.reports.run_page import write_report
     from elastic_kfac.runs.summary import summary_text
 
-    print(summary_text(write_report(uri)))
-    print(f"\nReport: {uri}/report.html")
+    print(summary_text(write_report(uri, out)))
+    print(f"\nReport: {out or join_uri(uri, 'report.html')}")
 
 
 def audit(arguments: argparse.Namespace) -> int:
     """Verifies from the ledger that every sample was used exactly once; returns 1 if not."""
     from elastic_kfac.runs.audit import audit_run
 
-    found = audit_run(open_run(locate_run(arguments.run, arguments.storage)))
+    found = audit_run(open_run(locate_run(arguments.run, arguments.storage), arguments.shards))
     print(found.line())
     for problem in found.problems[1:]:
         print(f"  {problem}")
@@ -106,7 +102,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Prints loss and accuracy of the newest checkpoint."""
     from elastic_kfac.runs.checkpoints import evaluate_run
 
-    folder = open_run(locate_run(arguments.run, arguments.storage))
+    folder = open_run(locate_run(arguments.run, arguments.storage), arguments.shards)
     step, found = evaluate_run(folder, attack=_attack(arguments), device=device_of(folder))
     print(
         f"step {step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
@@ -131,14 +127,14 @@ def _attack(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Writes the newest checkpoint's weights as safetensors."""
+    """Writes a checkpoint's weights as safetensors."""
     from elastic_kfac.runs.checkpoints import export_run
 
     uri = locate_run(arguments.run, arguments.storage)
-    if arguments.out is None and is_remote(uri):
+    if arguments.out is None and local_folder(uri) is None:
         raise UsageError("exporting a remote run needs a local file", change="add --out FILE")
-    out = arguments.out or f"{uri}/model.safetensors"
-    count = export_run(open_run(uri), out)
+    out = arguments.out or join_uri(uri, "model.safetensors")
+    count = export_run(open_run(uri), out, step=arguments.checkpoint)
     print(f"{count} tensors: {out}")
     return 0
 
@@ -219,8 +215,8 @@ def device_of(folder: RunFolder) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def open_run(uri: str) -> RunFolder:
-    """Opens an existing run's folder."""
+def open_run(uri: str, shards: str | None = None) -> RunFolder:
+    """Opens an existing run's folder; `shards` is where its shard sets are now."""
     from elastic_kfac.state.run_folder import RunFolder
 
-    return RunFolder.existing(uri)
+    return RunFolder.existing(uri, shards)

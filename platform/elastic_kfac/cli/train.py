@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_kfac.cli.provenance import announce, is_ray_job, provenance
-from elastic_kfac.cli.runs import is_remote, open_run, write_report_and_summary
+from elastic_kfac.cli.runs import open_run, write_report_and_summary
 from elastic_kfac.errors import ElasticKfacError, RunError, UsageError
+from elastic_kfac.paths import join_uri, local_folder
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
@@ -46,7 +47,7 @@ def train(arguments: argparse.Namespace) -> int:
     check_parts(config)
 
     name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
-    uri = f"{arguments.storage.rstrip('/')}/{name}"
+    uri = join_uri(arguments.storage, name)
     try:
         if arguments.local:
             from elastic_kfac.cluster.run.in_process import train_in_process
@@ -131,7 +132,7 @@ def check_local_cluster_events(config: Config, arguments: argparse.Namespace) ->
 
 def check_name(arguments: argparse.Namespace) -> None:
     """Raises UsageError for an unnamed run in remote storage."""
-    if arguments.name is None and is_remote(arguments.storage):
+    if arguments.name is None and local_folder(arguments.storage) is None:
         raise UsageError(
             "a run in remote storage needs a name",
             given=arguments.storage,
@@ -144,7 +145,7 @@ def fresh_name(stem: str, storage: str) -> str:
 
     Of two calls at the same time each gets its own; `claimed` removes a folder that stays empty.
     """
-    folder = Path(storage.removeprefix("file://")).expanduser()
+    folder = local_folder(storage) or Path()  # `check_name` has refused remote storage.
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
             (folder / f"{stem}-{number}").mkdir(parents=True)

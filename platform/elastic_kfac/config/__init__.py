@@ -28,6 +28,7 @@ from elastic_kfac.config.reader import (
 from elastic_kfac.config.run import Config
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.train import ModelConfig, TrainConfig
+from elastic_kfac.config.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
     "AdversarialConfig",
@@ -48,6 +49,8 @@ __all__ = [
     "ShardedConfig",
     "TrainConfig",
     "apply_overrides",
+    "dump_yaml",
+    "load_yaml",
     "parse_config",
     "read_config",
     "read_yaml",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 import typing
@@ -10,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from elastic_kfac.config.run import Config, shown
+from elastic_kfac.config.yaml_text import dump_yaml, load_yaml
 from elastic_kfac.errors import ConfigError
+from elastic_kfac.paths import user_path
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,8 +43,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def write_config(config: Config, path: str | Path) -> None:
     """Writes a configuration that `read_config` reads back equal."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(dump_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
@@ -67,15 +66,23 @@ def read_yaml(path: str | Path, what: str, example: str) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, unreadable, not YAML or not a mapping.
     """
+    file = user_path(path)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
+    except IsADirectoryError:
+        inside = sorted(each.name for each in file.glob("*.y*ml"))[:8]
+        raise ConfigError(
+            f"a folder is no {what}",
+            given=path,
+            allowed=f"a file; this folder has {', '.join(inside)}" if inside else "a YAML file",
+        ) from None
     except FileNotFoundError:
         raise ConfigError(
             f"no such {what}", given=path, change=f"name a YAML file, for example {example}"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the {what}: {error}", given=path) from None
-    values = _load_yaml(text, what=str(path))
+    values = load_yaml(text, what=str(path))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -121,28 +128,13 @@ def split_override(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals:
         raise _no_override(override)
-    value = _load_yaml(text, what=f"--set {override}")
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3 (no dot) as text; people mean the number.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    return path.strip(), value
+    return path.strip(), load_yaml(text, what=f"--set {override}")
 
 
 def _no_override(given: str) -> ConfigError:
     return ConfigError(
         "bad override", given=given, allowed="section.key=value, for example kfac.damping=1e-3"
     )
-
-
-def _load_yaml(text: str, *, what: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        detail = getattr(error, "problem", None) or "not YAML"
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"bad YAML{where}: {detail}", given=what) from None
 
 
 def validate(model: type[Model], values: Mapping[str, Any], what: str) -> Model:

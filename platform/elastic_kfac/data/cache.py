@@ -32,6 +32,7 @@ from elastic_kfac.data.manifest import (
 )
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
+from elastic_kfac.paths import user_path
 
 _ATTEMPTS: Final = 3
 _SLACK_BYTES: Final = 1 << 20
@@ -87,7 +88,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path | None, limit_bytes: int) -> None:
-        self.folder = default_cache_folder() if folder is None else Path(folder).expanduser()
+        self.folder = default_cache_folder() if folder is None else user_path(folder)
         self.limit_bytes = limit_bytes
         self._open: OrderedDict[str, OpenShard] = OrderedDict()
         self._lock = threading.Lock()

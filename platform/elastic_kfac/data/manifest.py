@@ -23,6 +23,8 @@ from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
 
 MANIFEST_NAME: Final = "manifest.json"
+MANIFEST_HASH: Final = "manifest.sha256"
+"""Hash of the manifest, written before it; sets of earlier versions have none."""
 MAKING: Final = "making"
 """Folder of the records of an unfinished set."""
 FORMAT: Final = "elastic-kfac-shards"
@@ -78,8 +80,12 @@ class ShardSet:
         except FileNotFoundError:
             raise _no_manifest(storage) from None
         try:
+            if storage.exists(MANIFEST_HASH):
+                written = storage.read(MANIFEST_HASH).decode().strip()
+                if written != hashlib.sha256(content).hexdigest():
+                    raise ValueError(f"its hash is not that of {MANIFEST_HASH}")
             return cls._parse(storage.uri, content)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 "damaged manifest",
                 given=f"{join_uri(storage.uri, MANIFEST_NAME)} ({type(error).__name__}: {error})",

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 from elastic_kfac.data.decode import MAX_PIXELS, UndecodableImage, decode_rgb, image_size
 from elastic_kfac.data.manifest import (
     MAKING,
+    MANIFEST_HASH,
     MANIFEST_NAME,
     ShardInfo,
     ShardSet,
@@ -295,7 +296,9 @@ class _Making:
         if bad and self.bad_images.policy == "quarantine":
             lines = "".join(json.dumps(each) + "\n" for each in bad)
             self.storage.write(QUARANTINE, lines.encode())
-        self.storage.write(MANIFEST_NAME, shard_set.to_json())
+        manifest = shard_set.to_json()
+        self.storage.write(MANIFEST_HASH, hashlib.sha256(manifest).hexdigest().encode())
+        self.storage.write(MANIFEST_NAME, manifest)
         self.storage.delete(MAKING)
         return self._summary(len(missing), len(self.tasks) - len(missing), bad)
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from elastic_kfac.errors import DataError
+from elastic_kfac.paths import join_uri, local_folder, user_path
 
 _CHUNK_BYTES = 4 << 20
 
@@ -150,12 +151,23 @@ class Storage:
             raise _unreachable(join_uri(self.uri, name), error) from None
 
 
-def join_uri(uri: str, name: str) -> str:
-    """`uri/name`, with URI options such as `?endpoint_override=…` kept at the end."""
-    if "://" not in uri:
-        return str(Path(uri) / name)
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}".rstrip("/")))
+def write_named_file(path: str | Path, content: bytes) -> None:
+    """Writes a file that a person named: follows links, and writes through to pipes and devices.
+
+    Raises:
+        DataError: If there is a folder, or the file cannot be written.
+    """
+    target = user_path(path)
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)  # Replacing a device or a pipe would break what uses it.
+            return
+        target = target.resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with durable_file(target) as temporary:
+            temporary.write_bytes(content)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DataError("cannot write the file", given=path, change=str(error)) from None
 
 
 @contextmanager
@@ -177,11 +189,19 @@ def durable_file(target: Path) -> Iterator[Path]:
 def _open(uri: str) -> tuple[str, pafs.FileSystem, str]:
     try:
         uri.encode()  # Arrow's paths are UTF-8.
-        if "://" not in uri:
-            local = str(Path(uri).expanduser().resolve())
+        if (folder := local_folder(uri)) is not None:
+            local = str(folder.resolve())
             return local, pafs.LocalFileSystem(), local
         filesystem, path = pafs.FileSystem.from_uri(_one_request_uploads(uri))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
+        if not path.strip("/"):
+            raise ValueError("it names no bucket")
+    except (
+        pa.ArrowInvalid,
+        pa.ArrowNotImplementedError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise DataError(
             "cannot open the storage",
             given=ascii(uri)[1:-1] if isinstance(error, UnicodeError) else uri,

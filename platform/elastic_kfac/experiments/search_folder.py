@@ -45,10 +45,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import elastic_kfac
-from elastic_kfac.config import Config
+from elastic_kfac.config import Config, dump_yaml
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.search_space import SearchSpace
@@ -66,6 +64,7 @@ from elastic_kfac.experiments.trials import (
     read_trials,
     trials_csv,
 )
+from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import number
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
@@ -169,7 +168,7 @@ class SearchFolder:
         storage.write("trials.csv", table.encode())
         if best is not None:
             shipped = self.space.shipped_config(self.values_of(best)).model_dump(mode="json")
-            storage.write("best_config.yaml", yaml.safe_dump(shipped, sort_keys=False).encode())
+            storage.write("best_config.yaml", dump_yaml(shipped).encode())
         storage.write(EXPERIMENT, (json.dumps(self._about(best), indent=1) + "\n").encode())
 
     def _about(self, best: Trial | None) -> dict[str, Any]:
@@ -422,3 +421,19 @@ def _text_of(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+
+
+def searches_folder(storage: str) -> Path:
+    """The folder that `--storage` names.
+
+    Raises:
+        UsageError: If it is an object store.
+    """
+    folder = local_folder(storage)
+    if folder is None:
+        raise UsageError(
+            "a search keeps its files in a folder",
+            given=f"--storage {storage}",
+            allowed="a path that every node of the cluster reaches",
+        )
+    return folder.absolute()

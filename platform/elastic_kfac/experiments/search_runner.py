@@ -20,10 +20,15 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import room_for_workers, start_actor
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
-from elastic_kfac.errors import RunError, UsageError
+from elastic_kfac.errors import RunError
 from elastic_kfac.experiments.engine import Engine, session
 from elastic_kfac.experiments.resource_broker import ResourceBroker
-from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search, hardware_of
+from elastic_kfac.experiments.search_folder import (
+    SearchFolder,
+    claimed_search,
+    hardware_of,
+    searches_folder,
+)
 from elastic_kfac.experiments.search_plan import SearchPlan
 from elastic_kfac.experiments.search_record import SearchRecord, StopWhen, TuneCallback, trial_name
 from elastic_kfac.experiments.search_space import SearchSpace
@@ -93,7 +98,7 @@ def search(
     """
     # It warns that files of Ray Tune's own loggers are missing; they are off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    path = _local_folder(storage) / name
+    path = searches_folder(storage) / name
     with contextlib.ExitStack() as stack:
         line = display or ProgressLine(plain_interval_s=60.0)
         stack.callback(line.close)
@@ -324,13 +329,3 @@ class _TuneExecutor:
             self._tuner.fit()
         except BaseException as error:
             self._failure = error
-
-
-def _local_folder(storage: str) -> Path:
-    if "://" in storage and not storage.startswith("file://"):
-        raise UsageError(
-            "a search keeps its files in a folder",
-            given=f"--storage {storage}",
-            allowed="a path that every node of the cluster reaches",
-        )
-    return Path(storage.removeprefix("file://")).expanduser().absolute()

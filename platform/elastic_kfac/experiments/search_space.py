@@ -33,6 +33,7 @@ from elastic_kfac.config import (
 )
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.trials import Scoring
+from elastic_kfac.paths import user_path
 
 Point = Mapping[str, Any]
 """One value for every parameter, by `section.key`."""
@@ -340,7 +341,7 @@ def read_space(path: str | Path, overrides: Sequence[str] = ()) -> SearchSpace:
     Raises:
         ConfigError: With the field that is missing, misspelt or impossible.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     values = read_yaml(file, "search space", "tune_spaces/smoke.yaml")
     base = values.get("base")
     if isinstance(base, str):

@@ -26,6 +26,7 @@ from elastic_kfac.config import (
     validate,
 )
 from elastic_kfac.errors import ConfigError
+from elastic_kfac.paths import user_path
 
 Overrides = dict[str, Any]
 """`section.key` to value."""
@@ -343,7 +344,7 @@ def load_study(
         ConfigError: If the file is missing or not YAML, or a key or value is not allowed, in the study
             or in the configuration of some cell (it names the method and the batch size).
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     values = read_yaml(file, "study file", "benchmarks/studies/clusters10.yaml")
     if seeds is not None:
         values["seeds"] = seeds

@@ -31,7 +31,14 @@ from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
-from elastic_kfac.kfac.options import Lr, Rates, make_options, takes_options, value_at
+from elastic_kfac.kfac.options import (
+    Lr,
+    Rates,
+    check_arguments,
+    make_options,
+    takes_options,
+    value_at,
+)
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
@@ -91,6 +98,7 @@ class KFAC:
         costs: CostModel | None = None,
         **options: Any,
     ) -> None:
+        check_arguments(model, config)
         self.options = make_options(config, options)
         if not (isinstance(accumulation_steps, int) and accumulation_steps >= 1):
             raise ConfigError(

@@ -103,7 +103,7 @@ class Rates:
         self._number: float | Callable[[int], float] = 0.0
         if isinstance(lr, torch.optim.Optimizer):
             self.optimizers = (lr,)
-        elif isinstance(lr, Sequence):
+        elif isinstance(lr, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in lr):
             self.optimizers = tuple(lr)
         else:
             self._number = lr if callable(lr) else _checked_rate(lr)
@@ -180,13 +180,36 @@ def _momentum(group: Mapping[str, Any]) -> float:
 
 def _checked_rate(lr: Any, where: str = "") -> float:
     try:
-        if 0 <= float(lr) < math.inf:
+        if not isinstance(lr, str) and 0 <= float(lr) < math.inf:
             return float(lr)
     except (TypeError, ValueError):
         pass
+    change = None
+    if isinstance(lr, torch.optim.lr_scheduler.LRScheduler | Sequence):
+        change = "give the optimizer, whose rate a scheduler changes: lr=optimizer"
     raise ConfigError(
-        f"lr{where} is out of range", given=lr, allowed="a finite number >= 0, or an optimizer"
+        f"lr{where} is out of range",
+        given=lr,
+        allowed="a finite number >= 0, or an optimizer",
+        change=change,
     )
+
+
+def check_arguments(model: object, config: object) -> None:
+    """Refuses what other libraries take in these places: parameters, an optimizer, a rate.
+
+    Raises:
+        ConfigError: With the right call.
+    """
+    right = "write KFAC(model, lr=optimizer)"
+    if not isinstance(model, nn.Module):
+        raise ConfigError("KFAC takes the model itself", given=type(model).__name__, change=right)
+    if config is not None and not hasattr(type(config), "model_fields"):
+        raise ConfigError(
+            "the second argument of KFAC is a section of options",
+            given=type(config).__name__,
+            change=right,
+        )
 
 
 def takes_options(kind: Class) -> Class:

@@ -15,6 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from elastic_kfac import __version__
+from elastic_kfac.data.storage import Storage, write_named_file
+from elastic_kfac.errors import UsageError
+from elastic_kfac.paths import join_uri
 
 TEMPLATES = Path(__file__).with_name("templates")
 
@@ -144,3 +147,21 @@ def _environment() -> Environment:
 
 def _text(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def write_page(folder: str | Path, out: str | Path | None, text: str) -> str | Path:
+    """Writes `report.html` into a folder, or the file `out`; returns where it is.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    if out is not None:
+        write_named_file(out, text.encode())
+        return out
+    try:
+        Storage(folder).write("report.html", text.encode())
+    except OSError as error:
+        raise UsageError(
+            "cannot write report.html", given=folder, change=f"{error}; name a file with --out"
+        ) from None
+    return join_uri(str(folder), "report.html")

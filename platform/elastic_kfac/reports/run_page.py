@@ -9,10 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from elastic_kfac.data.storage import Storage
 from elastic_kfac.observability.metric_names import METRICS
 from elastic_kfac.reports.analysis import analysis_section
-from elastic_kfac.reports.pages import Cell, Table, code, page, yaml_text
+from elastic_kfac.reports.pages import Cell, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
 from elastic_kfac.runs.history import Run, number, read_run
 from elastic_kfac.runs.summary import duration, headline, moved_text
@@ -21,14 +20,14 @@ from elastic_kfac.state.run_folder import Row
 UNPLANNED = ("fail", "kill", "lost", "crash", "error")
 
 
-def write_report(uri: str | Path) -> Run:
-    """Writes `report.html` into the folder of a run, finished or not, local or remote.
+def write_report(uri: str | Path, out: str | Path | None = None) -> Run:
+    """Writes `report.html` into the folder of a run, finished or not, or the file `out`.
 
     Raises:
-        UsageError: If the folder is not there or holds no run.
+        UsageError: If the folder is not there, holds no run or cannot be written.
     """
     run = read_run(uri)
-    Storage(uri).write("report.html", render_report(run).encode())
+    write_page(uri, out, render_report(run))
     return run
 
 

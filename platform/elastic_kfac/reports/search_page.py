@@ -15,7 +15,6 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from elastic_kfac.data.storage import Storage
 from elastic_kfac.experiments.importance import FEWEST, RELIABLE, importances
 from elastic_kfac.experiments.search_folder import (
     BEST,
@@ -25,7 +24,7 @@ from elastic_kfac.experiments.search_folder import (
     read_experiment,
 )
 from elastic_kfac.experiments.trials import WORDS, Point, Trial, is_real
-from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, yaml_text
+from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.search_figures import (
     MIB,
     MOST_AXES,
@@ -67,14 +66,13 @@ _FAILURES = (
 )
 
 
-def write_search_page(folder: Path) -> Path:
-    """Writes `report.html` into the folder of a search, finished or not, and returns its path.
+def write_search_page(folder: Path, out: str | Path | None = None) -> Path:
+    """Writes `report.html` into the folder of a search, finished or not, or `out`; returns its path.
 
     Raises:
-        UsageError: If the folder is not there or holds no search.
+        UsageError: If the folder is not there, holds no search or cannot be written.
     """
-    Storage(folder).write("report.html", render_search(read_experiment(folder)).encode())
-    return folder / "report.html"
+    return Path(write_page(folder, out, render_search(read_experiment(folder))))
 
 
 def render_search(experiment: Experiment) -> str:

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elastic_kfac.config import Config
-from elastic_kfac.data.manifest import ShardSet
+from elastic_kfac.data.manifest import open_named_split
 from elastic_kfac.data.order import SampleOrder, id_hash
-from elastic_kfac.data.storage import join_uri
 from elastic_kfac.runs.final_record import read_ledger
 from elastic_kfac.state.ledger import Rows, world_sizes
 from elastic_kfac.state.run_folder import RunFolder
@@ -55,7 +54,7 @@ def audit_run(folder: RunFolder) -> AuditReport:
     Raises:
         ElasticKfacError: If the run, its checkpoints or its shards cannot be read.
     """
-    config = folder.read_config()
+    config = folder.located_config()
     return audit_rows(read_ledger(folder), TrainingOrder(config))
 
 
@@ -107,7 +106,9 @@ class TrainingOrder:
     """The order of a run's training split, read from its manifest alone."""
 
     def __init__(self, config: Config) -> None:
-        self._shards = ShardSet.open(join_uri(config.data.shards, config.data.train_split))
+        self._shards = open_named_split(
+            config.data.shards, config.data.train_split, "data.train_split"
+        )
         self._seed = config.train.seed
         self._current: SampleOrder | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from elastic_kfac.analysis.fixed_samples import FixedSamples
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config, parse_config
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
-from elastic_kfac.data.storage import Storage
+from elastic_kfac.data.storage import write_named_file
 from elastic_kfac.errors import StateError, UsageError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
@@ -29,15 +30,32 @@ from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 
 
-def newest_state(folder: RunFolder) -> TrainingState:
-    """The newest state of a run that verifies.
+def newest_state(folder: RunFolder, *, allow_older: bool = True) -> TrainingState:
+    """The newest state of a run that verifies; warns on stderr if the newest one is damaged.
+
+    Args:
+        folder: The run.
+        allow_older: False raises instead of warning.
 
     Raises:
         UsageError: If it has none.
+        StateError: If none verifies, or the newest does not and older ones are not allowed.
     """
-    state = CheckpointStore(folder.uri).load_latest()
+    problems: list[str] = []
+    store = CheckpointStore(folder.uri, on_warning=problems.append)
+    state = store.load_latest()
     if state is None:
         raise UsageError("the run has no checkpoint yet", given=folder.uri, change="train it first")
+    newest, step = store.steps()[-1], state.progress.step
+    if step != newest:
+        if not allow_older:
+            raise StateError(
+                f"the newest checkpoint, of step {newest}, is damaged",
+                given=folder.uri,
+                change=f"restore it, or add --checkpoint {step} for the newest that verifies",
+            )
+        line = f"the checkpoint of step {newest} is damaged; using that of step {step}"
+        print(f"warning: {line} ({problems[-1]})", file=sys.stderr)
     return state
 
 
@@ -134,7 +152,7 @@ def restored(
         StateError: If it is damaged, belongs to other data, or none verifies.
     """
     state = choose_state(folder, step=step, epoch=epoch)
-    config = folder.read_config()
+    config = folder.located_config()
     data, train = config.data, config.train
     opened = datasets or Datasets(
         open_split(config, data.train_split, shuffle=shuffle),
@@ -147,8 +165,9 @@ def restored(
                 given=data.shards,
                 change="restore the shards that the run was trained on",
             )
+        # The checkpoint has the weights; the file of the initial ones may be gone.
         model = build_model(
-            config.model,
+            config.model.model_copy(update={"initial_weights": None}),
             num_classes=opened.train.num_classes,
             image_shape=opened.train.image_shape,
             seed=train.seed,
@@ -192,22 +211,30 @@ def evaluate_run(
         return here.state.progress.step, here.evaluate(split, chosen)
 
 
-def export_run(folder: RunFolder, out: str | Path) -> int:
-    """Writes parameters and buffers of the newest checkpoint as a safetensors file.
+def export_run(folder: RunFolder, out: str | Path, *, step: int | None = None) -> int:
+    """Writes parameters and buffers of a checkpoint as a safetensors file.
 
     `model.initial_weights` of another run and `safetensors.torch.load_file` read it.
+
+    Args:
+        folder: The run.
+        out: The file; links are followed, pipes and devices written through.
+        step: Step of the checkpoint; None is the newest.
 
     Returns:
         The number of tensors.
 
     Raises:
-        UsageError: If the run has no checkpoint.
+        UsageError: If the run has no such checkpoint.
+        StateError: If it is damaged.
     """
-    state = newest_state(folder)
+    if step is None:
+        state = newest_state(folder, allow_older=False)
+    else:
+        state = choose_state(folder, step=step)
     tensors = state.model_tensors()
-    target = Path(out).expanduser()
     metadata = {"step": str(state.progress.step), "run": folder.uri}
-    Storage(target.parent).write(target.name, save(tensors, metadata=metadata))
+    write_named_file(out, save(tensors, metadata=metadata))
     return len(tensors)
 
 

@@ -15,9 +15,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from elastic_kfac.errors import UsageError
 from elastic_kfac.state.run_folder import Row, RunFolder
 
 FINISHED = "finished"
@@ -187,18 +184,17 @@ def read_run(uri: str | Path) -> Run:
     """Reads a run's folder, local or remote.
 
     Raises:
-        UsageError: If it holds no run, or `config.yaml` or `result.json` cannot be read.
+        UsageError: If it holds no run, or `config.yaml` cannot be read. Other damaged
+            files are counted as torn lines.
     """
     folder = RunFolder.existing(uri)
-    try:
-        config = yaml.safe_load(folder.storage.read("config.yaml")) or {}
-        result = folder.result()
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError("a damaged run's folder", given=uri, change=str(error)) from None
+    found = folder.config_values()
+    config = {key: part if isinstance(part, dict) else {} for key, part in found.items()}
+    result = folder.result()
     metrics, torn_metrics = folder.rows("metrics.jsonl")
     events, torn_events = folder.rows("events.jsonl")
     name = folder.storage.path().rpartition("/")[2]
-    torn = torn_metrics + torn_events
+    torn = torn_metrics + torn_events + (result is None and folder.storage.exists("result.json"))
     return Run(name, str(uri), config, metrics, events, result, torn, _analyses(folder, metrics))
 
 
@@ -234,7 +230,7 @@ def _analyses(folder: RunFolder, metrics: Sequence[Row]) -> list[Row]:
     ]
     for name in folder.storage.files(ANALYSES):
         if name.endswith(".json"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(folder.storage.read(f"{ANALYSES}/{name}"))
                 found += [row] if isinstance(row, dict) else []
     return sorted(found, key=lambda row: number(row, "step") or 0.0)

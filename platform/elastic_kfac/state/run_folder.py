@@ -1,6 +1,7 @@
 """A run's folder, which users, reports and `audit` read.
 
-`config.yaml`, `metrics.jsonl`, `events.jsonl`, `ledger.parquet`, `result.json`, `checkpoints/`.
+`config.yaml`, `shards.json` (where the data was), `metrics.jsonl`, `events.jsonl`, `ledger.parquet`,
+`result.json`, `checkpoints/`.
 """
 
 from __future__ import annotations
@@ -11,36 +12,43 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from elastic_kfac.config import Config, parse_config
+from elastic_kfac.config import Config, dump_yaml, load_yaml, parse_config
+from elastic_kfac.data.manifest import has_splits
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.paths import local_folder
 from elastic_kfac.state.claim import Claim, claimed
 from elastic_kfac.state.line_log import LineLog
 
 Row = Mapping[str, Any]
+_SHARDS = "shards.json"
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 class RunFolder:
-    """Reads and writes the files of one run. One process writes; any number may read."""
+    """Reads and writes the files of one run. One process writes; any number may read.
 
-    def __init__(self, uri: str | Path) -> None:
+    Args:
+        uri: The folder.
+        shards: Where the shard sets are now; None looks where the run had them.
+    """
+
+    def __init__(self, uri: str | Path, shards: str | None = None) -> None:
         self.storage = Storage(uri)
         self.uri = self.storage.uri
+        self._shards = shards
         self._claim: Claim | None = None
         self._logs = {name: LineLog(self.storage, name) for name in (METRICS, EVENTS)}
 
     @classmethod
-    def existing(cls, uri: str | Path) -> RunFolder:
+    def existing(cls, uri: str | Path, shards: str | None = None) -> RunFolder:
         """Opens the folder of a run that was started before.
 
         Raises:
             UsageError: If there is no `config.yaml`.
         """
-        folder = cls(uri)
+        folder = cls(uri, shards)
         if not folder.storage.exists("config.yaml"):
             raise UsageError(
                 "not a run folder",
@@ -63,9 +71,26 @@ class RunFolder:
             self._claim.check()
 
     def write_config(self, config: Config) -> None:
-        """Writes the resolved configuration."""
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        self.storage.write("config.yaml", text.encode())
+        """Writes the resolved configuration, and the absolute place of the shards beside it."""
+        shards = local_folder(config.data.shards)
+        here = config.data.shards if shards is None else str(shards.absolute())
+        self.storage.write(_SHARDS, json.dumps({"shards": here}).encode())
+        self.storage.write("config.yaml", dump_yaml(config.model_dump(mode="json")).encode())
+
+    def config_values(self) -> dict[str, Any]:
+        """The sections of `config.yaml`, not validated: it may be that of another version.
+
+        Raises:
+            ConfigError: If it is not plain YAML or not a mapping.
+        """
+        what = f"config.yaml of {self.uri}"
+        try:
+            values = load_yaml(self.storage.read("config.yaml").decode(), what=what) or {}
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{what} is damaged: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{what} is damaged: it holds no sections")
+        return {str(key): part for key, part in values.items()}
 
     def read_config(self) -> Config:
         """The configuration of the run.
@@ -73,14 +98,25 @@ class RunFolder:
         Raises:
             ConfigError: If it is not plain YAML or not valid.
         """
+        return parse_config(self.config_values())
+
+    def located_config(self) -> Config:
+        """The configuration with `data.shards` where the shard sets are: the folder may have moved.
+
+        Raises:
+            ConfigError: As `read_config`.
+        """
+        config = self.read_config()
+        places = [self._shards] if self._shards else [*self._recorded_shards(), config.data.shards]
+        place = next(filter(has_splits, places), places[0])
+        data = config.data.model_copy(update={"shards": place})
+        return config.model_copy(update={"data": data})
+
+    def _recorded_shards(self) -> list[str]:
         try:
-            values = yaml.safe_load(self.storage.read("config.yaml"))
-        except yaml.YAMLError as error:
-            line = str(error).splitlines()[0]
-            raise ConfigError(
-                f"config.yaml of the run is damaged: {line}", given=self.uri
-            ) from None
-        return parse_config(values or {})
+            return [str(json.loads(self.storage.read(_SHARDS))["shards"])]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return []  # Runs of earlier versions have none.
 
     def append_metrics(self, rows: Iterable[Row]) -> None:
         """Adds rows to `metrics.jsonl`."""
@@ -159,6 +195,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     # A killed writer leaves at most one torn line; the restart repeats it.
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None

@@ -293,6 +293,7 @@ def replace_shard(root: Path, table: object) -> None:
     manifest["shards"][0]["bytes"] = path.stat().st_size
     manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "manifest.sha256").unlink()
 
 
 def test_verify_wrong_schema_raises(copy: Path) -> None:

@@ -280,6 +280,7 @@ def damaged(photos: Path, tmp_path: Path) -> Path:
     manifest["shards"][0]["bytes"] = path.stat().st_size
     manifest["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (root / "manifest.json").write_text(json.dumps(manifest))
+    (root / "manifest.sha256").unlink()
     return root
 
 

@@ -183,3 +183,20 @@ def test_momentum_of_the_sharded_update_is_not_lost_silently() -> None:
     step(model, grid)
     gathered.load_state_dict(grid.state_dict())
     assert gathered.steps == 1
+
+
+def test_what_other_libraries_take_is_refused_with_the_right_call() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    right = r"KFAC\(model, lr=optimizer\)"
+    for wrong in (model.parameters(), list(model.parameters()), model.state_dict(), optimizer):
+        with pytest.raises(ConfigError, match=rf"takes the model itself.*{right}"):
+            KFAC(wrong)  # type: ignore[arg-type]
+    for wrong in (optimizer, scheduler, 0.1, model):
+        with pytest.raises(ConfigError, match=rf"second argument.*{right}"):
+            KFAC(model, wrong)  # type: ignore[arg-type]
+    for wrong in (scheduler, [optimizer, scheduler], "0.1", [0.1]):
+        with pytest.raises(ConfigError, match=r"give the optimizer.*lr=optimizer"):
+            KFAC(model, lr=wrong)  # type: ignore[arg-type]
+    assert KFAC(model, lr=[optimizer]).coverage()

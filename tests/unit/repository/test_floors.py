@@ -17,6 +17,7 @@ from support.house import PACKAGE, ROOT, tracked_files
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("paths",),
     ("config",),
     ("curvature", "communication", "placement", "observability", "data"),
     ("optimizers", "kfac", "state"),

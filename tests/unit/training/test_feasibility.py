@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config import Config, apply_overrides, parse_config
+from elastic_kfac.config import Config, apply_overrides, parse_config, write_config
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.emulation import Emulator
@@ -143,3 +147,25 @@ def test_outlook_of_the_sharded_pipeline_names_the_cheapest_v_collective(base: C
     wide = Outlook(Sized.of(config), Line(1e-12, 1.0)).at(4)["suggested"]["sharded.v_method"]
     assert slow in ("padded", "fused")
     assert wide == "per_owner"
+
+
+def test_photos_of_mixed_size_are_planned_at_the_configured_size(tmp_path: Path) -> None:
+    """`plan` and the checks of `tune` read the shape that training reads."""
+    draw = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = draw.integers(0, 256, (20 + number, 30 - number, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / name / f"{number}.png")
+    make_shards(f"imagefolder:{tmp_path / 'set'}", tmp_path / "shards", "train")
+    values = {
+        "data": {"shards": str(tmp_path / "shards"), "image_size": 32},
+        "plan": {"memory_budget_gib": 1.0, "calibrate": True},
+        "train": {"global_batch_size": 4},
+    }
+    config = parse_config(values)
+    assert Sized.of(config).image_shape == (3, 32, 32)
+    assert why_infeasible(config, 1) is None
+    path = tmp_path / "c.yaml"
+    write_config(config, path)
+    assert main(["plan", str(path), "--world-size", "1,2"]) == 0

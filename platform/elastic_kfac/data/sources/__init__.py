@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
 from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
 from elastic_kfac.data.sources.parquet import parquet
 from elastic_kfac.data.sources.source import IndexedSplit, Records, Source, SourceSplit
 from elastic_kfac.errors import DataError
+from elastic_kfac.paths import user_path
 
 __all__ = ["IndexedSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
 
@@ -43,11 +42,11 @@ def _open(text: str, split: str | None) -> Source:
     if kind == "torchvision" and rest:
         return torchvision_data(rest)
     if kind == "parquet" and rest:
-        return parquet(Path(rest).expanduser(), split)
+        return parquet(user_path(rest), split)
     if kind == "imagefolder" and rest:
-        return image_folder(Path(rest).expanduser(), split)
+        return image_folder(user_path(rest), split)
     if kind == "ilsvrc" and rest:
-        return ilsvrc(Path(rest).expanduser())
+        return ilsvrc(user_path(rest))
     raise DataError("unknown data source", given=text, allowed=KNOWN_SOURCES)
 
 
@@ -55,8 +54,8 @@ def absolute_source(text: str) -> str:
     """`--source` with an absolute path, for processes with another working directory."""
     kind, _, rest = text.partition(":")
     if kind in ("parquet", "imagefolder", "ilsvrc") and rest:
-        return f"{kind}:{Path(rest).expanduser().absolute()}"
+        return f"{kind}:{user_path(rest).absolute()}"
     if kind == "torchvision":
         name, _, folder = rest.partition(":")
-        return f"{kind}:{name}:{Path(folder or TORCHVISION_ROOT).expanduser().absolute()}"
+        return f"{kind}:{name}:{user_path(folder or TORCHVISION_ROOT).absolute()}"
     return text

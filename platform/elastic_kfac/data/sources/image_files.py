@@ -23,6 +23,7 @@ from elastic_kfac.data.sources.source import (
     is_hidden,
 )
 from elastic_kfac.errors import DataError
+from elastic_kfac.paths import user_path
 
 IMAGE_SUFFIXES: Final = tuple(
     ".jpg .jpeg .png .webp .bmp .ppm .pgm .tif .tiff .gif .jp2".split()  # noqa: SIM905
@@ -120,7 +121,7 @@ def torchvision_data(text: str) -> Source:
         choices = {"train": {"split": "train"}, "test": {"split": "test"}}
     else:
         choices = {"train": {}}
-    folder = Path(root or TORCHVISION_ROOT).expanduser()
+    folder = user_path(root or TORCHVISION_ROOT)
     return Source(
         f"torchvision:{name}",
         {s: partial(_torchvision_split, kind, folder, options) for s, options in choices.items()},
