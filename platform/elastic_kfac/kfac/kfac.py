@@ -122,6 +122,8 @@ class KFAC:
         self._warnings = WarnOnce()
         self._left_out: dict[str, str] = {}
         """Layers whose statistics were wrong, and why."""
+        self._named: set[str] = set()
+        """Those that a warning has named."""
         self._build(as_communicator(process_group))
         self.used: set[str] = set()
         """Layers that a pass has gone through."""
@@ -311,12 +313,13 @@ class KFAC:
             name = self.layers[index].name
             self._left_out.setdefault(name, "its statistics cannot be right on another rank")
             self.states[index] = LayerState()
-        reasons = [
-            f"{self.layers[i].name} ({self._left_out[self.layers[i].name]})" for i in indices
-        ]
-        warnings.warn(
-            "K-FAC does not precondition: " + ", ".join(reasons), UserWarning, stacklevel=5
-        )
+        names = [self.layers[i].name for i in sorted(indices)]
+        reasons = [f"{name} ({self._left_out[name]})" for name in names if name not in self._named]
+        self._named.update(names)
+        if reasons:
+            warnings.warn(
+                "K-FAC does not precondition: " + ", ".join(reasons), UserWarning, stacklevel=5
+            )
 
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""

@@ -439,3 +439,14 @@ def test_a_list_of_images_is_counted_at_the_first_layer() -> None:
     for name, factors in right.items():
         for factor, value in factors.items():
             torch.testing.assert_close(listed.factors()[f"net.{name}"][factor], value)
+
+
+def test_a_layer_that_stays_left_out_is_named_once() -> None:
+    model = Tagger()
+    kfac = KFAC(model, kl_clip=None, loss_reduction="mean")
+    with pytest.warns(UserWarning, match="places") as said:
+        for _ in range(3):
+            model.zero_grad()
+            by_keywords(model).backward()
+            kfac.step()
+    assert len(said) == 1
