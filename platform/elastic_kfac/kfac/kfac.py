@@ -495,7 +495,8 @@ class KFAC:
 
         Args:
             n: Samples; None counts them in the inputs of the model, or the real rows of `mask` with
-                `loss_reduction="positions"`.
+                `loss_reduction="positions"`. A parameter as a layer's input is taken for one that all
+                samples share, unless it has `n` rows.
             axis: The dimension that counts samples, if not `batch_axis`.
             mask: True where a position is real: `[n, positions]`, or the other way round with `axis=1`.
                 Padding then is no part of A.
