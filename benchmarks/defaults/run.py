@@ -4,16 +4,15 @@
     python benchmarks/defaults/run.py --set search --candidate NAME --seeds 0 --variants plain
 
 NAME is an entry of `candidates.yaml`. Called again, it continues: only runs that the file of results
-lacks, and runs of K-FAC by other code, are made. Losses are means over the whole training and test
-parts (at most 1,000 samples each) in evaluation mode, at 25 points of a run; CPU seconds are the
-process time of the training loop alone, on one thread. The target of a seed is the final training
+lacks, and those of other code or other problems, are made. Losses are means over the whole training
+and test parts (at most 1,000 samples each) in evaluation mode, at 25 points of a run; CPU seconds are
+the process time of the training loop alone, on one thread. The target of a seed is the final training
 loss of the better baseline.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -133,10 +132,11 @@ def _point(
 # -- the file of results --------------------------------------------------------------------------
 
 
-def code() -> str:
-    """A hash of the code that a run of K-FAC depends on."""
-    root, digest = Path(elastic_kfac.__file__).parent, hashlib.sha256()
-    for room in ("curvature", "kfac", "config/kfac.py"):
+def code(*rooms: str) -> str:
+    """A hash of the problems and of the rooms of the package that a run depends on."""
+    root = Path(elastic_kfac.__file__).parent
+    digest = hashlib.sha256((HERE / "small_problems.py").read_bytes())
+    for room in rooms:
         for path in sorted((root / room).rglob("*.py")) or [root / room]:
             digest.update(path.read_bytes())
     return digest.hexdigest()[:10]
@@ -157,7 +157,7 @@ def open_results(path: Path) -> dict[str, Any]:
             "elastic_kfac": elastic_kfac.__version__,
         },
         "baselines": {name: OPTIMIZERS[name][1] for name in BASELINES},
-        "candidates": {},
+        "methods": {},
         "summary": {},
         "runs": {},
     }
@@ -339,14 +339,15 @@ def main() -> int:
         names = ", ".join(p.name for p in SETS[arguments.which])
         print(f"no such problem in {arguments.which}; allowed: {names}", file=sys.stderr)
         return 2
-    results, stamp = open_results(arguments.out), code()
-    for name in arguments.candidate:
-        mine = {"settings": methods[name], "code": stamp}
-        if arguments.again or results["candidates"].get(name, mine) != mine:
-            results["runs"] = {
-                k: v for k, v in results["runs"].items() if not k.endswith(f"| {name}")
-            }
-        results["candidates"][name] = copy.deepcopy(mine)
+    results = open_results(arguments.out)
+    for name, method in methods.items():
+        rooms = () if name in BASELINES else ("curvature", "kfac", "config/kfac.py")
+        mine = {"settings": method, "code": code(*rooms)}
+        again = arguments.again and name in arguments.candidate
+        if again or results["methods"].get(name, mine) != mine:
+            kept = {k: v for k, v in results["runs"].items() if not k.endswith(f"| {name}")}
+            results["runs"] = kept
+        results["methods"][name] = mine
     for problem in problems:
         for seed in arguments.seeds:
             for name, method in methods.items():

@@ -392,7 +392,7 @@ def vit(patch: int, side: int, channels: int, width: int, classes: int) -> nn.Mo
 
 class _Swap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
+        return x.transpose(1, 2).contiguous()  # kfac-pytorch needs it
 
 
 def language_model(length: int, width: int, blocks: int) -> nn.Module:
