@@ -271,7 +271,7 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
         )
 
     with pytest.raises(UsageError, match="exists with another space"):
-        again(space.model_copy(update={"num_trials": 3}))
+        again(space.model_copy(update={"repeats": 3}))
     trial = RunFolder(folder / "trials/t001")
     parked = []
     for name in ("SIGINT", "SIGTERM"):

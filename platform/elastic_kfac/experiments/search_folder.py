@@ -33,10 +33,12 @@ One process writes, and it replaces every file as a whole; a search that was kil
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +63,7 @@ from elastic_kfac.experiments.trials import (
     Trial,
     TrialTable,
     as_row,
+    damage_of,
     read_trials,
     trials_csv,
 )
@@ -106,21 +109,43 @@ class SearchFolder:
         self.hardware: dict[str, str] = {}
         self.started = time.time()
         self.status = RUNNING
-        if is_experiment(folder):
-            stored = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8"))
-            if stored.get("space") != json.loads(space.model_dump_json()):
-                raise UsageError(
-                    "this search exists with another space",
-                    given=f"--name {name}",
-                    change="use another name, or the space that it was started with",
-                )
-            self.started = float(stored["started"])
-            text = _text_of(folder / "trials.csv") or ""
-            self.trials = read_trials(text, list(space.parameters))
-            self.ended_before = self.trials.count(*ENDED)
+        if is_experiment(folder) or (folder / "trials.csv").exists():
+            self._take_over(_about(folder), _text_of(folder / "trials.csv") or "")
         elif (folder / "config.yaml").exists():
             raise UsageError("this name belongs to a run", given=name, change="use another name")
         folder.mkdir(parents=True, exist_ok=True)
+
+    def _take_over(self, stored: Mapping[str, Any], text: str) -> None:
+        """Continues an earlier call, from its record.
+
+        Raises:
+            UsageError: If the space differs in more than the number of trials, or the record is damaged.
+        """
+        theirs, ours = mapping(stored.get("space")), json.loads(self.space.model_dump_json())
+        may_differ = {"keep_states"} if self.space.perturbed else {"keep_states", "num_trials"}
+        differing = [key for key in ours if theirs.get(key) != ours[key] and key not in may_differ]
+        if differing:
+            raise UsageError(
+                f"this search exists with another space: {', '.join(differing)} differ",
+                given=f"--name {self.name}",
+                allowed="the space that it was started with, or more num_trials",
+                change="use another name, or that space",
+            )
+        self.started = number(stored, "started") or self.started
+        try:
+            self.trials = read_trials(text, list(self.space.parameters))
+            problem = damage_of(text, self.trials, list(self.space.parameters))
+        except csv.Error as error:
+            problem = str(error)
+        if len(self.trials) < (number(stored, "num_rows") or 0):
+            problem = f"{len(self.trials)} of {stored['num_rows']} trials are left"
+        if problem is not None:
+            raise UsageError(
+                f"the record of this search is damaged: {problem}",
+                given=self.folder / "trials.csv",
+                change="restore the file from a copy, or use another name",
+            )
+        self.ended_before = self.trials.count(*ENDED)
 
     def run_folder(self, trial_id: str) -> Path:
         """The folder of a trial's run."""
@@ -161,6 +186,23 @@ class SearchFolder:
             return dict(trial.parameters)
         return {**trial.parameters, **self.space.references[reference]}
 
+    def drop_states(self, *statuses: str) -> None:
+        """Deletes the checkpoints of searched trials with these states whose point has lost."""
+        best = self.best()
+        for trial in self.trials.values():
+            lost = best is not None and trial.point != best.point
+            lost = lost and self.seeds_of(trial).is_decided(self.space.repeats)
+            if lost and trial.stage == "search" and trial.status in statuses:
+                run = Storage(self.run_folder(trial.id))
+                if run.exists("ledger.parquet"):  # The proof of `audit` stays.
+                    run.delete("ledger")
+                run.delete("checkpoints")
+
+    def drop_tune_checkpoints(self) -> None:
+        """Deletes the copies of states by which a population passed them on."""
+        for copy in self.folder.glob("tune/*/checkpoint_*"):
+            shutil.rmtree(copy)
+
     def write(self) -> None:
         """Replaces all files."""
         best, storage = self.best(), Storage(self.folder)
@@ -192,6 +234,7 @@ class SearchFolder:
             "status": self.status,
             "started": self.started,
             "updated": time.time(),
+            "num_rows": len(self.trials),
             "objective": {"metric": objective.metric, "mode": "min", "unit": objective.unit},
             "target_accuracy": objective.target_accuracy,
             "rule_for_censored": objective.censoring_rule,
@@ -325,14 +368,14 @@ def read_experiment(folder: Path) -> Experiment:
         raise UsageError(
             "not the folder of a search", given=folder, change=f"name one that holds {EXPERIMENT}"
         )
-    problem, about = "a mapping is wanted", None
-    try:
-        about = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
-        problem = str(error)
-    if not isinstance(about, dict):
-        raise UsageError("a damaged folder of a search", given=folder / EXPERIMENT, change=problem)
+    about = _about(folder)
     text = _text_of(folder / "trials.csv") or ""
+    if text and not text.startswith("trial_id,"):
+        raise UsageError(
+            "a damaged folder of a search: the first column is not trial_id",
+            given=folder / "trials.csv",
+            change="restore the file from a copy",
+        )
     named = about.get("parameters")
     parameters = [str(name) for name in named] if isinstance(named, list) else None
     trials = read_trials(text, parameters)
@@ -416,9 +459,30 @@ def _resizes(run: RunFolder) -> Iterator[Resize]:
             yield Resize(time_s, int(before), int(after))
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    """The content of `experiment.json`.
+
+    Raises:
+        UsageError: If it is missing or damaged.
+    """
+    problem, about = "it is not a mapping", None
+    try:
+        about = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if not isinstance(about, dict):
+        raise UsageError(
+            f"a damaged folder of a search: {problem}",
+            given=folder / EXPERIMENT,
+            change="restore the file from a copy, or use another name",
+        )
+    return about
+
+
 def _text_of(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        # Spreadsheets put a mark of the encoding first.
+        return path.read_text(encoding="utf-8-sig", errors="replace")
     except OSError:
         return None
 

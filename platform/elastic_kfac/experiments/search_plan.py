@@ -86,7 +86,7 @@ class SearchPlan:
         """Points that Optuna may still suggest; other searchers plan them before the search begins."""
         if self._space.searcher.name != "optuna":
             return 0
-        return self._space.num_trials - len(self._folder.first_seeds())
+        return max(0, self._space.num_trials - len(self._folder.first_seeds()))
 
     def waiting(self) -> int:
         """How many trials will still want workers."""

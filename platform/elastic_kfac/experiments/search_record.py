@@ -108,6 +108,9 @@ class SearchRecord:
                 self._read_result(trial)
                 self._say(self._line(trial))
             self.write()
+            if not self._space.keep_states:
+                # A stopped trial is still saving its state.
+                self._folder.drop_states(FINISHED)
 
     def write(self) -> None:
         """Writes the files, and updates how many trials wait for workers."""
@@ -122,6 +125,8 @@ class SearchRecord:
                 if trial.status == STOPPED:
                     self._read_result(trial)
             self.write()
+            if not self._space.keep_states:
+                self._folder.drop_states(FINISHED, STOPPED)
 
     def close(self) -> None:
         """Leaves unfinished trials to the next call."""

@@ -177,6 +177,8 @@ class _Search:
             raise
         else:
             folder.status = "interrupted" if signals.reason is not None else "finished"
+            if folder.status == "finished" and not space.keep_states:
+                folder.drop_tune_checkpoints()
         finally:
             self._record.close()
             self._engine.write_page()

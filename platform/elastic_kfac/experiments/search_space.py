@@ -238,6 +238,8 @@ class SearchSpace(Section):
     """Seeds, unseen by the search, with which the winner and the references run once more."""
     max_concurrent: Annotated[int, Field(ge=1)] = 1
     """Trials at the same time; 1 keeps their clocks comparable on a small machine."""
+    keep_states: bool = False
+    """Whether searched trials that lost keep their checkpoints; those of the best are always kept."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SearchSpace:

@@ -223,6 +223,8 @@ class _LiveRun:
                 rank_function=self._settings.rank_function or usual,
                 stop_signals=self._stop,
                 share=TrialShare(broker, self._trial),
+                # A trial outlives a killed search for a moment.
+                wait_s=_END_TIMEOUT_S,
             )
         except BaseException as error:
             self._error = error

@@ -284,6 +284,26 @@ def read_trials(text: str, parameters: Sequence[str] | None = None) -> TrialTabl
     return table
 
 
+def damage_of(text: str, table: TrialTable, parameters: Sequence[str]) -> str | None:
+    """What is wrong with a `trials.csv` that was read as `table`; None if nothing is."""
+    lines = list(csv.reader(io.StringIO(text)))
+    head = next(csv.reader(io.StringIO(trials_csv([], parameters))))
+    if not lines or lines[0] != head:
+        return "the first line is not the names of the columns"
+    for number, cells in enumerate(lines[1:], start=2):
+        if len(cells) != len(head):
+            return f"line {number} has {len(cells)} cells instead of {len(head)}"
+    for trial in table.values():
+        searched = trial.stage == "search"
+        if trial.status not in (PENDING, RUNNING, *ENDED) or (
+            searched and not trial.point.isdecimal()
+        ):
+            return f"trial {trial.id} is {trial.status or 'nothing'} of point {trial.point}"
+    if len(table) != len(lines) - 1:
+        return "two lines have the same trial_id"
+    return None
+
+
 def is_real(value: Any) -> TypeGuard[int | float]:
     """Whether a parameter's value is a number; a truth value is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -317,3 +317,119 @@ def test_screening_stops_first_seeds_only_and_counts_nothing_else() -> None:
     assert scheduler.on_trial_result(None, second, result(1, 0.6)) == "STOP"
     late = trial("late", screened=False)
     assert scheduler.on_trial_result(None, late, result(1, 0.1)) == "CONTINUE"
+
+
+def test_more_trials_under_the_same_name_continue(tmp_path: Path) -> None:
+    def plan_of(num_trials: int) -> tuple[SearchFolder, SearchPlan]:
+        space = make_space(searcher={"name": "random"}, num_trials=num_trials, repeats=1)
+        search = SearchFolder(tmp_path / "story", "story", space)
+        plan = SearchPlan(search, 8, print)
+        plan.begin()
+        return search, plan
+
+    first, _ = plan_of(2)
+    for trial in first.trials.values():
+        trial.status = "finished"
+    first.write()
+    known = {name: dict(trial.parameters) for name, trial in first.trials.items()}
+    more, _ = plan_of(5)
+    assert [t.id for t in more.trials.values() if not t.ended] == ["t002", "t003", "t004"]
+    assert {name: more.trials[name].parameters for name in known} == known
+    assert plan_of(2)[1].points_left() == 0
+
+
+def test_optuna_gets_more_points_and_never_fewer_than_none(story: Story) -> None:
+    story.point(0, 0.1)
+    story.record.write()
+    for num_trials, left in ((1, 0), (4, 3)):
+        space = make_space(searcher={"name": "optuna"}, num_trials=num_trials)
+        story.search.space = space
+        assert SearchPlan(story.search, 8, print).points_left() == left
+
+
+DAMAGE: dict[str, Any] = {
+    "experiment.json cut": ("experiment.json", lambda text: text[:50]),
+    "experiment.json empty": ("experiment.json", lambda text: ""),
+    "experiment.json a list": ("experiment.json", lambda text: "[1]"),
+    "experiment.json gone": ("experiment.json", None),
+    "trials.csv cut in a line": ("trials.csv", lambda text: text[:-30]),
+    "trials.csv cut after a line": ("trials.csv", lambda text: text.rpartition("\n")[0][:-1]),
+    "trials.csv without its last line": (
+        "trials.csv",
+        lambda text: text.rstrip("\n").rpartition("\n")[0] + "\n",
+    ),
+    "trials.csv empty": ("trials.csv", lambda text: ""),
+    "trials.csv gone": ("trials.csv", None),
+    "trials.csv with semicolons": ("trials.csv", lambda text: text.replace(",", ";")),
+    "trials.csv of something else": ("trials.csv", lambda text: "a,b\n1,2\n"),
+    "trials.csv with a point that is no number": (
+        "trials.csv",
+        lambda text: text.replace("t0-2,search,0", "t0-2,search,x"),
+    ),
+    "trials.csv with a line twice": (
+        "trials.csv",
+        lambda text: text + text.rstrip("\n").rpartition("\n")[2] + "\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_record_is_refused_in_one_line_and_left_as_it_is(story: Story, name: str) -> None:
+    story.point(0, 0.1)
+    story.end("t0-0", 1.0, "target")
+    file, damage = DAMAGE[name]
+    path = story.folder / file
+    if damage is None:
+        path.unlink()
+    else:
+        damaged = damage(path.read_text())
+        assert damaged != path.read_text()
+        path.write_text(damaged)
+    files = [f for f in (story.folder / n for n in ("experiment.json", "trials.csv")) if f.exists()]
+    before = [(f, f.read_bytes()) for f in files]
+    with pytest.raises(UsageError, match="damaged") as caught:
+        SearchFolder(story.folder, "story", make_space())
+    assert "\n" not in caught.value.line() and file in caught.value.line()
+    assert [(f, f.read_bytes()) for f in files] == before
+
+
+def test_record_with_the_mark_of_a_spreadsheet_is_read(story: Story) -> None:
+    story.point(0, 0.1)
+    story.end("t0-0", 1.0, "target")
+    path = story.folder / "trials.csv"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    again = SearchFolder(story.folder, "story", make_space())
+    assert {t.id: t.status for t in again.trials.values()} == {
+        "t0-0": "finished",
+        "t0-1": "pending",
+        "t0-2": "pending",
+    }
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_states_of_trials_that_lost_go_unless_they_are_kept(tmp_path: Path, keep: bool) -> None:
+    story = Story(tmp_path / "story", make_space(keep_states=keep))
+
+    def state(trial: str) -> Path:
+        return story.folder / "trials" / trial / "checkpoints" / "step-1"
+
+    story.point(0, 0.1)
+    story.point(1, 0.2)
+    story.add("t2-0", 2, 0, {**story.trials["t0-0"].parameters, "kfac.damping": 0.3})
+    for trial in story.trials:
+        state(trial).mkdir(parents=True)
+    for trial in ("t0-0", "t0-1", "t0-2"):
+        story.end(trial, 5.0, "target")
+    # Undecided, so it may still win.
+    story.end("t1-0", 1.0, "target")
+    assert all(state(trial).exists() for trial in story.trials)
+    story.end("t1-1", 1.0, "target")
+    story.end("t1-2", 1.0, "target")
+    story.end("t2-0", None, "")
+    assert [t for t in story.trials if not state(t).exists()] == (
+        [] if keep else ["t0-0", "t0-1", "t0-2"]
+    )
+    story.record.close()
+    gone = [t for t in story.trials if not state(t).exists()]
+    assert gone == ([] if keep else ["t0-0", "t0-1", "t0-2", "t2-0"])
+    assert (story.folder / "trials" / "t0-0" / "result.json").exists()

@@ -45,6 +45,7 @@ def train(
     stop_signals: StopSignals | None = None,
     share: Callable[[], int] | None = None,
     logical_gpus: bool = False,
+    wait_s: float = 0.0,
 ) -> RunResult:
     """Trains until the configured end; the same `name` continues where an earlier call ended.
 
@@ -64,6 +65,7 @@ def train(
             that to Ray.
         logical_gpus: Whether the GPUs of a given `cluster` are only Ray's numbers, so that ranks
             compute on the CPU although `resources.use_gpu` is set.
+        wait_s: How long to wait for another process that still writes the run's folder.
 
     Returns:
         How the run ended, also when it was stopped by a signal.
@@ -81,7 +83,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         signals = stack.enter_context(stop_signals or StopSignals())
-        stack.enter_context(folder.claimed(f"run {name}", display.say))
+        stack.enter_context(folder.claimed(f"run {name}", display.say, wait_s=wait_s))
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
             display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
