@@ -16,6 +16,8 @@ from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import DataError
 
 FAN_IN = 8
+KEPT_BYTES = 1 << 18
+"""Parts up to this size are not read again for the next merge."""
 
 
 class LineLog:
@@ -24,8 +26,8 @@ class LineLog:
     def __init__(self, storage: Storage, name: str) -> None:
         self._storage, self._name = storage, name
         self._folder = f"{name}.parts"
-        self._parts: list[tuple[int, int]] | None = None
-        """(offset, level) of the parts, once this process writes."""
+        self._parts: list[tuple[int, int, bytes | None]] | None = None
+        """(offset, level, content if it is small) of the parts, once this process writes."""
         self._end = 0
 
     def content(self) -> bytes:
@@ -43,11 +45,16 @@ class LineLog:
             return
         if self._parts is None:
             self._end, self._parts = len(self.finish()), []
-        self._storage.write(self._part(self._end), content)
-        self._parts.append((self._end, 0))
+        self._write(self._end, 0, content)
         self._end += len(content)
-        while len(self._parts) >= FAN_IN and len({n for _, n in self._parts[-FAN_IN:]}) == 1:
-            self._merge()
+        try:
+            while (
+                len(self._parts) >= FAN_IN and len({part[1] for part in self._parts[-FAN_IN:]}) == 1
+            ):
+                self._merge()
+        except (OSError, DataError):
+            # The lines are written. What the store holds is found out at the next append.
+            self._parts = None
 
     def truncate(self, size: int) -> None:
         """Cuts the log to `size` bytes."""
@@ -81,11 +88,17 @@ class LineLog:
     def _merge(self) -> None:
         assert self._parts is not None
         merged = self._parts[-FAN_IN:]
-        names = [self._part(offset) for offset, _ in merged]
-        self._storage.write(names[0], b"".join(self._storage.read(name) for name in names))
-        self._parts[-FAN_IN:] = [(merged[0][0], merged[0][1] + 1)]
-        for name in names[1:]:
-            self._storage.delete(name)
+        found = (kept or self._storage.read(self._part(offset)) for offset, _, kept in merged)
+        content = b"".join(found)
+        del self._parts[-FAN_IN:]
+        self._write(merged[0][0], merged[0][1] + 1, content)
+        for offset, _, _ in merged[1:]:
+            self._storage.filesystem.delete_file(self._storage.path(self._part(offset)))
+
+    def _write(self, offset: int, level: int, content: bytes) -> None:
+        assert self._parts is not None
+        self._storage.write(self._part(offset), content)
+        self._parts.append((offset, level, content if len(content) <= KEPT_BYTES else None))
 
     def _part(self, offset: int) -> str:
         return f"{self._folder}/{offset:015d}"

@@ -188,3 +188,22 @@ def test_log_left_in_the_middle_of_a_merge_is_read_and_continued(served: tuple[S
     fresh.append(b"9\n")
     assert fresh.finish() == LineLog(Storage(uri), "x.jsonl").content() == b"0\n1\n2\n9\n"
     assert store.objects["runs/one/x.jsonl"] == b"0\n1\n2\n9\n"
+
+
+def test_merge_that_fails_neither_loses_nor_repeats_lines(served: tuple[Store, str]) -> None:
+    store, uri = served
+    log = LineLog(Storage(uri), "x.jsonl")
+    refused: list[str] = []
+
+    def refuse_to_replace(key: str) -> int:
+        if key in store.objects and len(refused) < 2:
+            refused.append(key)
+            return 403
+        return 200
+
+    store.on_put = refuse_to_replace
+    lines = [b"%03d\n" % number for number in range(40)]
+    for line in lines:
+        log.append(line)
+    assert len(refused) == 2
+    assert LineLog(Storage(uri), "x.jsonl").content() == b"".join(lines) == log.finish()
