@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -110,6 +111,25 @@ def test_configuration_that_the_checkpoint_refuses_changes_nothing(
     assert hashes(tmp_path / "run") == before
     assert train("train.epochs=2") == 0
     assert audit_run(RunFolder(tmp_path / "run")).steps == 2 * STEPS_PER_EPOCH
+
+
+def test_run_without_checkpoints_begins_anew_and_says_so_unless_it_was_finished(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train() == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = hashes(tmp_path / "run")
+    capsys.readouterr()
+    assert train("train.seed=7") == 2
+    assert "run run is finished, and its checkpoints are gone" in capsys.readouterr().err
+    assert hashes(tmp_path / "run") == before
+    # As one that failed before it had any.
+    (tmp_path / "run" / "result.json").unlink()
+    assert train("train.seed=7") == 0
+    assert "exists in" in (out := capsys.readouterr().out) and "it begins anew" in out
+    folder = RunFolder(tmp_path / "run")
+    assert [r["step"] for r in folder.metrics() if "loss" in r] == [*range(1, STEPS_PER_EPOCH + 1)]
+    assert audit_run(folder).passed and folder.read_config().train.seed == 7
 
 
 def test_counted_steps_go_on_from_lamb_to_adam(train: Train, tmp_path: Path) -> None:

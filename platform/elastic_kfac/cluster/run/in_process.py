@@ -105,6 +105,7 @@ class _Record(Reporter):
         self._loop = asyncio.new_event_loop()
         # The thread that writes checkpoints reports as well.
         self._lock = threading.RLock()
+        self._folder = folder
         self._coordinator = RunCoordinator(folder.uri, config=config)
         self._display, self._signals = display, signals
         self._seen_events = 0
@@ -113,6 +114,7 @@ class _Record(Reporter):
         self._attempt = self._call(self._coordinator.join(0, os.getpid()))["attempt"]
 
     def send(self, message: Message) -> None:
+        self._folder.check_claim()
         self._call(self._coordinator.record(self._attempt, [message]))
         if time.monotonic() - self._shown_at >= 0.2:
             self._shown_at = time.monotonic()

@@ -11,7 +11,7 @@ from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
-from elastic_kfac.errors import ElasticKfacError, RunError, StateError
+from elastic_kfac.errors import ElasticKfacError, RunError, StateError, UsageError
 from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
@@ -52,12 +52,23 @@ def begin_record(folder: RunFolder, config: Config, name: str, display: Display)
 
     The folder of a run with checkpoints stays as it is until the newest one has accepted the
     configuration.
+
+    Raises:
+        UsageError: If the run is finished and has no checkpoint to continue from.
     """
     if folder.storage.exists("result.json") and folder.result() is None:
         display.say(f"warning: {folder.uri}/result.json is damaged; the run's end writes it anew")
     if CheckpointStore(folder.uri).steps():
         display.say(f"Run {name} exists in {folder.uri}: resuming it.")
         return True
+    if (folder.result() or {}).get("status") == "finished":
+        raise UsageError(
+            f"run {name} is finished, and its checkpoints are gone",
+            given=folder.uri,
+            change="use another --name, or delete the folder to train anew",
+        )
+    if folder.metrics():
+        display.say(f"Run {name} exists in {folder.uri} without a checkpoint: it begins anew.")
     folder.write_config(config)
     return False
 
