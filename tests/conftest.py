@@ -14,6 +14,7 @@ SKIPS_FILE = Path(__file__).with_name("skips.toml")
 SLOW = (
     "unit/cli/test_arguments.py::test_script_of_a_job_*",
     "unit/cli/test_doctor.py::test_examine_*",
+    "unit/cli/test_fuzz.py::*",
     "unit/cli/test_streams_and_paths.py::*",
     "unit/cluster/test_tuning_population.py::*",
     "unit/data/test_cache.py::*",

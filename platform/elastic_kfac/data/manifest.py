@@ -179,6 +179,9 @@ def open_splits(uri: str | Path) -> list[ShardSet]:
     found = _finished_splits(root)
     if not found:
         raise _no_manifest(root)
+    for name in set(root.folders()) - set(found):
+        if any(file.startswith("shard-") for file in root.files(name)):
+            raise _no_manifest(root.child(name))
     return [ShardSet.open(root.child(name).uri) for name in found]
 
 
@@ -293,6 +296,12 @@ def _no_manifest(storage: Storage) -> DataError:
             "the shard set is unfinished (its `shards make` was interrupted)",
             given=storage.uri,
             change="run the same `elastic-kfac shards make` again; it continues",
+        )
+    if any(name.startswith("shard-") for name in storage.files()):
+        return DataError(
+            "the manifest of this shard set is missing",
+            given=storage.uri,
+            change="run the same `elastic-kfac shards make` again, or copy the set again",
         )
     return DataError(
         "no shard set here",

@@ -46,7 +46,9 @@ def newest_state(folder: RunFolder, *, allow_older: bool = True) -> TrainingStat
     state = store.load_latest()
     if state is None:
         raise UsageError("the run has no checkpoint yet", given=folder.uri, change="train it first")
-    newest, step = store.steps()[-1], state.progress.step
+    result, step = folder.result() or {}, state.progress.step
+    last = result.get("steps") if result.get("status") == "finished" else None
+    newest = max(store.steps()[-1], last if isinstance(last, int) else 0)
     if step != newest:
         if not allow_older:
             raise StateError(
@@ -55,7 +57,7 @@ def newest_state(folder: RunFolder, *, allow_older: bool = True) -> TrainingStat
                 change=f"restore it, or add --checkpoint {step} for the newest that verifies",
             )
         line = f"the checkpoint of step {newest} is damaged; using that of step {step}"
-        print(f"warning: {line} ({problems[-1]})", file=sys.stderr)
+        print(f"warning: {line} ({'; '.join(problems) or 'it is gone'})", file=sys.stderr)
     return state
 
 

@@ -33,6 +33,7 @@ ROW = np.dtype(
 """One committed step; `step` counts from 1, `first_position` is in the epoch's global order."""
 
 Rows = npt.NDArray[Any]
+_HASH = "elastic_kfac.sha256"
 SEGMENT_ROWS = 4096
 
 
@@ -139,20 +140,34 @@ class Ledger:
 
 
 def to_parquet(rows: Rows) -> bytes:
-    """The rows as a Parquet file."""
+    """The rows as a Parquet file, with their hash in its metadata."""
     table = pa.table({name: pa.array(np.ascontiguousarray(rows[name])) for name in ROW.names or ()})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table.replace_schema_metadata({_HASH: _sha256(rows)}), sink)
     return bytes(sink.getvalue())
 
 
 def from_parquet(content: bytes) -> Rows:
-    """The rows of `to_parquet`."""
-    table = pq.read_table(pa.BufferReader(content))
-    rows = np.empty(table.num_rows, ROW)
-    for name in ROW.names or ():
-        rows[name] = table[name].to_numpy()
+    """The rows of `to_parquet`.
+
+    Raises:
+        StateError: If the file is damaged.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+        rows = np.empty(table.num_rows, ROW)
+        for name in ROW.names or ():
+            rows[name] = table[name].to_numpy()
+        written = (table.schema.metadata or {}).get(_HASH.encode())
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, MemoryError) as error:
+        raise StateError("the ledger is damaged", change=str(error)) from None
+    if written is not None and written.decode(errors="replace") != _sha256(rows):
+        raise StateError("the ledger is damaged (its hash differs)")
     return rows
+
+
+def _sha256(rows: Rows) -> str:
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
 
 
 def world_sizes(rows: Rows) -> list[int]:

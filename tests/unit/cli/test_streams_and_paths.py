@@ -244,3 +244,24 @@ def test_config_of_a_run_that_is_no_mapping_is_one_line(place: Path, capsys: Any
             refused([verb, "runs/r"], capsys)
     events = json.dumps({"event": "x", "step": "y"})
     (place / "runs" / "r" / "events.jsonl").write_text(events)
+
+
+def test_what_is_gone_or_damaged_is_not_passed_over(place: Path, capsys: Any) -> None:
+    run = place / "runs" / "r"
+    ledger = run / "ledger.parquet"
+    whole = ledger.read_bytes()
+    for content in (b"", b"junk", whole[:-9], whole.replace(whole[40:60], bytes(20), 1)):
+        ledger.write_bytes(content)
+        assert "the ledger is damaged" in refused(["audit", "runs/r"], capsys)
+    ledger.write_bytes(whole)
+    # The newest checkpoint without its manifest looks unfinished, but the run has finished.
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    (newest / "manifest.json").unlink()
+    assert f"of step {int(newest.name[5:])}, is damaged" in refused(["export", "runs/r"], capsys)
+    # A split whose manifest is gone is none that `verify` may leave out.
+    (place / "data" / "digits" / "test" / "manifest.json").unlink()
+    line = refused(["shards", "verify", "data/digits"], capsys)
+    assert "the manifest of this shard set is missing" in line and "digits/test" in line
+    manifest = place / "data" / "digits" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("0.", "0.1", 1))
+    assert "damaged manifest" in refused(["shards", "describe", "data/digits/train"], capsys)
