@@ -23,6 +23,8 @@ from elastic_kfac.placement.planner import moved_elements
 from elastic_kfac.placement.traffic import TrafficModel, traffic_per_step
 from support.gloo import run_ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
+
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
 BATCH = 11
 
@@ -287,11 +289,15 @@ def test_distributed_data_parallel_equals_one_process() -> None:
             assert_equal(result, model.state_dict())
 
 
-FRACTIONS = (1.0, 0.5, 1e-9)
+BOUNDED = 0.4
+"""The fraction that is tried with bounded factors, too."""
+
+FRACTIONS = (1.0, 0.5, BOUNDED, 1e-9)
 
 
 def _fraction_case(fraction: float) -> dict[str, Any]:
-    return {"grad_worker_frac": fraction, "stagger": True}
+    bound = {"max_factor_dim": 15} if fraction == BOUNDED else {}
+    return {"grad_worker_frac": fraction, "stagger": True, **bound}
 
 
 def _save_all() -> list[dict[str, Any]]:
