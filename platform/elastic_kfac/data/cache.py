@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -321,9 +322,13 @@ class ReadAhead:
 
 
 def default_cache_folder() -> Path:
-    """`elastic-kfac/shards` below the user's cache directory."""
+    """`elastic-kfac/shards` below the user's cache directory, or below a temporary one without a home."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "elastic-kfac" / "shards"
+    try:
+        cache = Path(root) if root else Path.home() / ".cache"
+    except RuntimeError:  # A worker of a container's arbitrary user.
+        cache = Path(tempfile.gettempdir(), f"elastic-kfac-{os.getuid()}")
+    return cache / "elastic-kfac" / "shards"
 
 
 def _needed_bytes(shard: ShardInfo) -> int:
