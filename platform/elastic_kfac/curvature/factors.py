@@ -12,7 +12,7 @@ Every function computes in at least float32, whatever the precision of its argum
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -92,9 +92,17 @@ def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> list[bool]:
     if not sums:
         return []
     # Diagonals are sums of squares: they are finite if and only if every summand was, and by
-    # Cauchy-Schwarz no other entry can overflow first. One transfer for all layers.
-    traces = []
-    for part in sums:
-        diagonals = [t.diagonal(dim1=-2, dim2=-1) if t.dim() > 1 else t for t in part.values()]
-        traces.append(torch.stack([d.sum().double() for d in diagonals]).sum())
-    return torch.isfinite(torch.stack(traces)).tolist()
+    # Cauchy-Schwarz no other entry can overflow first. One transfer, and one sum for all of a shape.
+    groups: dict[Hashable, list[tuple[int, Tensor]]] = {}
+    for index, part in enumerate(sums):
+        for t in part.values():
+            diagonal = t.diagonal(dim1=-2, dim2=-1) if t.dim() > 1 else t
+            groups.setdefault((diagonal.shape, t.dtype), []).append((index, diagonal))
+    traces = [
+        torch.stack([diagonal for _, diagonal in group]).flatten(1).sum(1)
+        for group in groups.values()
+    ]
+    owners = [index for group in groups.values() for index, _ in group]
+    finite = torch.cat([torch.isfinite(trace) for trace in traces]).tolist()
+    bad = {index for index, good in zip(owners, finite, strict=True) if not good}
+    return [index not in bad for index in range(len(sums))]

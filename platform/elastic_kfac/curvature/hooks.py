@@ -161,7 +161,11 @@ def _counts() -> bool:
 
 
 def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_compiling() or not registry.recording:
+    if not registry.recording:
+        return
+    if torch.compiler.is_compiling():
+        if isinstance(module, nn.MultiheadAttention) and id(module) in registry.numbers:
+            _traced_mode.__enter__()
         return
     compiled = module._modules.get("_orig_mod")
     key = id(module if compiled is None else compiled)
@@ -170,10 +174,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorder = known()
             if recorder is not None and recorder.active:
                 recorder.enter_root(args)
-    if (compiled is not None and registry.projections) or (
-        isinstance(module, nn.MultiheadAttention) and key in registry.numbers
-    ):
-        # Attention in a compiled model is traced with the mode that is on around the compiled call.
+    if isinstance(module, nn.MultiheadAttention) and key in registry.numbers:
         mode = _SeeProjections()
         mode.__enter__()
         _modes.stack.append((id(module), mode))
@@ -181,13 +182,18 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     # When forward raises, torch calls the hook without keyword arguments and without an output.
+    if not registry.recording and (torch.compiler.is_compiling() or not _modes.stack):
+        return None
     key = id(module)
     if torch.compiler.is_compiling():
         if not registry.recording or torch.compiler.is_exporting():
             return None
         numbers = registry.numbers.get(key)
         output = rest[-1]
-        if numbers is None or isinstance(module, nn.MultiheadAttention):
+        if numbers is None:
+            return None
+        if isinstance(module, nn.MultiheadAttention):
+            _traced_mode.__exit__(None, None, None)
             return None
         inputs = args[0] if args else next(iter(rest[0].values()))
         return _Tap.apply(output, inputs.detach(), numbers, -1)
@@ -354,3 +360,6 @@ def _recording_attention() -> Callable[..., Any]:
 
 
 _attention = _recording_attention()
+
+_traced_mode = _SeeProjections()
+"""Entered and left while a graph is traced: nothing is left of it when the graph runs."""

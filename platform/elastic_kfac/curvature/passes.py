@@ -120,6 +120,8 @@ class Call:
     axis: int
     """The dimension of the input and of the gradient that counts samples."""
     staged: Tensor | None = None
+    task: int = -1
+    """The graph task that staged it."""
     gradient: Tensor | None = None
     sampled: Tensor | None = None
     """What gradients of sampled labels have added up to."""
@@ -165,10 +167,10 @@ class Weight:
     parameter: weakref.ref[nn.Parameter]
     sites: list[Site] = field(default_factory=list)
     handle: RemovableHandle | None = None
-    task: int = -1
+    staged: dict[int, list[Call]] = field(default_factory=dict)
+    """By graph task: a reentrant checkpoint runs one inside another."""
     fresh: bool = False
-    """Whether nothing was in `.grad` when the running task began."""
-    staged: list[Call] = field(default_factory=list)
+    """Whether nothing was in `.grad` when the last task began."""
     open: list[Call] = field(default_factory=list)
     """Committed calls that further passes may still reach."""
     epoch: int = 0
@@ -179,46 +181,46 @@ class Weight:
     def stage(self, call: Call, gradient: Tensor) -> None:
         """Notes an output gradient of the running graph task."""
         recorder = self.recorder()
-        if recorder is not None and recorder.sampling_weight is not None:
-            recorder.sample(call, gradient.detach())
+        if recorder is None:
+            return
+        detached = gradient.detach()
+        if recorder.sampling_weight is not None:
+            recorder.sample(call, detached)
             return
         task = torch._C._current_graph_task_id()
-        if self.task != task:
-            self._begin(task)
-        detached = gradient.detach()
-        if call.staged is None:
-            call.staged = detached
-            self.staged.append(call)
-        else:
+        calls = self.staged.get(task)
+        if calls is None:
+            calls = self.staged[task] = []
+            recorder.reached(self, task)
+            parameter = self.parameter()
+            self.fresh = parameter is not None and parameter.grad is None
+        if call.task == task and call.staged is not None:
             call.staged = call.staged + detached
+        else:
+            call.staged, call.task = detached, task
+            calls.append(call)
 
-    def _begin(self, task: int) -> None:
-        self._drop_staged()
-        self.task = task
-        self.reset_if_zeroed()
-        parameter = self.parameter()
-        self.fresh = parameter is not None and parameter.grad is None
-        torch.autograd.graph.queue_callback(self._drop_staged)
-
-    def _drop_staged(self) -> None:
-        for call in self.staged:
+    def drop(self, task: int) -> None:
+        """Forgets what a task has staged and not committed."""
+        for call in self.staged.pop(task, ()):
             call.staged = None
-        self.staged = []
 
-    def reset_if_zeroed(self) -> None:
-        """Clears the sums if somebody has reset `.grad` since the last commit."""
+    def was_touched(self) -> bool:
+        """Whether `.grad` has changed since the last commit. If it is gone, so are the sums."""
+        if not self.committed:
+            return False
         parameter = self.parameter()
-        if not self.committed or parameter is None:
-            return
-        grad = parameter.grad
-        if grad is not None:
-            seen, version = self.mark if self.mark is not None else (None, -1)
-            if seen is not None and seen() is grad and grad._version == version:
-                return
-            # Touched: clipping, unscaling and reductions leave something, `zero_grad` does not.
-            if bool(grad.any()):
-                return
-        self.clear()
+        if parameter is None or parameter.grad is None:
+            self.clear()
+            return False
+        seen, version = self.mark if self.mark is not None else (None, -1)
+        return seen is None or seen() is not parameter.grad or parameter.grad._version != version
+
+    def remember(self) -> None:
+        """What is in `.grad` now belongs to the committed calls."""
+        parameter = self.parameter()
+        if parameter is not None and parameter.grad is not None:
+            self.mark = weakref.ref(parameter.grad), parameter.grad._version
 
     def clear(self) -> None:
         """Forgets everything since the last step."""
@@ -229,14 +231,12 @@ class Weight:
 
     def accumulated(self, parameter: Tensor) -> None:
         """Commits what the running task has staged: it is part of `parameter.grad` now."""
-        if not self.staged or self.task != torch._C._current_graph_task_id():
-            return
         recorder = self.recorder()
-        if recorder is None:
+        calls = self.staged.get(torch._C._current_graph_task_id())
+        if not calls or recorder is None:
             return
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        calls, self.staged = self.staged, []
-        if self.fresh:
+        if self.fresh and not self.committed:
             recorder.check(self, parameter, calls)
         for call in calls:
             staged, call.staged = call.staged, None
@@ -251,9 +251,9 @@ class Weight:
                 if call in self.open:
                     self.open.remove(call)
                 recorder.fold(call)
+        calls.clear()
         self.committed = True
-        assert parameter.grad is not None
-        self.mark = (weakref.ref(parameter.grad), parameter.grad._version)
+        self.remember()
 
 
 class Recorder:
@@ -272,6 +272,8 @@ class Recorder:
         self._newest: Batch | None = None
         self._loose: dict[int, Batch] = {}
         self._loose_is_old = False
+        self._reached: dict[int, list[Weight]] = {}
+        """By graph task that runs: weights whose calls it has come to."""
         self._unchecked: dict[int, int] = {}
         """Sites whose first statistics are still to be checked, and how often that is tried."""
         registry.install()
@@ -418,10 +420,45 @@ class Recorder:
             _exactly(call.site.layer.fold, call)
         call.inputs = call.gradient = None
 
+    def reached(self, weight: Weight, task: int) -> None:
+        """A graph task has come to the first call of a weight."""
+        weights = self._reached.get(task)
+        if weights is None:
+            weights = self._reached[task] = []
+            torch.autograd.graph.queue_callback(lambda: self._ended(task))
+        weights.append(weight)
+        if weight.was_touched():
+            self._reset_zeroed()
+
+    def _ended(self, task: int) -> None:
+        for weight in self._reached.get(task, ()):
+            weight.drop(task)
+        # After those that are queued already: DistributedDataParallel writes reduced gradients.
+        torch.autograd.graph.queue_callback(lambda: self._remember(task))
+
+    def _remember(self, task: int) -> None:
+        for weight in self._reached.pop(task, ()):
+            if weight.committed:
+                weight.remember()
+
+    def _reset_zeroed(self) -> None:
+        """Clears the sums of weights whose `.grad` was zeroed since the last commit; one transfer to
+        the host for all, and none where nobody touched a gradient."""
+        touched = [weight for weight in self._weights.values() if weight.was_touched()]
+        if not touched:
+            return
+        # Touched: clipping, unscaling and reductions leave something, `zero_grad` does not.
+        found = [w.parameter().grad.any() for w in touched]  # type: ignore[union-attr]
+        alive = torch.stack([any_.to(found[0].device) for any_ in found]).tolist()
+        for weight, is_alive in zip(touched, alive, strict=True):
+            if is_alive:
+                weight.remember()
+            else:
+                weight.clear()
+
     def settle(self) -> None:
         """Folds what was kept for further passes; drops what somebody has reset."""
-        for weight in self._weights.values():
-            weight.reset_if_zeroed()
+        self._reset_zeroed()
         for weight in reversed(self._weights.values()):  # as a backward pass would
             still_open, weight.open = weight.open, []
             for call in reversed(still_open):
@@ -431,6 +468,9 @@ class Recorder:
         """Forgets everything; what was taken before stays as it is."""
         for weight in self._weights.values():
             weight.clear()
+            for task in list(weight.staged):  # of passes that raised
+                weight.drop(task)
+        self._reached.clear()
 
     @contextlib.contextmanager
     def sampling(self, weight: float) -> Iterator[None]:

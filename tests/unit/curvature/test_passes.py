@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
@@ -381,6 +382,34 @@ def test_an_attention_that_raises_leaves_no_mode_behind() -> None:
 # -- does the layer compute W x + b? -------------------------------------------------------------
 
 
+def test_a_gradient_that_nobody_touched_is_not_looked_at() -> None:
+    # DistributedDataParallel writes its reduced gradients before the pass has ended.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        watched = Watched(mlp())
+        wrapped = nn.parallel.DistributedDataParallel(watched.model)
+        for _ in range(2):  # accumulates
+            loss_of(wrapped).backward()
+            weights = watched.recorder._weights.values()
+            assert all(w.committed and not w.was_touched() for w in weights)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_weight_inside_and_outside_a_reentrant_checkpoint_counts_both_uses() -> None:
+    def loss(model: nn.Module, inside: Callable[[Tensor], Tensor]) -> Tensor:
+        first, _, last = model
+        return last(first(inside(X.clone().requires_grad_())[:, :4]).tanh()).square().mean()
+
+    right = Watched(mlp())
+    loss(right.model, lambda x: right.model[0](x)).backward()  # type: ignore[index]
+    watched = Watched(mlp())
+    first = watched.model[0]  # type: ignore[index]
+    loss(watched.model, lambda x: checkpoint(first, x, use_reentrant=True)).backward()
+    assert_same(watched.result(), right.result())
+    assert watched.faults == []
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -434,9 +463,9 @@ class Encoder(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("model", [mlp, Encoder])
+@pytest.mark.parametrize(("model", "in_place"), [(mlp, False), (Encoder, False), (Encoder, True)])
 def test_compiled_models_keep_one_graph_and_give_the_same_statistics(
-    model: Callable[[], nn.Module],
+    model: Callable[[], nn.Module], in_place: bool
 ) -> None:
     torch._dynamo.reset()
     x = X if model is mlp else torch.randn(2, 5, 8).double()
@@ -444,7 +473,11 @@ def test_compiled_models_keep_one_graph_and_give_the_same_statistics(
     eager.model(x).square().mean().backward()
     expected = eager.result()
     eager.recorder.close()
-    compiled = torch.compile(traced.model, fullgraph=True, backend="aot_eager")
+    compiled = traced.model
+    if in_place:
+        compiled.compile(fullgraph=True, backend="aot_eager")
+    else:
+        compiled = torch.compile(compiled, fullgraph=True, backend="aot_eager")  # type: ignore[assignment]
     counters = torch._dynamo.utils.counters
     counters.clear()
     for graphs in (1, 1):
