@@ -154,6 +154,9 @@ class Activity:
             self.on = on
             registry.count(1 if on else -1)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Activity:
+        return Activity()  # a copy is not counted
+
 
 def _counts() -> bool:
     """Whether forward calls in this context can be part of a gradient."""

@@ -223,6 +223,10 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
     if shared is not None:
         mean, scale = (v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)) for v in shared)
         return (x - mean) * scale
+    if not module.training and module.running_mean is not None:
+        assert module.running_var is not None
+        mean, var = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+        return nn.functional.batch_norm(x, mean, var, eps=module.eps)
     return nn.functional.batch_norm(x, None, None, training=True, eps=module.eps)
 
 

@@ -139,6 +139,8 @@ class Site:
     weight: Weight
     rows: slice | None = None
     """The part of a packed weight that belongs to the layer."""
+    recomputed: list[Batch] = field(default_factory=list)
+    """Since the last step: of calls inside a backward pass."""
 
     def is_recording(self) -> bool:
         recorder = self.weight.recorder()
@@ -228,6 +230,7 @@ class Weight:
         self.open, self.committed, self.mark = [], False, None
         for site in self.sites:
             site.layer.clear()
+            site.recomputed.clear()
 
     def accumulated(self, parameter: Tensor) -> None:
         """Commits what the running task has staged: it is part of `parameter.grad` now."""
@@ -270,6 +273,8 @@ class Recorder:
         self._weights: dict[int, Weight] = {}
         self._explicit: Batch | None = None
         self._newest: Batch | None = None
+        self._opened: list[Batch] = []
+        """Since the last step."""
         self._loose: dict[int, Batch] = {}
         self._loose_is_old = False
         self._reached: dict[int, list[Weight]] = {}
@@ -331,11 +336,13 @@ class Recorder:
         finally:
             self._explicit = before
             self._newest = batch
+            self._opened.append(batch)
 
     def enter_root(self, arguments: Sequence[Any]) -> None:
         """A forward call of the whole model begins: its first tensor counts the samples."""
         if self._explicit is None:
             self._newest = Batch(0, self._axis, is_given=False)
+            self._opened.append(self._newest)
         batch = self._explicit or self._newest
         assert batch is not None
         batch.length, batch.is_guessed = None, True
@@ -351,18 +358,36 @@ class Recorder:
         first = next(_tensors(output), None)
         batch.has_positions = first is not None and first.dim() > 2
 
-    def batch_of(self, inputs: Tensor) -> Batch:
+    def batch_of(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
         """The batch that a call of a layer is about."""
         batch = self._explicit or self._newest
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and self._opened:
+            batch = self._recomputed(site, inputs, axis)
         if batch is not None:
             if batch.is_guessed and batch.length is None and inputs.dim() > batch.axis:
                 batch.set_length(inputs.shape[batch.axis])
             return batch
         # Only parts of the model are called: the layer's own input counts, once per size and pass.
-        size = inputs.shape[0] if inputs.dim() else 1
-        if self._loose_is_old and torch._C._current_graph_task_id() == -1:
+        axis = self._axis if axis is None else axis
+        size = inputs.shape[axis] if inputs.dim() > axis else 1
+        if self._loose_is_old and not in_backward:
             self._loose, self._loose_is_old = {}, False
-        return self._loose.setdefault(size, Batch(size, is_given=False))
+        return self._loose.setdefault(size, Batch(size, self._axis, is_given=False))
+
+    def _recomputed(self, site: Site, inputs: Tensor, axis: int | None) -> Batch | None:
+        """Of the batches since the last step, the one of a call inside a backward pass (of a reentrant
+        checkpoint, or in a compiled graph): such calls come last first."""
+        fitting = [
+            batch
+            for batch in reversed(self._opened)
+            if batch.extent in inputs.shape[(batch.axis if axis is None else axis) :][:1]
+        ]
+        fresh = [batch for batch in fitting if batch not in site.recomputed]
+        found = next(iter(fresh or fitting), self._explicit or self._newest)
+        if found is not None:
+            site.recomputed.append(found)
+        return found
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -399,7 +424,7 @@ class Recorder:
 
     def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
         """A call of a layer with `inputs`."""
-        batch = self.batch_of(inputs)
+        batch = self.batch_of(site, inputs, axis)
         if not batch.is_given:
             samples = site.layer.samples_in(inputs)
             if samples is not None:
@@ -471,6 +496,7 @@ class Recorder:
             for task in list(weight.staged):  # of passes that raised
                 weight.drop(task)
         self._reached.clear()
+        self._opened, self._newest = [], None
 
     @contextlib.contextmanager
     def sampling(self, weight: float) -> Iterator[None]:
@@ -504,7 +530,12 @@ class Recorder:
                 target += part.to(target.dtype).reshape(target.shape)
         except RuntimeError:  # shapes of another computation
             explained.zero_()
-        difference = float((explained - gradient).norm() / gradient.norm())
+        rest = explained - gradient
+        if parameter.numel() >= 8:
+            # A penalty on the weight itself adds a multiple of it: the passes are those of the layer.
+            along = parameter.detach() / parameter.norm()
+            rest = torch.where(along.isfinite().all(), rest - along * (along * rest).sum(), rest)
+        difference = float(rest.norm() / gradient.norm())
         for site in due:
             self._unchecked[id(site)] -= 1
             # No gradient, or not finite: the next statistics show it.

@@ -9,6 +9,7 @@ refreshed is `refresh.py`. Nothing here depends on the world size except through
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -42,7 +43,14 @@ from elastic_kfac.kfac.options import (
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, move_to, put, save
-from elastic_kfac.kfac.statistics import POSITIONS, Captured, Statistics, WarnOnce, disagreement
+from elastic_kfac.kfac.statistics import (
+    POSITIONS,
+    Captured,
+    Statistics,
+    WarnOnce,
+    disagreement,
+    with_gradients,
+)
 from elastic_kfac.kfac.trust_region import FLOOR, LossScale, StepRates, TrustRegion, kl_clip
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
@@ -127,6 +135,8 @@ class KFAC:
         self._build(as_communicator(process_group))
         self.used: set[str] = set()
         """Layers that a pass has gone through."""
+        self._unseen: set[str] = set()
+        """Layers that were named because none has, though they have a gradient."""
         self._last_damping = self.damping
         self._last_clip = torch.ones((), dtype=torch.float64)
         self._last_product: Tensor | None = None
@@ -256,6 +266,7 @@ class KFAC:
             seen -= statistics.faulty
         self._enter("factor_update")
         self.used |= {self.layers[i].name for i in seen}
+        self._name_unseen()
         here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
         finite = statistics.finite(here)
         refreshed = {i for i, good in zip(here, finite, strict=True) if good}
@@ -306,6 +317,23 @@ class KFAC:
                 square = known[i] * math.prod(shape[:-1])
                 if 0 < square < math.inf and samples:
                     self.trust.scale = LossScale(math.sqrt(square), rows / samples)
+
+    def _name_unseen(self) -> None:
+        """Warns once of layers with a gradient that no recorded pass has gone through."""
+        waiting = [
+            layer
+            for layer, due in zip(self.layers, self._due, strict=True)
+            if due and layer.name not in self.used | self._unseen | self._left_out.keys()
+        ]
+        names = with_gradients(waiting)
+        self._unseen |= set(names)
+        if names:
+            warnings.warn(
+                f"K-FAC does not precondition: {', '.join(names)} (they have a gradient, but the modules "
+                "were not called: call them, instead of functions with their weights)",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _leave_out(self, indices: Iterable[int]) -> None:
         """Uncovers layers whose statistics cannot be right, on every rank alike."""
@@ -768,6 +796,18 @@ class KFAC:
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
         self._capture.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KFAC:
+        """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        vars(twin).update({name: copy.deepcopy(v, memo) for name, v in vars(self).items()})
+        return twin
+
+    def __reduce__(self) -> str:
+        raise UsageError(
+            "a KFAC is bound to its process and cannot be pickled",
+            change="save kfac.state_dict(), and build KFAC in the other process",
+        )
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

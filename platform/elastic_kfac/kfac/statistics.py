@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from elastic_kfac.curvature.capture import Sums
@@ -102,6 +103,14 @@ def reduced(facts: Sequence[Sequence[float]]) -> Statistics:
         faulty=frozenset(flagged),
         last_called=nearest if facts[nearest][3] else None,
     )
+
+
+def with_gradients(layers: Sequence[Layer]) -> list[str]:
+    """Names of layers whose weight has a gradient other than 0; one transfer to the host."""
+    grads = {x.name: x.parameters[0].grad for x in layers}
+    found = {name: grad.any() for name, grad in grads.items() if grad is not None}
+    flags = torch.stack([*found.values()]).tolist() if found else []
+    return [name for name, flag in zip(found, flags, strict=True) if flag]
 
 
 class WarnOnce:
