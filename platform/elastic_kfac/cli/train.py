@@ -159,10 +159,15 @@ def _finish(uri: str, config: Config) -> None:
     folder = open_run(uri)
     if folder.read_config() != config:
         return  # Nothing in it is of this call: the state of an earlier one was not restored.
-    step = int((folder.result() or {}).get("steps") or 0)
-    row = event_row("provenance", step, provenance=provenance(config.resources.use_gpu))
-    try:
-        folder.append_events([row])
-        write_report_and_summary(uri)
-    except OSError as error:
-        raise RunError("the report cannot be written", given=uri, change=str(error)) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(folder.claimed("the run"))
+        except UsageError:
+            return  # Another process continues it already, and reports at its end.
+        step = int((folder.result() or {}).get("steps") or 0)
+        row = event_row("provenance", step, provenance=provenance(config.resources.use_gpu))
+        try:
+            folder.append_events([row])
+            write_report_and_summary(uri)
+        except OSError as error:
+            raise RunError("the report cannot be written", given=uri, change=str(error)) from None

@@ -11,6 +11,7 @@ from ray.tune import Callback as RayTuneCallback
 from ray.tune import Stopper
 from ray.tune.stopper import NoopStopper
 
+from elastic_kfac.errors import RunError
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_folder import SearchFolder
 from elastic_kfac.experiments.search_plan import SearchPlan
@@ -48,6 +49,7 @@ class SearchRecord:
         self._plan = plan
         self._broker = broker
         self._say = say
+        self._problem: OSError | None = None
         emulated = self._space.objective.metric == "emulated_time_to_accuracy_s"
         self._emulator = Emulator(self._space.links) if emulated else None
         self._on_change = on_change
@@ -115,7 +117,15 @@ class SearchRecord:
     def write(self) -> None:
         """Writes the files, and updates how many trials wait for workers."""
         self._broker.set_waiting.remote(self._plan.waiting())
-        self._folder.write()
+        try:
+            self._folder.write()
+        except OSError as error:
+            # The next write holds everything again; `close` does not let it pass.
+            if self._problem is None:
+                self._say(f"warning: {self._folder.folder} cannot be written: {error}")
+            self._problem = error
+        else:
+            self._problem = None
         self._on_change()
 
     def settle(self) -> None:
@@ -135,6 +145,12 @@ class SearchRecord:
                 if trial.status == RUNNING:
                     trial.status, trial.reason = PENDING, self.why_interrupted
             self.settle()
+            if self._problem is not None:
+                raise RunError(
+                    "the record of the search lacks its last changes",
+                    given=self._folder.folder,
+                    change=f"{self._problem}; with room the same --name continues",
+                ) from None
 
     def _read_result(self, trial: Trial) -> None:
         """Takes over the results that the run itself has recorded."""

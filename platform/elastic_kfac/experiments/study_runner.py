@@ -265,7 +265,11 @@ class _TaskExecutor:
             self.trained.append(trial.id)
         else:
             self._engine.line.say(f"{cell} {trial.status}: {trial.reason}")
-        self._folder.write()
+        try:
+            self._folder.write()
+        except OSError as error:
+            # The end writes the tables again, and does not let it pass.
+            self._engine.line.say(f"warning: the study's tables cannot be written: {error}")
         self._engine.has_news = True
 
 

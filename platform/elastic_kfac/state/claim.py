@@ -129,7 +129,7 @@ def _flock(storage: Storage, claim: Claim, deadline: float) -> Callable[[], None
                 raise _refuse(claim.what, path.read_bytes() if path.exists() else b"") from None
             time.sleep(0.1)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
             path.unlink()
             return None

@@ -311,8 +311,8 @@ def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
     twin.param_groups = [{**optimizer.param_groups[0], "params": [parameter]}]
-    # An optimizer with further attributes, which the copy lacks, is taken on trust.
-    with contextlib.suppress(AttributeError):
+    # One that needs more (a closure, a GPU, attributes that the copy lacks) is taken on trust.
+    with contextlib.suppress(Exception):
         type(twin).step(twin)
     return {key: value for key, value in twin.state[parameter].items() if value is not None}
 

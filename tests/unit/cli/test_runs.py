@@ -13,7 +13,10 @@ import pytest
 from elastic_kfac.cli import main
 from elastic_kfac.cli.runs import locate_run
 from elastic_kfac.cli.train import check_name, fresh_name
+from elastic_kfac.cluster.run.result import RunResult
+from elastic_kfac.config import Config
 from elastic_kfac.errors import UsageError
+from elastic_kfac.state.run_folder import RunFolder
 
 DIGITS = Path(__file__).parents[3] / "jobs" / "configs" / "digits.yaml"
 
@@ -183,8 +186,8 @@ def test_train_failed_run_still_writes_the_report_with_provenance(
 ) -> None:
     from elastic_kfac.errors import RunError
 
-    def fail(config: object, *, name: str, storage: str, **rest: object) -> None:
-        make_run(Path(storage), name)
+    def fail(config: Config, *, name: str, storage: str, **rest: object) -> None:
+        RunFolder(make_run(Path(storage), name)).write_config(config)
         raise RunError("rank 1 gave up")
 
     monkeypatch.chdir(tmp_path)
@@ -205,7 +208,7 @@ def test_train_with_faults_that_never_fired_returns_1(
     def finish(config: object, *, name: str, storage: str, **rest: object) -> object:
         make_run(Path(storage), name)
         assert rest["resize_at"] == [(9000, 1)]
-        return types.SimpleNamespace(unfired=("--resize-at 9000:1",), exit_code=1)
+        return RunResult("finished", "", {}, unfired=("--resize-at 9000:1",))
 
     monkeypatch.chdir(tmp_path)
     fake = types.ModuleType("elastic_kfac.cluster.run.trainer")

@@ -12,8 +12,8 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from elastic_kfac.config import read_config
-from elastic_kfac.errors import UsageError
-from elastic_kfac.experiments.search_folder import SearchFolder
+from elastic_kfac.errors import RunError, UsageError
+from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search
 from elastic_kfac.experiments.search_plan import SearchPlan
 from elastic_kfac.experiments.search_record import SearchRecord
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
@@ -433,3 +433,37 @@ def test_states_of_trials_that_lost_go_unless_they_are_kept(tmp_path: Path, keep
     gone = [t for t in story.trials if not state(t).exists()]
     assert gone == ([] if keep else ["t0-0", "t0-1", "t0-2", "t2-0"])
     assert (story.folder / "trials" / "t0-0" / "result.json").exists()
+
+
+def test_search_has_one_writer(tmp_path: Path) -> None:
+    with claimed_search(tmp_path / "s", "s", make_space(), print) as search:
+        search.write()
+        with (
+            pytest.raises(UsageError, match="search s is in use by another process"),
+            claimed_search(tmp_path / "s", "s", make_space(), print),
+        ):
+            pytest.fail("two writers")
+    with claimed_search(tmp_path / "s", "s", make_space(), print):
+        pass
+
+
+def test_full_disk_is_told_once_and_the_next_write_holds_everything(
+    story: Story, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story.point(0, 0.1)
+    write, full = SearchFolder.write, [True]
+
+    def write_if_there_is_room(search: SearchFolder) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        write(search)
+
+    monkeypatch.setattr(SearchFolder, "write", write_if_there_is_room)
+    story.end("t0-0", 1.0, "target")
+    story.end("t0-1", 1.0, "target")
+    assert ["No space left" in line for line in story.said].count(True) == 1
+    with pytest.raises(RunError, match=r"lacks its last changes.*No space left"):
+        story.record.close()
+    full[0] = False
+    story.record.close()
+    assert (story.folder / "trials.csv").read_text().count(",finished,") == 2
