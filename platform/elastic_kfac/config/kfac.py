@@ -121,7 +121,8 @@ class KfacOptions(Section):
 
     damping: Damping = 1e-3
     """Tikhonov damping γ, at true per-sample scale: it competes with the eigenvalues of A ⊗ G, which
-    have the scale of squared per-sample gradients. Too small lets noise in flat directions dominate the
+    have the scale of squared per-sample gradients (of the normalised loss with
+    `trust_region: adaptive`: 1 at the output). Too small lets noise in flat directions dominate the
     step; too large turns K-FAC into gradient descent. A layer never gets less than its gradient's
     rounding needs: in float32, about 2e-6 of its largest eigenvalue. A number, a schedule
     (`schedule: warmup` or `milestones`) or `rule: levenberg_marquardt`."""
@@ -131,7 +132,7 @@ class KfacOptions(Section):
     """Steps between factor updates; or a schedule."""
     inverse_update_steps: Interval = 10
     """Steps between decompositions, a multiple of factor_update_steps; or a schedule."""
-    trust_region: Literal["adaptive", "fixed", "none"] = "fixed"
+    trust_region: Literal["adaptive", "fixed", "none"] = "adaptive"
     """What bounds a step. `adaptive` normalises the loss by the size of its first output gradients,
     bounds the whole step with the optimizer's momentum in it, and moves the bound with the descent:
     damping then is on the scale of the normalised loss, and of the learning rate only its course
@@ -196,6 +197,13 @@ class KfacOptions(Section):
     def _consistent(self) -> KfacOptions:
         if self.trust_region == "fixed" and self.kl_clip is None:
             raise ValueError("trust_region=fixed needs a kl_clip; null is trust_region=none")
+        if (
+            self.trust_region == "adaptive"
+            and self.kl_clip != type(self).model_fields["kl_clip"].default
+        ):
+            raise ValueError(
+                "kl_clip has no effect with trust_region=adaptive: set trust_region=fixed"
+            )
         if self.trust_region == "adaptive" and self.factor_scale != "per_sample":
             raise ValueError(
                 "trust_region=adaptive needs factor_scale=per_sample: give kl_clip to use another scale"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,6 +119,19 @@ class Run:
     def finished(self) -> bool:
         """Whether the run finished."""
         return self.result is not None and self.result.get("status") == FINISHED
+
+    @cached_property
+    def divergence(self) -> tuple[float, float] | None:
+        """(first, last) training loss of a run whose loss ended above its start; None for any other.
+
+        The last one is the median of the last five rows, and counts from 1.2 times the first on.
+        """
+        losses = [loss for row in self.steps if (loss := number(row, "loss")) is not None]
+        if not losses:
+            return None
+        first, last = losses[0], statistics.median(losses[-5:])
+        above = last > 1.2 * first > 0 or not math.isfinite(last)
+        return (first, last) if above else None
 
     @property
     def best_accuracy(self) -> float | None:

@@ -32,6 +32,12 @@ def _outcome(run: Run) -> str:
         return f"Ended as “{run.result.get('status', 'unknown')}” at step {run.last_step:,}" + (
             f" with {best:.2%} test accuracy" if best is not None else ""
         )
+    if run.divergence is not None:
+        begin, end = run.divergence
+        text = (
+            f"Diverged: the training loss is {end:.4g} at the end and was {begin:.4g} at the start"
+        )
+        return text + (f" (best test accuracy {best:.2%} on the way)" if best is not None else "")
     if best is None:
         return f"Finished {run.last_step:,} steps in {duration(run.wall_time_s)}"
     last = run.last_accuracy
@@ -45,6 +51,19 @@ def _outcome(run: Run) -> str:
     if last is not None and last < target:
         ended += ", below the target"
     return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%}{ended})"
+
+
+def advice(run: Run) -> str:
+    """Which settings to change in a run that diverged."""
+    kfac = run.config.get("kfac", {})
+    if not kfac.get("enabled", True):
+        return "lower optimizer.lr"
+    if kfac.get("trust_region") == "adaptive":
+        return "raise kfac.damping tenfold; kfac.trust_region=adaptive makes optimizer.lr matter little"
+    return (
+        "leave out kfac.kl_clip (kfac.trust_region=adaptive), or lower optimizer.lr and kfac.kl_clip "
+        "and raise kfac.damping, tenfold each"
+    )
 
 
 def summary_text(run: Run) -> str:
@@ -69,6 +88,8 @@ def summary_text(run: Run) -> str:
         lines.append("  " + describe_event(event))
     if len(run.changes) > 8:
         lines.append(f"  … and {len(run.changes) - 8} more in events.jsonl")
+    if run.divergence is not None:
+        lines.append(f"  change      {advice(run)}")
     if result.get("final_state_sha256"):
         lines.append(f"  state       sha256 {result['final_state_sha256']}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -205,6 +206,22 @@ def test_events_of_a_clock_that_was_set_back_do_not_run_backwards(make_run: Make
     lines = "".join(json.dumps(event) + "\n" for event in events)
     text = page_of(make_run(events__jsonl=lines))
     assert text.count("8.0 s</td>") == 2
+
+
+@pytest.mark.parametrize("last", [3.0, math.nan])
+def test_a_run_that_ends_above_its_start_is_no_success(make_run: MakeRun, last: float) -> None:
+    rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate([2.3, 1.0, *[last] * 5])]
+    result = {"status": "finished", "best_accuracy": 0.98, "target_accuracy": 0.97, "steps": 7}
+    text = summary_text(
+        read_run(
+            make_run(
+                result__json=json.dumps(result),
+                metrics__jsonl="".join(json.dumps(row) + "\n" for row in rows),
+            )
+        )
+    )
+    assert text.startswith(f"Diverged: the training loss is {last:.4g} at the end and was 2.3 at")
+    assert "  change      " in text
 
 
 def test_headline_of_failed_run_names_the_status(make_run: MakeRun) -> None:
