@@ -25,6 +25,7 @@ from elastic_kfac.training.loop import Outcome, run_rank
 
 KFAC: dict[str, Any] = {
     "kfac.enabled": True,
+    "kfac.kl_clip": 1e-3,
     "kfac.damping": 0.01,
     "kfac.factor_update_steps": 2,
     "kfac.inverse_update_steps": 4,

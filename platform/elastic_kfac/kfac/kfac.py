@@ -28,7 +28,7 @@ from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedCon
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.damping import AdaptiveDamping, mean_eigenvalue
 from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
-from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
@@ -140,6 +140,9 @@ class KFAC:
         self._last_damping = self.damping
         self._last_clip = torch.ones((), dtype=torch.float64)
         self._last_product: Tensor | None = None
+        self._clipped = torch.zeros((), dtype=torch.float64, device=self.layers[0].device)
+        """Steps since this object was built that the bound has shortened, of `_counted`."""
+        self._counted = 0
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
 
@@ -314,7 +317,7 @@ class KFAC:
             last = outputs[-1:] if statistics.last_called is None else [statistics.last_called]
             for i in last:
                 shape, (samples, rows) = self.layers[i].factor_shapes["G"], statistics.counts[i]
-                square = known[i] * math.prod(shape[:-1])
+                square = known[i] * math.prod(shape[:-1] or shape)
                 if 0 < square < math.inf and samples:
                     self.trust.scale = LossScale(math.sqrt(square), rows / samples)
 
@@ -389,40 +392,33 @@ class KFAC:
                 results[place] = torch.where(good, results[place], gradients[place])
                 self._fallbacks += (~good).to(self._fallbacks)
         if self.trust is not None:
+            rates = StepRates(
+                self._rates.of_layers(self.layers, self.steps), self._rates.momenta(self.layers)
+            )
             self._last_clip, self._last_product = self.trust.apply(
                 active,
                 results,
                 gradients,
-                StepRates(
-                    self._rates.of_layers(self.layers, self.steps),
-                    self._rates.momenta(self.layers),
-                ),
+                rates,
                 is_linear=self._rates.are_linear,
                 total=self.distribution.total,
             )
-            self._normalise_others(layers)
+            done = {id(p) for layer in layers for p in layer.parameters}
+            plain = [p.grad for p in self._model.parameters() if id(p) not in done]
+            self.trust.apply_plain([grad for grad in plain if grad is not None], rates)
         else:
             bound = value_at(self.options, "kl_clip", self.steps) if self._clips else None
-            rates = self._rates.of_layers(layers, self.steps) if self._clips else ()
+            lr = self._rates.of_layers(layers, self.steps) if self._clips else ()
             self._last_clip, self._last_product = kl_clip(
-                results, gradients, rates, bound, self.distribution.total, self.layers[0].device
+                results, gradients, lr, bound, self.distribution.total, self.layers[0].device
             )
+        self._clipped += self._last_clip.to(self._clipped) < 1.0
+        self._counted += 1
         stacks.set_gradients(results)
 
     @property
     def _clips(self) -> bool:
         return self.options.trust_region == "fixed"
-
-    def _normalise_others(self, layers: Sequence[Layer]) -> None:
-        """Gradients of parameters without curvature become those of the normalised loss."""
-        assert self.trust is not None
-        if self.trust.scale is None:
-            return
-        done = {id(p) for layer in layers for p in layer.parameters}
-        grads = [p.grad for p in self._model.parameters() if id(p) not in done]
-        others = [grad for grad in grads if grad is not None]
-        if others:
-            torch._foreach_div_(others, self.trust.scale.loss)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -696,6 +692,7 @@ class KFAC:
         return {
             "damping": self._last_damping,
             "kl_clip_scale": self.kl_clip_scale,
+            "clipped_share": float(self._clipped) / max(1, self._counted),
             "factor_updates": max((state.factor_updates for state in held), default=0),
             "inverse_age_steps": max(0, self.steps - 1 - oldest),
             "fallbacks": self.counters["inverse_failures"] + int(self._fallbacks),

@@ -52,10 +52,12 @@ OVERSHOOT = 0.2
 """Average ρ from which on α shrinks."""
 REGAIN = 0.97
 """What an α below 1 is divided by while the average is negative."""
-SMALLEST, LARGEST = 0.05, 30.0
+SMALLEST, LARGEST = 0.01, 30.0
 """Range of α."""
 BRAKE = 0.2
 """ρ from which on momentum is cut, in proportion, to nothing at ρ = 1."""
+PLAIN = 1.0
+"""Longest whole step of a parameter without curvature, at the largest learning rate."""
 FLOOR = 0.01
 """ε."""
 
@@ -144,7 +146,6 @@ class TrustRegion:
         steps_taken: δ in units of −lr, by layer, where this rank has P.
         growth: α.
         descent: The average of ρ.
-        clipped: Steps with αν < 1 so far.
         squares: δᵀ(F + γI)δ by layer, float64 [layers].
     """
 
@@ -155,7 +156,7 @@ class TrustRegion:
         self.steps_taken: dict[str, Tensor] = {}
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.growth = zero + 1.0
-        self.descent, self.clipped = zero, zero
+        self.descent = zero
         self.squares = zero.new_zeros(len(self.names))
 
     def apply(
@@ -205,7 +206,6 @@ class TrustRegion:
             rho = self._grow(products, slopes, products.new_tensor(rates.lr))
             cut = ((rho - BRAKE) / (1.0 - BRAKE)).clamp(min=0.0)
         factor = torch.where(usable, nu * self.growth, 0.0)
-        self.clipped = self.clipped + (factor < 1.0)
         momentum = products.new_tensor(rates.momentum) * (1.0 - cut)
         grown = momentum * (momentum * self.squares + 2 * factor * slopes)
         self.squares = (grown + factor.square() * products.abs()).clamp(min=0.0)
@@ -223,6 +223,17 @@ class TrustRegion:
                     value.sub_(back)
                     step.add_(taken).sub_(back)
         return factor, raw
+
+    def apply_plain(self, gradients: list[Tensor], rates: StepRates) -> None:
+        """Brings gradients of parameters without curvature to the normalised loss, in place, and bounds
+        the whole step of each by `PLAIN`."""
+        lr, momentum = max(rates.lr), max(rates.momentum)
+        if not gradients or not lr:
+            return
+        torch._foreach_div_(gradients, (self.scale or LossScale()).loss)
+        longest = PLAIN * (1.0 - momentum) / self.largest_lr
+        scales = [(longest / norm).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
+        torch._foreach_mul_(gradients, scales)
 
     def _grow(self, products: Tensor, slopes: Tensor, lr: Tensor) -> Tensor:
         """Moves α; returns ρ."""
@@ -261,4 +272,4 @@ class TrustRegion:
         self.squares = self.squares.new_tensor([saved["squares"].get(n, 0.0) for n in self.names])
 
 
-_SCALARS = ("growth", "descent", "clipped")
+_SCALARS = ("growth", "descent")

@@ -66,6 +66,25 @@ def advice(run: Run) -> str:
     )
 
 
+def clip_text(run: Run) -> str:
+    """What the bound on steps did to the learning rate; empty where that is nothing to change."""
+    rows = [row for row in run.steps if number(row, "clipped_share") is not None]
+    if not rows:
+        return ""
+    share = f"{rows[-1]['clipped_share']:.0%} of the steps were shortened"
+    scales = sorted(number(row, "kl_clip_scale") or 0.0 for row in rows)
+    if (
+        run.config.get("kfac", {}).get("trust_region") != "fixed"
+        or rows[-1]["clipped_share"] < 0.95
+    ):
+        return share
+    if scales[len(scales) // 2] < 0.01:
+        return (
+            share + ", most of them more than 100 times: lower optimizer.lr or raise kfac.damping"
+        )
+    return share + ", so that optimizer.lr had no effect: lower it or raise kfac.kl_clip"
+
+
 def summary_text(run: Run) -> str:
     """The end of a run on one screen."""
     result = run.result or {}
@@ -88,6 +107,8 @@ def summary_text(run: Run) -> str:
         lines.append("  " + describe_event(event))
     if len(run.changes) > 8:
         lines.append(f"  … and {len(run.changes) - 8} more in events.jsonl")
+    if clip := clip_text(run):
+        lines.append(f"  clip        {clip}")
     if run.divergence is not None:
         lines.append(f"  change      {advice(run)}")
     if result.get("final_state_sha256"):

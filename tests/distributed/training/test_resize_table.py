@@ -180,7 +180,9 @@ SYSTEMS: dict[str, System] = {
         kinds=("trust region",),
     ),
     "osawa-trust-region": System(
-        {**OSAWA, "kfac.trust_region": "adaptive"}, ("4-3-4",), kinds=("trust region",)
+        {**OSAWA, "kfac.trust_region": "adaptive", "kfac.kl_clip": 1e-3},
+        ("4-3-4",),
+        kinds=("trust region",),
     ),
     "osawa": System(
         OSAWA,

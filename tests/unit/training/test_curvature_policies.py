@@ -47,7 +47,7 @@ def train(policy: BatchSizePolicy) -> Course:
     inputs, labels = clusters10(SAMPLES)
     model = nn.Sequential(nn.Linear(64, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    kfac = KFAC(model, lr=optimizer, damping=1e-2)
+    kfac = KFAC(model, lr=optimizer, damping=1e-2, kl_clip=1e-3)
     loss_sum = CrossEntropy().loss
     attack = Attack("fgsm", 0.05)
     course = Course()
