@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,9 @@ from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, RunError, StateError, UsageError
 from elastic_kfac.runs.final_record import compact_ledger
+from elastic_kfac.runs.history import number
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.run_folder import Row, RunFolder
 
 EXIT_INTERRUPTED = 130
 
@@ -114,9 +116,12 @@ def build_result(
         **seen,
         **(view.outcome or {}),
         "status": status,
-        "resizes": sum(row["from_world_size"] not in (0, row["to_world_size"]) for row in changes),
-        "steps_redone": sum(int(row["steps_redone"]) for row in changes),
-        "downtime_s": round(sum(float(row["downtime_s"]) for row in changes), 3),
+        "resizes": sum(
+            _amount(row, "from_world_size") not in (0, _amount(row, "to_world_size"))
+            for row in changes
+        ),
+        "steps_redone": sum(int(_amount(row, "steps_redone")) for row in changes),
+        "downtime_s": round(sum(_amount(row, "downtime_s") for row in changes), 3),
         "unfired_faults": list(unfired),
         "error": view.error.line if view.error is not None else None,
     }
@@ -135,6 +140,12 @@ def build_result(
             "the run's result cannot be written", given=folder.uri, change=f"{cause}; {safe}"
         ) from None
     return result
+
+
+def _amount(row: Row, key: str) -> float:
+    """A finite number of a row that an earlier call has written; 0 where it is damaged."""
+    value = number(row, key)
+    return value if value is not None and math.isfinite(value) else 0.0
 
 
 def _safe_part(folder: RunFolder, step: int, unwritten_rows: int) -> tuple[bool, str]:
