@@ -1,12 +1,12 @@
-"""CPU time that K-FAC adds to a training step: ours beside kfac-pytorch, in one run.
+"""CPU time that K-FAC adds to a training step: ours, kfac-pytorch's, and that of the bare kernels.
 
-    python benchmarks/kfac_step.py [--peer FOLDER] [--out FILE]
+    python benchmarks/kfac_step.py [--peer FOLDER] [--cases resnet20 mlp256] [--out FILE]
 
-Process CPU time, one thread, whole inverse-update cycles, the same layers (convolutions and the last
-Linear), ResNet-20 on 32x32 images, batch 64. The three variants take turns, cycle by cycle, so that a
-noisy machine hits them alike; what counts are the ratios. `--peer` is a folder with
+Process CPU time, one thread, whole inverse-update cycles, the same Linear and Conv2d layers. Variants
+take turns, cycle by cycle, so that a noisy machine hits them alike; what counts are the ratios. `floor`
+is kfac_floor.py's: the kernels of an exact step and nothing else. `--peer` is a folder with
 kfac-pytorch installed (`pip install --no-deps --target FOLDER` of a checkout of gpauloski/kfac-pytorch);
-without it only our own time over SGD is measured.
+without it only our own time is measured.
 """
 
 from __future__ import annotations
@@ -20,39 +20,45 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from kfac_floor import Floor
+from torch import Tensor, nn
 
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.tasks.models import create_model
 
 INTERVALS = ((1, 10), (10, 100))
-BATCH = 64
 
 
 def main() -> None:
+    cases = _cases()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", type=Path, help="folder with kfac-pytorch installed")
     parser.add_argument("--peer-commit", default="unknown", help="its commit, for the record")
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases))
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--cycles", type=int, nargs=2, default=(5, 1), help="per interval pair")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     peer = _import_peer(arguments.peer)
     rows = []
-    for intervals, cycles in zip(INTERVALS, arguments.cycles, strict=True):
-        for method in ("eigen", "inverse"):
-            rows.append(_compare(intervals, method, cycles, peer))
-            print(_line(rows[-1]), flush=True)
+    for name in arguments.cases:
+        for at in range(len(INTERVALS)):
+            for method in ("eigen", "inverse"):
+                rows.append(_compare(name, cases[name], at, method, peer))
+                print(_line(rows[-1]), flush=True)
     result = {
         "benchmark": "kfac_step",
-        "what": "process CPU ms per step; extra = K-FAC minus SGD; ratio = our extra / peer's extra",
-        "model": "resnet20, batch 64, 3x32x32, float32, one thread",
+        "what": "process CPU ms per step, float32, one thread; extra = K-FAC minus SGD; "
+        "extra_ratio = our extra / peer's extra; floor = bare kernels",
+        "cases": {name: cases[name].description for name in arguments.cases},
         "rows": rows,
         "peer": {"name": "kfac-pytorch", "commit": arguments.peer_commit} if peer else None,
         "machine": {"cpu": _cpu(), "cores": torch.get_num_threads()},
@@ -66,7 +72,7 @@ def main() -> None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _import_peer(folder: Path | None) -> object | None:
+def _import_peer(folder: Path | None) -> Any:
     if folder:
         sys.path.insert(0, str(folder))
     try:
@@ -78,81 +84,172 @@ def _import_peer(folder: Path | None) -> object | None:
         return None
 
 
-def _compare(intervals: tuple[int, int], method: str, cycles: int, peer: object | None) -> dict:
-    base = create_model("resnet20", num_classes=10, image_shape=(3, 32, 32))
-    norms = [n for n, m in base.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    skip = ["^" + name.replace(".", r"\.") + "$" for name in norms]
-    variants: dict[str, Callable[[nn.Module], object | None]] = {
+@dataclass(frozen=True)
+class Case:
+    """A model with the batch that it trains on."""
+
+    description: str
+    build: Callable[[], nn.Module]
+    loss: Callable[[nn.Module], Tensor]
+    cycles: tuple[int, int]
+    """Measured cycles at each pair of `INTERVALS`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _cases() -> dict[str, Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def labels(count: int) -> Tensor:
+        return torch.randint(10, (count,), generator=generator)
+
+    def classify(x: Tensor, y: Tensor) -> Callable[[nn.Module], Tensor]:
+        return lambda model: F.cross_entropy(model(x), y)
+
+    images, image_labels = normal(64, 3, 32, 32), labels(64)
+    rows, row_labels = normal(128, 784), labels(128)
+    tokens, targets = normal(16, 128, 256), normal(16, 128, 256)
+    return {
+        "resnet20": Case(
+            "ResNet-20, 64 x 3 x 32 x 32",
+            lambda: create_model("resnet20", num_classes=10, image_shape=(3, 32, 32)),
+            classify(images, image_labels),
+            (5, 1),
+        ),
+        "mlp256": Case(
+            "MLP 784-256x4-10, 128 rows",
+            lambda: _mlp(784, [256] * 4, 10),
+            classify(rows, row_labels),
+            (20, 4),
+        ),
+        "mlp1024": Case(
+            "MLP 784-1024x3-10, 128 rows",
+            lambda: _mlp(784, [1024] * 3, 10),
+            classify(rows, row_labels),
+            (3, 1),
+        ),
+        "encoder": Case(
+            "transformer encoder block, width 256, 16 x 128 tokens",
+            lambda: EncoderBlock(256, 8),
+            lambda model: F.mse_loss(model(tokens), targets),
+            (5, 1),
+            {"loss_reduction": "positions"},
+        ),
+    }
+
+
+def _mlp(inputs: int, widths: list[int], outputs: int) -> nn.Module:
+    sizes = [inputs, *widths]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm attention with separate projections, and an MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        split = (
+            (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)) for p in (self.q, self.k, self.v)
+        )
+        h = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        x = x + self.out(h)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str, Any]:
+    factor_steps, inverse_steps = INTERVALS[at]
+    base = case.build()
+    norms = (nn.BatchNorm2d, nn.LayerNorm)
+    skip = [n for n, m in base.named_modules() if isinstance(m, norms)]
+    common = {"lr": 0.1, "damping": 0.01, "factor_update_steps": factor_steps}
+    builders: dict[str, Callable[[nn.Module], Any]] = {
         "sgd": lambda model: None,
         "ours": lambda model: KFAC(
             model,
-            lr=0.1,
-            damping=0.01,
-            factor_update_steps=intervals[0],
-            inverse_update_steps=intervals[1],
+            inverse_update_steps=inverse_steps,
             method=method,
-            skip_layers=skip,
+            skip_layers=["^" + n.replace(".", r"\.") + "$" for n in skip],
+            kl_clip=1e-3,
+            **common,
+            **case.options,
         ),
     }
     if peer is not None:
-        variants["peer"] = lambda model: peer(
-            model,
-            lr=0.1,
-            damping=0.01,
-            factor_update_steps=intervals[0],
-            inv_update_steps=intervals[1],
-            compute_method=method,
+        builders["peer"] = lambda model: peer(
+            model, inv_update_steps=inverse_steps, compute_method=method, **common
         )
-    runners = {name: _Runner(copy.deepcopy(base), build) for name, build in variants.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for runner in runners.values():
-        runner.cycle(intervals[1])  # warm-up, and every later cycle starts at the same phase
-    for _ in range(cycles):
-        for name, runner in runners.items():
-            times[name].append(runner.cycle(intervals[1]))
-    per_step = {name: 1e3 * statistics.median(t) / intervals[1] for name, t in times.items()}
-    row: dict[str, object] = {
-        "factor_update_steps": intervals[0],
-        "inverse_update_steps": intervals[1],
+    runners: dict[str, Any] = {
+        n: _Runner(copy.deepcopy(base), build, case.loss) for n, build in builders.items()
+    }
+    runners["floor"] = Floor(copy.deepcopy(base), case.loss, method=method, skip=skip)
+    times: dict[str, list[float]] = {n: [] for n in runners}
+    for number in range(case.cycles[at] + 1):
+        for n, runner in runners.items():
+            seconds = runner.cycle(factor_steps, inverse_steps)
+            if number:  # the first one warms up, and every later cycle starts at the same phase
+                times[n].append(seconds)
+    per_step = {n: 1e3 * statistics.median(t) / inverse_steps for n, t in times.items()}
+    extra = {n: per_step[n] - per_step["sgd"] for n in builders}
+    row: dict[str, Any] = {
+        "case": name,
+        "factor_update_steps": factor_steps,
+        "inverse_update_steps": inverse_steps,
         "method": method,
-        "n": cycles,
-        **{f"{name}_ms": round(value, 2) for name, value in per_step.items()},
+        "n": case.cycles[at],
+        **{f"{n}_ms": round(value, 2) for n, value in per_step.items()},
         "ours_over_sgd": round(per_step["ours"] / per_step["sgd"], 3),
+        "ours_over_floor": round(extra["ours"] / per_step["floor"], 3),
     }
     if "peer" in per_step:
         row["peer_over_sgd"] = round(per_step["peer"] / per_step["sgd"], 3)
-        extra = [per_step[name] - per_step["sgd"] for name in ("ours", "peer")]
-        row["extra_ratio"] = round(extra[0] / extra[1], 3)
+        row["extra_ratio"] = round(extra["ours"] / extra["peer"], 3)
     return row
 
 
 class _Runner:
-    """One model with one preconditioner, on its own random batches."""
+    """One model with one preconditioner."""
 
-    def __init__(self, model: nn.Module, build: Callable[[nn.Module], object | None]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        build: Callable[[nn.Module], Any],
+        loss: Callable[[nn.Module], Tensor],
+    ) -> None:
+        self.model, self.loss = model, loss
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.preconditioner = build(model)
-        self.x = torch.randn(BATCH, 3, 32, 32)
-        self.y = torch.randint(10, (BATCH,))
 
-    def cycle(self, steps: int) -> float:
+    def cycle(self, factor_update_steps: int, inverse_update_steps: int) -> float:
+        """Process CPU seconds of one inverse-update cycle."""
         start = time.process_time()
-        for _ in range(steps):
+        for _ in range(inverse_update_steps):
             self.optimizer.zero_grad()
-            F.cross_entropy(self.model(self.x), self.y).backward()
+            self.loss(self.model).backward()
             if self.preconditioner is not None:
                 self.preconditioner.step()
             self.optimizer.step()
         return time.process_time() - start
 
 
-def _line(row: dict) -> str:
+def _line(row: dict[str, Any]) -> str:
     text = (
-        f"({row['factor_update_steps']},{row['inverse_update_steps']}) {row['method']:8s}"
-        f" sgd {row['sgd_ms']:7.1f} ms  ours {row['ours_ms']:7.1f} ms ({row['ours_over_sgd']:.2f}x)"
+        f"{row['case']:9s} ({row['factor_update_steps']},{row['inverse_update_steps']}) "
+        f"{row['method']:8s} sgd {row['sgd_ms']:7.1f} ms  ours {row['ours_ms']:7.1f} ms "
+        f"({row['ours_over_sgd']:.2f}x SGD, extra {row['ours_over_floor']:.2f}x the floor)"
     )
     if "peer_ms" in row:
         text += (
