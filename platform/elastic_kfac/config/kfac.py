@@ -188,9 +188,14 @@ class KfacOptions(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _clip_given(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "kl_clip" in data and "trust_region" not in data:
+    def _published_rule(cls, data: Any) -> Any:
+        """A clip or a scale of published code comes with the bound that it was published with."""
+        if not isinstance(data, dict) or "trust_region" in data:
+            return data
+        if "kl_clip" in data:
             return {**data, "trust_region": "none" if data["kl_clip"] is None else "fixed"}
+        if data.get("factor_scale", "per_sample") != "per_sample":
+            return {**data, "trust_region": "fixed"}
         return data
 
     @model_validator(mode="after")

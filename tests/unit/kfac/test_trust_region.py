@@ -212,3 +212,6 @@ def test_a_given_kl_clip_is_the_fixed_rule() -> None:
     assert KFAC(network(), config).options.trust_region == "adaptive"
     with pytest.raises(ConfigError, match="factor_scale"):
         KFAC(network(), trust_region="adaptive", factor_scale="kaisa")
+    assert KfacOptions(factor_scale="kaisa").trust_region == "fixed"
+    with pytest.raises(ConfigError, match="no effect"):
+        KFAC(network(), trust_region="adaptive", kl_clip=1e-5)
