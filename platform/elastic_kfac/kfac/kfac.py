@@ -378,9 +378,13 @@ class KFAC:
         active = self.distribution.preconditioned_here(self.states)
         layers = [self.layers[i] for i in active]
         decay = self.options.weight_decay
-        # A step of the trust region is one of all columns, whether or not they have a gradient now.
-        whole = self.trust is not None
-        used = [None if whole else layer.used_columns(decay) for layer in layers]
+        # The trust region keeps the sum of all columns' steps, so that its first one holds all.
+        sums = self.trust is not None and self._rates.are_linear
+        known = self.trust.steps_taken if self.trust is not None else {}
+        used = [
+            None if sums and layer.name not in known else layer.used_columns(decay)
+            for layer in layers
+        ]
         stacks = Stacks(layers, used)
         gradients = stacks.gradients(decay)
         results = self.distribution.precondition(
@@ -399,6 +403,7 @@ class KFAC:
                 active,
                 results,
                 gradients,
+                used,
                 rates,
                 is_linear=self._rates.are_linear,
                 total=self.distribution.total,

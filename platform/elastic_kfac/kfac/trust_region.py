@@ -164,6 +164,7 @@ class TrustRegion:
         indices: Sequence[int],
         results: list[Tensor],
         gradients: Sequence[Tensor],
+        used: list[Tensor | None],
         rates: StepRates,
         *,
         is_linear: bool,
@@ -175,6 +176,8 @@ class TrustRegion:
             indices: Layers that this rank has results of.
             results: Scaled in place.
             gradients: D of the same layers.
+            used: The columns that a layer's result holds, None for all; those become all where the
+                brake reaches columns without a gradient.
             rates: Of the coming step.
             is_linear: Whether the update is −lr (P + m times the last one); α stays 1 otherwise.
             total: The sum over ranks of a tensor to which each layer contributes on one rank, or
@@ -185,6 +188,10 @@ class TrustRegion:
         """
         scale = self.scale or LossScale()
         names = [self.names[index] for index in indices]
+        for name, columns in zip(names, used, strict=True):
+            if columns is not None and name in self.steps_taken:
+                # Columns are read and added to where each lies together in memory.
+                self.steps_taken[name] = self.steps_taken[name].mT.contiguous().mT
         before = [self.steps_taken.get(name) for name in names]
         known = [place for place, step in enumerate(before) if step is not None]
         table = self.squares.new_zeros(2, len(self.names))
@@ -192,7 +199,7 @@ class TrustRegion:
             table[0, list(indices)] = inner_products(results, gradients).to(table.device)
         if known:
             table[1, [indices[place] for place in known]] = inner_products(
-                [before[place] for place in known],  # type: ignore[misc]
+                [_columns(before[place], used[place]) for place in known],
                 [gradients[place] for place in known],
             ).to(table.device)
         table = total(table)
@@ -212,16 +219,25 @@ class TrustRegion:
         if results:
             torch._foreach_mul_(results, (factor * scale.gradient).to(results[0].dtype))
         if is_linear:
-            for name, index, step, value in zip(names, indices, before, results, strict=True):
+            for place, (name, index, step) in enumerate(zip(names, indices, before, strict=True)):
                 # What is not finite must not stay in the sum.
+                value, columns = results[place], used[place]
                 taken = torch.where(usable, value, 0.0)
                 if step is None:
                     self.steps_taken[name] = taken
-                else:
-                    step.mul_(rates.momentum[index])
-                    back = step * cut.to(step.dtype)
-                    value.sub_(back)
-                    step.add_(taken).sub_(back)
+                    continue
+                step.mul_(rates.momentum[index])
+                if columns is not None and not cut:  # on the CPU: nothing waits
+                    step.mT.index_add_(0, columns, taken.mT)
+                    continue
+                back = step * cut.to(step.dtype)
+                if columns is not None:
+                    value, part = torch.zeros_like(step), value
+                    value.mT.index_copy_(0, columns, part.mT)
+                    taken = torch.where(usable, value, 0.0)
+                    results[place], used[place] = value, None
+                value.sub_(back)
+                step.add_(taken).sub_(back)
         return factor, raw
 
     def apply_plain(self, gradients: list[Tensor], rates: StepRates) -> None:
@@ -270,6 +286,11 @@ class TrustRegion:
         for name in _SCALARS:
             setattr(self, name, self.squares.new_tensor(float(saved[name])))
         self.squares = self.squares.new_tensor([saved["squares"].get(n, 0.0) for n in self.names])
+
+
+def _columns(matrix: Tensor | None, used: Tensor | None) -> Tensor:
+    assert matrix is not None
+    return matrix if used is None else matrix.mT.index_select(0, used).mT
 
 
 _SCALARS = ("growth", "descent")

@@ -140,7 +140,7 @@ def test_momentum_is_cut_where_the_step_met_rising_ground() -> None:
         value, before = gradient.clone(), velocity.clone()
         rates = trust_region.StepRates([0.1], [0.9])
         factor, _ = trust.apply(
-            [0], [value], [gradient], rates, is_linear=True, total=lambda table: table
+            [0], [value], [gradient], [None], rates, is_linear=True, total=lambda table: table
         )
         if before.any():
             rho = -float(gradient @ before / gradient.norm() / before.norm())

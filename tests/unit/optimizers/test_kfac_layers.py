@@ -115,6 +115,33 @@ def test_embedding_rows_that_come_and_go_equal_linear_over_one_hot_rows(
             assert not table.weight.grad[10:29].any()
 
 
+def test_embedding_rows_under_the_trust_region_equal_linear_over_one_hot_rows() -> None:
+    """Rows without a gradient have a part in the step, and in what the brake takes out of it."""
+    torch.manual_seed(0)
+    table, linear = nn.Embedding(30, 3).double(), nn.Linear(30, 3, bias=False).double()
+    linear.weight.data.copy_(table.weight.data.t())
+    sgds = [torch.optim.SGD(x.parameters(), lr=0.1, momentum=0.9) for x in (table, linear)]
+    kfacs = [
+        KFAC(x, lr=sgd, loss_reduction="mean") for x, sgd in zip((table, linear), sgds, strict=True)
+    ]
+    braked = []
+    for number, tokens in enumerate(
+        ([1, 2, 2], [2, 3, 9], [7, 7, 7], [1, 8, 2], [1, 8, 2], [1, 8, 2], [29, 0, 1])
+    ):
+        index, sign = torch.tensor(tokens), -1.0 if number in (4, 5) else 1.0
+        for model, x in ((table, index), (linear, F.one_hot(index, 30).double())):
+            model.zero_grad()
+            (sign * model(x).sum(1)).exp().mean().backward()
+        unused = sorted(set(range(30)) - set(tokens))
+        for kfac, sgd in zip(kfacs, sgds, strict=True):
+            kfac.step()
+            sgd.step()
+        braked.append(bool(table.weight.grad[unused].any()))
+        torch.testing.assert_close(table.weight.grad, linear.weight.grad.t(), **TOLERANCE)
+        torch.testing.assert_close(table.weight, linear.weight.t(), **TOLERANCE)
+    assert True in braked and False in braked[1:]
+
+
 class _Attention(nn.Module):
     """Attention with explicit projections, for comparison."""
 
