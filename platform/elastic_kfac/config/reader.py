@@ -116,6 +116,10 @@ def apply_overrides(
                 raise ConfigError(f"{section} is not a section", given=path)
             node = child
         node[key] = value
+    paths = {path for path, _ in overrides}
+    if "kfac.kl_clip" in paths and "kfac.trust_region" not in paths:
+        # A complete configuration names the rule that followed from the former value.
+        result["kfac"].pop("trust_region", None)
     return result
 
 

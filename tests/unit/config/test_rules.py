@@ -235,3 +235,22 @@ def test_removed_key_is_refused_with_what_to_do(key: str) -> None:
     with pytest.raises(ConfigError) as refused:
         configured({key: 1})
     assert refused.value.line() == f"{key} has been removed; {REMOVED[key]}"
+
+
+@pytest.mark.parametrize(
+    ("base", "value", "rule"),
+    [
+        ({}, 1e-3, "fixed"),  # the field's default, and yet given
+        ({}, None, "none"),
+        ({"kl_clip": 1e-4}, None, "none"),
+        ({"kl_clip": None}, 1e-2, "fixed"),
+    ],
+)
+def test_a_clip_given_over_a_complete_configuration_decides_the_bound(
+    base: dict[str, Any], value: float | None, rule: str
+) -> None:
+    complete = parse_config({"kfac": base}).model_dump(mode="json")
+    kfac = parse_config(apply_overrides(complete, [("kfac.kl_clip", value)])).kfac
+    assert (kfac.trust_region, kfac.kl_clip) == (rule, value)
+    again = parse_config(parse_config({"kfac": base}).model_dump(mode="json")).kfac
+    assert again == parse_config({"kfac": base}).kfac
