@@ -67,7 +67,8 @@ def train(problem: Problem, seed: int, candidate: dict[str, Any], variant: str) 
     preconditioner = _preconditioner(candidate, model, optimizer, problem)
     order = torch.Generator().manual_seed(seed)
     batches: Iterator[Tensor] = iter(())
-    marks = {round((i + 1) * problem.steps / POINTS) for i in range(POINTS)}
+    count = POINTS if variant == "plain" else 1
+    marks = {round((i + 1) * problem.steps / count) for i in range(count)}
     points = [_point(problem, model, 0, 0.0, train_part, test_part)]
     seconds = 0.0
     for step in range(1, problem.steps + 1):
@@ -90,7 +91,8 @@ def train(problem: Problem, seed: int, candidate: dict[str, Any], variant: str) 
             points.append(_point(problem, model, step, seconds, train_part, test_part))
             if not math.isfinite(points[-1]["train"]):
                 break
-    return {"steps": step, "cpu_s": round(seconds, 3), "curve": points}
+    curve = {name: [point[name] for point in points] for name in points[0]}
+    return {"steps": step, "cpu_s": round(seconds, 3), "curve": curve}
 
 
 def _preconditioner(
@@ -205,12 +207,12 @@ def judge(
         if min(map(len, runs.values())) < len(seeds):
             continue
         losses = {
-            part: {method: _mean(run["curve"][-1][part] for run in runs[method]) for method in runs}
+            part: {method: _mean(run["curve"][part][-1] for run in runs[method]) for method in runs}
             for part in ("train", "test")
         }
         baseline = min(BASELINES, key=losses["train"].__getitem__)
         both = runs[baseline], runs[name]
-        targets = [_number(run["curve"][-1]["train"]) for run in runs[baseline]]
+        targets = [_number(run["curve"]["train"][-1]) for run in runs[baseline]]
         variants = {variant: found(name, variant) for variant in VARIANTS}
         rows.append(
             {
@@ -265,22 +267,25 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def _first(run: dict[str, Any], target: float, column: str) -> float:
-    reached = (p[column] for p in run["curve"] if _number(p["train"]) <= target)
-    return next(reached, math.inf)
+    curve = run["curve"]
+    points = zip(curve[column], curve["train"], strict=True)
+    return next((cost for cost, loss in points if _number(loss) <= target), math.inf)
 
 
 def _is_above(run: dict[str, Any]) -> bool:
-    return _number(run["curve"][-1]["train"]) > run["curve"][0]["train"]
+    losses = run["curve"]["train"]
+    return _number(losses[-1]) > losses[0]
 
 
 def _accuracies(problem: Problem, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The first steps with each accuracy, by seed, and the best accuracies."""
 
     def step(run: dict[str, Any], level: float) -> int | None:
-        return next((p["step"] for p in run["curve"] if p["accuracy"] >= level), None)
+        points = zip(run["curve"]["step"], run["curve"]["accuracy"], strict=True)
+        return next((step for step, accuracy in points if accuracy >= level), None)
 
     found: dict[str, Any] = {f"{a:.0%}": [step(run, a) for run in runs] for a in problem.accuracies}
-    return found | {"best": [max(p["accuracy"] for p in run["curve"]) for run in runs]}
+    return found | {"best": [max(run["curve"]["accuracy"]) for run in runs]}
 
 
 def show(rows: list[dict[str, Any]], summary: dict[str, Any], title: str) -> str:
@@ -356,10 +361,10 @@ def main() -> int:
                     if key in results["runs"]:
                         continue
                     run = results["runs"][key] = train(problem, seed, method, variant)
-                    first, last = run["curve"][0], run["curve"][-1]
+                    losses, test = run["curve"]["train"], run["curve"]["test"]
                     print(
-                        f"{key:60s} train {first['train']:.4g} -> {last['train']:.4g}  "
-                        f"test {last['test']:.4g}  {run['cpu_s']:.2f} CPU s",
+                        f"{key:60s} train {losses[0]:.4g} -> {losses[-1]:.4g}  "
+                        f"test {test[-1]:.4g}  {run['cpu_s']:.2f} CPU s",
                         file=sys.stderr,
                         flush=True,
                     )
