@@ -126,7 +126,7 @@ def _timed(name: str, steps: int) -> dict[str, object]:
             f"{key}_plain_over_sgd": round(plain[key] / plain["sgd"], 2),
             f"{key}_statistics_ms": round(with_statistics, 1),
             f"{key}_first_step_ms": round(first[key], 1),
-            f"{key}_state_mib": round((usage["factors"] + usage["second_order"]) / 2**20, 1),
+            f"{key}_state_mib": round((usage["total"] - usage["pending"]) / 2**20, 1),
         }
         row["kept"] = "; ".join(layer.kept for layer in kfac.layers if layer.kept)
     weights = sum(p.numel() for p in make_model().parameters())

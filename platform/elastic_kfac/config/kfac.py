@@ -164,8 +164,9 @@ class KfacOptions(Section):
     model itself predicts (`KFAC.sample_fisher`)."""
     max_factor_dim: Annotated[int, Field(ge=1)] | None = 1024
     """Widest factor that is kept whole (a bias not counted). Of a wider one, blocks on the diagonal are
-    kept that together take a sixteenth of the memory of a whole one of this width; beyond 8 times this
-    width, the diagonal. A line at construction names such layers. null keeps everything."""
+    kept, in convolutions of half this width, elsewhere such that they take a sixteenth of the memory of
+    a whole one of this width together; beyond 8 times this width, the diagonal. A line at construction
+    names such layers. null keeps everything."""
     weight_sharing: Literal["expand", "reduce"] = "expand"
     """`expand` treats positions of a Linear as samples of a shared weight, `reduce` averages them
     (Eschenhagen et al. 2023)."""

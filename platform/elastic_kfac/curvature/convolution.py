@@ -30,6 +30,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 class ConvLayer(KroneckerLayer):
     """nn.Conv1d, 2d or 3d on `[n, channels, ...]`."""
 
+    many_positions = True
     module: _ConvNd
 
     def __init__(

@@ -40,6 +40,7 @@ class KroneckerLayer(Layer):
 
     factor_names = ("A", "G")
     groups = 1
+    many_positions = False
     _is_shared = False
     """Whether several modules use the weight."""
     _offsets = 1
@@ -85,7 +86,14 @@ class KroneckerLayer(Layer):
 
     def _side(self, width: int, unit: int = 1, biases: int = 0) -> Side:
         limit = self.options.max_factor_dim
-        return bounded(width, limit, unit=unit, biases=biases, groups=self.groups)
+        return bounded(
+            width,
+            limit,
+            unit=unit,
+            biases=biases,
+            groups=self.groups,
+            many_positions=self.many_positions,
+        )
 
     def _input_side(self) -> Side:
         side = self._side(self.a_dim, self._offsets, len(self.biases))

@@ -283,13 +283,20 @@ def _spans(length: int, total: int) -> list[slice]:
 
 
 def bounded(
-    width: int, limit: int | None, *, biases: int = 0, unit: int = 1, groups: int = 1
+    width: int,
+    limit: int | None,
+    *,
+    biases: int = 0,
+    unit: int = 1,
+    groups: int = 1,
+    many_positions: bool = False,
 ) -> Side:
     """The side of a given width under `max_factor_dim`.
 
     Wider sides are cut into blocks that take, together, a sixteenth of the memory of a whole factor of
     `limit`: a plain step costs a multiple of their size per weight, and stays under 3 times SGD's.
-    Sides of more than 8 times the limit keep the diagonal: blocks would be tiny.
+    Sides of more than 8 times the limit keep the diagonal: blocks would be tiny. Where a layer has many
+    positions per sample its own passes cost far more per weight: blocks are half as wide as the limit.
 
     Args:
         width: d, with the coordinates of biases.
@@ -297,13 +304,14 @@ def bounded(
         biases: Number of these coordinates.
         unit: Coordinates that belong together (the kernel offsets of a channel): blocks hold whole units.
         groups: Of a grouped convolution, which keep blocks always.
+        many_positions: Whether the layer is a convolution.
     """
     features = width - biases
     if limit is None or features <= limit:
         return Whole(width)
     if features > _DIAGONAL_FROM * limit and groups == 1:
         return Diagonal(width)
-    size = max(1, limit * limit // (_SHARE * features))
+    size = max(1, limit // 2 if many_positions else limit * limit // (_SHARE * features))
     count = -(-features // size)
     size = -(-features // (count * unit)) * unit
     return Blocks(width, size)

@@ -705,7 +705,7 @@ class KFAC:
 
     def memory_usage(self) -> dict[str, int]:
         """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
-        `snapshots` and `momentum`), and their total."""
+        `snapshots`, `momentum` and the trust region's `last_step`), and their total."""
         usage = {
             "factors": _bytes([t for s in self.states for t in s.factors.values()]),
             "second_order": _bytes([t for s in self.states for t in s.decomposition.values()]),
@@ -714,6 +714,7 @@ class KFAC:
         for name, tensors in (
             ("snapshots", [t for ts in self.refresh.snapshots.values() for t in ts]),
             ("momentum", [t for ts in self.distribution.held().values() for t in ts.values()]),
+            ("last_step", [] if self.trust is None else [*self.trust.steps_taken.values()]),
         ):
             if tensors:
                 usage[name] = _bytes(tensors)

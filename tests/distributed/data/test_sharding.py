@@ -87,7 +87,7 @@ def test_make_on_nodes_to_an_object_store_gives_the_bytes_of_one_process(
     with shard_tasks_on("auto") as run_tasks:
         make_shards("digits", uri_of("set"), "train", shard_mib=SMALL, run_tasks=run_tasks)
     held = {key.removeprefix("set/train/"): data for key, data in store.objects.items() if data}
-    assert held == content(tmp_path / "train") and len(held) == 13 and len(refused) == 1
+    assert held == content(tmp_path / "train") and len(held) == 14 and len(refused) == 1
     assert verify_shards(uri_of("set")).num_samples == 1438
 
 
