@@ -126,7 +126,7 @@ class ElasticState:
         """Saves a checkpoint on rank 0 and returns the SHA-256 of the state. Collective."""
         parts: dict[str, Any] = {}
         if self._kfac is not None:
-            parts["kfac"] = self._kfac.state_dict()
+            parts["kfac"] = self._kfac.collect_state()
         self._ledger.seal()
         state = capture(
             model=self._model,

@@ -322,7 +322,7 @@ class StepTrainer:
         self.ledger.seal()
         parts: dict[str, Any] = {}
         if self.kfac is not None:
-            parts["kfac"] = self.kfac.state_dict()
+            parts["kfac"] = self.kfac.collect_state()
         if self.sync.part is not None and (state := self.sync.state_dict()) is not None:
             parts[self.sync.part] = state
         return parts
