@@ -171,6 +171,8 @@ def kfac_eigenvalue(
     for index, state in enumerate(states):
         if kfac.options.method == "eigen":
             spectra = [state.decomposition.get(f"{name}_values") for name in ("A", "G")]
+            if spectra[1] is not None:  # without the floor that was decomposed with G
+                spectra[1] = spectra[1] - state.floor
         elif state.factor_updates and index % world_size == rank:
             spectra = [_spectrum(state.factors[name]) for name in ("A", "G")]
         else:

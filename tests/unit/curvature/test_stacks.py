@@ -27,8 +27,9 @@ def _gradients(**options: Any) -> tuple[list[torch.Tensor], int]:
         nn.Linear(24, 5),
         *[nn.Linear(5, 5) for _ in range(4)],
     )
+    model = model.double()
     kfac = KFAC(model, inverse_update_steps=2, **options)
-    x = torch.randn(8, 4, 2, 2)
+    x = torch.randn(8, 4, 2, 2).double()
     for _ in range(2):
         model.zero_grad()
         model(x).square().mean().backward()
@@ -50,4 +51,4 @@ def test_stacked_layers_equal_single_ones(
     alone, none = _gradients(**options)
     assert none == 0
     for ours, theirs in zip(stacked, alone, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)

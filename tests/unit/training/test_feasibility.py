@@ -149,6 +149,7 @@ def test_outlook_of_the_sharded_pipeline_names_the_cheapest_v_collective(base: C
     assert wide == "per_owner"
 
 
+@pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
 def test_photos_of_mixed_size_are_planned_at_the_configured_size(tmp_path: Path) -> None:
     """`plan` and the checks of `tune` read the shape that training reads."""
     draw = np.random.default_rng(0)
