@@ -5,9 +5,7 @@ Source and `--out` must be places that every node can reach.
 
 from __future__ import annotations
 
-import sys
-
 from elastic_kfac.cli.entry import main_of_job
 
 if __name__ == "__main__":
-    sys.exit(main_of_job("shards make"))
+    main_of_job("shards make")

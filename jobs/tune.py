@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
 from elastic_kfac.cli.entry import main_of_job
 
 if __name__ == "__main__":
-    sys.exit(main_of_job("tune"))
+    main_of_job("tune")

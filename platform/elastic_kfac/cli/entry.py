@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import getpass
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from elastic_kfac.cli.arguments import PROGRAM, parse_arguments
 from elastic_kfac.cli.provenance import announce, is_ray_job
@@ -27,7 +29,28 @@ ENVIRONMENT_ERRORS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code.
+    """Runs one subcommand and returns its exit code; without `argv`, as a program, ends the process."""
+    code = _run(argv)
+    if argv is None:
+        end_process(code)
+    return code
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends this process without the destructors of native libraries.
+
+    Where torch and Arrow have both started threads, one of them now and then aborts a process that is
+    done: "terminate called without an active exception", exit code 134.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Runs one subcommand.
 
     Errors of this package become one line on stderr; anything else is a defect and keeps its
     traceback.
@@ -42,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = getattr(importlib.import_module(module_name), function_name)
         code: int = command(arguments)
         sys.stdout.flush()
-        if argv is None and function_name == "doctor":
-            # Everything is printed and nothing is held; an orderly exit of torch and Ray takes seconds.
-            os._exit(code)
         return code
     except ElasticKfacError as error:
         _complain(f"error: {error.line()}")
@@ -121,9 +141,9 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main_of_job(command: str) -> int:
+def main_of_job(command: str) -> NoReturn:
     """`main` for the entry point of `ray job submit`, whose own words are those after `command`."""
-    return main(job_arguments(command, sys.argv[1:], os.environ))
+    end_process(main(job_arguments(command, sys.argv[1:], os.environ)))
 
 
 def job_arguments(command: str, argv: Sequence[str], environment: Mapping[str, str]) -> list[str]:

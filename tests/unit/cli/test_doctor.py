@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import sys
@@ -225,6 +226,7 @@ def test_doctor_as_a_command_of_its_own_leaves_when_it_has_spoken(
 
     said: list[tuple[int, str]] = []
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(atexit, "_run_exitfuncs", lambda: None)
     monkeypatch.setattr(room, "examine", lambda *given: [Finding("ok", "Python", "new")])
     monkeypatch.setattr(sys, "argv", ["elastic-kfac", "doctor"])
     with pytest.raises(Left):
