@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def end_process(code: int) -> NoReturn:
     """Ends this process without the destructors of native libraries.
 
-    Where torch and Arrow have both started threads, one of them now and then aborts a process that is
-    done: "terminate called without an active exception", exit code 134.
+    With torch and Arrow loaded, a native thread now and then aborts a process that is done: "terminate
+    called without an active exception", exit code 134. Which thread it is was not found.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
