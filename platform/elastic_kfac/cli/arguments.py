@@ -52,6 +52,12 @@ def _world_sizes(text: str) -> tuple[int, ...]:
     return tuple(map(_whole, text.split(",")))
 
 
+def _minutes(text: str) -> float:
+    if not 0 < float(text) <= 1440:
+        raise ValueError
+    return float(text)
+
+
 def _samples(text: str) -> int | str:
     return text if text == "all" else _whole(text)
 
@@ -249,6 +255,20 @@ COMMANDS: dict[str, Command] = {
         "tune:tune",
         "Search for the configuration that reaches an accuracy fastest.",
         "SPACE --set --name --storage --address",
+    ),
+    "suggest": Command(
+        "suggest:suggest",
+        "Try lr, damping and intervals on this model and data, and write a configuration.",
+        "CONFIG --set --name --storage",
+        {
+            "--minutes": _of(
+                "time for all trials",
+                type=_checked("--minutes", "a number above 0, up to 1440", _minutes, "5"),
+                default=5.0,
+                metavar="MINUTES",
+            ),
+            "--name": _of("name of the folder (default: from the file's name)", type=NAME),
+        },
     ),
     "compare": Command(
         "compare:compare",
