@@ -10,13 +10,11 @@ refreshed is `refresh.py`. Nothing here depends on the world size except through
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,34 +22,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config.kfac import KfacOptions, LevenbergMarquardt, ShardedConfig
+from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
-from elastic_kfac.curvature.damping import AdaptiveDamping, mean_eigenvalue
 from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
+from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
 from elastic_kfac.kfac.options import (
     Lr,
     Rates,
     check_arguments,
+    damping_rule,
     make_options,
     takes_options,
     value_at,
 )
 from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
-from elastic_kfac.kfac.state import leave, load, move_to, put, save
+from elastic_kfac.kfac.state import leave, load, memory_usage, move_to, put, save
 from elastic_kfac.kfac.statistics import (
     POSITIONS,
     Captured,
     Statistics,
     WarnOnce,
     disagreement,
-    with_gradients,
 )
-from elastic_kfac.kfac.trust_region import FLOOR, LossScale, StepRates, TrustRegion, kl_clip
+from elastic_kfac.kfac.step_bound import StepBound
 
 Phase = Literal["factor_exchange", "factor_update", "decomposition"]
 
@@ -123,26 +121,14 @@ class KFAC:
         """Host time in each part of `step`, s (a device may still be busy); not part of the state."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called right before statistics are exchanged, factors change, decompositions are exchanged."""
-        rule = self.options.damping
-        self.damping_rule = AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
+        self.damping_rule = damping_rule(self.options)
         self._model, self._sharding, self._tree = model, sharding, tree
         self._costs = costs
         self._warnings = WarnOnce()
-        self._left_out: dict[str, str] = {}
-        """Layers whose statistics were wrong, and why."""
-        self._named: set[str] = set()
-        """Those that a warning has named."""
+        self.covered = Coverage()
+        self.bound = StepBound(self.options, self._rates)
         self._build(as_communicator(process_group))
-        self.used: set[str] = set()
-        """Layers that a pass has gone through."""
-        self._unseen: set[str] = set()
-        """Layers that were named because none has, though they have a gradient."""
         self._last_damping = self.damping
-        self._last_clip = torch.ones((), dtype=torch.float64)
-        self._last_product: Tensor | None = None
-        self._clipped = torch.zeros((), dtype=torch.float64, device=self.layers[0].device)
-        """Steps since this object was built that the bound has shortened, of `_counted`."""
-        self._counted = 0
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
 
@@ -151,13 +137,10 @@ class KFAC:
         found = find_layers(self._model, self.options)
         self._shape = shape_of(self._model)
         self._parameters = {clean_name(n): p for n, p in unwrap(self._model).named_parameters()}
-        self._coverage, self._sharing = found.coverage, found.sharing
         self.layers = found.layers
         """The covered layers in registration order."""
-        self.trust: TrustRegion | None = None
-        if self.options.trust_region == "adaptive":
-            names = [layer.name for layer in self.layers]
-            self.trust = TrustRegion(names, self.layers[0].device)
+        self.covered.find(found)
+        self.bound.cover(self.layers)
         self.states = [LayerState() for _ in self.layers]
         """What this rank holds of each layer."""
         wide = ", ".join(f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept)
@@ -195,9 +178,8 @@ class KFAC:
         saved["layers"] = {name: part for name, part in saved["layers"].items() if name in kept}
         velocity = saved.get("velocity", {})
         put(self, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
-        self._left_out = {name: why for name, why in self._left_out.items() if name in kept}
+        self.covered.keep(kept)
         new = [layer.name for layer in self.layers if layer.name not in kept]
-        self.used -= set(new)
         if new:
             warnings.warn(
                 f"the model has changed; K-FAC preconditions from the next pass on: {', '.join(new)}",
@@ -241,8 +223,8 @@ class KFAC:
                 self._enter("factor_exchange", if_=due)
                 captured = self._captured(num_samples, loss_scale_per_sample)
                 statistics = self.distribution.reduce(captured)
-            if self.trust is not None and due and statistics is not None:
-                self._take_scales(statistics)
+            if due and statistics is not None:
+                self.bound.learn_scales(statistics, self.states, self.distribution.total)
             refreshed = self._update_factors(statistics) if due else set()
         with self._timed("decompositions"):
             self._decompose(refreshed)
@@ -256,7 +238,7 @@ class KFAC:
         """Moves the running averages; the layers whose statistics came and were finite."""
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
         # A sharded reduction does not count layers that are left out.
-        uncounted = bool(self._left_out) and self.distribution.counts_are_local
+        uncounted = bool(self.covered.left_out) and self.distribution.counts_are_local
         if statistics is None or not (seen or uncounted or self._capture.took_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
             raise UsageError(
@@ -265,11 +247,13 @@ class KFAC:
                 change=f"call {sampled}backward(); build KFAC before a model's first compiled pass",
             )
         if statistics.faulty:
-            self._leave_out(statistics.faulty)
+            self.covered.leave_out(statistics.faulty)
+            for i in statistics.faulty:
+                self.states[i] = LayerState()
             seen -= statistics.faulty
         self._enter("factor_update")
-        self.used |= {self.layers[i].name for i in seen}
-        self._name_unseen()
+        self.covered.used |= {self.layers[i].name for i in seen}
+        self.covered.name_unseen(self._due)
         here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
         finite = statistics.finite(here)
         refreshed = {i for i, good in zip(here, finite, strict=True) if good}
@@ -290,71 +274,9 @@ class KFAC:
         self.refresh.agree(keys, self.steps, self._sum_over_ranks)
         return refreshed
 
-    def _take_scales(self, statistics: Statistics) -> None:
-        """Takes the scale of the loss and of each layer's output gradients from the first statistics.
-        Collective."""
-        assert self.trust is not None
-        new = [
-            index
-            for index, (_, rows) in enumerate(statistics.counts)
-            if rows and not self.states[index].floor
-        ]
-        if not new:
-            return
-        means = torch.zeros(len(self.layers), dtype=torch.float64, device=self.layers[0].device)
-        for i in new:
-            name = self.layers[i].factor_names[-1]
-            total = statistics.sums[i].get(name)
-            if total is not None:
-                divisor = statistics.normalizers(self.layers[i], i)[name]
-                means[i] = mean_eigenvalue(total).mean() / divisor
-        known = self.distribution.total(means).tolist()
-        for i in new:
-            if 0 < known[i] < math.inf:
-                self.states[i] = replace(self.states[i], floor=FLOOR * known[i])
-        if self.trust.scale is None:
-            outputs = [i for i in new if "G" in self.layers[i].factor_names]
-            last = outputs[-1:] if statistics.last_called is None else [statistics.last_called]
-            for i in last:
-                shape, (samples, rows) = self.layers[i].factor_shapes["G"], statistics.counts[i]
-                square = known[i] * math.prod(shape[:-1] or shape)
-                if 0 < square < math.inf and samples:
-                    self.trust.scale = LossScale(math.sqrt(square), rows / samples)
-
-    def _name_unseen(self) -> None:
-        """Warns once of layers with a gradient that no recorded pass has gone through."""
-        waiting = [
-            layer
-            for layer, due in zip(self.layers, self._due, strict=True)
-            if due and layer.name not in self.used | self._unseen | self._left_out.keys()
-        ]
-        names = with_gradients(waiting)
-        self._unseen |= set(names)
-        if names:
-            warnings.warn(
-                f"K-FAC does not precondition: {', '.join(names)} (they have a gradient, but the modules "
-                "were not called: call them, instead of functions with their weights)",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    def _leave_out(self, indices: Iterable[int]) -> None:
-        """Uncovers layers whose statistics cannot be right, on every rank alike."""
-        for index in sorted(indices):
-            name = self.layers[index].name
-            self._left_out.setdefault(name, "its statistics cannot be right on another rank")
-            self.states[index] = LayerState()
-        names = [self.layers[i].name for i in sorted(indices)]
-        reasons = [f"{name} ({self._left_out[name]})" for name in names if name not in self._named]
-        self._named.update(names)
-        if reasons:
-            warnings.warn(
-                "K-FAC does not precondition: " + ", ".join(reasons), UserWarning, stacklevel=5
-            )
-
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
-        damping, due = self._tikhonov, []
+        damping, due = self.bound.tikhonov(self.damping), []
         stale = self.refresh.decompositions_due(self.steps, refreshed)
         for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
             whole = len(state.factors) == len(layer.factor_names)
@@ -378,52 +300,30 @@ class KFAC:
         active = self.distribution.preconditioned_here(self.states)
         layers = [self.layers[i] for i in active]
         decay = self.options.weight_decay
-        # The trust region keeps the sum of all columns' steps, so that its first one holds all.
-        sums = self.trust is not None and self._rates.are_linear
-        known = self.trust.steps_taken if self.trust is not None else {}
         used = [
-            None if sums and layer.name not in known else layer.used_columns(decay)
+            None if self.bound.needs_all_columns(layer) else layer.used_columns(decay)
             for layer in layers
         ]
         stacks = Stacks(layers, used)
         gradients = stacks.gradients(decay)
         results = self.distribution.precondition(
-            self.states, active, gradients, self._tikhonov, used
+            self.states, active, gradients, self.bound.tikhonov(self.damping), used
         )
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[place]).all()
                 results[place] = torch.where(good, results[place], gradients[place])
                 self._fallbacks += (~good).to(self._fallbacks)
-        if self.trust is not None:
-            rates = StepRates(
-                self._rates.of_layers(self.layers, self.steps), self._rates.momenta(self.layers)
-            )
-            self._last_clip, self._last_product = self.trust.apply(
-                active,
-                results,
-                gradients,
-                used,
-                rates,
-                is_linear=self._rates.are_linear,
-                total=self.distribution.total,
-            )
-            done = {id(p) for layer in layers for p in layer.parameters}
-            plain = [p.grad for p in self._model.parameters() if id(p) not in done]
-            self.trust.apply_plain([grad for grad in plain if grad is not None], rates)
-        else:
-            bound = value_at(self.options, "kl_clip", self.steps) if self._clips else None
-            lr = self._rates.of_layers(layers, self.steps) if self._clips else ()
-            self._last_clip, self._last_product = kl_clip(
-                results, gradients, lr, bound, self.distribution.total, self.layers[0].device
-            )
-        self._clipped += self._last_clip.to(self._clipped) < 1.0
-        self._counted += 1
+        self.bound.apply(
+            active,
+            results,
+            gradients,
+            used,
+            self._model.parameters(),
+            step=self.steps,
+            total=self.distribution.total,
+        )
         stacks.set_gradients(results)
-
-    @property
-    def _clips(self) -> bool:
-        return self.options.trust_region == "fixed"
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -452,7 +352,7 @@ class KFAC:
         for layer, part in zip(self.layers, sums, strict=True):
             if num_samples is not None and 0 < part.rows < num_samples:
                 faults.setdefault(layer.name, shared_by_all(part.rows, num_samples))
-        self._left_out |= faults
+        self.covered.left_out |= faults
         if num_samples is None:
             counted = {
                 part.samples: layer.name
@@ -541,7 +441,7 @@ class KFAC:
 
     def _arm(self) -> None:
         self._due = [
-            frozenset[str]() if layer.name in self._left_out else due
+            frozenset[str]() if layer.name in self.covered.left_out else due
             for layer, due in zip(self.layers, self.refresh.statistics_due(self.steps), strict=True)
         ]
         self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
@@ -615,15 +515,6 @@ class KFAC:
         return value + self.options.weight_decay
 
     @property
-    def _tikhonov(self) -> float:
-        """What is added to F: γ in the units of the loss, and the curvature of weight decay."""
-        scale = None if self.trust is None else self.trust.scale
-        if scale is None:
-            return self.damping
-        decay = self.options.weight_decay
-        return (self.damping - decay) * scale.fisher + decay * scale.gradient
-
-    @property
     def plan(self) -> Plan:
         """Who decomposes and preconditions what."""
         return self.distribution.plan
@@ -651,7 +542,7 @@ class KFAC:
     @property
     def kl_clip_scale(self) -> float:
         """ν of the last step."""
-        return float(self._last_clip)
+        return float(self.bound.scale)
 
     def factors(self) -> dict[str, dict[str, Tensor]]:
         """The running averages this rank holds, by layer name; treat them as read-only.
@@ -680,15 +571,7 @@ class KFAC:
         attention have names of their own. A covered layer's factors are kept whole unless they are wider
         than `max_factor_dim`: `print(kfac.plan)` shows what is kept then.
         """
-        coverage = dict(self._coverage)
-        coverage |= self._left_out
-        if self.used:
-            known = self.used | self._left_out.keys()
-            unused = [layer.name for layer in self.layers if layer.name not in known]
-            coverage |= dict.fromkeys(unused, "unused: no pass has gone through it")
-        for first, users in self._sharing.items():
-            coverage |= dict.fromkeys(users, coverage[first])
-        return coverage
+        return self.covered.report()
 
     def metrics(self) -> dict[str, float]:
         """Curvature of the last step, for a row of metrics."""
@@ -697,7 +580,7 @@ class KFAC:
         return {
             "damping": self._last_damping,
             "kl_clip_scale": self.kl_clip_scale,
-            "clipped_share": float(self._clipped) / max(1, self._counted),
+            "clipped_share": self.bound.shortened_share,
             "factor_updates": max((state.factor_updates for state in held), default=0),
             "inverse_age_steps": max(0, self.steps - 1 - oldest),
             "fallbacks": self.counters["inverse_failures"] + int(self._fallbacks),
@@ -706,19 +589,7 @@ class KFAC:
     def memory_usage(self) -> dict[str, int]:
         """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
         `snapshots`, `momentum` and the trust region's `last_step`), and their total."""
-        usage = {
-            "factors": _bytes([t for s in self.states for t in s.factors.values()]),
-            "second_order": _bytes([t for s in self.states for t in s.decomposition.values()]),
-            "pending": _bytes([t for x in self.layers for t in self._capture.of(x).tensors()]),
-        }
-        for name, tensors in (
-            ("snapshots", [t for ts in self.refresh.snapshots.values() for t in ts]),
-            ("momentum", [t for ts in self.distribution.held().values() for t in ts.values()]),
-            ("last_step", [] if self.trust is None else [*self.trust.steps_taken.values()]),
-        ):
-            if tensors:
-                usage[name] = _bytes(tensors)
-        return {**usage, "total": sum(usage.values())}
+        return memory_usage(self, [t for x in self.layers for t in self._capture.of(x).tensors()])
 
     # -- adaptive damping -----------------------------------------------------------------------
 
@@ -728,15 +599,8 @@ class KFAC:
         `M(δ) − M(0) = ∇Lᵀδ + ½ δᵀ(F + γI)δ` with the damped K-FAC curvature, for which
         `(F + γI) P = D`. Call between `step()` and `optimizer.step()`. Collective with `sharding`.
         """
-        if self._last_product is None:
-            raise UsageError("predicted_change() needs a step() first")
         rate = self._rates.of_layers(self.layers[:1], self.steps)[0] if lr is None else lr
-        size = rate * float(self._last_clip)
-        if self.trust is None:
-            product = float(self.distribution.total(self._last_product))
-        else:  # its steps are those of the normalised loss
-            product = float(self._last_product) * (self.trust.scale or LossScale()).gradient
-        return product * (0.5 * size * size - size)
+        return self.bound.predicted_change(rate, self.distribution.total)
 
     def reduction_due(self) -> bool:
         """Whether the rule for damping needs the change of the loss in the coming step."""
@@ -816,7 +680,3 @@ class KFAC:
             "a KFAC is bound to its process and cannot be pickled",
             change="save kfac.state_dict(), and build KFAC in the other process",
         )
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.amp.grad_scaler import OptState
 
 from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt, ScriptOptions
+from elastic_kfac.curvature.damping import AdaptiveDamping
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError, UsageError
 
@@ -67,6 +68,12 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
             stacklevel=3,
         )
     return made
+
+
+def damping_rule(options: KfacOptions) -> AdaptiveDamping | None:
+    """The rule that adapts the damping, if there is one."""
+    rule = options.damping
+    return AdaptiveDamping(rule) if isinstance(rule, LevenbergMarquardt) else None
 
 
 def value_at(options: KfacOptions, name: str, step: int) -> float:

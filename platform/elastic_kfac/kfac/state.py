@@ -1,4 +1,4 @@
-"""The saved form of K-FAC: by layer name, at no world size and for any distribution; and its moves."""
+"""The saved form of K-FAC, by layer name, at no world size, for any distribution; its moves and bytes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.damping import AdaptiveDamping
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import StateError
+from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
 from elastic_kfac.kfac.refresh import Refresh
 from elastic_kfac.kfac.resize import Held, ResizeReport, move
-from elastic_kfac.kfac.trust_region import TrustRegion
+from elastic_kfac.kfac.step_bound import StepBound
 
 STATE_VERSION = 1
 _IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
@@ -31,11 +32,10 @@ class Stateful(Protocol):
     distribution: Distribution
     refresh: Refresh
     damping_rule: AdaptiveDamping | None
-    trust: TrustRegion | None
     states: list[LayerState]
     counters: Counter[str]
-    used: set[str]
-    """Layers that a pass has gone through."""
+    covered: Coverage
+    bound: StepBound
 
     @property
     def options(self) -> KfacOptions: ...
@@ -57,8 +57,8 @@ def save(kfac: Stateful) -> dict[str, Any]:
     if clocks:
         snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
         state["refresh"] = {"clocks": clocks, "snapshots": snapshots}
-    if kfac.trust is not None:
-        state["trust_region"] = {**kfac.trust.saved(), "step": _collect_step(kfac)}
+    if kfac.bound.trust is not None:
+        state["trust_region"] = {**kfac.bound.trust.saved(), "step": _collect_step(kfac)}
     velocity = kfac.distribution.collect_velocity()
     if velocity:
         state["velocity"] = velocity
@@ -73,7 +73,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     """
     _check(state, {name: getattr(kfac.options, name) for name in _IDENTITY}, kfac.layers)
     put(kfac, state)
-    kfac.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
+    kfac.covered.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
     counters = {name: int(value) for name, value in state["counters"].items()}
     if kfac.distribution.counts_are_local and kfac.distribution.rank:
         # Events were counted where they happened; from now on the saved ones belong to rank 0.
@@ -112,10 +112,10 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
         for factor, tensors in refresh["snapshots"].get(layer.name, {}).items()
     }
     kfac.distribution.restore_velocity(state.get("velocity", {}))
-    if kfac.trust is not None and "trust_region" in state:
+    if kfac.bound.trust is not None and "trust_region" in state:
         saved = state["trust_region"]
-        kfac.trust.restore(saved)
-        kfac.trust.steps_taken = {
+        kfac.bound.trust.restore(saved)
+        kfac.bound.trust.steps_taken = {
             layer.name: layer.placed({"": saved["step"][layer.name]})[""]
             for layer in kfac.layers
             if layer.name in state["layers"]
@@ -145,18 +145,18 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
         named = {f"{factor}.{place}": tensor for place, tensor in enumerate(tensors)}
         held[Item("snapshots", name)] = Held(steps, {**known, **named})
     held |= {item: Held(steps, tensors) for item, tensors in kfac.distribution.held().items()}
-    if kfac.trust is not None:
+    if kfac.bound.trust is not None:
         held |= {
             Item("step", name): Held(steps, {"": step})
-            for name, step in kfac.trust.steps_taken.items()
+            for name, step in kfac.bound.trust.steps_taken.items()
         }
     facts = {
         "steps": steps,
-        "trust": None if kfac.trust is None else kfac.trust.saved(),
+        "trust": None if kfac.bound.trust is None else kfac.bound.trust.saved(),
         "counters": dict(kfac.counters),
         "clocks": kfac.refresh.saved_clocks(),
         "damping": None if kfac.damping_rule is None else kfac.damping_rule.value,
-        "used": sorted(kfac.used),
+        "used": sorted(kfac.covered.used),
         "floors": {x.name: s.floor for x, s in zip(kfac.layers, kfac.states, strict=True)},
     }
     moved = move(kfac.distribution, communicator, held, facts)
@@ -179,7 +179,7 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
             for part, tensor in sorted(parts.items()):
                 key = (item.name, part.rpartition(".")[0])
                 snapshots[key] = (*snapshots.get(key, ()), tensor)
-    kfac.used = set(moved.facts["used"])
+    kfac.covered.used = set(moved.facts["used"])
     kfac.refresh.snapshots = snapshots
     kfac.refresh.restore_clocks(moved.facts["clocks"])
     kfac.distribution.take(moved.tensors)
@@ -189,12 +189,30 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     kfac.counters = counters
     if kfac.damping_rule is not None:
         kfac.damping_rule.value = moved.facts["damping"]
-    if kfac.trust is not None:
-        kfac.trust.restore(moved.facts["trust"])
-        kfac.trust.steps_taken = {
+    if kfac.bound.trust is not None:
+        kfac.bound.trust.restore(moved.facts["trust"])
+        kfac.bound.trust.steps_taken = {
             item.name: parts[""] for item, parts in moved.tensors.items() if item.kind == "step"
         }
     return moved.report
+
+
+def memory_usage(kfac: Stateful, pending: Sequence[Tensor]) -> dict[str, int]:
+    """See `KFAC.memory_usage`; `pending` are the sums of passes since the last step."""
+    trust = kfac.bound.trust
+    usage = {
+        "factors": _bytes([t for s in kfac.states for t in s.factors.values()]),
+        "second_order": _bytes([t for s in kfac.states for t in s.decomposition.values()]),
+        "pending": _bytes(pending),
+    }
+    for name, tensors in (
+        ("snapshots", [t for ts in kfac.refresh.snapshots.values() for t in ts]),
+        ("momentum", [t for ts in kfac.distribution.held().values() for t in ts.values()]),
+        ("last_step", [] if trust is None else [*trust.steps_taken.values()]),
+    ):
+        if tensors:
+            usage[name] = _bytes(tensors)
+    return {**usage, "total": sum(usage.values())}
 
 
 def _total(kfac: Stateful) -> dict[str, int]:
@@ -210,8 +228,8 @@ def _total(kfac: Stateful) -> dict[str, int]:
 
 def _collect_step(kfac: Stateful) -> dict[str, Tensor]:
     """The last step by layer, on every rank."""
-    assert kfac.trust is not None
-    own, distribution = kfac.trust.steps_taken, kfac.distribution
+    assert kfac.bound.trust is not None
+    own, distribution = kfac.bound.trust.steps_taken, kfac.distribution
     if not distribution.counts_are_local:  # every rank has all of it
         return {name: step.clone() for name, step in own.items()}
     taken = distribution.communicator.all_gather_object(list(own), tag="kfac/state")
@@ -276,3 +294,7 @@ def _check(state: Mapping[str, Any], options: Mapping[str, Any], layers: Sequenc
         )
     for layer in layers:
         layer.check(state["layers"][layer.name])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

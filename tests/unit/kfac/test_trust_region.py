@@ -54,8 +54,8 @@ def test_neither_the_units_of_the_loss_nor_the_largest_rate_matter(
     for step in range(30):
         plain.step(step)
         other.step(step, factor)
-    assert plain.kfac.trust is not None
-    assert float(plain.kfac.trust.growth) > 1.0
+    assert plain.kfac.bound.trust is not None
+    assert float(plain.kfac.bound.trust.growth) > 1.0
     for p, q in zip(plain.model.parameters(), other.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
 
@@ -78,7 +78,7 @@ def dense_curvature(kfac: KFAC) -> list[Tensor]:
     """F + γI of each layer in the units of the loss, for row-major weights with the bias last."""
     return [
         torch.kron(f["G"] + state.floor * torch.eye(len(f["G"])).double(), f["A"])
-        + kfac._tikhonov * torch.eye(len(f["G"]) * len(f["A"])).double()
+        + kfac.bound.tikhonov(kfac.damping) * torch.eye(len(f["G"]) * len(f["A"])).double()
         for f, state in zip(kfac.factors().values(), kfac.states, strict=True)
     ]
 
@@ -91,7 +91,7 @@ def weights(model: nn.Module) -> list[Tensor]:
 def test_the_whole_step_is_measured_exactly_and_bounded() -> None:
     # The factors stay those of the first batch, so that norms at different steps compare.
     run = Run(network(), factor_update_steps=1000, inverse_update_steps=1000)
-    trust = run.kfac.trust
+    trust = run.kfac.bound.trust
     assert trust is not None
     longest = 0.0
     for step in range(25):
@@ -127,8 +127,8 @@ def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> Non
     assert output.grad is not None
     kfac.step()
     expected = math.sqrt(float((output.grad * len(x)).square().sum(1).mean()))
-    assert kfac.trust is not None and kfac.trust.scale is not None
-    assert kfac.trust.scale.loss == pytest.approx(expected)
+    assert kfac.bound.trust is not None and kfac.bound.trust.scale is not None
+    assert kfac.bound.trust.scale.loss == pytest.approx(expected)
 
 
 def test_momentum_is_cut_where_the_step_met_rising_ground() -> None:
@@ -156,7 +156,7 @@ def test_what_is_measured_is_the_momentum_of_the_optimizer() -> None:
     run = Run(network())
     for step in range(40):
         run.step(step)
-    trust = run.kfac.trust
+    trust = run.kfac.bound.trust
     assert trust is not None
     layers = [m for m in run.model.modules() if isinstance(m, nn.Linear)]
     for velocity, layer in zip(trust.steps_taken.values(), layers, strict=True):
@@ -193,9 +193,9 @@ def test_the_course_of_the_rate_counts_from_its_largest_value() -> None:
         for rate in rates:
             run.optimizer.param_groups[0]["lr"] = rate
             run.step(0)
-            assert run.kfac.trust is not None
-            length = math.sqrt(float(run.kfac.trust.squares.sum()))
-            found.append(rate * length / float(run.kfac.trust.growth))
+            assert run.kfac.bound.trust is not None
+            length = math.sqrt(float(run.kfac.bound.trust.squares.sum()))
+            found.append(rate * length / float(run.kfac.bound.trust.growth))
         return found
 
     root = math.sqrt(trust_region.KAPPA)

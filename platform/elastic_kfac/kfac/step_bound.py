@@ -1,0 +1,159 @@
+"""How long a step may be: the fixed KL clip or the adaptive trust region, at work on one KFAC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.damping import mean_eigenvalue
+from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.errors import UsageError
+from elastic_kfac.kfac.options import Rates, value_at
+from elastic_kfac.kfac.statistics import Statistics
+from elastic_kfac.kfac.trust_region import FLOOR, LossScale, StepRates, TrustRegion, kl_clip
+
+Total = Callable[[Tensor], Tensor]
+"""The sum over ranks of a tensor to which each layer contributes on one rank. Collective."""
+
+
+class StepBound:
+    """The rule of `trust_region`, and what it did to the last step.
+
+    Attributes:
+        trust: State of the adaptive rule; None for the fixed one.
+        scale: What it multiplied the last step by, a float64 scalar: ν, or αν of the adaptive rule.
+    """
+
+    def __init__(self, options: KfacOptions, rates: Rates) -> None:
+        self._options, self._rates = options, rates
+        self.trust: TrustRegion | None = None
+        self.scale = torch.ones((), dtype=torch.float64)
+        self._product: Tensor | None = None
+        self._shortened = torch.zeros((), dtype=torch.float64)
+        """Steps whose scale was below 1, of `_steps` since this object was built."""
+        self._steps = 0
+
+    def cover(self, layers: Sequence[Layer]) -> None:
+        """Starts the rule afresh for these layers."""
+        self._layers = layers
+        if self._options.trust_region == "adaptive":
+            self.trust = TrustRegion([layer.name for layer in layers], layers[0].device)
+
+    def tikhonov(self, damping: float) -> float:
+        """What is added to F: γ in the units of the loss, and the curvature of weight decay.
+
+        Args:
+            damping: γ, the coupled weight decay included.
+        """
+        scale = None if self.trust is None else self.trust.scale
+        if scale is None:
+            return damping
+        decay = self._options.weight_decay
+        return (damping - decay) * scale.fisher + decay * scale.gradient
+
+    def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
+        """With the adaptive rule, takes the scale of the loss and, into `states`, that of each layer's
+        output gradients from the first statistics. Collective."""
+        if self.trust is None:
+            return
+        layers = self._layers
+        new = [i for i, (_, rows) in enumerate(statistics.counts) if rows and not states[i].floor]
+        if not new:
+            return
+        means = torch.zeros(len(layers), dtype=torch.float64, device=layers[0].device)
+        for i in new:
+            name = layers[i].factor_names[-1]
+            squares = statistics.sums[i].get(name)
+            if squares is not None:
+                divisor = statistics.normalizers(layers[i], i)[name]
+                means[i] = mean_eigenvalue(squares).mean() / divisor
+        known = total(means).tolist()
+        for i in new:
+            if 0 < known[i] < math.inf:
+                states[i] = replace(states[i], floor=FLOOR * known[i])
+        if self.trust.scale is None:
+            outputs = [i for i in new if "G" in layers[i].factor_names]
+            last = outputs[-1:] if statistics.last_called is None else [statistics.last_called]
+            for i in last:
+                shape, (samples, rows) = layers[i].factor_shapes["G"], statistics.counts[i]
+                square = known[i] * math.prod(shape[:-1] or shape)
+                if 0 < square < math.inf and samples:
+                    self.trust.scale = LossScale(math.sqrt(square), rows / samples)
+
+    def needs_all_columns(self, layer: Layer) -> bool:
+        """Whether the first step of a layer must hold all columns: the adaptive rule sums up steps."""
+        return (
+            self.trust is not None
+            and self._rates.are_linear
+            and layer.name not in self.trust.steps_taken
+        )
+
+    def apply(
+        self,
+        active: Sequence[int],
+        results: list[Tensor],
+        gradients: Sequence[Tensor],
+        used: list[Tensor | None],
+        parameters: Iterable[nn.Parameter],
+        *,
+        step: int,
+        total: Total,
+    ) -> None:
+        """Scales P in place, and with the adaptive rule the gradients of other parameters. Collective.
+
+        Args:
+            active: Layers that this rank has P of.
+            results: P.
+            gradients: D of the same layers.
+            used: See `TrustRegion.apply`.
+            parameters: All of the model.
+            step: The number of the coming step.
+            total: See `Total`.
+        """
+        layers = [self._layers[i] for i in active]
+        if self.trust is not None:
+            rates = StepRates(
+                self._rates.of_layers(self._layers, step), self._rates.momenta(self._layers)
+            )
+            self.scale, self._product = self.trust.apply(
+                active,
+                results,
+                gradients,
+                used,
+                rates,
+                is_linear=self._rates.are_linear,
+                total=total,
+            )
+            done = {id(p) for layer in layers for p in layer.parameters}
+            plain = [p.grad for p in parameters if id(p) not in done]
+            self.trust.apply_plain([grad for grad in plain if grad is not None], rates)
+        else:
+            is_fixed = self._options.trust_region == "fixed"
+            kappa = value_at(self._options, "kl_clip", step) if is_fixed else None
+            lr = self._rates.of_layers(layers, step) if is_fixed else ()
+            self.scale, self._product = kl_clip(
+                results, gradients, lr, kappa, total, self._layers[0].device
+            )
+        self._shortened = self._shortened + (self.scale < 1.0)
+        self._steps += 1
+
+    @property
+    def shortened_share(self) -> float:
+        """The share of steps that were shortened."""
+        return float(self._shortened) / max(1, self._steps)
+
+    def predicted_change(self, lr: float, total: Total) -> float:
+        """See `KFAC.predicted_change`."""
+        if self._product is None:
+            raise UsageError("predicted_change() needs a step() first")
+        size = lr * float(self.scale)
+        if self.trust is None:
+            product = float(total(self._product))
+        else:  # its steps are those of the normalised loss
+            product = float(self._product) * (self.trust.scale or LossScale()).gradient
+        return product * (0.5 * size * size - size)
