@@ -1,9 +1,11 @@
 """Layers wider than `max_factor_dim`, and embeddings: time, memory, what is lost against whole factors.
 
-    python benchmarks/wide_layers.py [--out FILE] [--part time|quality]
+    python benchmarks/wide_layers.py [--out FILE] [--part time|decomposition|quality]
 
 Time: process CPU time, one thread; K-FAC and SGD take turns, step by step; what counts are the ratios.
 A head with 50,000 outputs, an fc with 12,544 inputs and a bias, square layers, a table of 30,000 rows.
+Decomposition: CPU time of whole factors and of low ranks, cold and from the basis of 10 updates
+before, with the share of the trace in the kept pairs and what is missed of the best possible one.
 Quality: mean loss over the training set after equal steps, median over seeds, on data that scikit-learn
 holds and at widths that whole factors reach, too: digits with 1,024 features, and the next word of its
 data sets' descriptions. Every form runs at every damping; the best is its result.
@@ -20,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import sklearn.datasets
@@ -29,17 +32,16 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.curvature import kronecker
-from elastic_kfac.curvature.sides import Blocks, Diagonal, Side, Whole
+from elastic_kfac.curvature.sides import Blocks, Diagonal, LowRank, Side, Whole
 
+PARTS = ("time", "decomposition", "quality")
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument(
-        "--part", choices=("time", "quality"), help="one part alone; the file keeps the other"
-    )
+    parser.add_argument("--part", choices=PARTS, help="one part alone; the file keeps the others")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7, help="plain steps that are timed")
     arguments = parser.parse_args()
@@ -49,9 +51,11 @@ def main() -> None:
     if arguments.part and arguments.out and arguments.out.exists():
         result = json.loads(arguments.out.read_text())
     result["benchmark"] = "wide_layers"
-    if arguments.part != "quality":
+    if arguments.part in (None, "time"):
         result["time"] = [_timed(name, arguments.steps) for name in TIMED]
-    if arguments.part != "time":
+    if arguments.part in (None, "decomposition"):
+        result["decomposition"] = [_decomposed(width) for width in (1024, 2048, 4096)]
+    if arguments.part in (None, "quality"):
         result["quality"] = [_quality(name, arguments.seeds) for name in PROBLEMS]
     result["machine"] = {"cpu": _cpu(), "threads": torch.get_num_threads()}
     result["versions"] = {
@@ -81,20 +85,28 @@ TIMED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "eigen": {},
+    "inverse": {"method": "inverse"},
+    "rank_64": {"factor_rank": 64},
+    "rank_256": {"factor_rank": 256},
+}
+
+
 def _timed(name: str, steps: int) -> dict[str, object]:
     """Plain steps by turns; then, for K-FAC, a step with statistics, and one that decomposes as well."""
     make_model, make_input = TIMED[name]
     torch.manual_seed(0)
     x, state = make_input(), make_model().state_dict()
 
-    def stepper(method: str | None) -> tuple[Callable[[], float], KFAC | None]:
+    def stepper(options: dict[str, Any] | None) -> tuple[Callable[[], float], KFAC | None]:
         model = make_model()
         model.load_state_dict(state)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         kfac = None
-        if method is not None:
+        if options is not None:
             intervals = {"factor_update_steps": steps + 2, "inverse_update_steps": 2 * (steps + 2)}
-            kfac = KFAC(model, lr=optimizer, method=method, loss_reduction="mean", **intervals)
+            kfac = KFAC(model, lr=optimizer, loss_reduction="mean", **intervals, **options)
 
         def step() -> float:
             begin = time.process_time()
@@ -107,8 +119,7 @@ def _timed(name: str, steps: int) -> dict[str, object]:
 
         return step, kfac
 
-    methods = (None, "eigen", "inverse")
-    steppers = {str(method or "sgd"): stepper(method) for method in methods}
+    steppers = {"sgd": stepper(None)} | {key: stepper(options) for key, options in KINDS.items()}
     first = {key: step() for key, (step, _) in steppers.items()}
     times: dict[str, list[float]] = {key: [step()] for key, (step, _) in steppers.items()}
     for _ in range(steps):
@@ -116,7 +127,7 @@ def _timed(name: str, steps: int) -> dict[str, object]:
             times[key].append(step())
     plain = {key: statistics.median(series[1:]) for key, series in times.items()}
     row: dict[str, object] = {"layer": name, "n": steps, "sgd_ms": round(plain["sgd"], 2)}
-    for key in ("eigen", "inverse"):
+    for key in KINDS:
         step, kfac = steppers[key]
         assert kfac is not None
         with_statistics = step()
@@ -128,11 +139,51 @@ def _timed(name: str, steps: int) -> dict[str, object]:
             f"{key}_first_step_ms": round(first[key], 1),
             f"{key}_state_mib": round((usage["total"] - usage["pending"]) / 2**20, 1),
         }
-        row["kept"] = "; ".join(layer.kept for layer in kfac.layers if layer.kept)
+        if key == "eigen":
+            row["kept"] = "; ".join(layer.kept for layer in kfac.layers if layer.kept)
     weights = sum(p.numel() for p in make_model().parameters())
     row["weights_mib"] = round(4 * weights / 2**20, 1)
     print(row, flush=True)
     return row
+
+
+# -- decomposition ----------------------------------------------------------------------------------
+
+
+def _decomposed(width: int) -> dict[str, object]:
+    """Of a moving average (0.95) over the inputs of 30 batches of 128 rows: ReLU of 256 features."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, width, generator=generator) / 16
+    scales = torch.logspace(0, -2, 256)
+    factor, before = torch.zeros(width, width), torch.zeros(width, width)
+    for batch in range(30):
+        rows = (torch.randn(128, 256, generator=generator) * scales @ weight).relu()
+        factor = 0.95 * factor + 0.05 * (rows.T @ rows / 128)
+        if batch == 19:
+            before = factor.clone()
+    seconds, (values, _) = _seconds(lambda: Whole(width).eigen(factor))
+    row: dict[str, object] = {"width": width, "whole_s": round(seconds, 2)}
+    for rank in (64, 256):
+        side = LowRank(width, rank)
+        cold, (found, _) = _seconds(lambda side=side: side.eigen(factor))
+        last = side.eigen(before)[1]
+        warm, (from_last, _) = _seconds(lambda side=side, last=last: side.eigen(factor, last))
+        best = values[-rank:].sum()
+        row[f"rank_{rank}"] = {
+            "cold_s": round(cold, 2),
+            "warm_s": round(warm, 2),
+            "share_of_trace": round(float(best / values.sum()), 4),
+            "missed_cold": float(f"{1 - found[:-1].sum() / best:.2g}"),
+            "missed_warm": float(f"{1 - from_last[:-1].sum() / best:.2g}"),
+        }
+    print(row, flush=True)
+    return row
+
+
+def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    begin = time.process_time()
+    result = function()
+    return time.process_time() - begin, result
 
 
 # -- quality ----------------------------------------------------------------------------------------
@@ -150,6 +201,9 @@ FORMS: dict[str, Callable[[int], Side]] = {
     "blocks of 256": lambda width: Blocks(width, 256),
     "blocks of 64": lambda width: Blocks(width, 64),
     "blocks of 16": lambda width: Blocks(width, 16),
+    "256 eigenpairs": lambda width: LowRank(width, 256),
+    "64 eigenpairs": lambda width: LowRank(width, 64),
+    "16 eigenpairs": lambda width: LowRank(width, 16),
     "diagonal": Diagonal,
     "one-sided": OneSided,
 }

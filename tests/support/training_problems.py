@@ -222,7 +222,8 @@ def _without_bases(state: TrainingState) -> dict[str, Tensor]:
     tensors = dict(state.tensors)
     for name in [name for name in tensors if name.endswith("_vectors")]:
         vectors, values = tensors.pop(name), tensors[name.replace("_vectors", "_values")]
-        tensors[name] = (vectors * values) @ vectors.mT
+        # The mean of eigenvalues without vectors is the last one.
+        tensors[name] = (vectors * values[..., : vectors.shape[-1]]) @ vectors.mT
     return tensors
 
 

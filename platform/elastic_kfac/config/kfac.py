@@ -167,6 +167,11 @@ class KfacOptions(Section):
     kept, in convolutions of half this width, elsewhere such that they take a sixteenth of the memory of
     a whole one of this width together; beyond 8 times this width, the diagonal. A line at construction
     names such layers. null keeps everything."""
+    factor_rank: Annotated[int, Field(ge=1)] | None = None
+    """r: factors wider than max_factor_dim, up to 8 times that, are kept whole instead of in blocks, and
+    decomposed into their r largest eigenpairs and the mean of the other eigenvalues. For wide layers
+    whose blocks lose too much, with rare statistics (factor_update_steps): a step then costs a multiple
+    of r per weight, a statistic one of the width. Needs method=eigen."""
     weight_sharing: Literal["expand", "reduce"] = "expand"
     """`expand` treats positions of a Linear as samples of a shared weight, `reduce` averages them
     (Eschenhagen et al. 2023)."""
@@ -218,6 +223,10 @@ class KfacOptions(Section):
             raise ValueError("precompute caches eigenvalue products: it needs method=eigen")
         if self.precompute and not self.colocate:
             raise ValueError("precompute needs both factors on one rank: set colocate=true")
+        if self.factor_rank is not None and self.method != "eigen":
+            raise ValueError("factor_rank keeps eigenpairs: it needs method=eigen")
+        if self.factor_rank is not None and self.max_factor_dim is None:
+            raise ValueError("factor_rank is for factors wider than max_factor_dim: give a number")
         if self.stagger and self.refresh == "adaptive":
             raise ValueError("stagger spreads a fixed interval: it needs refresh=fixed")
         return self

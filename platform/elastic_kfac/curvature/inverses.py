@@ -35,6 +35,41 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+_BEYOND = 8
+"""Columns that are iterated beyond the wanted ones, so that the last wanted ones converge."""
+
+_COLD, _WARM = 8, 2
+"""Iterations from random columns, and from the eigenvectors of an earlier factor."""
+
+
+def leading_eigen(matrix: Tensor, rank: int, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest `rank` eigenvalues `[..., r]`, ascending, and their vectors `[..., d, r]`.
+
+    Ritz pairs of a subspace iteration (Halko et al. 2011) that begins at `last`, the vectors of an
+    earlier factor, and at random columns that are the same in every call.
+
+    Raises:
+        NumericalError: If it fails in the factor's own precision and in float64.
+    """
+    width = matrix.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    count = min(width, rank + _BEYOND) - (0 if last is None else rank)
+    columns = torch.randn(width, count, generator=generator, dtype=torch.float64)
+
+    def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.tril() + x.tril(-1).mT
+        start = columns.to(x).expand(*x.shape[:-2], -1, -1)
+        basis = start if last is None else torch.cat((last.to(x), start), -1)
+        for _ in range(_COLD if last is None else _WARM):
+            basis = torch.linalg.qr(x @ basis).Q
+        values, inner = torch.linalg.eigh(basis.mT @ (x @ basis))
+        values, inner = values[..., -rank:], inner[..., -rank:]
+        return values.clamp_(min=0), (basis @ inner).contiguous()
+
+    values, vectors = _with_fallback(decompose, matrix, "eigen-decomposition")
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
 def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     """`(X + γI)⁻¹` by Cholesky; `damping` is a number or one value per batch entry.
 

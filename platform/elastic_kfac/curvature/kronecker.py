@@ -93,6 +93,7 @@ class KroneckerLayer(Layer):
             biases=biases,
             groups=self.groups,
             many_positions=self.many_positions,
+            rank=self.options.factor_rank,
         )
 
     def _input_side(self) -> Side:
@@ -178,9 +179,13 @@ class KroneckerLayer(Layer):
         return {"A": samples, "G": rows}
 
     def decompose(
-        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        return self._form.decompose(factors, names, damping)
+        return self._form.decompose(factors, names, damping, last)
 
     def precondition(
         self,

@@ -215,9 +215,13 @@ class Layer(ABC):
 
     @abstractmethod
     def decompose(
-        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """New decompositions of the named factors.
+        """New decompositions of the named factors; `last` is what this rank holds of the one in use.
 
         Raises:
             NumericalError: If every fallback failed.
@@ -277,7 +281,8 @@ class Layer(ABC):
                     f"saved {kind} of layer {self.name} have other shapes",
                     given=shapes,
                     allowed=expected,
-                    change="give max_factor_dim the value that it had, or start without this state",
+                    change="give max_factor_dim and factor_rank the values that they had, or start "
+                    "without this state",
                 )
 
     def restored(self, saved: Mapping[str, Any]) -> LayerState:

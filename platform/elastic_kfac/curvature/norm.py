@@ -88,7 +88,11 @@ class NormLayer(Layer):
         return {"F": samples}
 
     def decompose(
-        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         return {"F_inverse": self._inverse(factors["F"], damping * self._damping_factor)}
 

@@ -30,21 +30,29 @@ class EigenForm:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of a decomposition, without groups."""
-        sides = {"A": self.A.shape, "G": self.G.shape}
-        vectors = {f"{name}_vectors": shape for name, shape in sides.items() if len(shape) > 1}
+        sides = {"A": self.A, "G": self.G}
+        vectors = {
+            f"{name}_vectors": shape
+            for name, side in sides.items()
+            if (shape := side.vectors_shape) is not None
+        }
         if self.precompute:
-            return {**vectors, "E_reciprocal": (self.G.padded, self.A.padded)}
-        values = {f"{name}_values": shape[:-1] or shape for name, shape in sides.items()}
+            return {**vectors, "E_reciprocal": (self.G.coordinates, self.A.coordinates)}
+        values = {f"{name}_values": side.values_shape for name, side in sides.items()}
         return {**vectors, **values}
 
     def decompose(
-        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Eigendecompositions of the named factors; all of them with `precompute`."""
         result: dict[str, Tensor] = {}
         for name in names:
             side = self.A if name == "A" else self.G
-            values, vectors = side.eigen(factors[name])
+            values, vectors = side.eigen(factors[name], last.get(f"{name}_vectors"))
             result[f"{name}_values"] = values
             if vectors is not None:
                 result[f"{name}_vectors"] = vectors
@@ -75,17 +83,17 @@ class EigenForm:
         a_vectors, g_vectors = held.get("A_vectors"), held.get("G_vectors")
         x = _padded(gradient, self.A, self.G)
         if g_vectors is not None:
-            x = self.G.left(g_vectors.mT, x)
+            x = self.G.left_onto(g_vectors, x)
         if a_vectors is not None:
-            x = self.A.right(x, a_vectors)
+            x = self.A.right_onto(x, a_vectors)
         if least is None:
             x = x * held["E_reciprocal"]
         else:
             x = x / self._denominator(held["A_values"], held["G_values"], damping, least)
         if g_vectors is not None:
-            x = self.G.left(g_vectors, x)
+            x = self.G.left_back(g_vectors, x)
         if a_vectors is not None:
-            x = self.A.right(x, a_vectors.mT)
+            x = self.A.right_back(x, a_vectors)
         return _cropped(x, gradient)
 
     def _least(self, a_values: Tensor, g_values: Tensor) -> Tensor:
@@ -114,7 +122,11 @@ class InverseForm:
         return {"A_inverse": self.A.shape, "G_inverse": self.G.shape}
 
     def decompose(
-        self, factors: Mapping[str, Tensor], names: tuple[str, ...], damping: float
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """Inverses of the named factors; the split needs both."""
         pairs = ((self.A, factors["A"]), (self.G, factors["G"]))

@@ -1,4 +1,5 @@
-"""How a side of weight matrices `[..., g, a]` keeps its factor: whole, in blocks, or as its diagonal.
+"""How a side of weight matrices `[..., g, a]` keeps its factor: whole, in blocks, or as its diagonal; and
+how it keeps its spectrum.
 
 A factor as wide as a vocabulary or a flattened image fits no memory, and its decomposition no step. What
 is kept of it is the block diagonal of a narrower structure; all that follows is exactly K-FAC with the
@@ -7,6 +8,7 @@ other entries set to zero. Kept shapes, with the groups of a grouped convolution
     Whole     [d, d]
     Blocks    [b, s, s]   b·s >= d: the last block is padded with zeros
     Diagonal  [d]
+    LowRank   [d, d], of whose eigendecomposition r pairs are kept and the mean of the other eigenvalues
 """
 
 from __future__ import annotations
@@ -41,7 +43,22 @@ class Side(ABC):
     @property
     @abstractmethod
     def shape(self) -> Shape:
-        """Of the factor, and of its eigenvectors."""
+        """Of the factor."""
+
+    @property
+    def values_shape(self) -> Shape:
+        """Of its eigenvalues."""
+        return self.shape[:-1]
+
+    @property
+    def vectors_shape(self) -> Shape | None:
+        """Of its eigenvectors; None where those are unit vectors."""
+        return self.shape
+
+    @property
+    def coordinates(self) -> int:
+        """Length of a side of matrices in coordinates of the eigenvectors."""
+        return self.padded
 
     @property
     def padded(self) -> int:
@@ -82,8 +99,11 @@ class Side(ABC):
         """`Σλ² / Σλ`."""
         return damping.typical_eigenvalue(factor)
 
-    def eigen(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Eigenvalues, and eigenvectors if there are other than unit vectors."""
+    def eigen(self, factor: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Eigenvalues, and eigenvectors if there are other than unit vectors.
+
+        `last` are the eigenvectors of an earlier factor.
+        """
         return inverses.eigen(factor)
 
     def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
@@ -91,7 +111,7 @@ class Side(ABC):
         return inverses.damped_inverse(factor, shift)
 
     def values(self, eigenvalues: Tensor) -> Tensor:
-        """Eigenvalues along a side of a matrix, `[..., padded]`."""
+        """Eigenvalues along a side of a matrix in coordinates of the eigenvectors."""
         return eigenvalues
 
     def left(self, matrix: Tensor, x: Tensor) -> Tensor:
@@ -101,6 +121,22 @@ class Side(ABC):
     def right(self, x: Tensor, matrix: Tensor) -> Tensor:
         """`X M` for `x [..., k, padded]`."""
         return x @ matrix
+
+    def left_onto(self, vectors: Tensor, x: Tensor) -> Tensor:
+        """Coordinates `[..., coordinates, k]` of the columns of `x [..., padded, k]`."""
+        return self.left(vectors.mT, x)
+
+    def left_back(self, vectors: Tensor, x: Tensor) -> Tensor:
+        """Undoes `left_onto`."""
+        return self.left(vectors, x)
+
+    def right_onto(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Coordinates `[..., k, coordinates]` of the rows of `x [..., k, padded]`."""
+        return self.right(x, vectors)
+
+    def right_back(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Undoes `right_onto`."""
+        return self.right(x, vectors.mT)
 
     # -- pieces ---------------------------------------------------------------------------------
 
@@ -145,6 +181,58 @@ class Whole(Side):
 
 WHOLE = Whole(0)
 """A whole side of any width, for statistics."""
+
+
+@dataclass(frozen=True)
+class LowRank(Whole):
+    """All of the factor, decomposed as `V Λ Vᵀ + τ (I − V Vᵀ)`: the largest r eigenpairs and, in every
+    other direction, the mean τ of the rest, so that the trace is kept. Never with groups.
+
+    Coordinates of x are `Vᵀx` and, behind them, `x − V Vᵀx`.
+    """
+
+    rank: int
+    """r < d."""
+
+    @property
+    def values_shape(self) -> Shape:
+        return (self.rank + 1,)
+
+    @property
+    def vectors_shape(self) -> Shape:
+        return (self.width, self.rank)
+
+    @property
+    def coordinates(self) -> int:
+        return self.rank + self.width
+
+    @property
+    def kept(self) -> str:
+        return f"{self.rank} eigenpairs and the mean of the others"
+
+    def eigen(self, factor: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        values, vectors = inverses.leading_eigen(factor, self.rank, last)
+        trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        tail = (trace - values.sum(-1)).clamp(min=0) / (self.width - self.rank)
+        return torch.cat((values, tail.unsqueeze(-1)), -1), vectors
+
+    def values(self, eigenvalues: Tensor) -> Tensor:
+        top, tail = eigenvalues[..., :-1], eigenvalues[..., -1:]
+        return torch.cat((top, tail.expand(*tail.shape[:-1], self.width)), -1)
+
+    def left_onto(self, vectors: Tensor, x: Tensor) -> Tensor:
+        inside = vectors.mT @ x
+        return torch.cat((inside, x - vectors @ inside), -2)
+
+    def left_back(self, vectors: Tensor, x: Tensor) -> Tensor:
+        return vectors @ x[..., : self.rank, :] + x[..., self.rank :, :]
+
+    def right_onto(self, x: Tensor, vectors: Tensor) -> Tensor:
+        inside = x @ vectors
+        return torch.cat((inside, x - inside @ vectors.mT), -1)
+
+    def right_back(self, x: Tensor, vectors: Tensor) -> Tensor:
+        return x[..., : self.rank] @ vectors.mT + x[..., self.rank :]
 
 
 @dataclass(frozen=True)
@@ -241,6 +329,14 @@ class Diagonal(Side):
         return (self.width,)
 
     @property
+    def values_shape(self) -> Shape:
+        return self.shape
+
+    @property
+    def vectors_shape(self) -> None:
+        return None
+
+    @property
     def kept(self) -> str:
         return "" if self.is_whole else "the diagonal"
 
@@ -259,7 +355,7 @@ class Diagonal(Side):
     def identity(self, like: Tensor) -> Tensor:
         return torch.ones(self.width, dtype=like.dtype, device=like.device)
 
-    def eigen(self, factor: Tensor) -> tuple[Tensor, Tensor | None]:
+    def eigen(self, factor: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return factor.clone(), None
 
     def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
@@ -290,6 +386,7 @@ def bounded(
     unit: int = 1,
     groups: int = 1,
     many_positions: bool = False,
+    rank: int | None = None,
 ) -> Side:
     """The side of a given width under `max_factor_dim`.
 
@@ -297,6 +394,7 @@ def bounded(
     `limit`: a plain step costs a multiple of their size per weight, and stays under 3 times SGD's.
     Sides of more than 8 times the limit keep the diagonal: blocks would be tiny. Where a layer has many
     positions per sample its own passes cost far more per weight: blocks are half as wide as the limit.
+    With `rank`, wide sides are `LowRank` instead of blocks.
 
     Args:
         width: d, with the coordinates of biases.
@@ -305,12 +403,15 @@ def bounded(
         unit: Coordinates that belong together (the kernel offsets of a channel): blocks hold whole units.
         groups: Of a grouped convolution, which keep blocks always.
         many_positions: Whether the layer is a convolution.
+        rank: Eigenpairs to keep of a wide side, instead of blocks; not with groups.
     """
     features = width - biases
     if limit is None or features <= limit:
         return Whole(width)
     if features > _DIAGONAL_FROM * limit and groups == 1:
         return Diagonal(width)
+    if rank is not None and groups == 1:
+        return LowRank(width, rank) if rank < width else Whole(width)
     size = max(1, limit // 2 if many_positions else limit * limit // (_SHARE * features))
     count = -(-features // size)
     size = -(-features // (count * unit)) * unit

@@ -285,7 +285,8 @@ class KFAC:
             due.append(i)
             names, parts = self.distribution.decomposes(i), {}
             try:
-                parts = layer.decompose(state.floored, names, damping) if names else {}
+                if names:
+                    parts = layer.decompose(state.floored, names, damping, state.decomposition)
             except NumericalError:
                 self.counters["inverse_failures"] += 1
                 if state.inverse_step < 0:

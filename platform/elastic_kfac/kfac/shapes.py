@@ -12,7 +12,7 @@ from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.discovery import clean_name, find_layers, unwrap
 from elastic_kfac.curvature.kronecker import KroneckerLayer
 from elastic_kfac.curvature.layer import Layer
-from elastic_kfac.curvature.sides import Blocks
+from elastic_kfac.curvature.sides import Blocks, LowRank
 from elastic_kfac.kfac.options import value_at
 from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
 from elastic_kfac.placement.plan import Plan
@@ -34,6 +34,7 @@ def layer_shape(layer: Layer) -> LayerShape:
     diagonal = [shape[0] for shape in shapes.values() if len(shape) == 1]
     a, g = (0 if len(shapes[name]) == 1 else shapes[name][-1] for name in ("A", "G"))
     counts = [side.count if isinstance(side, Blocks) else 1 for side in layer.sides.values()]
+    ranks = [side.rank if isinstance(side, LowRank) else 0 for side in layer.sides.values()]
     return LayerShape(
         layer.name,
         a,
@@ -43,6 +44,8 @@ def layer_shape(layer: Layer) -> LayerShape:
         diagonal=sum(diagonal) or None,
         a_blocks=counts[0],
         g_blocks=counts[1],
+        a_rank=ranks[0],
+        g_rank=ranks[1],
         kept=layer.kept,
     )
 

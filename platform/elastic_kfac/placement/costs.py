@@ -8,7 +8,8 @@ Symbols of the traffic model (Pauloski et al., KAISA, SC'21), for layers with we
     w = Σ a g                   weights that K-FAC preconditions
 
 A grouped convolution counts once per group (`copies`). A factor of dimension 0 is diagonal and costs
-nothing to decompose; one of which blocks are kept counts once per block (`a_blocks`, `g_blocks`).
+nothing to decompose; one of which blocks are kept counts once per block (`a_blocks`, `g_blocks`). Of one
+with a rank r there are r eigenvectors, r + 1 eigenvalues and a product of r + a coordinates.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class LayerShape:
     """Blocks of A, each `a_dim` wide."""
     g_blocks: int = 1
     """Blocks of G."""
+    a_rank: int = 0
+    """Eigenpairs that are kept of A; 0 for all."""
+    g_rank: int = 0
+    """Eigenpairs that are kept of G."""
     kept: str = ""
     """What is kept of factors wider than `max_factor_dim`, in words."""
 
@@ -75,9 +80,22 @@ class LayerShape:
         return self.a_blocks * self.a_dim, self.g_blocks * self.g_dim
 
     @property
+    def vector_elements(self) -> int:
+        """Elements of the eigenvectors of dense factors and blocks."""
+        a, g = self.a_rank or self.a_dim, self.g_rank or self.g_dim
+        return self.copies * (self.a_blocks * self.a_dim * a + self.g_blocks * self.g_dim * g)
+
+    @property
+    def value_elements(self) -> int:
+        """Elements of their eigenvalues."""
+        ranks = (self.a_rank, self.g_rank)
+        kept = (r + 1 if r else n for r, n in zip(ranks, self.lengths, strict=True))
+        return self.copies * sum(kept)
+
+    @property
     def product_elements(self) -> int:
         """Elements of 1/(d_G d_Aᵀ + damping)."""
-        a, g = self.lengths
+        a, g = self.lengths[0] + self.a_rank, self.lengths[1] + self.g_rank
         if a and g:
             return self.copies * a * g
         return (self.diagonal or 0) * (a or g) or self.weight_elements
@@ -104,14 +122,14 @@ def second_order_elements(
     """e: elements that a gradient worker keeps of the decompositions of these layers."""
     total = 0
     for x in layers:
-        total += factor_elements([x])
+        total += x.vector_elements + x.diagonal_elements
         if method == "inverse" or not x.is_pair:
             continue
         if precompute:
             # The product holds what the diagonal would.
             total += x.product_elements - x.diagonal_elements
         else:
-            total += x.copies * sum(x.lengths)
+            total += x.value_elements
     return total
 
 
@@ -124,9 +142,10 @@ def precondition_flops(layer: LayerShape, *, method: Method = "eigen") -> float:
     """Floating-point operations to precondition one gradient.
 
     2 a g (a + g) for two products with inverses, twice that for the four of the eigen form; with blocks
-    the widths in parentheses are theirs.
+    the widths in parentheses are theirs. With r eigenvectors there are three products instead of two.
     """
-    products = 2.0 * layer.weight_elements * (layer.a_dim + layer.g_dim)
+    a, g = 1.5 * layer.a_rank or layer.a_dim, 1.5 * layer.g_rank or layer.g_dim
+    products = 2.0 * layer.weight_elements * (a + g)
     return 2.0 * products if method == "eigen" else products
 
 
@@ -142,17 +161,19 @@ class CostModel:
     c1: float = 1.0
     p: float = 3.0
 
-    def seconds(self, dim: int) -> float:
-        """Cost of one dense factor; a diagonal one (width 0) is free."""
-        return self.c0 + self.c1 * float(dim) ** self.p if dim else 0.0
+    def seconds(self, dim: int, rank: int = 0) -> float:
+        """Cost of one dense factor, of r columns of it in proportion; a diagonal one (width 0) is
+        free."""
+        share = rank / dim if rank else 1.0
+        return self.c0 + self.c1 * share * float(dim) ** self.p if dim else 0.0
 
     def a_seconds(self, layer: LayerShape) -> float:
         """Cost of the layer's input factors."""
-        return layer.copies * layer.a_blocks * self.seconds(layer.a_dim)
+        return layer.copies * layer.a_blocks * self.seconds(layer.a_dim, layer.a_rank)
 
     def g_seconds(self, layer: LayerShape) -> float:
         """Cost of the layer's output-gradient factors."""
-        return layer.copies * layer.g_blocks * self.seconds(layer.g_dim)
+        return layer.copies * layer.g_blocks * self.seconds(layer.g_dim, layer.g_rank)
 
 
 COMPUTE = CostModel(c0=0.0, c1=1.0, p=3.0)

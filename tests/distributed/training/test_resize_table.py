@@ -174,6 +174,17 @@ SYSTEMS: dict[str, System] = {
         (*CONSTANT, "4-2-3-4"),
         kinds=("K-FAC",),
     ),
+    "kfac-low-rank": System(
+        {
+            **KFAC,
+            "kfac.max_factor_dim": 8,
+            "kfac.factor_rank": 3,
+            "kfac.trust_region": "adaptive",
+            "kfac.grad_worker_frac": 0.5,
+        },
+        ("4-2-3-4",),
+        kinds=("low rank",),
+    ),
     "kfac-trust-region": System(
         {**KFAC, "kfac.trust_region": "adaptive", "kfac.grad_worker_frac": 0.5},
         (*CONSTANT, "4-2-3-4"),
@@ -537,6 +548,7 @@ def test_every_kind_of_state_has_a_row_or_a_test_of_its_own() -> None:
     kinds |= {
         "adaptive refresh",
         "trust region",
+        "low rank",
         "running mixup",
         "DistNewton",
         "ABS",

@@ -25,7 +25,7 @@ def test_eigen_precondition_equals_dense_kronecker_inverse() -> None:
     d = torch.randn(4, 5, dtype=torch.double)
     form = preconditioning.EigenForm(Whole(5), Whole(4), precompute=False)
     factors = {"A": a, "G": g}
-    held = form.decompose(factors, ("A", "G"), gamma)
+    held = form.decompose(factors, ("A", "G"), gamma, {})
     assert {name: tuple(t.shape) for name, t in held.items()} == form.shapes
     result = form.precondition(held, d, gamma)
     # Row-major flattening of G X A is (G ⊗ A) vec(X).
@@ -54,7 +54,7 @@ def test_inverse_precondition_equals_dense_factored_tikhonov(mode: str) -> None:
     assert gamma_a.item() == pytest.approx(expected_a, rel=1e-12)
     assert gamma_g.item() == pytest.approx(expected_g, rel=1e-12)
     form = preconditioning.InverseForm(Whole(5), Whole(4), mode)
-    result = form.precondition(form.decompose({"A": a, "G": g}, ("A", "G"), gamma), d, gamma)
+    result = form.precondition(form.decompose({"A": a, "G": g}, ("A", "G"), gamma, {}), d, gamma)
     dense = torch.kron(
         g + expected_g * torch.eye(4, dtype=torch.double),
         a + expected_a * torch.eye(5, dtype=torch.double),

@@ -175,16 +175,25 @@ def test_groups_keep_blocks_of_their_own() -> None:
     torch.testing.assert_close(kept["G"], whole["G"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("method", ["eigen", "inverse"])
+@pytest.mark.parametrize(
+    ("variant", "other_bound"),
+    [
+        ({}, {"max_factor_dim": 30}),
+        ({"method": "inverse"}, {"max_factor_dim": 30}),
+        ({"factor_rank": 5}, {"factor_rank": 6}),
+    ],
+)
 @pytest.mark.parametrize("start", ["first", "identity"])
-def test_state_continues_bit_for_bit_and_fits_no_other_bound(method: str, start: str) -> None:
-    options = {"method": method, "ema_init": start, "inverse_update_steps": 2}
+def test_state_continues_bit_for_bit_and_fits_no_other_bound(
+    variant: dict[str, object], other_bound: dict[str, object], start: str
+) -> None:
+    options = {"max_factor_dim": 34, **variant, "ema_init": start, "inverse_update_steps": 2}
     model = wide()
-    kfac = KFAC(model, max_factor_dim=34, **options)
+    kfac = KFAC(model, **options)
     for seed in range(3):
         step(model, kfac, seed)
     other = copy.deepcopy(model)
-    resumed = KFAC(other, max_factor_dim=34, **options)
+    resumed = KFAC(other, **options)
     resumed.load_state_dict(kfac.state_dict())
     for seed in range(3, 6):
         step(model, kfac, seed)
@@ -192,10 +201,19 @@ def test_state_continues_bit_for_bit_and_fits_no_other_bound(method: str, start:
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     with pytest.raises(StateError, match="max_factor_dim"):
-        KFAC(wide(), max_factor_dim=30, **options).load_state_dict(kfac.state_dict())
+        KFAC(wide(), **{**options, **other_bound}).load_state_dict(kfac.state_dict())
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute": True}, {"method": "inverse"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precompute": True},
+        {"method": "inverse"},
+        {"factor_rank": 5},
+        {"factor_rank": 5, "precompute": True},
+    ],
+)
 def test_plan_has_the_memory_of_what_is_kept_to_the_byte(options: dict[str, object]) -> None:
     model = wide()
     kfac = KFAC(model, max_factor_dim=34, **options)

@@ -222,7 +222,7 @@ class KaisaGrid(Distribution):
     def _decompose_alone(self, states: States, index: int, damping: float) -> None:
         layer, state = self.layers[index], states[index]
         try:
-            parts = layer.decompose(state.floored, layer.factor_names, damping)
+            parts = layer.decompose(state.floored, layer.factor_names, damping, state.decomposition)
         except NumericalError as error:
             raise CommunicationError(f"a peer was lost, and alone: {error}") from error
         states[index] = state.decomposed(parts, state.inverse_step)

@@ -220,6 +220,7 @@ _AGREED = (
     "method",
     "inverse_damping",
     "max_factor_dim",
+    "factor_rank",
     "factor_scale",
     "weight_sharing",
     "bn_fisher",
