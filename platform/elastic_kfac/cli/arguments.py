@@ -325,6 +325,12 @@ COMMANDS: dict[str, Command] = {
     "config": Command(
         "configuration:config", "Explain every configuration key.", "NAMES --markdown"
     ),
+    "models": Command(
+        "configuration:models",
+        "List the built-in models with their parameters, or explain one.",
+        "",
+        {"MODEL": _of("name of a model (default: all)", nargs="?")},
+    ),
     "doctor": Command(
         "doctor:doctor",
         "Check this machine and suggest fixes.",

@@ -200,9 +200,9 @@ def judge_ray_version(version: str) -> Finding:
 def zoo_finding() -> Finding:
     """The built-in models."""
     try:
-        from elastic_kfac.tasks.models import zoo
+        from elastic_kfac.zoo import MODELS
 
-        return Finding("ok", "models", ", ".join(sorted(zoo())))
+        return Finding("ok", "models", ", ".join(sorted(MODELS)))
     except Exception as error:
         return Finding("fail", "models", _text(error), "fix torch first")
 

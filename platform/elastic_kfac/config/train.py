@@ -13,7 +13,7 @@ class ModelConfig(Section):
     """The network."""
 
     name: str = "small_cnn"
-    """Name of a built-in model (`elastic-kfac doctor` lists them), or `package.module:factory`."""
+    """Name of a built-in model (`elastic-kfac models` lists them), or `package.module:factory`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""
     initial_weights: str | None = None

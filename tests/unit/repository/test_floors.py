@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("paths",),
     ("config",),
-    ("curvature", "communication", "placement", "observability", "data"),
+    ("curvature", "communication", "placement", "observability", "data", "zoo"),
     ("optimizers", "kfac", "state"),
     ("tasks",),
     ("analysis",),
@@ -42,13 +42,13 @@ FORBIDDEN_PACKAGES = {
     "communication": {"torchvision", "torchmetrics", "ray"},
     "placement": {"torch", "torchvision", "torchmetrics", "ray"},
     "data": {"ray"},
-    **{room: {"ray"} for room in ("kfac", "optimizers", "state", "tasks", "analysis")},
+    **{room: {"ray"} for room in ("kfac", "optimizers", "state", "tasks", "zoo", "analysis")},
     **{room: {"ray"} for room in ("training", "runs", "observability")},
     "elastic": {"ray"},
     "reports": {"torch", "torchvision", "ray"},
 }
 CORE = ("curvature", "communication", "placement", "data", "kfac", "optimizers", "state", "tasks")
-CORE = (*CORE, "analysis", "training", "training.sync", "runs")
+CORE = (*CORE, "zoo", "analysis", "training", "training.sync", "runs")
 
 
 def modules() -> list[Path]:
