@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -14,6 +15,16 @@ _SCHEMES = ("file", "s3", "gs", "gcs")
 def user_path(text: str | Path) -> Path:
     """A path with `~` expanded; without a home, or for an unknown user, `~` stays."""
     return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises
+
+
+def user_cache() -> Path:
+    """`elastic-kfac` below the user's cache directory, or below a temporary one without a home."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    try:
+        cache = Path(root) if root else Path.home() / ".cache"
+    except RuntimeError:  # A worker of a container's arbitrary user.
+        cache = Path(tempfile.gettempdir(), f"elastic-kfac-{os.getuid()}")
+    return cache / "elastic-kfac"
 
 
 def local_folder(uri: str | Path) -> Path | None:

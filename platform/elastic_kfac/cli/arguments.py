@@ -58,6 +58,10 @@ def _minutes(text: str) -> float:
     return float(text)
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part, high=1_000_000) for part in text.split("x"))
+
+
 def _samples(text: str) -> int | str:
     return text if text == "all" else _whole(text)
 
@@ -287,15 +291,34 @@ COMMANDS: dict[str, Command] = {
         {"--out": _of("file to write (default: RUN/model.safetensors)", metavar="FILE")},
     ),
     "plan": Command(
-        "runs:plan",
-        "Show placement, predicted costs and the planner's suggestion at given world sizes.",
+        "plan:plan",
+        "Predict step time, traffic and memory at given numbers of workers, and suggest a plan.",
         "CONFIG --set --world-size --memory-gib --gbit-per-s --latency-us --json",
         {
             "--memory-gib": _of(
                 "device memory that a suggestion must fit (default: no limit)",
                 type=float,
                 metavar="GIB",
-            )
+            ),
+            "--links": _of(
+                "run with plan.calibrate=true whose measured links to use", metavar="RUN"
+            ),
+            "--device": _of(
+                "estimate for cpu, v100, a100 or h100 instead of measuring this machine",
+                metavar="NAME",
+            ),
+            "--input-shape": _of(
+                "shape of a sample, e.g. 3x224x224 (default: that of the shards)",
+                type=_number("--input-shape", _shape),
+                metavar="SHAPE",
+            ),
+            "--classes": _of(
+                "outputs of the model, with --input-shape (default: 1000)",
+                type=_number("--classes"),
+                default=1000,
+                metavar="N",
+            ),
+            "--layers": _of("print where every layer goes as well", action="store_true"),
         },
     ),
     "audit": Command(

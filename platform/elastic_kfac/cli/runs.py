@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
-import math
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elastic_kfac.errors import UsageError
 from elastic_kfac.paths import join_uri, local_folder
@@ -137,74 +133,6 @@ def export(arguments: argparse.Namespace) -> int:
     count = export_run(open_run(uri), out, step=arguments.checkpoint)
     print(f"{count} tensors: {out}")
     return 0
-
-
-def plan(arguments: argparse.Namespace) -> int:
-    """Prints plan, predicted costs and the planner's suggestion at each world size."""
-    from elastic_kfac.config import read_config
-
-    config = read_config(arguments.config, arguments.overrides)
-    if not config.kfac.enabled and config.optimizer.name != "sharded_kfac":
-        raise UsageError(
-            "there is nothing to plan without K-FAC",
-            given="kfac.enabled=false",
-            change="add --set kfac.enabled=true",
-        )
-    from elastic_kfac.placement.simulator import Line
-    from elastic_kfac.runs.feasibility import Sized
-    from elastic_kfac.runs.prediction import Outlook
-
-    sized = Sized.of(config)
-    network = Line(arguments.latency_us * 1e-6, 8.0 / (arguments.gbit_per_s * 1e9))
-    budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
-    outlook = Outlook(sized, network, memory_budget_bytes=budget)
-    rows = [outlook.at(world_size) for world_size in arguments.world_size]
-    resizes = [outlook.resize(*sizes) for sizes in pairwise(arguments.world_size)]
-    cross_over = outlook.cross_over()
-    if arguments.json:
-        found = {"world_sizes": rows, "resizes": resizes, "cross_over": cross_over}
-        print(json.dumps(found, indent=1))
-        return 0
-    for world_size, row in zip(arguments.world_size, rows, strict=True):
-        print(sized.plan(world_size))
-        for line in _outlook_lines(row):
-            print(line)
-        print()
-    for resize in resizes:
-        moved = resize["moved_bytes"] / 2**20
-        print(f"resize {resize['from']} -> {resize['to']}: {moved:.4g} MiB of decompositions move")
-        print(*(f"  {change}" for change in resize["changes"]), sep="\n")
-    if cross_over:
-        divide, flat = cross_over["divide_from"], cross_over["flat_from"]
-        from_ranks = "never pays" if divide is None else f"pays from N* = {divide} ranks"
-        print(
-            f"cross-over: dividing decompositions among ranks {from_ranks}; "
-            f"more than {flat} do not shorten them"
-        )
-    return 0
-
-
-def _outlook_lines(row: Mapping[str, Any]) -> Iterator[str]:
-    def costs(values: Mapping[str, Any]) -> str:
-        return (
-            f"{values['step_s'] * 1e3:.4g} ms per step, "
-            f"{values['received_bytes'] / 2**20:.4g} MiB received per rank and step, "
-            f"{values['memory_bytes'] / 2**20:.4g} MiB of memory"
-        )
-
-    suggested = row["suggested"]
-    if "predicted" not in row:
-        yield f"suggested: sharded.v_method {suggested['sharded.v_method']}"
-        return
-    yield f"predicted: {costs(row['predicted'])} (micro-batch {row['micro_batch_size']})"
-    yield (
-        f"suggested: kfac.grad_worker_frac {suggested['grad_worker_frac']:.4g}, "
-        f"train.micro_batch_size {suggested['micro_batch_size']}: {costs(suggested)}"
-    )
-    yield (
-        f"with kfac.inverse_update_steps {suggested['inverse_update_steps']} or more, decompositions "
-        "take at most a tenth of a step"
-    )
 
 
 def device_of(folder: RunFolder) -> torch.device:

@@ -89,7 +89,12 @@ class PlanConfig(Section):
     """Limit in GiB per worker for factors and decompositions: a plan that needs more is refused, and
     `kfac.grad_worker_frac: auto` takes the largest share that fits; null means no limit."""
     calibrate: bool = False
-    """Measure decomposition times on rank 0 at every start (about 1 s) instead of using stored ones."""
+    """Measure this kind of host (about 1 s, kept in the user's cache) and the links between workers at
+    every start and resize, instead of planning with stored figures."""
+    margin: Annotated[float, Field(gt=0)] | None = 0.5
+    """With `kfac.grad_worker_frac: auto`: how far decompositions may take longer or shorter than
+    predicted, as a fraction, before the plan is made anew from what was measured; null keeps plans
+    between resizes."""
 
 
 class ResourcesConfig(Section):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -33,7 +32,7 @@ from elastic_kfac.data.manifest import (
 )
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
-from elastic_kfac.paths import user_path
+from elastic_kfac.paths import user_cache, user_path
 
 _ATTEMPTS: Final = 3
 _SLACK_BYTES: Final = 1 << 20
@@ -323,12 +322,7 @@ class ReadAhead:
 
 def default_cache_folder() -> Path:
     """`elastic-kfac/shards` below the user's cache directory, or below a temporary one without a home."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        cache = Path(root) if root else Path.home() / ".cache"
-    except RuntimeError:  # A worker of a container's arbitrary user.
-        cache = Path(tempfile.gettempdir(), f"elastic-kfac-{os.getuid()}")
-    return cache / "elastic-kfac" / "shards"
+    return user_cache() / "shards"
 
 
 def _needed_bytes(shard: ShardInfo) -> int:

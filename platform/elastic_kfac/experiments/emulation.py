@@ -8,22 +8,14 @@ in the search space.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import replace
 
 from elastic_kfac.config import Config
 from elastic_kfac.experiments.search_space import Links
-from elastic_kfac.placement.costs import Method
-from elastic_kfac.placement.simulator import Calibration, Line, predict_step
+from elastic_kfac.kfac.calibration import measured
+from elastic_kfac.placement.simulator import Line, predict_step
 from elastic_kfac.runs.feasibility import Sized
-from elastic_kfac.runs.prediction import (
-    Passes,
-    measure_calibration,
-    measure_passes,
-    workload_of,
-)
-
-_BATCHES = (8, 32)
-"""Sizes at which passes are measured."""
+from elastic_kfac.runs.profile import Profile, measure, with_intervals
 
 
 class Emulator:
@@ -31,8 +23,7 @@ class Emulator:
 
     def __init__(self, links: Links) -> None:
         self._links = links
-        self._calibration = lru_cache(None)(self._calibrated)
-        self._passes: dict[str, Passes] = {}
+        self._profiles: dict[str, Profile] = {}
 
     def step_seconds(self, config: Config) -> float:
         """Predicted seconds of the average step on `links.world_size` ranks."""
@@ -40,26 +31,30 @@ class Emulator:
         batch = config.train.global_batch_size
         share = -(-batch // ranks)
         micro = min(config.train.micro_batch_size or share, share)
-        calibration, passes = self._calibration(config.kfac.method), self._measured(sized)
+        profile = self._measured(sized)
         if not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
-            computation = -(-share // micro) * passes.forward_backward.at(micro)
-            exchange = calibration.all_reduce_seconds(ranks, sized.parameter_elements * 4)
+            work = profile.workload
+            computation = -(-share // micro) * work.forward_backward.at(micro) + work.optimizer_s
+            exchange = profile.calibration.all_reduce_seconds(ranks, sized.parameter_elements * 4)
             return computation + exchange
         step = predict_step(
-            workload_of(sized, passes),
-            calibration,
-            sized.plan(ranks),
+            with_intervals(profile.workload, config.kfac),
+            profile.calibration,
+            sized.plan(ranks, calibration=profile.calibration),
             global_batch_size=batch,
             micro_batch_size=micro,
         )
         return step.total
 
-    def _calibrated(self, method: Method) -> Calibration:
-        network = Line(self._links.latency_s, 8.0 / (self._links.gbit_per_s * 1e9))
-        return measure_calibration(method, network, self._links.ranks_per_node)
-
-    def _measured(self, sized: Sized) -> Passes:
-        key = f"{sized.config.data.shards} {sized.config.model.model_dump_json()}"
-        if key not in self._passes:
-            self._passes[key] = measure_passes(sized, _BATCHES)
-        return self._passes[key]
+    def _measured(self, sized: Sized) -> Profile:
+        """Of a configuration that differs at most in placement, intervals and damping."""
+        config, kfac = sized.config, sized.config.kfac
+        key = f"{config.data.shards} {config.model.model_dump_json()} {kfac.enabled}"
+        key += f" {kfac.method} {kfac.precompute} {kfac.max_factor_dim} {kfac.skip_layers}"
+        if key not in self._profiles:
+            network = Line(self._links.latency_s, 8.0 / (self._links.gbit_per_s * 1e9))
+            calibration = replace(
+                measured(kfac.method), network=network, ranks_per_node=self._links.ranks_per_node
+            )
+            self._profiles[key] = measure(sized, calibration)
+        return self._profiles[key]

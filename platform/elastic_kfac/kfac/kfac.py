@@ -29,7 +29,7 @@ from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
-from elastic_kfac.kfac.distribution import CostModel, Plan, as_communicator, make_distribution
+from elastic_kfac.kfac.distribution import Calibration, Plan, as_communicator, make_distribution
 from elastic_kfac.kfac.options import (
     Lr,
     Rates,
@@ -80,7 +80,7 @@ class KFAC:
             `sharding`, one over the global batch.
         grad_scaler: A `torch.amp.GradScaler` whose scale is on the gradients; unscale before `step()`.
         process_group: A ProcessGroup or Communicator; None takes the default group if there is one.
-        costs: Seconds per decomposition by width, for the plan; None takes stored measurements.
+        calibration: Measured costs that the plan follows; None takes stored ones.
         **options:
 
     Raises:
@@ -101,7 +101,7 @@ class KFAC:
         loss_scale_per_sample: float | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         process_group: dist.ProcessGroup | Communicator | None = None,
-        costs: CostModel | None = None,
+        calibration: Calibration | None = None,
         **options: Any,
     ) -> None:
         check_arguments(model, config)
@@ -123,7 +123,8 @@ class KFAC:
         """Called right before statistics are exchanged, factors change, decompositions are exchanged."""
         self.damping_rule = damping_rule(self.options)
         self._model, self._sharding, self._tree = model, sharding, tree
-        self._costs = costs
+        self.calibration = calibration
+        """What the next plan is made from, equal on all ranks; None stands for stored costs."""
         self._warnings = WarnOnce()
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
@@ -151,7 +152,7 @@ class KFAC:
         self._warnings.once(text, bool(wide), text)
         self.refresh = make_refresh(self.layers, self.options)
         self.distribution = make_distribution(
-            (self.layers, communicator, self.options, self._costs),
+            (self.layers, communicator, self.options, self.calibration),
             model=self._model,
             sharding=self._sharding,
             tree=self._tree,
@@ -654,6 +655,7 @@ class KFAC:
         moves the fewest bytes: a rank that has just joined with a fresh preconditioner gets the state of
         the ranks that went furthest.
         """
+        self.distribution.calibration = self.calibration
         report = move_to(self, as_communicator(process_group))
         self._capture.drop()
         self._arm()

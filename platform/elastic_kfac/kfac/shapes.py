@@ -14,9 +14,12 @@ from elastic_kfac.curvature.kronecker import KroneckerLayer
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.curvature.sides import Blocks, LowRank
 from elastic_kfac.kfac.options import value_at
-from elastic_kfac.placement.costs import CostModel, LayerShape, default_costs
+from elastic_kfac.placement.choice import auto_fraction, kfac_workload
+from elastic_kfac.placement.costs import LayerShape
+from elastic_kfac.placement.devices import stored_calibration
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.planner import auto_fraction, make_plan, over_budget
+from elastic_kfac.placement.planner import make_plan, over_budget
+from elastic_kfac.placement.simulator import Calibration
 from elastic_kfac.placement.traffic import memory_elements
 
 
@@ -117,9 +120,10 @@ def plan_of(
     options: KfacOptions,
     *,
     sharded: bool = False,
-    costs: CostModel | None = None,
+    calibration: Calibration | None = None,
     memory_budget_bytes: float | None = None,
     element_bytes: int = 4,
+    device_type: str = "cpu",
     previous: Plan | None = None,
     previous_ranks: Sequence[int | None] | None = None,
 ) -> Plan:
@@ -130,34 +134,42 @@ def plan_of(
         world_size: Number of ranks.
         options: `grad_worker_frac`, `method` and the other options of K-FAC.
         sharded: Whether every shape has a single owner, instead of a share of gradient workers.
-        costs: Seconds per decomposition; by default the stored measurement.
+        calibration: Measured costs; by default stored ones of the layers' kind of device.
         memory_budget_bytes: Limit per rank for factors and decompositions together.
         element_bytes: Bytes per element of factors and decompositions.
+        device_type: Of the layers, for costs that were not measured.
         previous: See `make_plan`.
         previous_ranks: See `make_plan`.
 
     Raises:
         ConfigError: If the plan does not fit the budget.
     """
-    costs = costs or default_costs(options.method)
+    calibration = calibration or stored_calibration(options.method, device_type)
     fraction: float | str = 1.0 / world_size if sharded else options.grad_worker_frac
+    reason = ""
     if isinstance(fraction, str):
-        fraction = auto_fraction(
+        workload = kfac_workload(
             shapes,
-            world_size,
-            value_at(options, "inverse_update_steps", 0),
-            options.precompute,
-            memory_budget_bytes,
+            inverse_update_steps=int(value_at(options, "inverse_update_steps", 0)),
             method=options.method,
+            precompute=options.precompute,
+            colocate=options.colocate,
             element_bytes=element_bytes,
-            costs=costs,
         )
+        chosen = auto_fraction(
+            workload,
+            calibration,
+            world_size,
+            memory_budget_bytes=memory_budget_bytes,
+            previous=previous,
+        )
+        fraction, reason = chosen.fraction, chosen.reason
     plan = make_plan(
         shapes,
         world_size,
         fraction,
         colocate=sharded or options.colocate,
-        costs=costs,
+        costs=calibration.costs,
         previous=previous,
         previous_ranks=previous_ranks,
     )
@@ -167,4 +179,4 @@ def plan_of(
         )
         if max(held) * element_bytes > memory_budget_bytes:
             raise over_budget(memory_budget_bytes, max(held) * element_bytes, plan)
-    return plan
+    return replace(plan, reason=reason)

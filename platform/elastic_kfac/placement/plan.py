@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,8 @@ class Plan:
     columns: tuple[tuple[int, ...], ...]
     layers: tuple[LayerPlacement, ...]
     """In the order of registration."""
+    reason: str = field(default="", compare=False)
+    """Why the fraction was chosen, with `grad_worker_frac: auto`; no part of the plan's identity."""
 
     @cached_property
     def _by_name(self) -> dict[str, LayerPlacement]:

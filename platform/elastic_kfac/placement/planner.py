@@ -21,9 +21,7 @@ from elastic_kfac.placement.costs import (
     LayerShape,
     Method,
     default_costs,
-    factor_elements,
     second_order_elements,
-    weight_elements,
 )
 from elastic_kfac.placement.packing_search import Packing, Place, settle
 from elastic_kfac.placement.plan import (
@@ -119,55 +117,6 @@ def moved_elements(
     return sum(
         int(moves[index, plan.placement(layer.name).column]) for index, layer in enumerate(layers)
     )
-
-
-def auto_fraction(
-    layers: Sequence[LayerShape],
-    world_size: int,
-    inverse_update_steps: float,
-    precompute: bool,
-    memory_budget_bytes: float | None = None,
-    *,
-    method: Method = "eigen",
-    element_bytes: int = 4,
-    costs: CostModel | None = None,
-) -> float:
-    """The fraction for `grad_worker_frac: auto`.
-
-    Traffic per step, w (1 - f) + e (f - 1/N) / t_i, is linear in f, so its optimum is an end point:
-    1 where e / t_i < w, else 1/N. If 1 does not fit the budget, the largest fraction that fits. Memory
-    is s plus the largest decompositions of a rank.
-
-    Args:
-        inverse_update_steps: t_i.
-        precompute: Whether gradient workers keep the precomputed eigenvalue product.
-        memory_budget_bytes: Budget per rank for factors and decompositions together.
-        element_bytes: Bytes per element of factors and decompositions.
-
-    Raises:
-        ConfigError: If not even one gradient worker per layer fits the budget.
-    """
-    e = second_order_elements(layers, method=method, precompute=precompute)
-    s = factor_elements(layers)
-    best_traffic = 1 if e / inverse_update_steps < weight_elements(layers) else world_size
-    if memory_budget_bytes is None:
-        return 1.0 / best_traffic
-    budget_elements = memory_budget_bytes / element_bytes
-    least = None
-    for num_columns in range(best_traffic, world_size + 1):
-        # The average rank holds at least this much, which rules out most fractions without a plan.
-        if s + e * (world_size // num_columns) / world_size > budget_elements:
-            continue
-        plan = make_plan(layers, world_size, 1.0 / num_columns, costs=costs)
-        needed = s + max_second_order_elements(plan, layers, method=method, precompute=precompute)
-        if needed <= budget_elements:
-            return 1.0 / num_columns
-        least = needed if least is None else min(least, needed)
-    if least is None:
-        plan = make_plan(layers, world_size, 1.0 / world_size, costs=costs)
-        least = s + max_second_order_elements(plan, layers, method=method, precompute=precompute)
-    plan = make_plan(layers, world_size, 1.0 / world_size, costs=costs)
-    raise over_budget(memory_budget_bytes, least * element_bytes, plan)
 
 
 def over_budget(budget_bytes: float, needed_bytes: float, plan: Plan) -> ConfigError:

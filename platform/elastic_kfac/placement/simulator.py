@@ -1,12 +1,11 @@
-"""Predicted seconds and bytes of a training step, and the choices that follow from them.
+"""Predicted seconds and bytes of a training step.
 
-    T = T_fb(n) accum + T_fac(n) accum / t_f + max_r Σ_owned (c0 + c1 d^p) / t_i
-        + max_r T_precondition + Σ collectives (alpha steps + beta bytes) + T_hess / t_h
+    T = T_fb(n) accum + (T_fac(n) accum + T_average) / t_f + max_r Σ_owned (c0 + c1 d^p) / t_i
+        + max_r T_precondition + T_bound + T_optimizer + Σ collectives (alpha steps + beta bytes)
+        + T_hess / t_h
 
 Everything is a pure function of measurements, so all ranks with the same calibration, and a laptop
-planning for 1024 ranks, compute the same result. `choose_plan` finds the number of columns and the
-micro-batch with the least time at a fixed global batch under a memory budget. `cross_over` finds the
-number of ranks from which dividing the decompositions pays, and the one beyond which it no longer helps.
+planning for 1024 ranks, compute the same result.
 """
 
 from __future__ import annotations
@@ -17,19 +16,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.placement.costs import (
-    CostModel,
-    LayerShape,
-    Method,
-    precondition_flops,
-    second_order_elements,
-)
+from elastic_kfac.errors import UsageError
+from elastic_kfac.placement.costs import CostModel, LayerShape, Method, precondition_flops
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.planner import make_plan, rank_loads
+from elastic_kfac.placement.planner import rank_loads
 from elastic_kfac.placement.traffic import memory_elements, traffic_per_step
-
-_ALL_COLUMNS_UP_TO = 64
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,11 @@ class Line:
     def at(self, x: float) -> float:
         """Its value."""
         return self.fixed + self.slope * x
+
+    def __str__(self) -> str:
+        """Of a link: latency and bandwidth."""
+        rate = "unlimited bandwidth" if self.slope <= 0 else f"{8e-9 / self.slope:.3g} Gbit/s"
+        return f"{self.fixed * 1e6:.3g} µs and {rate}"
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
@@ -64,20 +60,28 @@ class Calibration:
     costs: CostModel
     """Seconds per decomposition."""
     seconds_per_flop: float
-    """Time per floating-point operation of the products that precondition a gradient."""
+    """Time per floating-point operation of the products that precondition a gradient, where the layers
+    themselves were not measured."""
     network: Line
     """Seconds of a message of x bytes between nodes (alpha + beta x)."""
     inside_node: Line | None = None
     """The same inside a node; `network` if None."""
     ranks_per_node: int = 1
+    seconds_per_layer: float = 0.0
+    """Time to precondition a layer however small it is, where the layers were not measured."""
+
+    def precondition_seconds(self, layer: LayerShape, method: Method) -> float:
+        """Estimated time to precondition one gradient."""
+        flops = precondition_flops(layer, method=method)
+        return self.seconds_per_layer + self.seconds_per_flop * flops
 
     def all_reduce_seconds(self, world_size: int, size: float) -> float:
         """Ring inside a node, Rabenseifner between nodes."""
         nodes, inside = self._nodes(world_size)
         local = self.inside_node or self.network
         seconds = _exchange(local, 2 * (inside - 1), 2 * (inside - 1) / inside * size)
-        rounds = 2 * math.ceil(math.log2(nodes)) if nodes > 1 else 0
-        return seconds + _exchange(self.network, rounds, 2 * (nodes - 1) / nodes * size / inside)
+        between = 2 * (nodes - 1) / nodes * size / inside
+        return seconds + _exchange(self.network, all_reduce_rounds(nodes), between)
 
     def broadcast_seconds(self, group_size: int, size: float) -> float:
         """A tree over the network: one latency per level, every byte once."""
@@ -88,6 +92,11 @@ class Calibration:
     def _nodes(self, world_size: int) -> tuple[int, int]:
         inside = min(self.ranks_per_node, world_size)
         return -(-world_size // inside), inside
+
+
+def all_reduce_rounds(nodes: int) -> int:
+    """Messages one after the other in Rabenseifner's all-reduce."""
+    return 2 * math.ceil(math.log2(nodes)) if nodes > 1 else 0
 
 
 def _exchange(line: Line, rounds: float, size: float) -> float:
@@ -114,6 +123,14 @@ class Workload:
     precompute: bool = True
     colocate: bool = True
     element_bytes: int = 4
+    precondition_s: tuple[float, ...] = ()
+    """Measured seconds to precondition each of `layers`; empty takes the calibration's estimate."""
+    factor_update_s: float = 0.0
+    """Seconds to move the running averages of all layers, which every rank does every t_f steps."""
+    bound_s: float = 0.0
+    """Seconds per step to read gradients, bound the step and write them back, on every rank."""
+    optimizer_s: float = 0.0
+    """Seconds of the first-order optimizer's step."""
     hessian_seconds: float = 0.0
     """Seconds of one Hessian analysis."""
     hessian_steps: int = 1
@@ -126,8 +143,12 @@ class StepTime:
 
     forward_backward: float
     factor_statistics: float
+    """Sums of outer products, and running averages."""
     decompositions: float
     precondition: float
+    bound: float
+    """Reading gradients, the trust region or KL clip, writing gradients."""
+    optimizer: float
     gradient_all_reduce: float
     factor_all_reduce: float
     second_order_broadcast: float
@@ -137,7 +158,22 @@ class StepTime:
     @property
     def total(self) -> float:
         """Seconds per step."""
-        return float(sum(getattr(self, field.name) for field in fields(self)))
+        return float(sum(self.parts.values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds per step by phase."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def placed(self) -> float:
+        """Seconds per step that depend on the plan."""
+        return (
+            self.decompositions
+            + self.precondition
+            + self.second_order_broadcast
+            + self.preconditioned_broadcast
+        )
 
 
 def predict_step(
@@ -163,22 +199,27 @@ def predict_step(
         method=workload.method,
         precompute=workload.precompute,
     )
-    flops = [0.0] * len(plan.columns)
-    for layer in layers:
-        flops[plan.placement(layer.name).column] += precondition_flops(
-            layer, method=workload.method
+    products = [0.0] * len(plan.columns)
+    for index, layer in enumerate(layers):
+        products[plan.placement(layer.name).column] += (
+            workload.precondition_s[index]
+            if workload.precondition_s
+            else calibration.precondition_seconds(layer, workload.method)
         )
     workers = max(len(column) for column in plan.columns)
     receivers = -(-n // workers)
     both_ways = (n - 1) / n * 2 if n > 1 else 1.0
     return StepTime(
         forward_backward=passes * workload.forward_backward.at(samples),
-        factor_statistics=passes
-        * workload.factor_statistics.at(samples)
+        factor_statistics=(
+            passes * workload.factor_statistics.at(samples) + workload.factor_update_s
+        )
         / workload.factor_update_steps,
         decompositions=max(rank_loads(plan, layers, calibration.costs))
         / workload.inverse_update_steps,
-        precondition=max(flops) * calibration.seconds_per_flop,
+        precondition=max(products),
+        bound=workload.bound_s,
+        optimizer=workload.optimizer_s,
         gradient_all_reduce=calibration.all_reduce_seconds(n, workload.parameter_elements * size),
         factor_all_reduce=calibration.all_reduce_seconds(
             n, float(traffic.factors) * workload.factor_update_steps / both_ways * size
@@ -209,187 +250,3 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
         + workload.activation_bytes.at(micro_batch_size)
         + held * workload.element_bytes
     )
-
-
-# -- choosing -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A suggested plan and micro-batch, with their predicted time and memory."""
-
-    plan: Plan
-    micro_batch_size: int
-    step_time: StepTime
-    memory_bytes: float
-    suggested_inverse_update_steps: int
-    """Smallest t_i with decompositions and their broadcast below a tenth of the step."""
-
-    @property
-    def num_columns(self) -> int:
-        """P."""
-        return len(self.plan.columns)
-
-
-def choose_plan(
-    workload: Workload,
-    calibration: Calibration,
-    world_size: int,
-    *,
-    global_batch_size: int,
-    memory_budget_bytes: float = math.inf,
-    num_columns: int | None = None,
-    max_micro_batch_size: int | None = None,
-    current: Choice | None = None,
-    hysteresis: float = 0.05,
-) -> Choice:
-    """The number of columns and the micro-batch with the least predicted time per step.
-
-    With a fixed global batch the least time per step is the least time per sample. Up to 64 ranks every
-    number of columns is tried, beyond that one per column size. Intervals and damping never change; a
-    better t_i is only reported.
-
-    Args:
-        global_batch_size: Samples per step over all ranks.
-        memory_budget_bytes: Budget per device.
-        num_columns: Fixes P; only the micro-batch is chosen then.
-        max_micro_batch_size: Upper bound of the micro-batch.
-        current: The choice in use. Its P is kept unless the gain exceeds `hysteresis` or it no longer
-            fits.
-        hysteresis: Relative gain in time below which P does not change.
-
-    Raises:
-        ConfigError: If nothing fits the budget, not even one sample at a time.
-    """
-    candidates = [num_columns] if num_columns is not None else _column_candidates(world_size)
-    if current is not None and num_columns is None and current.num_columns <= world_size:
-        candidates = sorted({*candidates, current.num_columns})
-    choices = []
-    least = math.inf
-    for columns in candidates:
-        plan = make_plan(
-            workload.layers,
-            world_size,
-            1.0 / columns,
-            colocate=workload.colocate,
-            costs=calibration.costs,
-            previous=None if current is None else current.plan,
-        )
-        fixed = device_bytes(workload, plan, 0)
-        least = min(least, device_bytes(workload, plan, 1))
-        micro_batch = _best_micro_batch(
-            workload,
-            -(-global_batch_size // world_size),
-            memory_budget_bytes - fixed,
-            max_micro_batch_size,
-        )
-        if micro_batch is None:
-            continue
-        step_time = predict_step(
-            workload,
-            calibration,
-            plan,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch,
-        )
-        choices.append(
-            Choice(
-                plan,
-                micro_batch,
-                step_time,
-                device_bytes(workload, plan, micro_batch),
-                _suggested_interval(workload, step_time),
-            )
-        )
-    if not choices:
-        raise ConfigError(
-            "no plan fits plan.memory_budget_gib, not even one sample at a time",
-            given=f"{memory_budget_bytes / 2**30:.3g} GiB",
-            allowed=f"at least {least / 2**30:.3g} GiB on {world_size} ranks",
-            change="raise the budget, use more ranks, or skip the widest layers",
-        )
-    best = min(choices, key=lambda choice: (choice.step_time.total, choice.num_columns))
-    if current is not None:
-        for choice in choices:
-            kept = choice.num_columns == current.num_columns
-            if kept and best.step_time.total >= (1 - hysteresis) * choice.step_time.total:
-                return choice
-    return best
-
-
-def _column_candidates(world_size: int) -> list[int]:
-    if world_size <= _ALL_COLUMNS_UP_TO:
-        return list(range(1, world_size + 1))
-    return sorted({-(-world_size // workers) for workers in range(1, world_size + 1)})
-
-
-def _best_micro_batch(
-    workload: Workload, share: int, room_bytes: float, upper: int | None
-) -> int | None:
-    """The size whose passes over a rank's share take the least time; the largest of equals."""
-    slope = workload.activation_bytes.slope
-    largest = share if upper is None else min(share, upper)
-    if slope > 0:
-        largest = min(largest, math.floor(min(room_bytes / slope, largest)))
-    elif room_bytes < 0:
-        largest = 0
-    if largest < 1:
-        return None
-    sizes = np.arange(1, largest + 1)
-    passes = -(-share // sizes)
-    factor_share = 1.0 / workload.factor_update_steps
-    fixed = workload.forward_backward.fixed + factor_share * workload.factor_statistics.fixed
-    per_sample = workload.forward_backward.slope + factor_share * workload.factor_statistics.slope
-    seconds = passes * (fixed + per_sample * sizes)
-    return int(sizes[np.flatnonzero(seconds <= seconds.min() * (1 + 1e-12))[-1]])
-
-
-def _suggested_interval(workload: Workload, step: StepTime) -> int:
-    per_update = (step.decompositions + step.second_order_broadcast) * (
-        workload.inverse_update_steps
-    )
-    rest = step.total - step.decompositions - step.second_order_broadcast
-    if per_update == 0 or rest <= 0:
-        return workload.factor_update_steps
-    # x / t_i <= (rest + x / t_i) / 10
-    steps = math.ceil(9 * per_update / rest)
-    every = workload.factor_update_steps
-    return max(every, -(-steps // every) * every)
-
-
-# -- data-parallel against model-parallel ----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CrossOver:
-    """From data-parallel to model-parallel decompositions."""
-
-    divide_from: int | None
-    """N*: fewest ranks where dividing the layers and exchanging the results is faster than decomposing
-    every layer on every rank; None if no tried number is."""
-    flat_from: int
-    """N**: ranks beyond which the longest share no longer shrinks (within 1 %)."""
-
-
-def cross_over(workload: Workload, calibration: Calibration, *, max_ranks: int = 1024) -> CrossOver:
-    """N* and N** of a model on a cluster.
-
-    Tries every number of ranks up to the number of work units; beyond it only the exchange changes, so
-    only powers of two are tried.
-    """
-    layers, costs = workload.layers, calibration.costs
-    units = len(layers) * (1 if workload.colocate else 2)
-    everything = sum(costs.a_seconds(layer) + costs.g_seconds(layer) for layer in layers)
-    results = second_order_elements(layers, method=workload.method, precompute=workload.precompute)
-    tried = [n for n in range(1, max_ranks + 1) if n <= units or n & (n - 1) == 0]
-    shares = {}
-    divide_from = None
-    for n in tried:
-        plan = make_plan(layers, n, 1.0, colocate=workload.colocate, costs=costs)
-        shares[n] = max(rank_loads(plan, layers, costs), default=0.0)
-        received = results * (n - 1) / n * workload.element_bytes
-        exchange = calibration.broadcast_seconds(n, received)
-        if divide_from is None and n > 1 and shares[n] + exchange < everything:
-            divide_from = n
-    flat = min(n for n in tried if shares[n] <= 1.01 * shares[tried[-1]])
-    return CrossOver(divide_from, flat)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import open_split
@@ -13,6 +13,7 @@ from elastic_kfac.errors import ConfigError, ElasticKfacError
 from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.simulator import Calibration
 from elastic_kfac.tasks.losses import make_task
 from elastic_kfac.tasks.models import ImageShape, build_model, evaluating
 
@@ -29,21 +30,26 @@ class Sized:
     """Layers that K-FAC covers, or what one rank owns with `optimizer.name: sharded_kfac`."""
 
     @classmethod
-    def of(cls, config: Config) -> Sized:
+    def of(
+        cls, config: Config, image_shape: ImageShape | None = None, num_classes: int = 1000
+    ) -> Sized:
         """Builds the model of a configuration.
+
+        Args:
+            image_shape: The shape of a sample, where there are no shards to take it and the classes
+                from.
+            num_classes: Used with `image_shape` only.
 
         Raises:
             DataError: If the shards, which define the image shape, do not exist.
             ConfigError: If the model is impossible.
         """
-        with open_split(config, config.data.train_split) as split:
-            image_shape, num_classes = split.image_shape, split.num_classes
-            model = build_model(
-                config.model,
-                num_classes=num_classes,
-                image_shape=image_shape,
-                seed=config.train.seed,
-            )
+        if image_shape is None:
+            with open_split(config, config.data.train_split) as split:
+                image_shape, num_classes = split.image_shape, split.num_classes
+        model = build_model(
+            config.model, num_classes=num_classes, image_shape=image_shape, seed=config.train.seed
+        )
         sharded = config.optimizer.name == "sharded_kfac"
         has_layers = config.kfac.enabled or sharded
         layers = shapes(model, config.kfac, sharded=sharded) if has_layers else ()
@@ -54,8 +60,21 @@ class Sized:
         """Parameters of the model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def plan(self, world_size: int, previous: Plan | None = None) -> Plan:
-        """The plan of a run, or after a resize from `previous`, with stored costs of decompositions.
+    def loss(self, samples: int) -> Tensor:
+        """A scalar of the model's output on random samples, for passes whose values do not matter."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(samples, *self.image_shape, generator=generator)
+        loss: Tensor = self.model(images).logsumexp(1).mean()
+        return loss
+
+    def plan(
+        self,
+        world_size: int,
+        previous: Plan | None = None,
+        calibration: Calibration | None = None,
+    ) -> Plan:
+        """The plan of a run, or after a resize from `previous`; with stored costs unless others are
+        given.
 
         Raises:
             ConfigError: If nothing fits the memory budget.
@@ -67,6 +86,8 @@ class Sized:
             self.config.kfac,
             sharded=self.config.optimizer.name == "sharded_kfac",
             memory_budget_bytes=None if budget is None else budget * 2**30,
+            calibration=calibration,
+            device_type="cuda" if self.config.resources.use_gpu else "cpu",
             previous=previous,
         )
 

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -186,10 +186,19 @@ class RunLoop:
                     **self._world(),
                     steps_redone=lost,
                     plan=_plan_summary(trainer),
+                    plan_reason=None if trainer.kfac is None else trainer.kfac.plan.reason or None,
                     way="resize" if continued.resized else "restore",
                     moved_bytes=continued.moved_bytes,
                 )
             )
+        if trainer.config.plan.calibrate and trainer.kfac is not None:
+            found = trainer.kfac.calibration
+            assert found is not None
+            reason = f"links of {found.network}"
+            if found.inside_node is not None:
+                reason += f", inside a node {found.inside_node}"
+            details = {"reason": reason, "calibration": asdict(found)}
+            self._report.on_event(event_row("calibrated", step, **self._world(), **details))
         if changes:
             text = "; ".join(f"{key} {old} → {new}" for key, (old, new) in changes.items())
             self._report.on_event(event_row("configuration", step, reason=text, changes=changes))
@@ -229,6 +238,9 @@ class RunLoop:
                 self._report.on_metrics({**trainer.analyse(), **self._where()})
             if trainer.finished:
                 return self._end("finished", (), save=True)
+            if replanned := trainer.review_plan():
+                step = trainer.progress.step
+                self._report.on_event(event_row("replanned", step, **self._world(), **replanned))
             if snapshot:
                 # After the evaluation, or a restart from here would report it twice.
                 self._snapshot()

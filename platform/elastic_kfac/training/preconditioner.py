@@ -24,14 +24,14 @@ def make_preconditioner(
     sharded = config.optimizer.name == "sharded_kfac"
     if not config.kfac.enabled and not sharded:
         return None
-    from elastic_kfac.kfac.calibration import shared_costs
+    from elastic_kfac.kfac.calibration import shared_calibration
     from elastic_kfac.kfac.kfac import KFAC
 
     budget = config.plan.memory_budget_gib
-    costs = None
+    calibration = None
     if config.plan.calibrate:
         device = next(model.parameters()).device
-        costs = shared_costs(communicator, config.kfac.method, device=device)
+        calibration = shared_calibration(communicator, config.kfac.method, device=device)
     changes: dict[str, Any] = {"memory_budget_bytes": None if budget is None else budget * 2**30}
     if sharded:
         # Owners decompose whatever was refreshed.
@@ -45,6 +45,6 @@ def make_preconditioner(
         sharding=config.sharded if sharded else None,
         tree=config.elastic.reproducible,
         process_group=communicator,
-        costs=costs,
+        calibration=calibration,
         **changes,
     )

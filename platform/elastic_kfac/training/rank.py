@@ -17,6 +17,7 @@ from elastic_kfac.tasks.attacks import evaluation_attack
 from elastic_kfac.training.callbacks import Callback
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
 from elastic_kfac.training.evaluation import EvalResult, evaluate_split
+from elastic_kfac.training.planning import PlanReview
 from elastic_kfac.training.step import StepTrainer
 
 
@@ -46,6 +47,7 @@ class RankTrainer(StepTrainer):
         self._eigenvalues = EigenvalueWatch(
             self.model, self._task, config, datasets.train, self._inputs
         )
+        self._review = PlanReview.of(config)
         self._evaluation_attack = None
         if datasets.evaluation is not None:
             self._evaluation_attack = evaluation_attack(
@@ -125,6 +127,15 @@ class RankTrainer(StepTrainer):
         time_s = self.progress.hessian_s + elapsed
         self.progress = replace(self.progress, analyses=points, hessian_s=time_s)
         return columns
+
+    # -- the plan ------------------------------------------------------------------------------------
+
+    def review_plan(self) -> dict[str, Any] | None:
+        """Plans anew where decompositions take other times than predicted; what came of it, for an
+        event. None where nothing changes. Collective."""
+        if self.kfac is None or self._review is None:
+            return None
+        return self._review.replan(self.kfac, self.progress.step)
 
     # -- ends of epochs --------------------------------------------------------------------------
 

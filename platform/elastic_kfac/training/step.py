@@ -30,6 +30,7 @@ from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
 from elastic_kfac.training.first_order import RATE_IN_MOMENTUM, RateControl, Rates
+from elastic_kfac.training.planning import calibrate
 from elastic_kfac.training.preconditioner import make_preconditioner
 from elastic_kfac.training.sync.synchronisation import Span, Totals
 
@@ -400,6 +401,8 @@ class StepTrainer:
 
         None if a part of the state left with the rank that kept it.
         """
+        if self.kfac is not None:
+            calibrate(self.kfac, self.config.plan, self.communicator, self.device)
         report = None if self.kfac is None else self.kfac.resize(self.communicator)
         self.sync.join(self.communicator, self.kfac)
         if report is None:

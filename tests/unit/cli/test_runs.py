@@ -153,11 +153,21 @@ def test_plan_prints_one_plan_per_world_size(
     code = main(["plan", str(DIGITS), "--world-size", "1,5", "--set", "kfac.grad_worker_frac=0.4"])
     out = capsys.readouterr().out
     assert code == 0
-    assert "plan for 1 ranks" in out
+    head, *lines = out.split("\n\n")[1].splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "1"], ["5", "0.333"]]
+    assert head.split()[:2] == ["ranks", "fraction"]
+    assert "1 thread(s)" in out
+    assert out.count("suggested kfac.grad_worker_frac ") == 2
+    assert "3 columns of 1 or 2 (" not in out
+    assert "cross-over: dividing decompositions among ranks" in out
+    few = ["plan", str(DIGITS), "--world-size", "5", "--set", "kfac.grad_worker_frac=0.4"]
+    assert main([*few, "--layers", "--device", "h100", "--input-shape", "3x16x16"]) == 0
+    out = capsys.readouterr().out
     assert "plan for 5 ranks" in out
     assert "3 columns of 1 or 2 (" in out
-    assert out.count("predicted: ") == out.count("suggested: kfac.grad_worker_frac ") == 2
-    assert "cross-over: dividing decompositions among ranks" in out
+    assert "estimated for h100" in out
+    assert main([*few, "--device", "abacus"]) == 2
+    assert "cpu, v100, a100, h100" in error_of(capsys)
     assert main(["plan", str(DIGITS), "--world-size", "1,5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["world_size"] for row in found["world_sizes"]] == [1, 5]
@@ -166,7 +176,9 @@ def test_plan_prints_one_plan_per_world_size(
         "micro_batch_size",
         "inverse_update_steps",
         "step_s",
+        "phases_s",
         "received_bytes",
+        "received_bytes_by_purpose",
         "memory_bytes",
     }
     assert set(found["cross_over"]) == {"divide_from", "flat_from"}

@@ -5,13 +5,11 @@ import random
 
 import pytest
 
-from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.errors import UsageError
 from elastic_kfac.placement.costs import COMPUTE, CostModel, LayerShape
 from elastic_kfac.placement.plan import Plan, columns_for_fraction, grid_columns
 from elastic_kfac.placement.planner import (
-    auto_fraction,
     make_plan,
-    max_second_order_elements,
     moved_elements,
     rank_loads,
 )
@@ -193,39 +191,6 @@ def test_previous_ranks_of_another_length_are_refused() -> None:
     before = make_plan(layers, 1, 1.0)
     with pytest.raises(UsageError, match="previous_ranks"):
         make_plan(layers, 2, 1.0, previous=before, previous_ranks=[0])
-
-
-# -- automatic fraction ---------------------------------------------------------------------------
-
-
-def test_auto_fraction_switches_at_the_traffic_end_point() -> None:
-    layers = [LayerShape("x", 10, 10, 100)] * 1  # e = 300 with precomputation, w = 100
-    assert auto_fraction(layers, 8, 4, True) == 1.0
-    assert auto_fraction(layers, 8, 3, True) == 1 / 8
-    assert auto_fraction(layers, 8, 3, False) == 1.0  # e = 220 without
-
-
-def test_auto_fraction_takes_the_largest_that_fits_the_budget() -> None:
-    layers = _random_layers(random.Random(4), 12, 40)
-    for budget in (1.1e5, 1.2e5, 1.4e5, 2e5, 1e7):
-        fitting = []
-        for columns in range(1, 9):
-            plan = make_plan(layers, 8, 1 / columns)
-            s = sum(x.a_dim**2 + x.g_dim**2 for x in layers)
-            if 4 * (s + max_second_order_elements(plan, layers)) <= budget:
-                fitting.append(1 / columns)
-        if fitting:
-            assert auto_fraction(layers, 8, 100, True, budget) == max(fitting)
-        else:
-            with pytest.raises(ConfigError, match="memory_budget_gib"):
-                auto_fraction(layers, 8, 100, True, budget)
-
-
-def test_auto_fraction_without_room_says_how_much_is_needed() -> None:
-    with pytest.raises(
-        ConfigError, match=r"given: .*=10 .*; allowed: at least \d+ bytes .* of 4 ranks"
-    ):
-        auto_fraction([LayerShape("x", 100, 100, 10000)], 4, 10, True, 10.0)
 
 
 def test_plan_columns_are_those_of_the_rounding_rule() -> None:

@@ -8,14 +8,13 @@ from itertools import pairwise
 import pytest
 
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.placement.choice import choose_plan, cross_over
 from elastic_kfac.placement.costs import COMPUTE, CostModel, LayerShape
 from elastic_kfac.placement.planner import make_plan
 from elastic_kfac.placement.simulator import (
     Calibration,
     Line,
     Workload,
-    choose_plan,
-    cross_over,
     device_bytes,
     fit_line,
     predict_step,

@@ -20,7 +20,7 @@ from elastic_kfac.placement.costs import (
     second_order_elements,
     weight_elements,
 )
-from elastic_kfac.placement.planner import auto_fraction, make_plan, rank_loads
+from elastic_kfac.placement.planner import make_plan, rank_loads
 from elastic_kfac.placement.traffic import memory_elements, traffic_per_step
 
 Layers = tuple[LayerShape, ...]
@@ -52,16 +52,6 @@ def test_memory_is_linear_in_the_fraction(resnet50: Layers) -> None:
     s, e = factor_elements(resnet50), second_order_elements(resnet50)
     assert mean == [s + f * e for f in fractions]
     assert np.corrcoef(fractions, mean)[0, 1] ** 2 > 0.999
-
-
-def test_resnet50_end_point_switches_at_seven_steps(resnet50: Layers) -> None:
-    assert auto_fraction(resnet50, 64, 7, True) == 1 / 64
-    assert auto_fraction(resnet50, 64, 8, True) == 1.0
-    budget = 900 * 2**20
-    chosen = auto_fraction(resnet50, 64, 8, True, budget)
-    assert 1 / 64 < chosen < 1.0
-    fullest = max(memory_elements(make_plan(resnet50, 64, chosen), resnet50))
-    assert 4 * fullest <= budget
 
 
 def test_resnet50_speed_up_saturates_as_the_cost_constant_allows(resnet50: Layers) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
@@ -16,11 +19,14 @@ from elastic_kfac.data.shards import make_shards
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_space import Links
+from elastic_kfac.kfac.shapes import shapes
 from elastic_kfac.placement.costs import factor_elements
+from elastic_kfac.placement.devices import DEVICES, NETWORK, stored_calibration
 from elastic_kfac.placement.planner import max_second_order_elements
 from elastic_kfac.placement.simulator import Line
 from elastic_kfac.runs.feasibility import Sized, why_infeasible
 from elastic_kfac.runs.prediction import Outlook
+from elastic_kfac.runs.profile import PeakBytes, estimate, measure
 from elastic_kfac.training.first_order import make_optimizer
 from elastic_kfac.training.preconditioner import make_preconditioner
 
@@ -119,32 +125,85 @@ def test_plan_from_shapes_is_the_plan_of_training(
     kfac.close()
 
 
+def _outlook(config: Config, network: Line = NETWORK, **options: float) -> Outlook:
+    sized = Sized.of(config)
+    links = replace(stored_calibration("eigen"), network=network)
+    return Outlook(sized, measure(sized, links), **options)
+
+
 def test_outlook_predicts_the_plan_and_suggests_one_that_costs_no_more(base: Config) -> None:
-    outlook = Outlook(Sized.of(base), Line(50e-6, 8e-10))
+    outlook = _outlook(base)
     one, four = outlook.at(1), outlook.at(4)
     for row in (one, four):
-        assert row["suggested"]["step_s"] <= row["predicted"]["step_s"]
+        predicted = row["predicted"]
+        assert row["suggested"]["step_s"] <= predicted["step_s"]
         assert row["suggested"]["micro_batch_size"] >= 1
-        assert row["predicted"]["memory_bytes"] > 12 * Sized.of(base).parameter_elements
+        assert predicted["memory_bytes"] > 12 * Sized.of(base).parameter_elements
+        assert sum(predicted["phases_s"].values()) == pytest.approx(predicted["step_s"])
+        by_purpose = predicted["received_bytes_by_purpose"].values()
+        assert sum(by_purpose) == pytest.approx(predicted["received_bytes"])
     assert one["predicted"]["received_bytes"] == 0 < four["predicted"]["received_bytes"]
     assert four["plan"]["world_size"] == 4
     found = outlook.cross_over()
     assert found["flat_from"] is not None and found["flat_from"] >= 1
 
 
+def test_profile_adds_up_to_the_step_and_its_parts_are_positive(base: Config) -> None:
+    profile = measure(Sized.of(base), stored_calibration("eigen"))
+    work = profile.workload
+    assert len(work.precondition_s) == len(work.layers)
+    assert min(work.precondition_s) > 0 < work.bound_s
+    assert work.factor_update_s > 0 < work.optimizer_s
+    assert work.forward_backward.slope > 0 < work.activation_bytes.slope
+    assert profile.residual is not None and profile.residual > 0
+
+
+def test_estimate_for_a_device_counts_operations(base: Config) -> None:
+    sized = Sized.of(base)
+    slow = estimate(sized, DEVICES["v100"], NETWORK)
+    fast = estimate(sized, DEVICES["h100"], NETWORK)
+    rates = DEVICES["h100"].flops_per_s / DEVICES["v100"].flops_per_s
+    passes = slow.workload.forward_backward.at(8) / fast.workload.forward_backward.at(8)
+    assert passes == pytest.approx(rates)
+    # One Linear of w weights takes 2 w operations forward and 4 w backward, less the first layer's
+    # gradient by its input.
+    linear = Sized(
+        base, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (1, 8, 8), 10, sized.layers[:0]
+    )
+    linear = replace(linear, layers=tuple(shapes(linear.model, base.kfac)))
+    counted = estimate(linear, DEVICES["h100"], NETWORK).workload.forward_backward
+    assert counted.at(3) * DEVICES["h100"].flops_per_s == pytest.approx(3 * 4 * 640)
+
+
+def test_peak_bytes_follow_what_is_held() -> None:
+    with PeakBytes() as bytes_:
+        first = torch.ones(1000)
+        view = first[10:]
+        second = first + 1
+        del first
+        third = second * 2
+        del view, second
+        assert bytes_.now == 4000
+        third = third * 3
+    assert bytes_.peak == 12000
+    del third
+    assert bytes_.now == 0
+
+
 def test_suggestion_fits_the_memory_budget_or_names_what_is_needed(base: Config) -> None:
-    sized, network = Sized.of(base), Line(50e-6, 8e-10)
-    free = Outlook(sized, network).at(2)["suggested"]["memory_bytes"]
-    tight = Outlook(sized, network, memory_budget_bytes=0.9 * free).at(2)["suggested"]
+    sized = Sized.of(base)
+    profile = measure(sized, stored_calibration("eigen"))
+    free = Outlook(sized, profile).at(2)["suggested"]["memory_bytes"]
+    tight = Outlook(sized, profile, memory_budget_bytes=0.9 * free).at(2)["suggested"]
     assert tight["memory_bytes"] <= 0.9 * free
     with pytest.raises(ConfigError, match="not even one sample at a time"):
-        Outlook(sized, network, memory_budget_bytes=1.0).at(2)
+        Outlook(sized, profile, memory_budget_bytes=1.0).at(2)
 
 
 def test_outlook_of_the_sharded_pipeline_names_the_cheapest_v_collective(base: Config) -> None:
     config = changed(base, optimizer__name="sharded_kfac")
-    slow = Outlook(Sized.of(config), Line(1.0, 1e-12)).at(4)["suggested"]["sharded.v_method"]
-    wide = Outlook(Sized.of(config), Line(1e-12, 1.0)).at(4)["suggested"]["sharded.v_method"]
+    slow = _outlook(config, Line(1.0, 1e-12)).at(4)["suggested"]["sharded.v_method"]
+    wide = _outlook(config, Line(1e-12, 1.0)).at(4)["suggested"]["sharded.v_method"]
     assert slow in ("padded", "fused")
     assert wide == "per_owner"
 

@@ -14,14 +14,14 @@ from elastic_kfac.kfac.distribution.grid import KaisaGrid
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
 from elastic_kfac.kfac.distribution.strategy import Distribution, as_communicator
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
-from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.simulator import Calibration
 
-__all__ = ["CostModel", "Distribution", "Plan", "as_communicator", "make_distribution"]
+__all__ = ["Calibration", "Distribution", "Plan", "as_communicator", "make_distribution"]
 
 
 def make_distribution(
-    common: tuple[Sequence[Layer], Communicator, ScriptOptions, CostModel | None],
+    common: tuple[Sequence[Layer], Communicator, ScriptOptions, Calibration | None],
     *,
     model: nn.Module,
     sharding: ShardedConfig | None,

@@ -44,9 +44,10 @@ class KaisaGrid(Distribution):
             [layer_shape(layer) for layer in self.layers],
             communicator.world_size,
             self.options,
-            costs=self.costs,
+            calibration=self.calibration,
             memory_budget_bytes=self.options.memory_budget_bytes,
             element_bytes=self.layers[0].dtype.itemsize,
+            device_type=self.layers[0].device.type,
             previous=previous,
             previous_ranks=previous_ranks,
         )

@@ -34,8 +34,8 @@ from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, St
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
 from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
-from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.simulator import Calibration
 
 _WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -56,7 +56,7 @@ class ShardedByOwner(Distribution):
         layers: Sequence[Layer],
         communicator: Communicator,
         options: ScriptOptions,
-        costs: CostModel | None,
+        calibration: Calibration | None,
         *,
         model: nn.Module,
         sharding: ShardedConfig,
@@ -68,7 +68,7 @@ class ShardedByOwner(Distribution):
         self._unit_named = {layers[i].name: unit for i, unit in self._unit_of.items()}
         self._unit_named |= {name: unit for unit in self.units for name in unit.parameters}
         self.velocity: dict[str, Tensor] = {}
-        super().__init__(layers, communicator, options, costs)
+        super().__init__(layers, communicator, options, calibration)
 
     def join(
         self,
@@ -83,9 +83,10 @@ class ShardedByOwner(Distribution):
             world_size,
             self.options,
             sharded=True,
-            costs=self.costs,
+            calibration=self.calibration,
             memory_budget_bytes=self.options.memory_budget_bytes,
             element_bytes=self.layers[0].dtype.itemsize,
+            device_type=self.layers[0].device.type,
             previous=previous,
             previous_ranks=previous_ranks,
         )

@@ -18,8 +18,8 @@ from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.statistics import Captured, Statistics
-from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.plan import Plan
+from elastic_kfac.placement.simulator import Calibration
 
 States = list[LayerState]
 
@@ -74,9 +74,9 @@ class Distribution(ABC):
         layers: Sequence[Layer],
         communicator: Communicator,
         options: ScriptOptions,
-        costs: CostModel | None,
+        calibration: Calibration | None,
     ) -> None:
-        self.layers, self.options, self.costs = tuple(layers), options, costs
+        self.layers, self.options, self.calibration = tuple(layers), options, calibration
         self.join(communicator)
 
     @abstractmethod
