@@ -21,6 +21,7 @@ from elastic_kfac.kfac.options import value_at
 from elastic_kfac.kfac.shapes import layer_shape
 from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.devices import stored_calibration
+from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import rank_loads
 
 _UPDATES = 10
@@ -42,8 +43,9 @@ class PlanReview:
 
     def __init__(self, margin: float) -> None:
         self._margin = margin
+        self._plan: Plan | None = None
         self._begin: tuple[int, float] | None = None
-        """Step and seconds of decompositions at the last review."""
+        """Step and seconds of decompositions when this plan's timing began."""
 
     @classmethod
     def of(cls, config: Config) -> PlanReview | None:
@@ -58,9 +60,13 @@ class PlanReview:
         interval = int(value_at(kfac.options, "inverse_update_steps", kfac.steps))
         now = (step, kfac.seconds["decompositions"])
         communicator = kfac.communicator
-        # A resize, a restart and the first steps (which warm up) begin anew.
-        if self._begin is None or step < self._begin[0] or kfac.plan.world_size == 1:
-            self._begin = now if step >= interval or step == 0 else None
+        if self._plan is not kfac.plan:
+            self._plan, self._begin = kfac.plan, None
+        if kfac.plan.world_size == 1:
+            return None
+        if self._begin is None:
+            # The first decompositions of a process warm up.
+            self._begin = now if kfac.seconds["decompositions"] and step % interval == 0 else None
             return None
         if step - self._begin[0] < _UPDATES * interval:
             return None

@@ -97,6 +97,17 @@ def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], Tra
     return seen, state
 
 
+def test_a_newcomer_plans_with_the_costs_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = {**KFAC, "kfac.grad_worker_frac": "auto", "plan.calibrate": True}
+    alone = in_one_process(tmp_path / "alone", changes)
+    _, state = play(tmp_path / "run", 3, Script((0, 1), changes, joins={2: 4}))
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (2, 3)
+
+
 @pytest.mark.parametrize("changes", [{}, KFAC], ids=["sgd", "kfac"])
 @pytest.mark.parametrize(
     "point", ["step_begin", "backward_done", "gradients_exchanged", "committed", "capture"]

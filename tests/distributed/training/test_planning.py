@@ -1,0 +1,114 @@
+"""Plans during a run: measured links, plans made anew from measured times, newcomers that agree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.kfac.calibration import calibration_from, with_links
+from elastic_kfac.placement.costs import CostModel
+from elastic_kfac.placement.devices import stored_calibration
+from elastic_kfac.placement.simulator import Calibration
+from elastic_kfac.state.checkpoint import CheckpointStore
+from support.gloo import run_ranks
+from support.training_problems import (
+    KFAC,
+    RecordingCallback,
+    in_one_process,
+    states_differ_in,
+    train_here,
+)
+
+EVERY_STEP = {"kfac.factor_update_steps": 1, "kfac.inverse_update_steps": 1}
+AUTO = {**KFAC, **EVERY_STEP, "kfac.grad_worker_frac": "auto"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def _links() -> Calibration:
+    return with_links(stored_calibration("eigen"), Communicator.world())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_links_are_measured_and_the_same_on_every_rank(ranks: int) -> None:
+    found = run_ranks(ranks, _links)
+    assert len(set(found)) == 1
+    network = found[0].network
+    assert network != stored_calibration("eigen").network
+    assert math.isfinite(network.fixed) and network.slope >= 0 <= network.fixed
+    assert found[0].all_reduce_seconds(ranks, 1 << 20) > 0
+
+
+def _hosts_of(rank: int) -> Calibration:
+    with mock.patch("socket.gethostname", return_value=f"node{rank // 2}"):
+        return with_links(stored_calibration("eigen"), Communicator.world())
+
+
+def _two_nodes() -> Calibration:
+    return _hosts_of(Communicator.world().rank)
+
+
+def test_links_inside_a_node_and_between_nodes_are_told_apart() -> None:
+    found = run_ranks(3, _two_nodes)  # two ranks on one node, one on another
+    assert len(set(found)) == 1
+    assert found[0].ranks_per_node == 2
+    assert found[0].inside_node is not None
+    assert found[0].inside_node != found[0].network
+
+
+def _train(folder: str, changes: dict[str, Any], factor: float) -> list[dict[str, Any]]:
+    def wrong(*arguments: Any) -> Calibration:
+        known = stored_calibration(*arguments)
+        costs = CostModel(known.costs.c0 * factor, known.costs.c1 * factor, known.costs.p)
+        return replace(known, costs=costs)
+
+    recording = RecordingCallback()
+    with (
+        mock.patch("elastic_kfac.training.planning.stored_calibration", wrong),
+        mock.patch("elastic_kfac.kfac.shapes.stored_calibration", wrong),
+    ):
+        train_here(folder, changes, Communicator.world(), callback=recording)
+    return recording.events
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def test_wrong_costs_are_corrected_once_and_nothing_else_changes(
+    tmp_path: Path, factor: float
+) -> None:
+    changes = {**AUTO, "train.epochs": 9, "plan.margin": 1000.0}
+    alone = in_one_process(tmp_path / "alone", changes)
+    events = run_ranks(2, _train, str(tmp_path / "pair"), changes, factor)[0]
+    state = CheckpointStore(tmp_path / "pair").load_latest()
+    assert state is not None
+    assert states_differ_in(alone, state) == []
+    replanned = [row for row in events if row["kind"] == "replanned"]
+    assert len(replanned) == 1
+    assert "decompositions took" in replanned[0]["reason"]
+    assert "predicted were" in replanned[0]["reason"]
+
+
+def test_costs_within_the_margin_and_fixed_fractions_keep_the_plan(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        ({"plan.margin": 1e9}, {"plan.margin": None}, {"kfac.grad_worker_frac": 0.5})
+    ):
+        changes = {**AUTO, "train.epochs": 6, **changes}
+        events = run_ranks(2, _train, str(tmp_path / str(number)), changes, 1.0)[0]
+        assert "replanned" not in [row["kind"] for row in events]
+
+
+def test_a_calibrated_run_reports_what_it_measured(tmp_path: Path) -> None:
+    changes = {**AUTO, "plan.calibrate": True, "train.epochs": 1}
+    events = run_ranks(2, _train, str(tmp_path / "run"), changes, 1.0)[0]
+    [row] = [row for row in events if row["kind"] == "calibrated"]
+    assert "Gbit/s" in row["reason"] or "unlimited" in row["reason"]
+    found = calibration_from(row["calibration"])
+    assert found.costs.seconds(64) > 0 < found.seconds_per_flop
