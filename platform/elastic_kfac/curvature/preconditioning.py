@@ -237,6 +237,5 @@ def kl_clip_scale(divergence: Tensor, kl_clip: float) -> Tensor:
             ν is 0.
         kl_clip: κ.
     """
-    scale = (kl_clip / divergence).sqrt().clamp_(max=1.0)
-    scale = torch.where(divergence == 0, torch.ones_like(scale), scale)
-    return torch.where(torch.isfinite(divergence), scale, torch.zeros_like(scale))
+    # Nothing to bound is nothing to scale, with κ = 0, too.
+    return ((kl_clip or 1.0) / divergence).sqrt().clamp_(max=1.0).nan_to_num_(0.0)

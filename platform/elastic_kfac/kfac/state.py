@@ -19,6 +19,7 @@ from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
 from elastic_kfac.kfac.refresh import Refresh
 from elastic_kfac.kfac.resize import Held, ResizeReport, move
 from elastic_kfac.kfac.step_bound import StepBound
+from elastic_kfac.kfac.trust_region import LastStep
 
 STATE_VERSION = 1
 _IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
@@ -58,7 +59,7 @@ def save(kfac: Stateful) -> dict[str, Any]:
         snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
         state["refresh"] = {"clocks": clocks, "snapshots": snapshots}
     if kfac.bound.trust is not None:
-        state["trust_region"] = {**kfac.bound.trust.saved(), "step": _collect_step(kfac)}
+        state["trust_region"] = {**kfac.bound.trust.saved(), **_collect_step(kfac)}
     velocity = kfac.distribution.collect_velocity()
     if velocity:
         state["velocity"] = velocity
@@ -115,8 +116,11 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
     if kfac.bound.trust is not None and "trust_region" in state:
         saved = state["trust_region"]
         kfac.bound.trust.restore(saved)
+        scales = saved.get("step_scale", {})
         kfac.bound.trust.steps_taken = {
-            layer.name: layer.placed({"": saved["step"][layer.name]})[""]
+            layer.name: LastStep(
+                layer.placed({"": saved["step"][layer.name]})[""], scales.get(layer.name, 1.0)
+            )
             for layer in kfac.layers
             if layer.name in state["layers"]
             and layer.name in saved["step"]
@@ -147,7 +151,7 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     held |= {item: Held(steps, tensors) for item, tensors in kfac.distribution.held().items()}
     if kfac.bound.trust is not None:
         held |= {
-            Item("step", name): Held(steps, {"": step})
+            Item("step", name): Held(steps, step.tensors())
             for name, step in kfac.bound.trust.steps_taken.items()
         }
     facts = {
@@ -192,7 +196,9 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     if kfac.bound.trust is not None:
         kfac.bound.trust.restore(moved.facts["trust"])
         kfac.bound.trust.steps_taken = {
-            item.name: parts[""] for item, parts in moved.tensors.items() if item.kind == "step"
+            item.name: LastStep.of(parts)
+            for item, parts in moved.tensors.items()
+            if item.kind == "step"
         }
     return moved.report
 
@@ -208,7 +214,7 @@ def memory_usage(kfac: Stateful, pending: Sequence[Tensor]) -> dict[str, int]:
     for name, tensors in (
         ("snapshots", [t for ts in kfac.refresh.snapshots.values() for t in ts]),
         ("momentum", [t for ts in kfac.distribution.held().values() for t in ts.values()]),
-        ("last_step", [] if trust is None else [*trust.steps_taken.values()]),
+        ("last_step", [s.matrix for s in trust.steps_taken.values()] if trust else []),
     ):
         if tensors:
             usage[name] = _bytes(tensors)
@@ -226,26 +232,31 @@ def _total(kfac: Stateful) -> dict[str, int]:
     return {**total, "steps": kfac.counters["steps"]}
 
 
-def _collect_step(kfac: Stateful) -> dict[str, Tensor]:
-    """The last step by layer, on every rank."""
+def _collect_step(kfac: Stateful) -> dict[str, Any]:
+    """The last step by layer, and its scale where that is not 1, on every rank."""
     assert kfac.bound.trust is not None
     own, distribution = kfac.bound.trust.steps_taken, kfac.distribution
+    scales = {name: step.scale for name, step in own.items()}
     if not distribution.counts_are_local:  # every rank has all of it
-        return {name: step.clone() for name, step in own.items()}
-    taken = distribution.communicator.all_gather_object(list(own), tag="kfac/state")
-    known = {name for names in taken for name in names}
-    indices = [i for i, layer in enumerate(kfac.layers) if layer.name in known]
-    slots = [
-        Slot(
-            distribution.decider(i),
-            own.get(kfac.layers[i].name),
-            kfac.layers[i].gradient_shape,
-            kfac.layers[i].parameters[0].new_empty(0, dtype=kfac.layers[i].dtype),
-        )
-        for i in indices
-    ]
-    tensors = distribution.from_owners(slots)
-    return {kfac.layers[i].name: t for i, t in zip(indices, tensors, strict=True)}
+        steps = {name: step.matrix.clone() for name, step in own.items()}
+    else:
+        for other in distribution.communicator.all_gather_object(scales, tag="kfac/state"):
+            scales.update(other)
+        indices = [i for i, layer in enumerate(kfac.layers) if layer.name in scales]
+        slots = [
+            Slot(
+                distribution.decider(i),
+                own[layer.name].matrix if layer.name in own else None,
+                layer.gradient_shape,
+                layer.parameters[0].new_empty(0, dtype=layer.dtype),
+            )
+            for i in indices
+            for layer in kfac.layers[i : i + 1]
+        ]
+        tensors = distribution.from_owners(slots)
+        steps = {kfac.layers[i].name: t for i, t in zip(indices, tensors, strict=True)}
+    apart = {name: scale for name, scale in scales.items() if scale != 1.0}
+    return {"step": steps, **({"step_scale": apart} if apart else {})}
 
 
 def _collect_snapshots(

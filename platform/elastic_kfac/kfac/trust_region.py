@@ -27,6 +27,7 @@ device scalars, equal on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -41,15 +42,13 @@ KAPPA = 1e-3
 AVERAGING = 0.9
 """Weight of the old value in the average of ρ."""
 GAIN = 0.5
-"""log α changes by this times how far the average is beyond `DESCENT` or `OVERSHOOT`."""
-DESCENT = 0.2
-"""Average −ρ from which on α grows."""
+"""log α changes by this times how far the average is beyond `BEYOND`."""
+BEYOND = 0.2
+"""Average −ρ from which on α grows, and average ρ from which on it shrinks."""
 PROGRESS = 0.1
 """Average −ρ below which an α above 1 returns to 1."""
 RETURN = 0.95
 """What α is multiplied by then."""
-OVERSHOOT = 0.2
-"""Average ρ from which on α shrinks."""
 REGAIN = 0.97
 """What an α below 1 is divided by while the average is negative."""
 SMALLEST, LARGEST = 0.01, 30.0
@@ -60,6 +59,8 @@ PLAIN = 1.0
 """Longest whole step of a parameter without curvature, at the largest learning rate."""
 FLOOR = 0.01
 """ε."""
+_SMALLEST_SCALE = 2.0**-20
+"""Of a `LastStep`, before its matrix is brought to scale 1."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,67 @@ class StepRates:
     """By layer."""
 
 
-def bound(products: Tensor, rates: StepRates, largest_lr: float) -> Tensor:
-    """ν from ⟨P_i, D_i⟩ of the normalised loss, float64 [layers]; 0 where they are not finite.
+@dataclass(eq=False)
+class LastStep:
+    """δ of a layer in units of −lr: `scale` times `matrix`.
 
-    Args:
-        products: 0 for a layer that has no decomposition yet.
-        rates: Of the coming step.
-        largest_lr: What the course of the learning rate is measured by.
+    Where few columns have a gradient, momentum moves the scale alone: a step costs no more than they do.
     """
-    whole = [lr / (1.0 - m) for lr, m in zip(rates.lr, rates.momentum, strict=True)]
-    size = (products.abs() * products.new_tensor(whole).square()).sum()
-    relative = max(rates.lr) / largest_lr if largest_lr else 1.0
-    return kl_clip_scale(size, KAPPA * relative**2)
+
+    matrix: Tensor
+    scale: float = 1.0
+    columns: Tensor | None = None
+    """Those that may be other than zero; None for all."""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> LastStep:
+        """From `tensors()`."""
+        scale = tensors.get("scale")
+        return cls(tensors[""], 1.0 if scale is None else float(scale))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it."""
+        scale = (
+            {} if self.scale == 1.0 else {"scale": torch.tensor(self.scale, dtype=torch.float64)}
+        )
+        return {"": self.matrix, **scale}
+
+    def columns_at(self, used: Tensor | None) -> Tensor:
+        """`used` columns of the matrix; None for all."""
+        if used is None:
+            return self.matrix
+        # Columns are read and added to where each lies together in memory.
+        self.matrix = self.matrix.mT.contiguous().mT
+        return self.matrix.mT.index_select(0, used).mT
+
+    def decay(self, momentum: float, used: Tensor | None = None) -> None:
+        """Multiplies δ by `momentum`; with `used`, for `add_columns` of those to follow."""
+        if used is None:
+            self.matrix.mul_(self.scale * momentum)
+            self.scale, self.columns = 1.0, None
+        elif momentum:
+            self.scale, self.columns = self.scale * momentum, None
+            if abs(self.scale) < _SMALLEST_SCALE:
+                self.decay(1.0)
+        else:
+            if self.columns is None:
+                self.matrix.zero_()
+            else:
+                self.matrix.mT.index_fill_(0, self.columns, 0.0)
+            self.scale, self.columns = 1.0, used
+
+    def add_columns(self, values: Tensor, columns: Tensor) -> None:
+        """Adds to some columns of δ."""
+        values = values if self.scale == 1.0 else values / self.scale
+        self.matrix.mT.index_add_(0, columns, values.mT)
+
+
+def on_device(
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Numbers as a tensor, sent without having the host wait."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 def kl_clip(
@@ -130,7 +180,7 @@ def kl_clip(
     products = inner_products(results, gradients).to(device)
     scale = torch.ones_like(products.sum())
     if kappa is not None:
-        squares = torch.tensor(lr, dtype=torch.float64, device=device).square()
+        squares = on_device(lr, device).square()
         scale = kl_clip_scale(total((products.abs() * squares).sum()), kappa)
         if results:
             torch._foreach_mul_(results, scale.to(results[0].dtype))
@@ -143,7 +193,7 @@ class TrustRegion:
     Attributes:
         scale: Of the loss; None before the first statistics.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
-        steps_taken: δ in units of −lr, by layer, where this rank has P.
+        steps_taken: δ by layer, where this rank has P.
         growth: α.
         descent: The average of ρ.
         squares: δᵀ(F + γI)δ by layer, float64 [layers].
@@ -153,11 +203,15 @@ class TrustRegion:
         self.names = tuple(names)
         self.scale: LossScale | None = None
         self.largest_lr = 0.0
-        self.steps_taken: dict[str, Tensor] = {}
+        self.steps_taken: dict[str, LastStep] = {}
         zero = torch.zeros((), dtype=torch.float64, device=device)
         self.growth = zero + 1.0
         self.descent = zero
         self.squares = zero.new_zeros(len(self.names))
+        self._rates: StepRates | None = None
+        self._sent = zero
+        """`_rates` on the device."""
+        self._places: tuple[tuple[int, ...], Tensor] = (), zero
 
     def apply(
         self,
@@ -188,57 +242,73 @@ class TrustRegion:
         """
         scale = self.scale or LossScale()
         names = [self.names[index] for index in indices]
-        for name, columns in zip(names, used, strict=True):
-            if columns is not None and name in self.steps_taken:
-                # Columns are read and added to where each lies together in memory.
-                self.steps_taken[name] = self.steps_taken[name].mT.contiguous().mT
         before = [self.steps_taken.get(name) for name in names]
-        known = [place for place, step in enumerate(before) if step is not None]
-        table = self.squares.new_zeros(2, len(self.names))
-        if indices:
-            table[0, list(indices)] = inner_products(results, gradients).to(table.device)
-        if known:
-            table[1, [indices[place] for place in known]] = inner_products(
-                [_columns(before[place], used[place]) for place in known],
-                [gradients[place] for place in known],
-            ).to(table.device)
+        table = self._table(indices, results, gradients, before, used)
         table = total(table)
-        raw, usable = table[0].sum(), torch.isfinite(table).all()
+        raw, usable = table[0].sum(), table.abs().amax() < math.inf
         table = torch.where(usable, table, 0.0)
-        products, slopes = table[0] / scale.positions, table[1] / scale.loss
+        products, slopes = (table[0] / scale.positions).abs(), table[1] / scale.loss
         self.largest_lr = max(self.largest_lr, *rates.lr)
-        nu = bound(products, rates, self.largest_lr)
+        lr, momentum, whole = self._on_device(rates)
+        relative = max(rates.lr) / self.largest_lr if self.largest_lr else 1.0
+        nu = kl_clip_scale((products * whole.square()).sum(), KAPPA * relative**2)
         cut = torch.zeros_like(nu)
         if is_linear:
-            rho = self._grow(products, slopes, products.new_tensor(rates.lr))
-            cut = ((rho - BRAKE) / (1.0 - BRAKE)).clamp(min=0.0)
+            cut = ((self._grow(products, slopes, lr) - BRAKE) / (1.0 - BRAKE)).clamp(min=0.0)
         factor = torch.where(usable, nu * self.growth, 0.0)
-        momentum = products.new_tensor(rates.momentum) * (1.0 - cut)
+        momentum = momentum * (1.0 - cut)
         grown = momentum * (momentum * self.squares + 2 * factor * slopes)
-        self.squares = (grown + factor.square() * products.abs()).clamp(min=0.0)
+        self.squares = (grown + factor.square() * products).clamp(min=0.0)
         if results:
             torch._foreach_mul_(results, (factor * scale.gradient).to(results[0].dtype))
         if is_linear:
             for place, (name, index, step) in enumerate(zip(names, indices, before, strict=True)):
-                # What is not finite must not stay in the sum.
                 value, columns = results[place], used[place]
-                taken = torch.where(usable, value, 0.0)
                 if step is None:
-                    self.steps_taken[name] = taken
-                    continue
-                step.mul_(rates.momentum[index])
-                if columns is not None and not cut:  # on the CPU: nothing waits
-                    step.mT.index_add_(0, columns, taken.mT)
-                    continue
-                back = step * cut.to(step.dtype)
-                if columns is not None:
-                    value, part = torch.zeros_like(step), value
-                    value.mT.index_copy_(0, columns, part.mT)
+                    # What is not finite must not stay in the sum.
+                    self.steps_taken[name] = LastStep(torch.where(usable, value, 0.0))
+                elif columns is not None and not cut:  # on the CPU: nothing waits
+                    step.decay(rates.momentum[index], columns)
+                    if usable:
+                        step.add_columns(value, columns)
+                else:
+                    step.decay(rates.momentum[index])
+                    if columns is not None:
+                        results[place] = torch.zeros_like(step.matrix)
+                        results[place].mT.index_copy_(0, columns, value.mT)
+                        value, used[place] = results[place], None
+                    back = step.matrix * cut.to(value.dtype)
                     taken = torch.where(usable, value, 0.0)
-                    results[place], used[place] = value, None
-                value.sub_(back)
-                step.add_(taken).sub_(back)
+                    value.sub_(back)
+                    step.matrix.add_(taken).sub_(back)
         return factor, raw
+
+    def _table(
+        self,
+        indices: Sequence[int],
+        results: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        before: Sequence[LastStep | None],
+        used: Sequence[Tensor | None],
+    ) -> Tensor:
+        """⟨P, D⟩ and ⟨δ, D⟩ of the layers at `indices`, 0 for others, float64 [2, layers]."""
+        table = self.squares.new_zeros(2, len(self.names))
+        if not indices:
+            return table
+        matrices = [
+            gradient.new_zeros(gradient.shape) if step is None else step.columns_at(columns)
+            for step, gradient, columns in zip(before, gradients, used, strict=True)
+        ]
+        slopes = inner_products(matrices, gradients)
+        for place, step in enumerate(before):
+            if step is not None and step.scale != 1.0:
+                slopes[place] *= step.scale
+        part = torch.stack((inner_products(results, gradients), slopes)).to(table.device)
+        if len(indices) == len(self.names):
+            return part
+        if self._places[0] != tuple(indices):
+            self._places = tuple(indices), on_device(list(indices), table.device, torch.int64)
+        return table.index_copy_(1, self._places[1], part)
 
     def apply_plain(self, gradients: list[Tensor], rates: StepRates) -> None:
         """Brings gradients of parameters without curvature to the normalised loss, in place, and bounds
@@ -253,20 +323,23 @@ class TrustRegion:
 
     def _grow(self, products: Tensor, slopes: Tensor, lr: Tensor) -> Tensor:
         """Moves α; returns ρ."""
-        norm = (products.abs().sum() * (lr.square() * self.squares).sum()).sqrt()
-        rho = -(lr * slopes).sum() / norm
-        rho = torch.where(torch.isfinite(rho), rho, torch.zeros_like(rho)).clamp(-1.0, 1.0)
+        norm = (products.sum() * (lr.square() * self.squares).sum()).sqrt()
+        rho = (-(lr * slopes).sum() / norm).nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
         r = self.descent = AVERAGING * self.descent + (1.0 - AVERAGING) * rho
-        up = (GAIN * (-r - DESCENT).clamp(min=0.0)).exp()
-        down = (GAIN * (OVERSHOOT - r).clamp(max=0.0)).exp()
-        one = torch.ones_like(r)
-        grown = self.growth * up * down
+        grown = self.growth * (-GAIN * torch.nn.functional.softshrink(r, BEYOND)).exp()
         back = torch.where(r > -PROGRESS, (RETURN * grown).clamp(min=1.0), grown)
-        small = torch.where(r < 0.0, (grown / REGAIN).clamp(max=1.0), grown)
-        self.growth = torch.where(grown > one, back, torch.where(up > one, grown, small)).clamp(
-            SMALLEST, LARGEST
-        )
+        regains = (r < 0.0) & (r >= -BEYOND)
+        small = torch.where(regains, (grown / REGAIN).clamp(max=1.0), grown)
+        self.growth = torch.where(grown > 1.0, back, small).clamp(SMALLEST, LARGEST)
         return rho
+
+    def _on_device(self, rates: StepRates) -> Tensor:
+        """Learning rate, momentum and lr / (1 − m) of the layers, float64 [3, layers]."""
+        if rates != self._rates:
+            whole = [lr / (1.0 - m) for lr, m in zip(rates.lr, rates.momentum, strict=True)]
+            self._rates = rates
+            self._sent = on_device([rates.lr, rates.momentum, whole], self.squares.device)
+        return self._sent
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -286,11 +359,6 @@ class TrustRegion:
         for name in _SCALARS:
             setattr(self, name, self.squares.new_tensor(float(saved[name])))
         self.squares = self.squares.new_tensor([saved["squares"].get(n, 0.0) for n in self.names])
-
-
-def _columns(matrix: Tensor | None, used: Tensor | None) -> Tensor:
-    assert matrix is not None
-    return matrix if used is None else matrix.mT.index_select(0, used).mT
 
 
 _SCALARS = ("growth", "descent")

@@ -147,7 +147,7 @@ def test_momentum_is_cut_where_the_step_met_rising_ground() -> None:
             cut = (rho - trust_region.BRAKE) / (1 - trust_region.BRAKE)
         velocity = 0.9 * velocity + value  # as torch.optim.SGD
         torch.testing.assert_close(velocity, 0.9 * (1 - cut) * before + factor * gradient)
-        torch.testing.assert_close(trust.steps_taken["one"], velocity)
+        torch.testing.assert_close(trust.steps_taken["one"].matrix, velocity)
         torch.testing.assert_close(trust.squares[0], velocity @ velocity)
     assert cut == pytest.approx((math.sqrt(0.5) - 0.2) / 0.8)
 
@@ -159,11 +159,11 @@ def test_what_is_measured_is_the_momentum_of_the_optimizer() -> None:
     trust = run.kfac.bound.trust
     assert trust is not None
     layers = [m for m in run.model.modules() if isinstance(m, nn.Linear)]
-    for velocity, layer in zip(trust.steps_taken.values(), layers, strict=True):
+    for step, layer in zip(trust.steps_taken.values(), layers, strict=True):
         weight, bias = (
             run.optimizer.state[p]["momentum_buffer"] for p in (layer.weight, layer.bias)
         )
-        torch.testing.assert_close(velocity, torch.cat((weight, bias[:, None]), 1))
+        torch.testing.assert_close(step.matrix, torch.cat((weight, bias[:, None]), 1))
 
 
 def test_growth_follows_descent_and_shrinks_on_overshoot() -> None:
@@ -215,3 +215,59 @@ def test_a_given_kl_clip_is_the_fixed_rule() -> None:
     assert KfacOptions(factor_scale="kaisa").trust_region == "fixed"
     with pytest.raises(ConfigError, match="no effect"):
         KFAC(network(), trust_region="adaptive", kl_clip=1e-5)
+
+
+def words(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randint(40, (6, 2), generator=generator),
+        torch.randint(3, (6,), generator=generator),
+    )
+
+
+def reading(momentum: float) -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 5), nn.Flatten(), nn.Tanh(), nn.Linear(10, 3))
+    return Run(model.double(), momentum=momentum, factor_update_steps=10, inverse_update_steps=10)
+
+
+def read(run: Run, step: int) -> None:
+    x, y = words(step)
+    run.optimizer.zero_grad()
+    F.cross_entropy(run.model(x), y).backward()
+    run.kfac.step()
+    run.optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_rows_that_are_not_used_cost_nothing_and_keep_their_momentum(momentum: float) -> None:
+    run = reading(momentum)
+    scales = set()
+    for step in range(60):
+        read(run, step)
+        assert run.kfac.bound.trust is not None
+        taken = run.kfac.bound.trust.steps_taken["0"]
+        scales.add(taken.scale)
+        table = run.model[0].weight
+        velocity = run.optimizer.state[table].get("momentum_buffer", table.grad)
+        torch.testing.assert_close(taken.scale * taken.matrix, velocity.t())
+    assert len(scales) > 10 or not momentum
+    assert min(scales) >= 2**-20
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_table_continues_bit_for_bit(momentum: float) -> None:
+    whole, first, second = (reading(momentum) for _ in range(3))
+    for step in range(15):
+        read(whole, step)
+    for step in range(7):
+        read(first, step)
+    state = first.kfac.state_dict()
+    assert ("step_scale" in state["trust_region"]) == (momentum > 0)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    second.kfac.load_state_dict(state)
+    for step in range(7, 15):
+        read(second, step)
+    for p, q in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert p.equal(q)
