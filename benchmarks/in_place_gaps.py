@@ -33,8 +33,9 @@ import torch.multiprocessing as processes
 
 from elastic_kfac import __version__
 from elastic_kfac.config import parse_config
+from elastic_kfac.data.batch import Batch
+from elastic_kfac.data.columns import image_columns
 from elastic_kfac.data.dataset import Datasets
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import FolderWriter, Point
@@ -64,14 +65,15 @@ class RandomDataset:
     """Random images, the same on all ranks."""
 
     num_samples = 1_000_000
-    num_classes = 10
-    image_shape = (3, 32, 32)
+    num_outputs = 10
+    input_shape = (3, 32, 32)
+    columns = image_columns(input_shape, [str(digit) for digit in range(10)])
     sha256 = "random"
     normalization = None
 
     def read(self, epoch: int, first_position: int, count: int) -> Batch:
         generator = torch.Generator().manual_seed(first_position)
-        images = torch.randn(count, *self.image_shape, generator=generator)
+        images = torch.randn(count, *self.input_shape, generator=generator)
         ids = np.arange(first_position, first_position + count, dtype=np.uint64)
         return Batch(images, torch.arange(count) % 10, ids, torch.ones(count))
 

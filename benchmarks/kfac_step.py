@@ -114,7 +114,7 @@ def _cases() -> dict[str, Case]:
     return {
         "resnet20": Case(
             "ResNet-20, 64 x 3 x 32 x 32",
-            lambda: create_model("resnet20", num_classes=10, image_shape=(3, 32, 32)),
+            lambda: create_model("resnet20", 10, (3, 32, 32)),
             classify(images, image_labels),
             (5, 1),
         ),

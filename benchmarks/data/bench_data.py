@@ -197,7 +197,7 @@ def from_stream(stream: SampleStream, images: tuple[int, ...]) -> Reader:
             if first == 0:
                 state["epoch"] = next(epoch)
             batch = stream.read(state["epoch"], first, BATCH)
-            assert batch.images.shape == (BATCH, *images) and batch.images.dtype == torch.uint8
+            assert batch.inputs.shape == (BATCH, *images) and batch.inputs.dtype == torch.uint8
 
     return read
 
@@ -384,7 +384,7 @@ def measure_jpeg(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     shard_set = ShardSet.open(folder / "shards" / "train")
     cache = ShardCache(folder / "cache", 1 << 40)
     opened = [cache.open(shard_set, index) for index in range(len(shard_set.shards))]
-    photos = [shard.encoded(row) for shard in opened for row in range(shard.num_rows)]
+    photos = [shard.item("image", row) for shard in opened for row in range(shard.num_rows)]
     endless = itertools.cycle(photos)
 
     def decode_only(count: int) -> None:

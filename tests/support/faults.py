@@ -16,8 +16,8 @@ from typing import Literal
 
 import torch
 
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Dataset
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.training.callbacks import Callback, Point
 
 FaultPoint = Point | Literal["manifest_rename"]
@@ -132,8 +132,9 @@ class FaultyDataset:
     def __init__(self, dataset: Dataset, faults: Faults) -> None:
         self._dataset, self._faults = dataset, faults
         self.num_samples = dataset.num_samples
-        self.num_classes = dataset.num_classes
-        self.image_shape = dataset.image_shape
+        self.num_outputs = dataset.num_outputs
+        self.input_shape = dataset.input_shape
+        self.columns = dataset.columns
         self.sha256 = dataset.sha256
         self.normalization = dataset.normalization
 
@@ -142,8 +143,8 @@ class FaultyDataset:
         if not self._faults.nan_batches:
             return samples
         self._faults.nan_batches -= 1
-        images = torch.full(samples.images.shape, float("nan"))
-        return Batch(images, samples.labels, samples.ids, samples.weights)
+        images = torch.full(samples.inputs.shape, float("nan"))
+        return Batch(images, samples.targets, samples.ids, samples.weights)
 
     def prefetch(self, epoch: int, first_position: int, count: int) -> None:
         self._dataset.prefetch(epoch, first_position, count)

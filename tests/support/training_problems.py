@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config, parse_config
+from elastic_kfac.data.batch import Batch
+from elastic_kfac.data.columns import image_columns
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.order import SampleOrder
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callback, KeepGoing, Point
@@ -38,8 +39,9 @@ class MemoryDataset:
     def __init__(self, num_samples: int, *, seed: int = 0, shape: tuple[int, int, int] = (1, 4, 4)):
         generator = torch.Generator().manual_seed(100 + num_samples)
         self.num_samples = num_samples
-        self.num_classes = 3
-        self.image_shape = shape
+        self.num_outputs = 3
+        self.input_shape = shape
+        self.columns = image_columns(shape, ("a", "b", "c"))
         self.sha256 = f"memory-{num_samples}"
         self.normalization = None
         self.bad_ids: frozenset[int] = frozenset()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
 from elastic_kfac.analysis.hessian import Batch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
+from elastic_kfac.data.batch import tensors_of
 from elastic_kfac.data.dataset import Dataset, rank_slice
 from elastic_kfac.tasks.preprocessing import Preprocessor
 
@@ -22,15 +21,14 @@ class FixedSamples:
     def __init__(
         self,
         dataset: Dataset,
-        model: nn.Module,
+        preprocess: Preprocessor,
         request: AnalysisConfig,
         communicator: Communicator,
     ) -> None:
         wanted = request.samples
         self.count = dataset.num_samples if wanted is None else min(wanted, dataset.num_samples)
         self._dataset, self._seed, self._batch_size = dataset, request.seed, request.batch_size
-        parameter = next(model.parameters())
-        self._preprocess = Preprocessor(dataset, parameter.dtype, parameter.device)
+        self._preprocess = preprocess
         self._slice = rank_slice(0, self.count, communicator.rank, communicator.world_size)
         self._kept: list[Batch] | None = None
 
@@ -43,7 +41,7 @@ class FixedSamples:
         first, count = self._slice
         for start in range(first, first + count, self._batch_size):
             batch = self._read(start, min(self._batch_size, first + count - start))
-            size += sum(part.numel() * part.element_size() for part in batch)
+            size += sum(t.nbytes for value in batch for t in tensors_of(value))
             kept = None if kept is None or size > _KEPT_BYTES else [*kept, batch]
             yield batch
         self._kept = kept
@@ -55,4 +53,4 @@ class FixedSamples:
     def _read(self, first: int, count: int) -> Batch:
         # The seed takes the place of the epoch: every seed has its own order.
         inputs = self._preprocess(self._dataset.read(self._seed, first, count))
-        return inputs.images, inputs.labels
+        return inputs.inputs, inputs.targets

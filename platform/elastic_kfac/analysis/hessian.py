@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.batch import Value
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.tasks.losses import SumLoss
-from elastic_kfac.tasks.models import evaluating
+from elastic_kfac.tasks.models import call_model, evaluating
+from elastic_kfac.tasks.task import SumLoss
 
-Batch = tuple[Tensor, Tensor]
-"""(inputs, labels), samples first."""
+Batch = tuple[Value, Value]
+"""(inputs, targets), samples first."""
 
 _Rows = tuple[Tensor, Sequence[Tensor | None]]
 """The loss of a chunk and its summed derivative for each parameter (None is zero)."""
@@ -179,7 +180,7 @@ class Hessian:
         """Hv = ∇(∇L·v), the mean over samples [size] (Pearlmutter 1994)."""
         directions = self.split(vector)
 
-        def rows(inputs: Tensor, labels: Tensor) -> _Rows:
+        def rows(inputs: Value, labels: Value) -> _Rows:
             loss, gradients = self._differentiable_gradients(inputs, labels)
             terms = [
                 (gradient * direction).sum()
@@ -201,8 +202,8 @@ class Hessian:
     def gradient(self) -> LossAndGradient:
         """The mean loss and its gradient; collective like a product."""
 
-        def rows(inputs: Tensor, labels: Tensor) -> _Rows:
-            loss = self._loss_sum(self.model(inputs), labels)
+        def rows(inputs: Value, labels: Value) -> _Rows:
+            loss = self._loss_sum(call_model(self.model, inputs), labels)
             return loss, torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
         return self._mean_over_samples(rows)
@@ -215,7 +216,7 @@ class Hessian:
         ]
 
     def _differentiable_gradients(
-        self, inputs: Tensor, labels: Tensor
+        self, inputs: Value, labels: Value
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """The loss of a chunk and its gradients, with the graph for the second derivative.
 
@@ -224,7 +225,7 @@ class Hessian:
         """
         point = [t._version for t in (*self.model.parameters(), *self.model.buffers())]
         if self._kept is None or self._kept[0] != point:
-            loss = self._loss_sum(self.model(inputs), labels)
+            loss = self._loss_sum(call_model(self.model, inputs), labels)
             gradients = torch.autograd.grad(
                 loss, self.parameters, create_graph=True, allow_unused=True
             )

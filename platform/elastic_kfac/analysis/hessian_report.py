@@ -29,8 +29,9 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.errors import NumericalError, UsageError
-from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import create_model
+from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import SumLoss
 
 FORMAT = 1
 _DENSITY_STEPS = 30
@@ -116,6 +117,7 @@ def analyse(
 def analysis_row(
     model: nn.Module,
     loss_sum: SumLoss,
+    preprocess: Preprocessor,
     datasets: Datasets,
     config: Config,
     communicator: Communicator,
@@ -130,10 +132,10 @@ def analysis_row(
         train: Dataset = datasets.train
         if data.augment != "none":
             train = stack.enter_context(open_split(config, data.train_split))
-        samples = FixedSamples(train, model, request, communicator)
+        samples = FixedSamples(train, preprocess, request, communicator)
         landscape = {data.train_split: samples}
         if datasets.evaluation is not None:
-            test = FixedSamples(datasets.evaluation, model, request, communicator)
+            test = FixedSamples(datasets.evaluation, preprocess, request, communicator)
             landscape[data.eval_split] = test
         try:
             found = analyse(model, loss_sum, samples, request, communicator, landscape=landscape)
@@ -169,7 +171,11 @@ def check_before_start(config: Config, *, workers_here: int | None) -> None:
         return
     with open_split(config, config.data.train_split) as dataset, torch.device("meta"):
         model = create_model(
-            config.model.name, dataset.num_classes, dataset.image_shape, **config.model.arguments
+            config.model.name,
+            dataset.num_outputs,
+            dataset.input_shape,
+            columns=dataset.columns,
+            **config.model.arguments,
         )
     free = None
     if workers_here is not None and not config.resources.use_gpu:

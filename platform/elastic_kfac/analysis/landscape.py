@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from elastic_kfac.analysis.hessian import SOLO, Batch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
-from elastic_kfac.tasks.losses import SumLoss
-from elastic_kfac.tasks.models import evaluating
+from elastic_kfac.tasks.models import call_model, evaluating
+from elastic_kfac.tasks.task import SumLoss
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def loss_along(
                     parameter.copy_(original + distance * part.to(original.dtype))
                 for inputs, labels in batches:
                     if len(labels):
-                        totals[index] += loss_sum(model(inputs), labels)
+                        totals[index] += loss_sum(call_model(model, inputs), labels)
                         totals[-1] += len(labels) if index == 0 else 0
     finally:
         for parameter, original in zip(chosen, originals, strict=True):
@@ -90,7 +90,7 @@ def bias_variance(
     with evaluating(model):
         for inputs, labels in batches:
             if len(labels):
-                outputs = model(inputs)
+                outputs = call_model(model, inputs)
                 losses += [
                     loss_sum(outputs[i : i + 1], labels[i : i + 1]).double().reshape(())
                     for i in range(len(labels))

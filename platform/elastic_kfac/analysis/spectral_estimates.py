@@ -16,7 +16,7 @@ from elastic_kfac.analysis.spectrum import lanczos, random_vector, top_by_lanczo
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.kfac import KFAC
-from elastic_kfac.tasks.losses import SumLoss
+from elastic_kfac.tasks.task import SumLoss
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "runs:evaluate",
-        "Compute loss and accuracy of a run's newest checkpoint.",
+        "Compute loss and metrics of a run's newest checkpoint.",
         "RUN --storage --shards --attack --radius --steps",
     ),
     "export": Command(

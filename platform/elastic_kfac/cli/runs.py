@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elastic_kfac.errors import UsageError
+from elastic_kfac.observability.quality import quality_of, shown_quality
 from elastic_kfac.paths import join_uri, local_folder
 
 if TYPE_CHECKING:
     import torch
 
     from elastic_kfac.state.run_folder import RunFolder
+    from elastic_kfac.training.evaluation import EvalResult
 
 
 def locate_run(run: str, storage: str, *, searches: bool = False) -> str:
@@ -95,18 +97,23 @@ def audit(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Prints loss and accuracy of the newest checkpoint."""
+    """Prints loss and metrics of the newest checkpoint."""
     from elastic_kfac.runs.checkpoints import evaluate_run
 
     folder = open_run(locate_run(arguments.run, arguments.storage), arguments.shards)
     step, found = evaluate_run(folder, attack=_attack(arguments), device=device_of(folder))
-    print(
-        f"step {step}: accuracy {found.accuracy:.2%}, loss {found.loss:.4f} "
-        f"on {found.count:,} samples"
-    )
-    if (attacked := found.attacked) is not None:
-        print(f"under attack: accuracy {attacked.accuracy:.2%}, loss {attacked.loss:.4f}")
+    print(f"step {step}: {_result(found)} on {found.count:,} samples")
+    if found.attacked is not None:
+        print(f"under attack: {_result(found.attacked)}")
     return 0
+
+
+def _result(found: EvalResult) -> str:
+    metrics = [
+        f"{quality_of(name).label} {shown_quality(name, value)}"
+        for name, value in found.metrics.items()
+    ]
+    return ", ".join([*metrics, f"loss {found.loss:.4f}"])
 
 
 def _attack(arguments: argparse.Namespace) -> dict[str, object]:

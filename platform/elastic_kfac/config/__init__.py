@@ -27,7 +27,7 @@ from elastic_kfac.config.reader import (
 )
 from elastic_kfac.config.run import Config
 from elastic_kfac.config.section import Section
-from elastic_kfac.config.train import ModelConfig, TrainConfig
+from elastic_kfac.config.train import ModelConfig, TaskConfig, TrainConfig
 from elastic_kfac.config.yaml_text import dump_yaml, load_yaml
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "ResourcesConfig",
     "Section",
     "ShardedConfig",
+    "TaskConfig",
     "TrainConfig",
     "apply_overrides",
     "dump_yaml",

@@ -20,7 +20,7 @@ from elastic_kfac.config.elastic import (
 from elastic_kfac.config.kfac import KfacConfig, ShardedConfig
 from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
 from elastic_kfac.config.section import Section
-from elastic_kfac.config.train import ModelConfig, TrainConfig
+from elastic_kfac.config.train import ModelConfig, TaskConfig, TrainConfig
 from elastic_kfac.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class Config(Section):
 
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
@@ -102,6 +103,7 @@ _NEEDS = {
     "batch.policy=fb": "optimizer.warmup_epochs=0",  # it has batch.warmup_epochs
     "batch.policy=abs": "adversarial.attack=none",
     "batch.policy=absa": "adversarial.attack!=none adversarial.fraction>0",
+    "task.name!=classification": "train.loss=cross_entropy train.label_smoothing=0 mixing.mixup=none",
     "adversarial.attack=fgsm": "adversarial.steps=1",
     "adversarial.eval_attack=fgsm": "adversarial.eval_steps=1",
     # Workers that take local steps exchange nothing in between.

@@ -20,6 +20,15 @@ class ModelConfig(Section):
     """Safetensors file to start from, for example an exported run; null starts from random weights."""
 
 
+class TaskConfig(Section):
+    """What is learned: the loss, and the metrics of evaluations."""
+
+    name: str = "classification"
+    """`classification`, or `package.module:factory` of a person's own `elastic_kfac.Task`."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the task."""
+
+
 class TrainConfig(Section):
     """Length of the run, batch size, precision, evaluation and logging."""
 
@@ -57,4 +66,5 @@ class TrainConfig(Section):
     sync_batch_norm_group: Annotated[int, Field(ge=1)] | None = None
     """Consecutive workers that normalise together; null means all."""
     loss: str = "cross_entropy"
-    """`cross_entropy`, `mse` (against one-hot targets), or `package.module:factory`."""
+    """Loss of classification: `cross_entropy`, `mse` (against one-hot targets), or
+    `package.module:factory`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elastic_kfac.data.batch import Batch, Fields
 from elastic_kfac.data.inspection import (
     VerifyReport,
     contact_sheet,
@@ -12,10 +13,11 @@ from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder, id_hash
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.data.storage import join_uri
-from elastic_kfac.data.stream import Batch, SampleStream
+from elastic_kfac.data.stream import SampleStream
 
 __all__ = [
     "Batch",
+    "Fields",
     "SampleOrder",
     "SampleStream",
     "ShardSet",

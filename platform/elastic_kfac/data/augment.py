@@ -7,6 +7,7 @@ normalisation happens on the device with `SampleStream.normalization`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -33,6 +34,38 @@ def check_augmentation(name: str) -> None:
         raise DataError("unknown augmentation", given=name, allowed=", ".join(AUGMENTATIONS))
 
 
+@dataclass(frozen=True)
+class Shifts:
+    """Where `crop_flip` moves each of n images."""
+
+    down: list[int]
+    across: list[int]
+    flip: list[bool]
+    """Mirrored left and right after the shift."""
+
+    @classmethod
+    def draw(cls, height: int, width: int, key: int, ids: NDArray[np.integer]) -> Shifts:
+        """Random shifts by up to an eighth of the size, and a flip half of the time."""
+        border = max(1, max(height, width) // 8)
+        draws = uniforms(key, ids, 3)
+        return cls(
+            ((draws[:, 0] * (2 * border + 1)).astype(np.int64) - border).tolist(),
+            ((draws[:, 1] * (2 * border + 1)).astype(np.int64) - border).tolist(),
+            (draws[:, 2] < 0.5).tolist(),
+        )
+
+    def apply(self, images: NDArray[np.uint8], fill: int = 0) -> NDArray[np.uint8]:
+        """Moved images [n, channels, height, width]; `fill` is the border."""
+        height, width = images.shape[2:]
+        out = np.full_like(images, fill)  # Keeps the memory layout, channels first or last.
+        for i in range(len(images)):
+            rows, source_rows = _overlap(self.down[i], height)
+            columns, source_columns = _overlap(self.across[i], width)
+            target = out[i, :, :, ::-1] if self.flip[i] else out[i]
+            target[:, rows, columns] = images[i, :, source_rows, source_columns]
+        return out
+
+
 def crop_flip(images: NDArray[np.uint8], key: int, ids: NDArray[np.integer]) -> NDArray[np.uint8]:
     """Random shift within a zero border of an eighth of the size, then a flip half of the time.
 
@@ -41,19 +74,7 @@ def crop_flip(images: NDArray[np.uint8], key: int, ids: NDArray[np.integer]) -> 
         key: From `augmentation_key`.
         ids: Sample ids [n].
     """
-    count, _, height, width = images.shape
-    border = max(1, max(height, width) // 8)
-    draws = uniforms(key, ids, 3)
-    down = ((draws[:, 0] * (2 * border + 1)).astype(np.int64) - border).tolist()
-    across = ((draws[:, 1] * (2 * border + 1)).astype(np.int64) - border).tolist()
-    flip = (draws[:, 2] < 0.5).tolist()
-    out = np.zeros_like(images)  # Keeps the memory layout, channels first or last.
-    for i in range(count):
-        rows, source_rows = _overlap(down[i], height)
-        columns, source_columns = _overlap(across[i], width)
-        target = out[i, :, :, ::-1] if flip[i] else out[i]
-        target[:, rows, columns] = images[i, :, source_rows, source_columns]
-    return out
+    return Shifts.draw(images.shape[2], images.shape[3], key, ids).apply(images)
 
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:

@@ -16,13 +16,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import filelock
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from elastic_kfac.data.columns import KEY, Column
 from elastic_kfac.data.manifest import (
     ShardInfo,
     ShardSet,
@@ -43,33 +44,43 @@ _FETCHERS: Final = 4
 
 
 class OpenShard:
-    """A memory-mapped shard: numpy views on its columns, no copies.
+    """A memory-mapped shard: numpy views on its columns, no copies."""
 
-    `pixels` is [rows, channels * height * width] for raw images and None for encoded ones.
-    """
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[Column]) -> None:
         with pa.memory_map(str(path)) as source:
             batch = pa.ipc.open_file(source).get_batch(0)
         self.num_rows = batch.num_rows
-        # Arrow's own `to_numpy` imports pandas, which takes half a second in a new worker.
-        self.labels: NDArray[np.int32] = np.asarray(
-            np.from_dlpack(batch.column("label")), dtype=np.int32
-        )
-        self._keys = batch.column("key")
-        image = batch.column("image")
-        self.pixels: NDArray[np.uint8] | None = None
-        if pa.types.is_fixed_size_binary(image.type):
-            self.pixels = fixed_size_rows(image)
-        else:
-            _, offsets, data = image.buffers()
-            self._offsets = np.frombuffer(offsets, dtype=np.int32)[: len(image) + 1]
-            # Arrow's buffers are signed; the JPEG decoder takes unsigned bytes only.
-            self._data = memoryview(data if data is not None else b"").cast("B")
+        self._keys = batch.column(KEY)
+        self.values: dict[str, NDArray[Any]] = {}
+        """[rows, …] of classes, tensors, raw images and raw masks."""
+        self._variable: dict[str, tuple[NDArray[np.int32], Any]] = {}
+        for column in columns:
+            stored = batch.column(column.name)
+            if column.kind == "class":
+                # Arrow's own `to_numpy` imports pandas, which takes half a second in a new worker.
+                self.values[column.name] = np.asarray(np.from_dlpack(stored), dtype=np.int32)
+            elif column.kind in ("tokens", "boxes"):
+                offsets = np.frombuffer(stored.buffers()[1], dtype=np.int32)
+                self._variable[column.name] = (
+                    offsets[: len(stored) + 1],
+                    np.asarray(np.from_dlpack(stored.values)),
+                )
+            elif column.encoding == "encoded":
+                _, offset_buffer, data = stored.buffers()
+                # Arrow's buffers are signed; the JPEG decoder takes unsigned bytes only.
+                content = memoryview(data if data is not None else b"").cast("B")
+                offsets = np.frombuffer(offset_buffer, dtype=np.int32)[: len(stored) + 1]
+                self._variable[column.name] = (offsets, content)
+            else:
+                rows = fixed_size_rows(stored)
+                if column.kind == "tensor":
+                    rows = rows.view(column.dtype).reshape(len(rows), *(column.shape or ()))
+                self.values[column.name] = rows
 
-    def encoded(self, row: int) -> memoryview:
-        """The bytes of one encoded image."""
-        return self._data[self._offsets[row] : self._offsets[row + 1]]
+    def item(self, name: str, row: int) -> Any:
+        """One row of a column without a fixed size: an encoded image, tokens, or boxes."""
+        offsets, content = self._variable[name]
+        return content[offsets[row] : offsets[row + 1]]
 
     def key(self, row: int) -> str:
         """The origin of the sample."""
@@ -161,7 +172,7 @@ class ShardCache:
                     self._build(shard_set, shard, path)
                     self._count(cache_misses=1, read_bytes=shard.bytes)
             try:
-                opened = OpenShard(path)
+                opened = OpenShard(path, shard_set.columns)
                 if opened.num_rows == shard.rows:
                     # Marks the file as recently used. If it was evicted meanwhile, the mapping is valid.
                     with contextlib.suppress(FileNotFoundError):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Literal, Protocol
 
 from torch import Tensor
 
 from elastic_kfac.config import Config
-from elastic_kfac.data.manifest import open_named_split
-from elastic_kfac.data.stream import Batch, SampleStream
+from elastic_kfac.data.batch import Batch
+from elastic_kfac.data.columns import Column
+from elastic_kfac.data.manifest import ShardSet, open_named_split
+from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.errors import DataError
 
 
@@ -21,11 +23,16 @@ class Dataset(Protocol):
     def num_samples(self) -> int: ...
 
     @property
-    def num_classes(self) -> int: ...
+    def columns(self) -> tuple[Column, ...]: ...
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+    def num_outputs(self) -> int:
+        """Classes, elements of a target tensor, or tokens of the vocabulary (see `outputs_for`)."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample: (channels, height, width) of its image, else of its first input: (features,),
+        (tokens,)."""
 
     @property
     def sha256(self) -> str:
@@ -73,24 +80,35 @@ def open_datasets(config: Config) -> Datasets:
 
 
 def check_splits(config: Config) -> None:
-    """Checks from the manifests that both configured splits exist and number their classes alike.
+    """Checks from the manifests that both configured splits exist, with the same columns and classes.
 
     Raises:
-        DataError: If a split is missing, classes have other names, or samples are evaluated whose
-            class has none to train on.
+        DataError: If a split is missing, columns differ, classes have other names, or samples are
+            evaluated whose class has none to train on.
     """
     data = config.data
     train = open_named_split(data.shards, data.train_split, "data.train_split")
     test = open_named_split(data.shards, data.eval_split, "data.eval_split")
-    for number, (ours, theirs) in enumerate(zip(train.class_names, test.class_names, strict=False)):
-        if ours != theirs:
+    ours, theirs = (
+        [f"{c.name} ({c.role}: {c.kind} {c.dtype} {c.vocabulary or ''})" for c in part.columns]
+        for part in (train, test)
+    )
+    if ours != theirs:
+        raise DataError(
+            f"{test.split} has other columns than {train.split}",
+            given=", ".join(theirs),
+            allowed=", ".join(ours),
+            change="make both splits from one source",
+        )
+    for number, (one, other) in enumerate(zip(train.class_names, test.class_names, strict=False)):
+        if one != other:
             raise DataError(
                 "the splits number their classes differently",
-                given=f"class {number} is {ours} in {train.split} and {theirs} in {test.split}",
+                given=f"class {number} is {one} in {train.split} and {other} in {test.split}",
                 change="make both splits from one source",
             )
     counts = zip_longest(train.class_counts, test.class_counts, fillvalue=0)
-    lacking = [number for number, (ours, theirs) in enumerate(counts) if theirs and not ours]
+    lacking = [number for number, (one, other) in enumerate(counts) if other and not one]
     if lacking:
         names = (test.class_names[number] for number in lacking[:5])
         raise DataError(
@@ -114,7 +132,7 @@ def open_split(
     """
     data = config.data
     return SampleStream(
-        open_named_split(data.shards, split, _key(config, split)),
+        _padded_alike(config, open_named_split(data.shards, split, _key(config, split))),
         seed=config.train.seed,
         augment=augment,
         image_size=data.image_size,
@@ -126,6 +144,23 @@ def open_split(
         cache_gib=data.cache_gib,
         shuffle=shuffle,
     )
+
+
+def _padded_alike(config: Config, shard_set: ShardSet) -> ShardSet:
+    """The set with its sequences padded to the longest of both configured splits: they feed one model."""
+    if all(column.kind not in ("tokens", "boxes") for column in shard_set.columns):
+        return shard_set
+    data = config.data
+    both = [
+        open_named_split(data.shards, name, _key(config, name))
+        for name in (data.train_split, data.eval_split)
+    ]
+    columns = []
+    for column in shard_set.columns:
+        same = [each for part in both for each in part.columns if each.name == column.name]
+        shortest, longest = min(c.shortest for c in same), max(c.longest for c in same)
+        columns.append(replace(column, shortest=shortest, longest=longest))
+    return replace(shard_set, columns=tuple(columns))
 
 
 def _key(config: Config, split: str) -> str:

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from torch.nn.functional import interpolate
 
+from elastic_kfac.data.columns import IGNORED
+
 UInt8Array = NDArray[np.uint8]
 Box = tuple[float, float, float, float]
 
@@ -107,6 +109,48 @@ def decode_rgb(
             return _turned(np.array(_as_rgb(image)), orientation)
         except (OSError, ValueError, SyntaxError) as error:
             raise UndecodableImage(str(error)) from None
+
+
+def decode_mask(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> UInt8Array:
+    """The class of every pixel, uint8 [height, width]: palette or grey values as they are stored.
+
+    Raises:
+        UndecodableImage: If the bytes are no image, or have colours instead of class numbers.
+    """
+    _header(data, max_pixels)
+    with _open(data, max_pixels) as image:
+        try:
+            if image.mode not in ("P", "L", "1"):
+                raise UndecodableImage(f"a mask of mode {image.mode}; save 8-bit class numbers")
+            return np.array(image, dtype=np.uint8)
+        except (OSError, SyntaxError) as error:
+            raise UndecodableImage(str(error)) from None
+
+
+def check_mask(pixels: UInt8Array, num_classes: int) -> None:
+    """Refuses a mask with a class outside [0, num_classes) other than 255.
+
+    Raises:
+        UndecodableImage: It names the class.
+    """
+    wrong = pixels[(pixels >= num_classes) & (pixels != IGNORED)]
+    if wrong.size:
+        raise UndecodableImage(f"class {int(wrong[0])} in a mask of {num_classes} classes")
+
+
+def resize_mask(
+    pixels: UInt8Array, size: tuple[int, int], box: Box | None = None, *, flip: bool = False
+) -> UInt8Array:
+    """`resize_box` for masks [height, width]: the class of the nearest pixel."""
+    if box is not None:
+        left, top, right, bottom = (round(edge) for edge in box)
+        pixels = pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+    rows, columns = (
+        ((np.arange(new) + 0.5) * (old / new)).astype(np.int64)
+        for new, old in zip(size, pixels.shape, strict=True)
+    )
+    resized = pixels[rows[:, None], columns]
+    return np.ascontiguousarray(resized[:, ::-1] if flip else resized)
 
 
 def resize_box(

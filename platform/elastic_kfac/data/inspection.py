@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +13,26 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
 from elastic_kfac.data.cache import OpenShard, ShardCache
-from elastic_kfac.data.decode import MAX_PIXELS, UndecodableImage, decode_rgb, resize_box
+from elastic_kfac.data.column_statistics import Measured
+from elastic_kfac.data.columns import BOX, KEY, Column
+from elastic_kfac.data.decode import (
+    MAX_PIXELS,
+    UndecodableImage,
+    check_mask,
+    decode_mask,
+    decode_rgb,
+    resize_box,
+)
 from elastic_kfac.data.manifest import (
     ShardInfo,
     ShardSet,
-    check_class_labels,
     corrupt_shard,
+    fixed_size_rows,
     open_splits,
     read_shard_table,
 )
@@ -76,15 +87,15 @@ def verify_shards(
         for shard in shard_set.shards:
             _check_size(shard_set, shard)
         if deep:
-            counts = np.zeros(shard_set.num_classes, dtype=np.int64)
-            for shard in shard_set.shards:
-                counts += _check_content(shard_set, shard, max_pixels)
-            if tuple(counts.tolist()) != shard_set.class_counts:
-                raise DataError(
-                    f"labels of {shard_set.uri} are not those the manifest counted",
-                    given=counts.tolist(),
-                    allowed=list(shard_set.class_counts),
-                )
+            found = [_check_content(shard_set, shard, max_pixels) for shard in shard_set.shards]
+            for column in shard_set.columns:
+                counts = sum(part[column.name] for part in found)
+                if np.asarray(counts).tolist() != list(column.class_counts):
+                    raise DataError(
+                        f"labels of {shard_set.uri} are not those the manifest counted",
+                        given=np.asarray(counts).tolist(),
+                        allowed=list(column.class_counts),
+                    )
         splits[shard_set.split] = {
             "samples": shard_set.num_samples,
             "shards": len(shard_set.shards),
@@ -101,28 +112,41 @@ def describe_shards(uri: str | Path) -> dict[str, Any]:
     """
     splits = {}
     for shard_set in open_splits(uri):
-        counts = np.asarray(shard_set.class_counts)
         splits[shard_set.split] = {
             "source": shard_set.source,
             "samples": shard_set.num_samples,
             "shards": len(shard_set.shards),
             "bytes": shard_set.num_bytes,
             "bytes_per_sample": round(shard_set.num_bytes / shard_set.num_samples, 1),
-            "encoding": shard_set.encoding,
-            "image_shape": shard_set.image_shape,
-            "smallest_image": shard_set.smallest_image,
-            "largest_image": shard_set.largest_image,
-            "classes": shard_set.num_classes,
-            "class_counts": dict(zip(shard_set.class_names, counts.tolist(), strict=True)),
-            "balance": {"smallest_class": int(counts.min()), "largest_class": int(counts.max())},
-            "mean": shard_set.mean,
-            "std": shard_set.std,
+            **_described(shard_set),
             "shuffle": "full permutation"
             if shard_set.shuffle_window is None
             else f"blocks of {shard_set.shuffle_window} samples",
             "manifest_sha256": shard_set.manifest_sha256,
         }
     return {"uri": str(uri), "splits": splits}
+
+
+def _described(shard_set: ShardSet) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if (image := shard_set.image) is not None:
+        found |= {
+            "encoding": image.encoding,
+            "image_shape": image.shape,
+            "smallest_image": image.smallest,
+            "largest_image": image.largest,
+        }
+    if shard_set.class_names:
+        counts = shard_set.class_counts
+        found |= {
+            "classes": shard_set.num_classes,
+            "class_counts": dict(zip(shard_set.class_names, counts, strict=True)),
+            "balance": {"smallest_class": min(counts), "largest_class": max(counts)},
+        }
+    if image is not None:
+        found |= {"mean": image.mean, "std": image.std}
+    found["columns"] = [column.to_json() for column in shard_set.columns]
+    return found
 
 
 def contact_sheet(
@@ -150,8 +174,14 @@ def contact_sheet(
     Raises:
         DataError: If a shard is missing or corrupt.
     """
-    classes = min(shard_set.num_classes, _MOST_CLASSES)
-    wanted = np.minimum(np.array(shard_set.class_counts[:classes]), per_class)
+    of_class = shard_set.column("class")
+    if shard_set.image is None or of_class is None:
+        raise DataError(
+            "a contact sheet shows images and their classes",
+            given=", ".join(f"{column.name} ({column.kind})" for column in shard_set.columns),
+        )
+    classes = min(of_class.num_classes, _MOST_CLASSES)
+    wanted = np.minimum(np.array(of_class.class_counts[:classes]), per_class)
     placed = np.zeros(classes, dtype=np.int64)
     side = cell + _GAP
     sheet = np.full((classes * side + _GAP, per_class * side + _GAP, 3), 255, dtype=np.uint8)
@@ -161,9 +191,10 @@ def contact_sheet(
             if (placed >= wanted).all():
                 break
             shard = cache.open(shard_set, index)
+            labels = shard.values[of_class.name]
             key = stream_key(SOURCE_SHUFFLE, index)
             for row in permutation(key, np.arange(shard.num_rows, dtype=np.int64)).tolist():
-                label = int(shard.labels[row])
+                label = int(labels[row])
                 if label >= classes or placed[label] >= wanted[label]:
                     continue
                 top, left = _GAP + label * side, _GAP + int(placed[label]) * side
@@ -189,7 +220,10 @@ def _check_size(shard_set: ShardSet, shard: ShardInfo) -> None:
         )
 
 
-def _check_content(shard_set: ShardSet, shard: ShardInfo, max_pixels: int) -> np.ndarray[Any, Any]:
+def _check_content(
+    shard_set: ShardSet, shard: ShardInfo, max_pixels: int
+) -> dict[str, NDArray[np.int64]]:
+    """Counts of classes by column."""
     where = join_uri(shard_set.uri, shard.file)
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         storage = shard_set.storage
@@ -199,23 +233,55 @@ def _check_content(shard_set: ShardSet, shard: ShardInfo, max_pixels: int) -> np
         if found != shard.sha256:
             raise corrupt_shard(where, found, shard.sha256)
         table = read_shard_table(path, shard_set, shard)
-        labels = table.column("label").to_numpy().astype(np.int64)
-        check_class_labels(labels, shard_set.num_classes, where)
-        if shard_set.encoding == "encoded":
-            keys = table.column("key")
-            for row, problem in _undecodable(table.column("image"), max_pixels):
-                raise DataError(
-                    f"undecodable image in {where}, row {row}",
-                    given=str(keys[row].as_py()),
-                    change=problem,
-                )
-    return np.bincount(labels, minlength=shard_set.num_classes)
+        counts = {}
+        for column in shard_set.columns:
+            measured = Measured(column)
+            values = table.column(column.name)
+            if column.encoding == "encoded":
+                keys = table.column(KEY)
+                for row, problem in _undecodable(values, measured, max_pixels):
+                    raise DataError(
+                        f"undecodable image in {where}, row {row}",
+                        given=str(keys[row].as_py()),
+                        change=problem,
+                    )
+            else:
+                stored = _stored(column, values)
+                column.check(stored, where, 0)
+                if column.class_names:
+                    measured.add(stored, range(len(stored)))
+            counts[column.name] = np.asarray(measured.record["class_counts"], dtype=np.int64)
+    return counts
 
 
-def _undecodable(images: Iterable[Any], max_pixels: int) -> Iterator[tuple[int, str]]:
+def _stored(column: Column, values: pa.ChunkedArray) -> Any:
+    """The values of a column without encoded images, as sources give them."""
+    if column.kind == "class":
+        return values.to_numpy().astype(np.int64)
+    if column.kind in ("tokens", "boxes"):
+        parts = [np.asarray(part) for part in values.to_pylist()]
+        return [part.reshape(-1, BOX) for part in parts] if column.kind == "boxes" else parts
+    rows = np.concatenate([fixed_size_rows(chunk) for chunk in values.chunks])
+    if column.kind == "tensor":
+        return rows.view(column.dtype).reshape(len(rows), *(column.shape or ()))
+    return rows
+
+
+def _undecodable(
+    images: Iterable[Any], measured: Measured, max_pixels: int
+) -> Iterator[tuple[int, str]]:
+    """Rows that are no images, or no masks of the column's classes, which are counted."""
+    is_mask, lock = measured.column.kind == "mask", threading.Lock()
+
     def check(value: Any) -> str | None:
         try:
-            decode_rgb(value.as_py(), max_pixels=max_pixels)
+            if not is_mask:
+                decode_rgb(value.as_py(), max_pixels=max_pixels)
+                return None
+            pixels = decode_mask(value.as_py(), max_pixels=max_pixels)
+            check_mask(pixels, measured.column.num_classes)
+            with lock:
+                measured.add_mask(pixels)
         except UndecodableImage as error:
             return str(error)
         return None
@@ -228,13 +294,15 @@ def _undecodable(images: Iterable[Any], max_pixels: int) -> Iterator[tuple[int, 
 
 def _pixels(shard_set: ShardSet, shard: OpenShard, row: int, max_pixels: int) -> NDArray[np.uint8]:
     """RGB, [height, width, 3]; other channel counts show their first channel as grey."""
-    if shard.pixels is None:
+    image = shard_set.image
+    assert image is not None
+    if image.encoding == "encoded":
         try:
-            return decode_rgb(shard.encoded(row), max_pixels=max_pixels)
+            return decode_rgb(shard.item(image.name, row), max_pixels=max_pixels)
         except UndecodableImage as error:
             where = f"{join_uri(shard_set.uri, shard_set.split)}, {shard.key(row)}"
             raise DataError("undecodable image", given=where, change=str(error)) from None
-    assert shard_set.image_shape is not None
-    planes = shard.pixels[row].reshape(shard_set.image_shape)
+    assert image.shape is not None
+    planes = shard.values[image.name][row].reshape(image.shape)
     rgb = planes if len(planes) == 3 else planes[:1].repeat(3, axis=0)
     return np.ascontiguousarray(rgb.transpose(1, 2, 0))

@@ -1,4 +1,6 @@
-"""Sample ids to pixels: gather raw rows or decode images, resize to one size, augment.
+"""Sample ids to values: gather raw rows or decode images, resize to one size, augment, pad.
+
+Masks and boxes follow the geometry of the set's image: one crop, flip and shift per sample.
 
 Layout: raw shards hold [channels, height, width] per row, the layout of the model's input. Decoded
 images are [height, width, 3]; they are stored that way and returned transposed, which torch calls
@@ -12,34 +14,38 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elastic_kfac.data.augment import (
+    Shifts,
     augmentation_key,
     center_boxes,
-    crop_flip,
     resized_crop_boxes,
 )
 from elastic_kfac.data.cache import OpenShard, ShardCache
+from elastic_kfac.data.columns import BOX, IGNORED, PADDING_CLASS, Column, check_class_labels
 from elastic_kfac.data.decode import (
     MAX_PIXELS,
     Box,
     Scratch,
     UndecodableImage,
+    decode_mask,
     decode_rgb,
     image_size,
     resize_box,
+    resize_mask,
 )
-from elastic_kfac.data.manifest import CorruptShard, ShardSet, check_class_labels
+from elastic_kfac.data.manifest import CorruptShard, ShardSet
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
 
-Loaded = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
+Loaded = tuple[dict[str, NDArray[Any]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,61 @@ class _Request:
     opened: dict[int, OpenShard]
     augment: str
     key: int
+    geometry: Geometry
+
+    @property
+    def by_shard(self) -> Iterator[tuple[OpenShard, NDArray[np.int64], NDArray[np.int64]]]:
+        """Of each shard that is open: itself, the samples in it, and their rows."""
+        for shard, opened in self.opened.items():
+            members = np.flatnonzero(self.shards == shard)
+            yield opened, members, self.rows[members]
+
+    @property
+    def by_sample(self) -> Iterator[tuple[int, OpenShard, int]]:
+        """Of each sample in an open shard: its place, the shard and its row."""
+        for place, (shard, row) in enumerate(
+            zip(self.shards.tolist(), self.rows.tolist(), strict=True)
+        ):
+            if shard in self.opened:
+                yield place, self.opened[shard], row
+
+
+@dataclass
+class Geometry:
+    """How the image of each of n samples was cut, resized, mirrored and moved; masks and boxes follow."""
+
+    boxes: NDArray[np.float64]
+    """(left, top, right, bottom) that were cut out, in pixels of the stored image [n, 4]; 0 where there
+    is no image."""
+    flips: NDArray[np.bool_]
+    size: tuple[int, int]
+    """(height, width) as delivered."""
+    shifts: Shifts | None = None
+
+    @classmethod
+    def of(cls, count: int, size: tuple[int, int]) -> Geometry:
+        """Geometry that is filled in while images are loaded."""
+        return cls(np.zeros((count, 4)), np.zeros(count, dtype=bool), size)
+
+    def moved(self, place: int, boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The boxes [m, 5] of a sample as delivered; those that leave the image are dropped, and so are
+        those cut to less than a tenth of their area."""
+        left, top, right, bottom = self.boxes[place].tolist()
+        height, width = self.size
+        scale = np.array([width / (right - left), height / (bottom - top)] * 2, dtype=np.float32)
+        edges = (boxes[:, :4] - np.array([left, top] * 2, dtype=np.float32)) * scale
+        flip, down, across = bool(self.flips[place]), 0, 0
+        if self.shifts is not None:
+            down, across = self.shifts.down[place], self.shifts.across[place]
+            edges += np.array([across, down] * 2, dtype=np.float32)
+            flip ^= self.shifts.flip[place]
+        limits = np.array([width, height] * 2, dtype=np.float32)
+        whole = np.prod(edges[:, 2:] - edges[:, :2], axis=1)
+        edges = np.clip(edges, 0, limits)
+        if flip:
+            edges[:, [0, 2]] = width - edges[:, [2, 0]]
+        kept = np.prod(edges[:, 2:] - edges[:, :2], axis=1) > 0.1 * whole
+        return np.concatenate([edges, boxes[:, 4:]], axis=1)[kept]
 
 
 class SampleLoader:
@@ -82,13 +143,21 @@ class SampleLoader:
         self._scratch = Scratch()
         self._memory = BatchMemory()
         self._quarantine = _Quarantine(shard_set, cache, max_bad_records)
-        self.image_shape = _delivered_shape(shard_set, image_size)
+        self._image = shard_set.image
+        self.image_shape = (1, 1, 1)
+        """(channels, height, width) of the image as delivered."""
+        if self._image is not None:
+            self.image_shape = _delivered_shape(shard_set, self._image, image_size)
         self._pool = (
             ThreadPoolExecutor(decode_threads, thread_name_prefix="sample-decode")
-            if decode_threads > 1 and shard_set.encoding == "encoded"
+            if decode_threads > 1 and self._image is not None and self._is_encoded
             else None
         )
         self._pieces = 1 if self._pool is None else 4 * decode_threads
+
+    @property
+    def _is_encoded(self) -> bool:
+        return self._image is not None and self._image.encoding == "encoded"
 
     @property
     def quarantined(self) -> int:
@@ -100,13 +169,12 @@ class SampleLoader:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def load(self, ids: NDArray[np.int64], epoch: int, augment: str) -> Loaded:
-        """Images uint8 [n, channels, height, width], labels int64 [n], weights float32 [n].
+        """Values by column as `data.columns` describes them, and weights float32 [n].
 
         Raises:
             DataError: If a record or shard is bad and the policy is `raise`, or the limit is passed.
         """
         shards, rows = self._set.locate(ids)
-        labels = np.zeros(len(ids), dtype=np.int64)
         weights = np.ones(len(ids), dtype=np.float32)
         opened: dict[int, OpenShard] = {}
         for shard in np.unique(shards).tolist():
@@ -115,34 +183,85 @@ class SampleLoader:
                 opened[shard] = self._cache.open(self._set, shard)
             except CorruptShard as error:
                 self._bad(ids[members], weights, members, error)
-                continue
-            labels[members] = opened[shard].labels[rows[members]]
-        check_class_labels(labels, self._set.num_classes, self._set.uri)
         key = augmentation_key(self._seed, epoch)
-        request = _Request(ids, shards, rows, weights, opened, augment, key)
-        images = self._raw(request) if self._set.encoding == "raw" else self._encoded(request)
-        if augment == "crop_flip":
-            images = crop_flip(images, key, ids)
-        return images, labels, weights
+        geometry = Geometry.of(len(ids), self.image_shape[1:])
+        request = _Request(ids, shards, rows, weights, opened, augment, key, geometry)
+        # The image first: the others follow its geometry.
+        ordered = sorted(self._set.columns, key=lambda column: column is not self._image)
+        values = {column.name: self._values(column, request) for column in ordered}
+        return values, weights
+
+    def _values(self, column: Column, request: _Request) -> NDArray[Any]:
+        if column.kind == "image":
+            images = self._encoded(request) if self._is_encoded else self._raw(request)
+            if request.augment == "crop_flip":
+                shifts = Shifts.draw(*self.image_shape[1:], request.key, request.ids)
+                request.geometry.shifts = shifts
+                images = shifts.apply(images)
+            return images
+        if column.kind == "mask":
+            return self._masks(column, request)
+        if column.kind == "boxes":
+            found = {
+                place: request.geometry.moved(place, shard.item(column.name, row).reshape(-1, BOX))
+                for place, shard, row in request.by_sample
+                if request.weights[place]
+            }
+            out = np.zeros((len(request.ids), column.longest, BOX), dtype=np.float32)
+            out[:, :, -1] = PADDING_CLASS
+            for place, boxes in found.items():
+                out[place, : len(boxes)] = boxes
+            return out
+        if column.kind == "tokens":
+            padding = -1 if column.is_padded else 0
+            tokens = np.full((len(request.ids), column.longest), padding, dtype=np.int64)
+            for place, shard, row in request.by_sample:
+                content = shard.item(column.name, row)
+                tokens[place, : len(content)] = content
+            return tokens
+        dtype = np.dtype(np.int64 if column.kind == "class" else column.dtype)
+        values = np.zeros((len(request.ids), *(column.shape or ())), dtype=dtype)
+        for shard, members, rows in request.by_shard:
+            values[members] = shard.values[column.name][rows]
+        if column.kind == "class":
+            check_class_labels(values, column.num_classes, self._set.uri)
+        return values
+
+    def _masks(self, column: Column, request: _Request) -> NDArray[np.int64]:
+        geometry = request.geometry
+        out = np.full((len(request.ids), 1, *geometry.size), IGNORED, dtype=np.uint8)
+        for place, shard, row in request.by_sample:
+            if not request.weights[place]:
+                continue
+            if column.encoding == "encoded":
+                try:
+                    mask = decode_mask(shard.item(column.name, row), max_pixels=self._max_pixels)
+                except UndecodableImage as error:
+                    self._bad_image(request, place, f"{shard.key(row)}: {error}")
+                    continue
+            else:
+                assert column.shape is not None
+                mask = shard.values[column.name][row].reshape(column.shape)
+            box: Box = tuple(geometry.boxes[place].tolist())
+            out[place, 0] = resize_mask(mask, geometry.size, box, flip=bool(geometry.flips[place]))
+        if geometry.shifts is not None:
+            out = geometry.shifts.apply(out, IGNORED)
+        return out[:, 0].astype(np.int64)
 
     def _raw(self, request: _Request) -> NDArray[np.uint8]:
         ids = request.ids
-        stored = self._set.image_shape
-        assert stored is not None
-        out = np.empty((len(ids), math.prod(stored)), dtype=np.uint8)
-        for shard in np.unique(request.shards).tolist():
-            members = np.flatnonzero(request.shards == shard)
-            if shard not in request.opened:
-                out[members] = 0
-                continue
-            pixels_of_shard = request.opened[shard].pixels
-            assert pixels_of_shard is not None
-            out[members] = pixels_of_shard[request.rows[members]]
+        assert self._image is not None and self._image.shape is not None
+        stored, name, geometry = self._image.shape, self._image.name, request.geometry
+        out = np.zeros((len(ids), math.prod(stored)), dtype=np.uint8)
+        for shard, members, rows in request.by_shard:
+            out[members] = shard.values[name][rows]
         pixels = out.reshape(len(ids), *stored)
         if request.augment != "random_resized_crop" and stored == self.image_shape:
+            geometry.boxes[:, 2:] = stored[2], stored[1]
             return pixels
         sizes = np.broadcast_to(np.array(stored[1:], dtype=np.int64), (len(ids), 2))
         boxes, flips = self._boxes(sizes, ids, request)
+        geometry.boxes[:], geometry.flips[:] = np.reshape(boxes, (-1, 4)), flips
         images = np.empty((len(ids), *self.image_shape), dtype=np.uint8)
         for i in range(len(ids)):
             image = pixels[i].transpose(1, 2, 0)
@@ -152,6 +271,8 @@ class SampleLoader:
 
     def _encoded(self, request: _Request) -> NDArray[np.uint8]:
         ids, shards, rows, opened = request.ids, request.shards, request.rows, request.opened
+        assert self._image is not None
+        name, geometry = self._image.name, request.geometry
         # Not zeroed: clearing a batch first costs a tenth of what decoding it does.
         out = self._memory.take((len(ids), *self.image_shape[1:], 3))
 
@@ -164,7 +285,7 @@ class SampleLoader:
                 if source is None:
                     out[i] = 0
                     continue
-                data = source.encoded(int(rows[i]))
+                data = source.item(name, int(rows[i]))
                 try:
                     sizes.append(image_size(data, self._max_pixels))
                     found.append((i, data))
@@ -173,6 +294,7 @@ class SampleLoader:
             chosen = ids[[i for i, _ in found]]
             boxes, flips = self._boxes(np.array(sizes).reshape(-1, 2), chosen, request)
             for (i, data), size, box, flip in zip(found, sizes, boxes, flips, strict=True):
+                geometry.boxes[i], geometry.flips[i] = box, flip
                 try:
                     decode_into(out[i], data, size, box, flip, self._scratch, self._max_pixels)
                 except UndecodableImage as error:
@@ -182,13 +304,7 @@ class SampleLoader:
         for problems in self._spread(decode, np.arange(len(ids))):
             for i, problem in problems:
                 out[i] = 0
-                file = self._set.shards[int(shards[i])].file
-                error = DataError(
-                    f"undecodable image in {join_uri(self._set.uri, file)}, row {int(rows[i])}",
-                    given=problem,
-                    change="make the set again without it, or set data.bad_records=skip",
-                )
-                self._bad(ids[i : i + 1], request.weights, np.array([i]), error)
+                self._bad_image(request, i, problem)
         return out.transpose(0, 3, 1, 2)
 
     def _boxes(
@@ -198,7 +314,7 @@ class SampleLoader:
         if request.augment == "random_resized_crop":
             boxes, flips = resized_crop_boxes(sizes, request.key, ids)
             return [tuple(box) for box in boxes.tolist()], flips.tolist()
-        if self._set.image_shape is None:
+        if self._image is not None and self._image.shape is None:
             return [tuple(box) for box in center_boxes(sizes).tolist()], [False] * len(sizes)
         return [(0, 0, width, height) for height, width in sizes.tolist()], [False] * len(sizes)
 
@@ -211,6 +327,15 @@ class SampleLoader:
             return [work(members)]
         pieces = [p for p in np.array_split(members, self._pieces) if len(p)]
         return list(self._pool.map(work, pieces))
+
+    def _bad_image(self, request: _Request, place: int, problem: str) -> None:
+        file = self._set.shards[int(request.shards[place])].file
+        error = DataError(
+            f"undecodable image in {join_uri(self._set.uri, file)}, row {int(request.rows[place])}",
+            given=problem,
+            change="make the set again without it, or set data.bad_records=skip",
+        )
+        self._bad(request.ids[place : place + 1], request.weights, np.array([place]), error)
 
     def _bad(
         self,
@@ -310,16 +435,19 @@ class _Quarantine:
             )
 
 
-def _delivered_shape(shard_set: ShardSet, image_size: int | None) -> tuple[int, int, int]:
+def _delivered_shape(
+    shard_set: ShardSet, image: Column, image_size: int | None
+) -> tuple[int, int, int]:
     if image_size is not None:
         if image_size < 1:
             raise DataError("image_size must be positive", given=image_size)
-        channels = shard_set.image_shape[0] if shard_set.image_shape else 3
+        channels = image.shape[0] if image.shape else 3
         return channels, image_size, image_size
-    if shard_set.image_shape is None:
+    if image.shape is None:
         raise DataError(
             f"images of {shard_set.uri} differ in size",
-            given=f"{shard_set.smallest_image} to {shard_set.largest_image}, image_size=None",
+            given=f"{image.smallest} to {image.largest}, image_size=None",
             change="set data.image_size, for example 224",
         )
-    return shard_set.image_shape
+    channels, height, width = image.shape
+    return channels, height, width

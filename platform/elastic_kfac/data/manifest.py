@@ -11,13 +11,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from elastic_kfac.data.columns import Column, Kind
 from elastic_kfac.data.order import SampleOrder
 from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
@@ -28,7 +29,16 @@ MANIFEST_HASH: Final = "manifest.sha256"
 MAKING: Final = "making"
 """Folder of the records of an unfinished set."""
 FORMAT: Final = "elastic-kfac-shards"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
+"""1: images and their classes; 2: any columns."""
+_CLASSIFICATION: Final = [("image", "image"), ("label", "class")]
+_OF_IMAGE: Final = {
+    "encoding": "encoding",
+    "image_shape": "shape",
+    "smallest_image": "smallest",
+    "largest_image": "largest",
+}
+_OF_LABEL: Final = ("class_names", "class_counts")
 
 
 @dataclass(frozen=True)
@@ -46,23 +56,14 @@ class ShardInfo:
 class ShardSet:
     """A finished shard set of one split: an immutable, small, picklable value.
 
-    `image_shape` is (channels, height, width), None where encoded images differ in size; `mean`
-    and `std` are per channel for pixels scaled to 0..1; `shuffle_window` is None when an epoch is
-    one full permutation (see `SampleOrder`).
+    `shuffle_window` is None when an epoch is one full permutation (see `SampleOrder`).
     """
 
     uri: str
     split: str
     source: str
     source_sha256: str
-    encoding: Literal["raw", "encoded"]
-    image_shape: tuple[int, int, int] | None
-    smallest_image: tuple[int, int]
-    largest_image: tuple[int, int]
-    class_names: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    columns: tuple[Column, ...]
     shuffle_window: int | None
     shards: tuple[ShardInfo, ...]
     manifest_sha256: str = field(compare=False)
@@ -97,31 +98,78 @@ class ShardSet:
         values: dict[str, Any] = json.loads(content)
         if not isinstance(values, dict) or values.pop("format") != FORMAT:
             raise ValueError("not a shard manifest")
-        if (version := values.pop("version")) != VERSION:
-            raise ValueError(f"version {version}; this release reads {VERSION}")
+        if (version := values.pop("version")) not in VERSIONS:
+            raise ValueError(f"version {version}; this release reads {VERSIONS[-1]} and older")
         num_samples = values.pop("num_samples")
         shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-        # JSON has no tuples, and a frozen value should be hashable.
-        frozen: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-        }
+        if version == 1:
+            columns = _of_version_1(values)
+        else:
+            columns = tuple(Column.from_json(each) for each in values.pop("columns"))
         result = cls(
-            uri=uri, shards=shards, manifest_sha256=hashlib.sha256(content).hexdigest(), **frozen
+            uri=uri,
+            columns=columns,
+            shards=shards,
+            manifest_sha256=hashlib.sha256(content).hexdigest(),
+            **values,
         )
-        if result.num_samples != num_samples or num_samples != sum(result.class_counts):
+        if result.num_samples != num_samples:
             raise ValueError("sample counts do not add up")
-        if len(result.class_counts) != len(result.class_names):
-            raise ValueError("class names and counts differ in number")
+        for column in columns:
+            if len(column.class_counts) != column.num_classes:
+                raise ValueError("class names and counts differ in number")
+            if column.kind == "class" and sum(column.class_counts) != num_samples:
+                raise ValueError("sample counts do not add up")
         if any(Path(shard.file).name != shard.file for shard in shards):
             raise ValueError("a shard file lies outside the set")
         return result
 
     def to_json(self) -> bytes:
-        """The bytes of the manifest; equal for equal content."""
-        values = asdict(self)
-        del values["uri"], values["manifest_sha256"]
-        head = {"format": FORMAT, "version": VERSION, "num_samples": self.num_samples}
-        return (json.dumps(head | values, indent=1) + "\n").encode()
+        """The bytes of the manifest; equal for equal content.
+
+        Sets of images and their classes are written as version 1, which every release reads.
+        """
+        origin = {name: getattr(self, name) for name in ("split", "source", "source_sha256")}
+        rest = {
+            "shuffle_window": self.shuffle_window,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        if [(column.name, column.kind) for column in self.columns] == _CLASSIFICATION:
+            image, label = self.columns
+            measured = {name: getattr(image, own) for name, own in _OF_IMAGE.items()}
+            classes = {name: getattr(label, name) for name in _OF_LABEL}
+            constants = {"mean": image.mean, "std": image.std}
+            head = {"format": FORMAT, "version": 1, "num_samples": self.num_samples}
+            values = head | origin | measured | classes | constants | rest
+        else:
+            head = {"format": FORMAT, "version": 2, "num_samples": self.num_samples}
+            values = head | origin | {"columns": [c.to_json() for c in self.columns]} | rest
+        return (json.dumps(values, indent=1) + "\n").encode()
+
+    def column(self, kind: Kind) -> Column | None:
+        """The first column of a kind."""
+        return next((column for column in self.columns if column.kind == kind), None)
+
+    @property
+    def image(self) -> Column | None:
+        return self.column("image")
+
+    @property
+    def classes(self) -> Column | None:
+        """The first column with classes: of samples, pixels or boxes."""
+        return next((column for column in self.columns if column.class_names), None)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes.class_names if self.classes else ()
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        return self.classes.class_counts if self.classes else ()
 
     @property
     def storage(self) -> Storage:
@@ -130,10 +178,6 @@ class ShardSet:
     @property
     def num_samples(self) -> int:
         return sum(shard.rows for shard in self.shards)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     @property
     def num_bytes(self) -> int:
@@ -256,30 +300,25 @@ def read_shard_table(path: Path, shard_set: ShardSet, shard: ShardInfo) -> pa.Ta
     return table
 
 
-def check_class_labels(
-    labels: NDArray[np.int64], num_classes: int, where: str, *, first: int = 0
-) -> None:
-    """Raises for the first label outside [0, num_classes).
-
-    Raises:
-        DataError: It names the record; `first` is the number of the first label's record.
-    """
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(bad):
-        raise DataError(
-            f"label out of range in {where}, record {first + int(bad[0])}",
-            given=int(labels[bad[0]]),
-            allowed=f"0 to {num_classes - 1}",
-        )
-
-
 def fixed_size_rows(column: pa.Array) -> NDArray[np.uint8]:
     """A view of a fixed_size_binary array as uint8 [rows, byte_width]."""
     if column.null_count:
-        raise DataError("raw images must not be null", given=f"{column.null_count} nulls")
+        raise DataError("raw values must not be null", given=f"{column.null_count} nulls")
     width = column.type.byte_width
     flat = np.frombuffer(column.buffers()[1], dtype=np.uint8)
     return flat[column.offset * width : (column.offset + len(column)) * width].reshape(-1, width)
+
+
+def _of_version_1(values: dict[str, Any]) -> tuple[Column, ...]:
+    """The columns of a manifest of version 1; takes what it uses out of `values`."""
+    # JSON has no tuples, and a frozen value should be hashable.
+    frozen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    image = {own: frozen[name] for name, own in _OF_IMAGE.items()}
+    image |= {name: frozen[name] for name in ("mean", "std")}
+    label = {name: frozen[name] for name in _OF_LABEL}
+    for name in (*_OF_IMAGE, *_OF_LABEL, "mean", "std"):
+        del values[name]
+    return Column("image", "image", "input", **image), Column("label", "class", "target", **label)
 
 
 def _finished_splits(root: Storage) -> list[str]:

@@ -20,25 +20,32 @@ import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import filelock
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from elastic_kfac.data.decode import MAX_PIXELS, UndecodableImage, decode_rgb, image_size
+from elastic_kfac.data.column_statistics import Measured, summarised
+from elastic_kfac.data.columns import Column, check_columns, shard_schema
+from elastic_kfac.data.decode import (
+    MAX_PIXELS,
+    UndecodableImage,
+    check_mask,
+    decode_mask,
+    decode_rgb,
+    image_size,
+)
 from elastic_kfac.data.manifest import (
     MAKING,
     MANIFEST_HASH,
     MANIFEST_NAME,
     ShardInfo,
     ShardSet,
-    check_class_labels,
     schema_sha256,
 )
 from elastic_kfac.data.sources import Records, SourceSplit, absolute_source, open_source
@@ -206,14 +213,14 @@ class _Making:
         samples = data.num_samples
         if samples == 0:
             raise DataError("the source has no samples", given=f"{source}, split {split}")
-        if len(set(data.class_names)) < len(data.class_names):
-            raise DataError("two classes have one name", given=f"{source}, split {split}")
+        check_columns(data.columns, f"{source}, split {split}")
         self.source_name, self.data, self.split, self.storage = source_name, data, split, storage
         self.bad_images = bad_images
         rows = max(1, min(samples, int(shard_mib * 2**20 / data.bytes_per_sample)))
         if ROW_GROUP_ROWS < rows < samples:
             rows -= rows % ROW_GROUP_ROWS
-        stride = 1 if data.raw_shape else math.ceil(samples / STATISTICS_SAMPLES)
+        encoded = any(column.encoding == "encoded" for column in data.columns)
+        stride = math.ceil(samples / STATISTICS_SAMPLES) if encoded else 1
         self.tasks = [
             ShardTask(
                 source=source,
@@ -235,7 +242,7 @@ class _Making:
             "rows": rows,
             "stride": stride,
             "row_group_rows": ROW_GROUP_ROWS,
-            "class_names": list(data.class_names),
+            "columns": [column.to_json() for column in data.columns],
             "bad_images": [bad_images.policy, bad_images.max_pixels],
         }
         self.plan = json.dumps(plan, sort_keys=True).encode()
@@ -345,21 +352,11 @@ class _Making:
 
     def _manifest(self, results: Sequence[dict[str, Any]]) -> ShardSet:
         if not results:
-            raise DataError("no image of the source can be decoded", given=f"{self.source_name}")
-        pixels = sum(result["pixels"] for result in results)
-        sums = np.sum([result["sums"] for result in results], axis=0, dtype=object)
-        squares = np.sum([result["squares"] for result in results], axis=0, dtype=object)
-        # Exact integers until here, so the constants do not depend on how the split was cut.
-        mean = [float(s) / pixels / 255 for s in sums]
-        std = [
-            math.sqrt(max(float(q) / pixels / 255**2 - m * m, 0.0))
-            for q, m in zip(squares, mean, strict=True)
-        ]
-        height, width = (min(result["smallest"][i] for result in results) for i in (0, 1))
-        largest = tuple(max(result["largest"][i] for result in results) for i in (0, 1))
-        shape = self.data.raw_shape
-        if shape is None and (height, width) == largest:
-            shape = (3, height, width)
+            raise DataError("no record of the source can be decoded", given=f"{self.source_name}")
+        columns = tuple(
+            summarised(column, [result["measured"][column.name] for result in results])
+            for column in self.data.columns
+        )
         total_bytes = sum(result["bytes"] for result in results)
         window = None
         if total_bytes > FULL_SHUFFLE_BYTES:
@@ -369,14 +366,7 @@ class _Making:
             split=self.split,
             source=self.source_name,
             source_sha256=self.data.fingerprint,
-            encoding="raw" if self.data.raw_shape else "encoded",
-            image_shape=shape,
-            smallest_image=(height, width),
-            largest_image=largest,
-            class_names=self.data.class_names,
-            class_counts=tuple(np.sum([r["class_counts"] for r in results], axis=0).tolist()),
-            mean=tuple(round(m, 6) for m in mean),
-            std=tuple(round(s, 6) for s in std),
+            columns=columns,
             shuffle_window=window,
             shards=tuple(ShardInfo(**result["shard"]) for result in results),
             manifest_sha256="",
@@ -396,55 +386,15 @@ class _Making:
         }
 
 
-@dataclass
-class _Statistics:
-    """Exact integer sums over pixels; `sums` and `squares` are per channel."""
-
-    pixels: int
-    sums: list[int]
-    squares: list[int]
-    smallest: list[int]
-    largest: list[int]
-
-    def add_pixels(self, pixels: np.ndarray[Any, Any], channel_axis: int) -> None:
-        counts = [
-            np.bincount(np.take(pixels, c, axis=channel_axis).ravel(), minlength=256)
-            for c in range(len(self.sums))
-        ]
-        values = np.arange(256, dtype=np.int64)
-        for channel, count in enumerate(counts):
-            self.sums[channel] += int(count @ values)
-            self.squares[channel] += int(count @ values**2)
-        self.pixels += int(counts[0].sum())
-
-    def add_size(self, height: int, width: int) -> None:
-        self.smallest = [min(self.smallest[0], height), min(self.smallest[1], width)]
-        self.largest = [max(self.largest[0], height), max(self.largest[1], width)]
-
-
-def shard_schema(raw_shape: tuple[int, int, int] | None) -> pa.Schema:
-    """Columns of a shard: image (raw [C, H, W] or encoded bytes), label, key (origin of the sample)."""
-    image = pa.binary() if raw_shape is None else pa.binary(math.prod(raw_shape))
-    return pa.schema(
-        [
-            pa.field("image", image, nullable=False),
-            pa.field("label", pa.int32(), nullable=False),
-            pa.field("key", pa.string(), nullable=False),
-        ]
-    )
-
-
 def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, Any]:
-    schema = shard_schema(data.raw_shape)
-    channels = data.raw_shape[0] if data.raw_shape else 3
-    statistics = _Statistics(0, [0] * channels, [0] * channels, [1 << 30] * 2, [0] * 2)
-    class_counts = np.zeros(len(data.class_names), dtype=np.int64)
+    schema = shard_schema(data.columns)
+    measured = {column.name: Measured(column) for column in data.columns}
     bad: list[dict[str, str]] = []
     rows = 0
     with pq.ParquetWriter(
         path, schema, compression="NONE", use_dictionary=False, write_page_checksum=True
     ) as writer:
-        for table in _row_groups(_tables(data, task, schema, statistics, class_counts, bad)):
+        for table in _row_groups(_tables(data, task, schema, measured, bad)):
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
             rows += table.num_rows
     if (at := task.start + rows + len(bad)) != task.stop:
@@ -460,9 +410,8 @@ def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, 
         "rows": rows,
         "bytes": size,
         "shard": asdict(shard),
-        "class_counts": class_counts.tolist(),
+        "measured": {name: one.record for name, one in measured.items()},
         "bad": bad,
-        **asdict(statistics),
     }
 
 
@@ -470,26 +419,22 @@ def _tables(
     data: SourceSplit,
     task: ShardTask,
     schema: pa.Schema,
-    statistics: _Statistics,
-    class_counts: np.ndarray[Any, Any],
+    measured: Mapping[str, Measured],
     bad: list[dict[str, str]],
 ) -> Iterator[pa.Table]:
     at = task.start
     for records in _readable(data, task):
-        check_class_labels(records.labels, len(class_counts), f"split {task.split}", first=at)
-        good = list(_measured(records, data.raw_shape, statistics, at, task, bad))
-        at += len(records.labels)
-        labels, keys = records.labels[good], [records.keys[row] for row in good]
-        class_counts += np.bincount(labels, minlength=len(class_counts))
-        if data.raw_shape is not None:
-            pixels = np.ascontiguousarray(records.images)
-            image = pa.FixedSizeBinaryArray.from_buffers(
-                schema.field("image").type, len(labels), [None, pa.py_buffer(pixels)]
-            )
-        else:
-            image = pa.array([records.images[row] for row in good], type=pa.binary())
-        numbers = pa.array(labels.astype(np.int32), type=pa.int32())
-        yield pa.table([image, numbers, pa.array(keys, type=pa.string())], schema=schema)
+        for column in data.columns:
+            column.check(records.values[column.name], f"split {task.split}", at)
+        good = _decodable(data.columns, records, measured, at, task, bad)
+        at += len(records.keys)
+        parts = []
+        for column in data.columns:
+            values = records.values[column.name]
+            measured[column.name].add(values, good)
+            parts.append(column.arrow(values, good))
+        keys = pa.array([records.keys[row] for row in good], type=pa.string())
+        yield pa.table([*parts, keys], schema=schema)
 
 
 def _readable(data: SourceSplit, task: ShardTask) -> Iterator[Records]:
@@ -508,38 +453,47 @@ def _unreadable_source(source: str, error: BaseException) -> DataError:
     return DataError("cannot read the source", given=source, change=str(error))
 
 
-def _measured(
+def _decodable(
+    columns: Sequence[Column],
     records: Records,
-    raw_shape: tuple[int, int, int] | None,
-    statistics: _Statistics,
+    measured: Mapping[str, Measured],
     first: int,
     task: ShardTask,
     bad: list[dict[str, str]],
-) -> Iterator[int]:
-    """Adds records to the statistics and yields the rows of the good ones; the others go to `bad`."""
-    if raw_shape is not None:
-        statistics.add_size(raw_shape[1], raw_shape[2])
-        pixels = np.asarray(records.images).reshape(-1, raw_shape[0], raw_shape[1] * raw_shape[2])
-        statistics.add_pixels(pixels, channel_axis=1)
-        yield from range(len(records.labels))
-        return
-    max_pixels = task.bad_images.max_pixels
-    for row, data in enumerate(records.images):
+) -> list[int]:
+    """The rows whose images and masks can be decoded, which it measures; the others go to `bad`."""
+    encoded = [column for column in columns if column.encoding == "encoded"]
+    good = []
+    for row, key in enumerate(records.keys):
         try:
-            size = image_size(data, max_pixels)
-            if (first + row) % task.statistics_stride == 0:
-                statistics.add_pixels(decode_rgb(data, max_pixels=max_pixels), channel_axis=2)
-            statistics.add_size(*size)
-            yield row
+            looked_at = (first + row) % task.statistics_stride == 0
+            for column in encoded:
+                data = records.values[column.name][row]
+                _measure_encoded(measured[column.name], data, looked_at, task.bad_images.max_pixels)
+            good.append(row)
         except UndecodableImage as error:
             if task.bad_images.policy == "raise":
                 raise DataError(
                     f"undecodable image at record {first + row}",
-                    given=f"{records.keys[row]}, {len(data)} bytes",
+                    given=f"{key}, {len(data)} bytes",
                     change=f"{error}; --bad-records skip leaves such images out",
                 ) from None
-            bad.append({"key": records.keys[row], "problem": str(error)})
+            bad.append({"key": key, "problem": str(error)})
             _check_limit(bad, task.bad_images)
+    return good
+
+
+def _measure_encoded(measured: Measured, data: bytes, looked_at: bool, max_pixels: int) -> None:
+    """Adds an encoded image to the statistics, its pixels only if it is `looked_at`; a mask's always,
+    because a class outside the names must not reach the loss."""
+    size = image_size(data, max_pixels)
+    if measured.column.kind == "mask":
+        pixels = decode_mask(data, max_pixels=max_pixels)
+        check_mask(pixels, measured.column.num_classes)
+        measured.add_mask(pixels)
+    elif looked_at:
+        measured.add_pixels(decode_rgb(data, max_pixels=max_pixels), channel_axis=2)
+    measured.add_size(*size)
 
 
 def _check_limit(bad: Sequence[dict[str, str]], allowed: BadImages) -> None:

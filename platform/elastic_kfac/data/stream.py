@@ -10,47 +10,19 @@ import threading
 import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from types import TracebackType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from elastic_kfac.data.augment import check_augmentation
+from elastic_kfac.data.batch import Batch, collate, outputs_for
 from elastic_kfac.data.cache import ReadAhead, ShardCache
+from elastic_kfac.data.columns import Column
 from elastic_kfac.data.decode import MAX_PIXELS
 from elastic_kfac.data.loading import SampleLoader
 from elastic_kfac.data.manifest import ShardSet
 from elastic_kfac.data.order import SampleOrder
 from elastic_kfac.errors import DataError
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Samples in the order of their positions, from the shards to the loss."""
-
-    images: torch.Tensor
-    """[n, channels, height, width], uint8 as read or floating point; encoded images come in
-    channels_last memory."""
-    labels: torch.Tensor
-    """[n] classes, int64; [n, classes] probabilities under mixup."""
-    ids: NDArray[np.uint64]
-    """[n]: global sample ids, for `id_hash`."""
-    weights: torch.Tensor
-    """float32 [n]: 1, or 0 for a bad record that was skipped and keeps its position."""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def part(self, where: slice) -> Batch:
-        """Views of some of the samples."""
-        return Batch(self.images[where], self.labels[where], self.ids[where], self.weights[where])
-
-    @property
-    def good(self) -> NDArray[np.int64]:
-        """Indices of the records that are not bad."""
-        return np.flatnonzero(self.weights.numpy() > 0)
 
 
 class SampleStream:
@@ -124,8 +96,13 @@ class SampleStream:
         return self.shard_set.num_samples
 
     @property
-    def num_classes(self) -> int:
-        return self.shard_set.num_classes
+    def columns(self) -> tuple[Column, ...]:
+        return self.shard_set.columns
+
+    @property
+    def num_outputs(self) -> int:
+        """See `outputs_for`."""
+        return outputs_for(self.columns)
 
     @property
     def sha256(self) -> str:
@@ -133,16 +110,22 @@ class SampleStream:
         return self.shard_set.manifest_sha256
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the images that `read` returns."""
-        return self._loader.image_shape
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample: (channels, height, width) of its image as delivered, else of its first input."""
+        if self.shard_set.image is not None:
+            return self._loader.image_shape
+        column = next(column for column in self.columns if column.role == "input")
+        return (column.longest,) if column.kind == "tokens" else column.shape or ()
 
     @property
-    def normalization(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def normalization(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Per-channel (mean, std), float32 [channels], for pixels scaled to 0..1."""
-        mean = torch.tensor(self.shard_set.mean, dtype=torch.float32)
+        image = self.shard_set.image
+        if image is None:
+            return None
+        mean = torch.tensor(image.mean, dtype=torch.float32)
         # A constant channel has std 0; dividing by 1 keeps it finite.
-        std = torch.tensor([s or 1.0 for s in self.shard_set.std], dtype=torch.float32)
+        std = torch.tensor([s or 1.0 for s in image.std], dtype=torch.float32)
         return mean, std
 
     @property
@@ -233,10 +216,5 @@ class SampleStream:
         order = self.order(epoch)
         ids = order.ids(first_position, count)
         self._readahead.want(order.upcoming_shards(first_position).tolist())
-        images, labels, weights = self._loader.load(ids, epoch, self._augment)
-        return Batch(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
-            ids.astype(np.uint64),
-            torch.from_numpy(weights),
-        )
+        values, weights = self._loader.load(ids, epoch, self._augment)
+        return collate(self.columns, values, ids, weights)

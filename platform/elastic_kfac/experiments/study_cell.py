@@ -158,7 +158,7 @@ def measure_final_state(
             )
             attacked = here.evaluate(data.eval_split, attack).attacked
             assert attacked is not None
-            found["adversarial_accuracy"] = attacked.accuracy
+            found["adversarial_accuracy"] = attacked["accuracy"]
     return found
 
 
@@ -170,7 +170,7 @@ def _top_eigenvalue(here: Restored, how: Measure) -> float:
         here.preprocess(training.read(0, first, min(size, count - first)))
         for first in range(0, count, size)
     ]
-    batches = [(part.images, part.labels) for part in inputs]
+    batches = [(part.inputs, part.targets) for part in inputs]
     operator = Hessian(here.model, here.task.loss, batches)
     found = top_by_lanczos(
         operator, max_steps=min(how.hessian_steps, operator.size), tolerance=LANCZOS_TOLERANCE

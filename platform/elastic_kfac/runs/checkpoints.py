@@ -24,9 +24,10 @@ from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState, restore_model
 from elastic_kfac.tasks.attacks import Attack, evaluation_attack
-from elastic_kfac.tasks.losses import Task, make_task
+from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import Task
 from elastic_kfac.training.evaluation import EvalResult, evaluate_split
 
 
@@ -106,15 +107,21 @@ class Restored:
 
     @property
     def task(self) -> Task:
-        """Loss and accuracy."""
-        return make_task(self.config.train)
+        """The loss and metrics of the run."""
+        return make_task(self.config, self.datasets[self.config.data.train_split].columns)
 
     @cached_property
     def preprocess(self) -> Preprocessor:
         """Normalises every split as the training split is, like in the run."""
         parameter = next(self.model.parameters())
         training = self.datasets[self.config.data.train_split]
-        return Preprocessor(training, parameter.dtype, parameter.device)
+        task, seed = self.task, self.config.train.seed
+        return Preprocessor(
+            training,
+            parameter.dtype,
+            parameter.device,
+            lambda batch, epoch: task.prepare(batch, seed, epoch),
+        )
 
     def evaluate(self, split: str, attack: Attack | None = None) -> EvalResult:
         """The result over a whole split, also under an attack."""
@@ -126,7 +133,8 @@ class Restored:
 
     def samples(self, split: str, request: AnalysisConfig) -> FixedSamples:
         """The samples of a split that a request asks for."""
-        return FixedSamples(self.datasets[split], self.model, request, Communicator.solo())
+        dataset, solo = self.datasets[split], Communicator.solo()
+        return FixedSamples(dataset, self.preprocess, request, solo)
 
     def where(self) -> dict[str, Any]:
         """The checkpoint's step and fractional epoch."""
@@ -170,8 +178,9 @@ def restored(
         # The checkpoint has the weights; the file of the initial ones may be gone.
         model = build_model(
             config.model.model_copy(update={"initial_weights": None}),
-            num_classes=opened.train.num_classes,
-            image_shape=opened.train.image_shape,
+            num_outputs=opened.train.num_outputs,
+            input_shape=opened.train.input_shape,
+            columns=opened.train.columns,
             seed=train.seed,
         ).to(device or torch.device("cpu"))
         restore_model(model, state)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config import Config
+from elastic_kfac.data.batch import Batch, example, tensors_of, twice
+from elastic_kfac.data.columns import Column, image_columns
 from elastic_kfac.data.dataset import open_split
 from elastic_kfac.errors import ConfigError, ElasticKfacError
 from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
-from elastic_kfac.tasks.losses import make_task
-from elastic_kfac.tasks.models import ImageShape, build_model, evaluating
+from elastic_kfac.tasks.choice import make_task
+from elastic_kfac.tasks.models import build_model, call_model, evaluating
+from elastic_kfac.tasks.preprocessing import Prepare, Preprocessor
 
 
 @dataclass(frozen=True)
@@ -24,36 +27,51 @@ class Sized:
 
     config: Config
     model: nn.Module
-    image_shape: ImageShape
-    num_classes: int
+    columns: tuple[Column, ...]
+    input_shape: tuple[int, ...]
+    normalization: tuple[Tensor, Tensor] | None
     layers: tuple[LayerShape, ...]
     """Layers that K-FAC covers, or what one rank owns with `optimizer.name: sharded_kfac`."""
 
     @classmethod
     def of(
-        cls, config: Config, image_shape: ImageShape | None = None, num_classes: int = 1000
+        cls, config: Config, input_shape: tuple[int, ...] | None = None, num_classes: int = 1000
     ) -> Sized:
         """Builds the model of a configuration.
 
         Args:
-            image_shape: The shape of a sample, where there are no shards to take it and the classes
-                from.
-            num_classes: Used with `image_shape` only.
+            input_shape: The shape of a sample, (channels, height, width), (features,) or (tokens,),
+                where there are no shards to take it and the classes from.
+            num_classes: Or tokens of the vocabulary; used with `input_shape` only.
 
         Raises:
-            DataError: If the shards, which define the image shape, do not exist.
+            DataError: If the shards, which define the shapes, do not exist.
             ConfigError: If the model is impossible.
         """
-        if image_shape is None:
+        if input_shape is None:
             with open_split(config, config.data.train_split) as split:
-                image_shape, num_classes = split.image_shape, split.num_classes
+                columns, input_shape = split.columns, split.input_shape
+                normalization, num_outputs = split.normalization, split.num_outputs
+        else:
+            columns, normalization = _columns_of(config, input_shape, num_classes), None
+            num_outputs = num_classes
         model = build_model(
-            config.model, num_classes=num_classes, image_shape=image_shape, seed=config.train.seed
+            config.model,
+            num_outputs=num_outputs,
+            input_shape=input_shape,
+            columns=columns,
+            seed=config.train.seed,
         )
         sharded = config.optimizer.name == "sharded_kfac"
         has_layers = config.kfac.enabled or sharded
         layers = shapes(model, config.kfac, sharded=sharded) if has_layers else ()
-        return cls(config, model, image_shape, num_classes, tuple(layers))
+        return cls(config, model, columns, input_shape, normalization, tuple(layers))
+
+    def inputs(self, count: int, prepare: Prepare = lambda batch, epoch: batch) -> Batch:
+        """Random samples in the form that the model takes."""
+        batch = example(self.columns, self.input_shape, count)
+        dtype = next(self.model.parameters()).dtype
+        return Preprocessor(self, dtype, torch.device("cpu"), prepare)(batch)
 
     @property
     def parameter_elements(self) -> int:
@@ -62,10 +80,8 @@ class Sized:
 
     def loss(self, samples: int) -> Tensor:
         """A scalar of the model's output on random samples, for passes whose values do not matter."""
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(samples, *self.image_shape, generator=generator)
-        loss: Tensor = self.model(images).logsumexp(1).mean()
-        return loss
+        outputs = tensors_of(call_model(self.model, self.inputs(samples).inputs))
+        return torch.stack([output.logsumexp(1).mean() for output in outputs]).sum()
 
     def plan(
         self,
@@ -92,8 +108,26 @@ class Sized:
         )
 
 
+def _columns_of(
+    config: Config, input_shape: tuple[int, ...], num_classes: int
+) -> tuple[Column, ...]:
+    """Columns of samples that are known by their shape only."""
+    names = tuple(map(str, range(num_classes)))
+    if len(input_shape) == 3:
+        channels, height, width = input_shape
+        return image_columns((channels, height, width), names)
+    if config.task.name in ("causal_lm", "masked_lm", "sequence_classification"):
+        (length,) = input_shape
+        tokens = Column(
+            "tokens", "tokens", "input", vocabulary=num_classes, shortest=length, longest=length
+        )
+        return tokens, Column("label", "class", "target", class_names=names)
+    features = Column("features", "tensor", "input", dtype="float32", shape=input_shape)
+    return features, Column("label", "class", "target", class_names=names)
+
+
 def check_parts(config: Config) -> None:
-    """Tries model and loss on two random images, so that what does not fit is found before a cluster
+    """Tries model and loss on two random samples, so that what does not fit is found before a cluster
     starts.
 
     Raises:
@@ -101,24 +135,28 @@ def check_parts(config: Config) -> None:
         ConfigError: If model, loss and data do not fit, or the loss is no sum over samples.
     """
     sized = Sized.of(config)
-    model, task = sized.model, make_task(config.train)
+    model, task = sized.model, make_task(config, sized.columns)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
-        images = torch.randn(2, *sized.image_shape, dtype=next(model.parameters()).dtype)
-        labels = torch.tensor([0, sized.num_classes - 1])
+        batch = sized.inputs(2, lambda batch, epoch: task.prepare(batch, config.train.seed, epoch))
+        inputs, targets = batch.inputs, batch.targets
         try:
-            outputs = model(images)
-            task.correct(outputs, labels)
-            loss = task.loss(outputs, labels)
-            doubled = task.loss(torch.cat([outputs, outputs]), torch.cat([labels, labels]))
+            outputs = call_model(model, inputs)
+            task.correct(outputs, targets)
+            task.sums(outputs, targets)
+            task.records(outputs, targets)
+            loss = task.loss(outputs, targets)
+            doubled = task.loss(twice(outputs), twice(targets))
             values = [float(loss), float(doubled)]
         except ElasticKfacError:
             raise
         except Exception as error:
             line = str(error).strip().splitlines() or [""]
+            name, own = config.task.name, f"task.name={config.task.name}"
             raise ConfigError(
-                f"model and loss fail on a batch of images: {type(error).__name__}: {line[0]}",
-                given=f"model.name={config.model.name}, train.loss={config.train.loss}, "
-                f"images {list(images.shape)}",
+                f"model and loss fail on a batch of samples: {type(error).__name__}: {line[0]}",
+                given=f"model.name={config.model.name}, "
+                f"{f'train.loss={config.train.loss}' if name == 'classification' else own}, "
+                f"inputs {[list(tensor.shape) for tensor in tensors_of(inputs)]}",
                 change="try model and loss on one batch of the data",
             ) from error
     if values[0] > 0 and abs(values[1] / values[0] - 2) > 0.1:

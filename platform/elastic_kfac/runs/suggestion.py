@@ -290,7 +290,7 @@ class _Runner:
                 if trainer.epoch_end_is_due:
                     trainer.end_epoch()
                 trial.seconds += clock() - begin
-                trial.losses.append(totals.loss_sum / max(1, totals.count))
+                trial.losses.append(totals.loss_sum / max(1, totals.terms))
                 step = len(trial.losses)
                 if time.monotonic() > self._end:
                     trial.ended = OUT_OF_TIME
@@ -302,7 +302,7 @@ class _Runner:
                     return
             if datasets.evaluation is not None:
                 result = trainer.evaluate()
-                trial.test_loss, trial.accuracy = result.loss, result.accuracy
+                trial.test_loss, trial.accuracy = result.loss, result.metrics.get("accuracy")
         finally:
             datasets.close()
 

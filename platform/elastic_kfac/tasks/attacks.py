@@ -20,9 +20,9 @@ from elastic_kfac.config import AdversarialConfig, Config
 from elastic_kfac.data.dataset import Dataset, open_datasets
 from elastic_kfac.data.order import stream_key, uniforms
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.tasks.losses import SumLoss
 from elastic_kfac.tasks.models import evaluating
 from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import SumLoss
 
 AttackKind = Literal["fgsm", "pgd", "l2"]
 _KINDS: Final = ("fgsm", "pgd", "l2")
@@ -290,6 +290,6 @@ def data_range(
     """
     if config.data_range is not None:
         return config.data_range
-    if dataset.read(0, 0, 1).images.dtype == torch.uint8:
+    if dataset.read(0, 0, 1).inputs.dtype == torch.uint8:
         return preprocess.pixel_range()
     return float("-inf"), float("inf")

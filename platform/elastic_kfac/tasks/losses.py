@@ -1,14 +1,9 @@
-"""Losses and accuracy.
-
-A loss is a SUM over samples. The loop divides by the global batch size before the backward pass, so
-that gradients summed over micro-batches and ranks are the gradient of the global mean.
-"""
+"""Classification."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,79 +12,84 @@ from torch import Tensor
 from elastic_kfac.config import TrainConfig
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.imports import is_reference, load_reference
-
-SumLoss = Callable[[Tensor, Tensor], Tensor]
-"""(outputs, labels) to the SUM of the samples' losses."""
+from elastic_kfac.tasks.task import Task
 
 
-class Task(Protocol):
-    """A loss and its accuracy; user tasks implement it, and their factory gets the `train` section.
+class Classification(Task):
+    """Outputs [batch, classes]; targets are classes [batch], or probabilities [batch, classes] under
+    mixup."""
 
-    Labels are classes [batch], or probabilities [batch, classes] under mixup.
-    """
+    metrics: ClassVar = {"accuracy": "max"}
+    has_accuracy: ClassVar = True
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The summed loss of a batch, a scalar."""
-        ...
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        # The class of a probability vector is its largest entry.
+        classes = targets.argmax(dim=1) if targets.dim() == 2 else targets
+        return (outputs.argmax(dim=1) == classes).sum()
 
-    def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The number of correct samples, a scalar."""
-        ...
+    def sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.correct(outputs, targets).double().view(1)
+
+    def values(self, sums: Tensor, terms: int, loss: float) -> dict[str, float]:
+        return {"accuracy": round(float(sums[0])) / terms}
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """Classification: outputs [batch, classes]."""
+class CrossEntropy(Classification):
+    """Classification by cross entropy."""
 
     label_smoothing: float = 0.0
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # Half-precision logits lose the small differences between confident predictions.
         logits = outputs if outputs.dtype == torch.float64 else outputs.float()
-        if labels.dim() == 2:
-            labels = labels.to(logits.dtype)
+        if targets.dim() == 2:
+            targets = targets.to(logits.dtype)
         return F.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.label_smoothing
+            logits, targets, reduction="sum", label_smoothing=self.label_smoothing
         )
-
-    def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return _right(outputs, labels)
 
 
 @dataclass(frozen=True)
-class MeanSquaredError:
-    """Half the squared distance to the one-hot label: outputs [batch, classes], labels [batch]."""
+class MeanSquaredError(Classification):
+    """Classification by half the squared distance to the one-hot label."""
 
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        targets = labels if labels.dim() == 2 else F.one_hot(labels, outputs.shape[1])
-        targets = targets.to(outputs.dtype)
-        return 0.5 * (outputs - targets).square().sum()
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        wanted = targets if targets.dim() == 2 else F.one_hot(targets, outputs.shape[1])
+        return 0.5 * (outputs - wanted.to(outputs.dtype)).square().sum()
 
-    def correct(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return _right(outputs, labels)
-
-
-def _right(outputs: Tensor, labels: Tensor) -> Tensor:
-    # The class of a probability vector is its largest entry.
-    classes = labels.argmax(dim=1) if labels.dim() == 2 else labels
-    return (outputs.argmax(dim=1) == classes).sum()
+    def fisher(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Literal["gaussian"]]:
+        return outputs, "gaussian"
 
 
-def make_task(train: TrainConfig) -> Task:
+@dataclass(frozen=True)
+class OwnLoss(Classification):
+    """Classification by a person's object with the methods `loss` and `correct`."""
+
+    own: Any
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.own.loss(outputs, targets)
+
+    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.own.correct(outputs, targets)
+
+
+def classification(train: TrainConfig) -> Task:
     """The task of `train.loss`.
 
     Raises:
-        ConfigError: If the name is unknown, or a user task lacks `loss` or `correct`.
+        ConfigError: If the name is unknown, or a person's object lacks `loss` or `correct`.
     """
     if is_reference(train.loss):
-        task = load_reference(train.loss, key="train.loss")(train)
+        own = load_reference(train.loss, key="train.loss")(train)
         for method in ("loss", "correct"):
-            if not callable(getattr(task, method, None)):
+            if not callable(getattr(own, method, None)):
                 raise ConfigError(
                     f"train.loss: the task has no method {method}(outputs, labels)",
                     given=train.loss,
                 )
-        return task
+        return OwnLoss(own)
     if train.loss == "cross_entropy":
         return CrossEntropy(train.label_smoothing)
     if train.loss == "mse":

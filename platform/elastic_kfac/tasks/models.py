@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from elastic_kfac.config import ModelConfig
+from elastic_kfac.data.batch import Fields, Value
+from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.imports import is_reference, load_reference
 from elastic_kfac.zoo import MODELS
@@ -19,11 +22,17 @@ ImageShape = tuple[int, int, int]
 
 
 def create_model(
-    name: str, num_classes: int, image_shape: ImageShape, **arguments: Any
+    name: str,
+    num_outputs: int,
+    input_shape: tuple[int, ...],
+    *,
+    columns: Sequence[Column] = (),
+    **arguments: Any,
 ) -> nn.Module:
     """Builds a zoo model, or a user's model from `package.module:factory`.
 
-    A factory is called as `factory(num_classes, image_shape, **arguments)`.
+    A factory is called as `factory(num_outputs, input_shape, **arguments)`; one that has a parameter
+    `columns` also gets the columns of the data by name.
 
     Raises:
         ConfigError: If the name is unknown, the arguments do not fit, or the factory returns no module.
@@ -38,8 +47,10 @@ def create_model(
                 allowed=", ".join(sorted(MODELS)) + ", or package.module:factory",
             )
         factory = MODELS[name].factory
+    if "columns" in inspect.signature(factory).parameters:
+        arguments = {"columns": {column.name: column for column in columns}, **arguments}
     try:
-        model = factory(num_classes, image_shape, **arguments)
+        model = factory(num_outputs, input_shape, **arguments)
     except TypeError as error:
         raise ConfigError(
             f"model.arguments do not fit: {error}", given=f"{name} with {arguments}"
@@ -53,7 +64,12 @@ def create_model(
 
 
 def build_model(
-    config: ModelConfig, *, num_classes: int, image_shape: ImageShape, seed: int
+    config: ModelConfig,
+    *,
+    num_outputs: int,
+    input_shape: tuple[int, ...],
+    columns: Sequence[Column] = (),
+    seed: int,
 ) -> nn.Module:
     """The configured model with its initial weights, created on the CPU from `seed` alone.
 
@@ -64,10 +80,17 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = create_model(config.name, num_classes, image_shape, **config.arguments)
+        model = create_model(
+            config.name, num_outputs, input_shape, columns=columns, **config.arguments
+        )
     if config.initial_weights is not None:
         load_weights(model, config.initial_weights)
     return model
+
+
+def call_model(model: nn.Module, inputs: Value) -> Any:
+    """The outputs for inputs of one tensor, or of several by name: `model(**inputs)`."""
+    return model(**inputs) if isinstance(inputs, Fields) else model(inputs)
 
 
 @contextmanager

@@ -11,8 +11,9 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Dataset
 from elastic_kfac.optimizers.large_batch import WeightRescaling
-from elastic_kfac.tasks.losses import Task, make_task
+from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.task import Task
 from elastic_kfac.training.activation_checkpointing import checkpoint_activations
 from elastic_kfac.training.first_order import make_optimizer
 from elastic_kfac.training.passes import ModelPasses
@@ -41,11 +42,12 @@ def assemble(
     config: Config, communicator: Communicator, dataset: Dataset, device: torch.device
 ) -> Parts:
     """Builds the parts for samples like those of `dataset`. Collective."""
-    task = make_task(config.train)
+    task = make_task(config, dataset.columns)
     model = build_model(
         config.model,
-        num_classes=dataset.num_classes,
-        image_shape=dataset.image_shape,
+        num_outputs=dataset.num_outputs,
+        input_shape=dataset.input_shape,
+        columns=dataset.columns,
         seed=config.train.seed,
     ).to(device)
     model = join_batch_norm(config, model, communicator)

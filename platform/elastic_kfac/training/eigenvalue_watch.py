@@ -12,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from elastic_kfac.analysis.hessian import Hessian, last_layer_parameters
 from elastic_kfac.analysis.spectrum import top_eigenvalues
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.data.batch import Value
 from elastic_kfac.data.dataset import Dataset, open_split, rank_slice
-from elastic_kfac.tasks.losses import Task
 from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import Task
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
@@ -118,7 +119,7 @@ class EigenvalueWatch:
         )
         return found.values[0]
 
-    def _samples(self, communicator: Communicator) -> list[tuple[Tensor, Tensor]]:
+    def _samples(self, communicator: Communicator) -> list[tuple[Value, Value]]:
         """This rank's slice of the first `batch.hessian_samples` samples of epoch 0, in micro-batches."""
         dataset = self._dataset
         if self._config.data.augment != "none":
@@ -131,7 +132,7 @@ class EigenvalueWatch:
             for start in range(first, first + own, size):
                 samples = dataset.read(0, start, min(size, first + own - start))
                 inputs = self._preprocess(samples)
-                result.append((inputs.images, inputs.labels))
+                result.append((inputs.inputs, inputs.targets))
         finally:
             if dataset is not self._dataset:
                 dataset.close()

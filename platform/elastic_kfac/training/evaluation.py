@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Dataset, rank_slice
 from elastic_kfac.tasks.attacks import Attack, perturbed
-from elastic_kfac.tasks.losses import Task
+from elastic_kfac.tasks.models import call_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import Task
 from elastic_kfac.training.precision import autocast
+
+_TAG: Final = "evaluation"
+_MOST_NUMBERS: Final = 4_000_000
+"""In the table of sums by batch."""
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Mean loss and exact counts over a split."""
+    """Mean loss and metrics over a split."""
 
     loss: float
-    correct: int
+    metrics: dict[str, float]
+    """By name, the most important one first."""
     count: int
+    """Samples."""
     attacked: EvalResult | None = field(default=None)
     """Result on attacked inputs, if an attack is configured."""
 
+    def __getitem__(self, metric: str) -> float:
+        return self.loss if metric == "loss" else self.metrics[metric]
+
+    def columns(self, prefix: str) -> dict[str, float]:
+        """Columns of a metric row."""
+        return {f"{prefix}{name}": value for name, value in self.all.items()}
+
     @property
-    def accuracy(self) -> float:
-        return self.correct / self.count
+    def all(self) -> dict[str, float]:
+        """The loss and every metric."""
+        return {"loss": self.loss, **self.metrics}
 
 
 def evaluate_split(
@@ -52,42 +69,76 @@ def evaluate_split(
     """
     size, device = config.eval_batch_size, next(model.parameters()).device
     first, count = _own_slice(dataset.num_samples, size, communicator, whole_batches)
-    batches = -(-dataset.num_samples // size)
-    sums = torch.zeros(batches, 5, dtype=torch.float64, device=device)
+    plain, attacked = _Sums(task, dataset.num_samples, size), None
+    if attack is not None:
+        attacked = _Sums(task, dataset.num_samples, size)
     model.eval()
     try:
         for start in range(first, first + count, size):
             samples = dataset.read(0, start, min(size, first + count - start))
             dataset.prefetch(0, start + size, min(size, first + count - start - size))
             inputs = preprocess(samples)
-            if not len(inputs.labels):
+            if not len(inputs):
                 continue
-            row = sums[start // size]
-            row[0] += len(inputs.labels)
-            variants = [inputs.images]
-            if attack is not None:
-                variants.append(
-                    perturbed(
-                        model, task.loss, inputs.images, inputs.labels, attack, ids=inputs.ids
-                    )
+            variants = [(plain, inputs.inputs)]
+            if attack is not None and attacked is not None:
+                moved = perturbed(
+                    model, task.loss, inputs.inputs, inputs.targets, attack, ids=inputs.ids
                 )
-            for place, images in zip((1, 3), variants, strict=False):
+                variants.append((attacked, moved))
+            for sums, tensors in variants:
                 with torch.no_grad(), autocast(config.precision, device):
-                    outputs = model(images)
-                    loss = task.loss(outputs, inputs.labels)
-                row[place] += loss
-                row[place + 1] += task.correct(outputs, inputs.labels)
+                    outputs = call_model(model, tensors)
+                    loss = task.loss(outputs, inputs.targets)
+                sums.add(start // size, loss, outputs, inputs)
     finally:
         model.train()
-    communicator.all_reduce(sums, tag="evaluation").wait()
-    seen, *counted = sums.sum(0).tolist()
-    results = [
-        EvalResult(counted[place] / seen, round(counted[place + 1]), round(seen))
-        for place in (0, 2)
-    ]
-    if attack is None:
-        return results[0]
-    return EvalResult(results[0].loss, results[0].correct, results[0].count, results[1])
+    result = plain.reduced(communicator, device)
+    if attacked is None:
+        return result
+    return replace(result, attacked=attacked.reduced(communicator, device))
+
+
+class _Sums:
+    """What an evaluation adds up: one row per batch of the split, so that the order of the additions
+    does not depend on the ranks."""
+
+    def __init__(self, task: Task, num_samples: int, batch_size: int) -> None:
+        self._task = task
+        self._batches = -(-num_samples // batch_size)
+        self._rows: dict[int, Tensor] = {}
+        """By batch: samples, terms, loss, and the sums of the task."""
+        self._records: list[tuple[int, Any]] = []
+
+    def add(self, batch: int, loss: Tensor, outputs: Any, inputs: Batch) -> None:
+        """Adds the outputs for some of the samples of a batch."""
+        task, targets = self._task, inputs.targets
+        head = torch.tensor([len(inputs), task.terms(targets)], dtype=torch.float64)
+        sums = task.sums(outputs, targets).double()
+        row = torch.cat([head.to(loss.device), loss.double().view(1), sums.to(loss.device)])
+        self._rows[batch] = self._rows[batch] + row if batch in self._rows else row
+        records = task.records(outputs, targets)
+        self._records += zip(inputs.ids.tolist(), records, strict=False)
+
+    def reduced(self, communicator: Communicator, device: torch.device) -> EvalResult:
+        """The result over all ranks. Collective."""
+        widths = [len(row) for row in self._rows.values()]
+        width = max(communicator.all_gather_object(widths[0] if widths else 0, tag=_TAG))
+        # Large tables are counts, which are exact in any order.
+        batches = self._batches if self._batches * width <= _MOST_NUMBERS else 1
+        table = torch.zeros(batches, width, dtype=torch.float64, device=device)
+        for batch, row in self._rows.items():
+            table[min(batch, batches - 1)] += row
+        communicator.all_reduce(table, tag=_TAG).wait()
+        total = table.sum(0).cpu()
+        samples, terms, loss = total[:3].tolist()
+        mean = loss / max(terms, 1)
+        metrics = self._task.values(total[3:], round(terms), mean)
+        if type(self._task).records is not Task.records:
+            everybody = communicator.all_gather_object(self._records, tag=_TAG)
+            records = sorted((one for part in everybody for one in part), key=lambda one: one[0])
+            metrics |= self._task.values_of_records([record for _, record in records])
+        return EvalResult(mean, metrics, round(samples))
 
 
 def _own_slice(

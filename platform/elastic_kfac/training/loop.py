@@ -315,12 +315,12 @@ class RunLoop:
     def _report_step(self, result: StepResult) -> None:
         self._last_step_time_s = result.step_time_s
         trainer = self._trainer
-        count = max(result.totals.count, 1)
+        count, terms = max(result.totals.count, 1), max(result.totals.terms, 1)
         row = {
             **self._where(),
             "global_batch_size": result.totals.count,
-            "loss": result.totals.loss_sum / count,
-            "accuracy": result.totals.correct / count,
+            "loss": result.totals.loss_sum / terms,
+            **({"accuracy": result.totals.correct / terms} if trainer.has_accuracy else {}),
             "lr": result.lr,
             "step_time_s": result.step_time_s,
             "samples_per_s": count / result.step_time_s,
@@ -364,16 +364,15 @@ class RunLoop:
             self._report.on_event(event_row("batch_growth", step, **self._world(), **details))
 
     def _report_evaluation(self, result: EvalResult) -> None:
-        row = {**self._where(), "eval_loss": result.loss, "eval_accuracy": result.accuracy}
+        row = {**self._where(), **result.columns("eval_")}
         if result.attacked is not None:
-            row["eval_adversarial_loss"] = result.attacked.loss
-            row["eval_adversarial_accuracy"] = result.attacked.accuracy
+            row |= result.attacked.columns("eval_adversarial_")
         self._report.on_metrics(row)
         progress = self._trainer.progress
         if progress.time_to_accuracy_s is not None and not self._target_reported:
             self._target_reported = True
             self._report.on_event(
-                event_row("target_reached", progress.step, eval_accuracy=result.accuracy)
+                event_row("target_reached", progress.step, eval_accuracy=result["accuracy"])
             )
 
     def _where(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config import Config
+from elastic_kfac.data.batch import Batch, Value, mapped, real_positions
 from elastic_kfac.data.dataset import Dataset
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.state.identity import counter_seed
 from elastic_kfac.tasks.attacks import Attack, adversarial_mask, mix_adversarial, training_attack
-from elastic_kfac.tasks.losses import Task
 from elastic_kfac.tasks.mixing import Mixup, RandomErasing
+from elastic_kfac.tasks.models import call_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
+from elastic_kfac.tasks.task import Task
 from elastic_kfac.training.precision import autocast
-from elastic_kfac.training.sync.synchronisation import Span
+from elastic_kfac.training.sync.synchronisation import Passed, Span
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 class _Recorded(NamedTuple):
     """One pass."""
 
-    images: Tensor
-    labels: Tensor
+    inputs: Value
+    targets: Value
     seed: tuple[int, int]
     loss: Tensor
 
@@ -39,14 +41,20 @@ class ModelPasses:
         self, model: nn.Module, task: Task, config: Config, dataset: Dataset, device: torch.device
     ) -> None:
         self._model, self._task, self._config, self._device = model, task, config, device
-        self.preprocess = Preprocessor(dataset, next(model.parameters()).dtype, device)
+        seed = config.train.seed
+        self.preprocess = Preprocessor(
+            dataset,
+            next(model.parameters()).dtype,
+            device,
+            lambda batch, epoch: task.prepare(batch, seed, epoch),
+        )
         self._attack: Attack | None = training_attack(config.adversarial, self.preprocess, dataset)
-        mixing, seed = config.mixing, config.train.seed
+        mixing = config.mixing
         self._mixup: Mixup | None = None
         if mixing.mixup != "none":
             self._mixup = Mixup(
                 mixing.alpha,
-                dataset.num_classes,
+                dataset.num_outputs,
                 seed=seed,
                 running=mixing.mixup == "running",
                 on_smaller=mixing.on_smaller,
@@ -54,6 +62,10 @@ class ModelPasses:
         self._recorded: list[_Recorded] | None = None
         self._seed = (0, 0)
         self._erasing = RandomErasing(seed, mixing.erasing) if mixing.erasing > 0 else None
+
+    @property
+    def counts_terms(self) -> bool:
+        return self._task.counts_terms
 
     def forget_mixed(self) -> None:
         """Makes the next batch an unmixed one, as after every restore and resize."""
@@ -69,15 +81,15 @@ class ModelPasses:
 
     @torch.no_grad()
     def replay(self) -> list[tuple[float, float, int]]:
-        """(loss then, loss with the present weights, samples) of each recorded pass.
+        """(loss then, loss with the present weights, terms) of each recorded pass.
 
         Inputs and randomness are the same. Overwrites running statistics, which `finish_step` sets anew.
         """
         found = []
         for one in self._recorded or ():
             self.seed(*one.seed)
-            loss = self._loss(one.images, one.labels)[1]
-            found.append((float(one.loss), float(loss), len(one.labels)))
+            loss = self._loss(one.inputs, one.targets)[1]
+            found.append((float(one.loss), float(loss), self._task.terms(one.targets)))
         self._recorded = None
         return found
 
@@ -86,8 +98,8 @@ class ModelPasses:
         torch.manual_seed(counter_seed(self._config.train.seed, step, index))
 
     def inputs(self, samples: Batch, span: Span) -> Batch:
-        inputs = self.preprocess(samples)
-        images, labels = inputs.images, inputs.labels
+        inputs = self.preprocess(samples, span.epoch)
+        images, labels = inputs.inputs, inputs.targets
         if self._attack is not None and span.attacked_fraction > 0 and len(labels):
             mask = adversarial_mask(
                 span.own_first - span.first,
@@ -112,21 +124,34 @@ class ModelPasses:
             images, labels = self._mixup(images, labels, inputs.ids, span.epoch)
         if self._erasing is not None:
             images = self._erasing(images, inputs.ids, span.epoch)
-        return replace(inputs, images=images, labels=labels)
+        return replace(inputs, inputs=images, targets=labels)
 
     def backward(
-        self, images: Tensor, labels: Tensor, loss_scale: float, kfac: KFAC | None
-    ) -> tuple[Tensor, Tensor]:
-        outputs, loss = self._loss(images, labels)
+        self, inputs: Value, targets: Value, loss_scale: float, kfac: KFAC | None
+    ) -> Passed:
+        terms = self._task.terms(targets)
+        with self._described(kfac, inputs, terms):
+            outputs, loss = self._loss(inputs, targets)
         if self._recorded is not None:
-            self._recorded.append(_Recorded(images, labels, self._seed, loss.detach()))
+            self._recorded.append(_Recorded(inputs, targets, self._seed, loss.detach()))
         if kfac is not None and self._config.kfac.fisher != "empirical":
-            kfac.sample_fisher(outputs)
+            predicted, likelihood = self._task.fisher(outputs, targets)
+            kfac.sample_fisher(predicted, likelihood=likelihood)
         (loss * loss_scale).backward()
-        return loss.detach(), self._task.correct(outputs.detach(), labels)
+        correct = self._task.correct(mapped(outputs, torch.detach), targets)
+        return Passed(loss.detach(), correct, terms)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _described(
+        self, kfac: KFAC | None, inputs: Value, terms: int
+    ) -> AbstractContextManager[object]:
+        """Names the samples of a pass to K-FAC, where it cannot count them in the inputs."""
+        mask = real_positions(inputs)
+        if kfac is None or (mask is None and not self._task.counts_terms):
+            return nullcontext()
+        return kfac.micro_batch(terms if self._task.counts_terms else len(inputs), mask=mask)
+
+    def _loss(self, inputs: Value, targets: Value) -> tuple[Value, Tensor]:
         """Outputs and the summed loss."""
         with autocast(self._config.train.precision, self._device):
-            outputs = self._model(images)
-            return outputs, self._task.loss(outputs, labels)
+            outputs = call_model(self._model, inputs)
+            return outputs, self._task.loss(outputs, targets)

@@ -58,6 +58,11 @@ class RankTrainer(StepTrainer):
         return {**super().small_parts(), "eigenvalues": self._eigenvalues}
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether steps count correct predictions."""
+        return self._task.has_accuracy
+
+    @property
     def finished(self) -> bool:
         """Whether every sample of the run is committed, or the target is reached and ends it."""
         reached = self.progress.time_to_accuracy_s is not None
@@ -100,7 +105,7 @@ class RankTrainer(StepTrainer):
         )
         self.account(time.perf_counter() - begin)
         self.progress = self.progress.evaluated(
-            result.accuracy,
+            result["accuracy"],
             self._points(self.config.train.eval_every_epochs),
             self.config.train.target_accuracy,
             self.wall_time_s,
@@ -119,7 +124,12 @@ class RankTrainer(StepTrainer):
         """Columns about the Hessian of this model; training is not affected. Collective."""
         self.settle()
         columns = analysis_row(
-            self.model, self._task.loss, self.datasets, self.config, self.communicator
+            self.model,
+            self._task.loss,
+            self._inputs,
+            self.datasets,
+            self.config,
+            self.communicator,
         )
         elapsed = float(columns["analysis_time_s"])
         self.account(elapsed)

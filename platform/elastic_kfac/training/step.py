@@ -15,8 +15,8 @@ import torch
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Datasets
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import NumericalError, StateError
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
@@ -209,13 +209,14 @@ class StepTrainer:
         if not totals.gradients_are_finite and not self.scaler.enabled:
             raise NumericalError(
                 f"loss or gradients are not finite in step {self.progress.step + 1}",
-                given=f"mean loss {totals.loss_sum / max(totals.count, 1)}",
+                given=f"mean loss {totals.loss_sum / max(totals.terms, 1)}",
                 change="lower optimizer.lr or raise kfac.damping; the last checkpoint is kept",
             )
 
     def _precondition_and_update(self, local: Totals, loss_scale: float) -> None:
         if self.kfac is not None:
-            self.kfac.step(local.count, loss_scale, statistics=self.sync.statistics)
+            samples = None if self._parts.task.counts_terms else local.count
+            self.kfac.step(samples, loss_scale, statistics=self.sync.statistics)
         self.is_committed = False
         if self.kfac is None or not self.kfac.updates_weights:
             self.optimizer.step()

@@ -14,8 +14,9 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.tasks.losses import make_task
+from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.callbacks import KeepGoing
 from elastic_kfac.training.loop import run_rank
 from support.gloo import run_ranks
@@ -59,11 +60,18 @@ def by_itself(world: Communicator, ranks: int) -> dict[str, Any] | None:
         return None
     config = small_config({"model.name": "support.training_problems:batch_norm_cnn"})
     dataset = MemoryDataset(50)
-    model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    model = build_model(config.model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
     request = AnalysisConfig(**REQUEST)
-    samples = FixedSamples(dataset, model, request, part)
-    test = FixedSamples(MemoryDataset(20), model, request, part)
-    loss = make_task(config.train).loss
+    samples = FixedSamples(
+        dataset, Preprocessor(dataset, torch.float64, torch.device("cpu")), request, part
+    )
+    test = FixedSamples(
+        MemoryDataset(20),
+        Preprocessor(MemoryDataset(50), torch.float64, torch.device("cpu")),
+        request,
+        part,
+    )
+    loss = make_task(config, ()).loss
     landscape = {"train": samples, "test": test}
     return numbers(analyse(model, loss, samples, request, part, landscape=landscape))
 
@@ -89,11 +97,16 @@ def in_training(world: Communicator, ranks: int) -> list[dict[str, Any]]:
 
 def no_room_on_rank_1(world: Communicator) -> str:
     config = small_config()
-    model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    model = build_model(config.model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
     request = AnalysisConfig(memory_gib=1e-9 if world.rank == 1 else 1.0)
-    samples = FixedSamples(MemoryDataset(50), model, request, world)
+    samples = FixedSamples(
+        MemoryDataset(50),
+        Preprocessor(MemoryDataset(50), torch.float64, torch.device("cpu")),
+        request,
+        world,
+    )
     with pytest.raises(ConfigError, match="does not fit in memory") as caught:
-        analyse(model, make_task(config.train).loss, samples, request, world)
+        analyse(model, make_task(config, ()).loss, samples, request, world)
     return caught.value.line()
 
 

@@ -173,7 +173,7 @@ def test_caltech_photos_stream_exactly_once_as_pil_would_cut_them(
     assert main([*call, "--split", "test"]) == 0
     folder = tmp_path / "caltech" / "test"
     photos = ShardSet.open(folder)
-    assert photos.image_shape is None and photos.smallest_image != photos.largest_image
+    assert photos.image.shape is None and photos.image.smallest != photos.image.largest
     encoded = pq.read_table(folder / photos.shards[0].file).column("image").to_pylist()
     sizes = np.array([Image.open(io.BytesIO(data)).size[::-1] for data in encoded])
     ids = np.arange(606)
@@ -189,12 +189,12 @@ def test_caltech_photos_stream_exactly_once_as_pil_would_cut_them(
     ) as stream:
         for first in range(0, 606, 101):
             batch = stream.read(3, first, 101)
-            for image, i in zip(batch.images.numpy(), batch.ids.tolist(), strict=True):
+            for image, i in zip(batch.inputs.numpy(), batch.ids.tolist(), strict=True):
                 expected = by_pil(encoded[i], boxes[i], bool(flips[i]))
                 # Two JPEG decoders and two resizers round differently.
                 assert np.abs(image.astype(int) - expected).mean() < 1
             assert batch.weights.tolist() == [1.0] * 101
             seen += batch.ids.tolist()
-            labels += batch.labels.tolist()
+            labels += batch.targets.tolist()
     assert sorted(seen) == list(range(606))
     assert np.bincount(labels).tolist() == [6] * 101

@@ -21,6 +21,18 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         {"train.sync_batch_norm_group": 2},
     ),
     (
+        "task.name other than classification needs train.loss=cross_entropy",
+        {"task.name": "own:Task", "train.loss": "mse"},
+    ),
+    (
+        "task.name other than classification needs train.label_smoothing=0",
+        {"task.name": "own:Task", "train.label_smoothing": 0.1},
+    ),
+    (
+        "task.name other than classification needs mixing.mixup=none",
+        {"task.name": "own:Task", "mixing.mixup": "running"},
+    ),
+    (
         "optimizer.nesterov=true needs optimizer.momentum > 0",
         {"optimizer.nesterov": True, "optimizer.momentum": 0},
     ),

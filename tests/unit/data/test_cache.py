@@ -44,7 +44,7 @@ def test_open_set_larger_than_cache_stays_below_the_bound(many: ShardSet, tmp_pa
     cache = ShardCache(tmp_path, limit)
     plain = [pq.read_table(Path(many.uri) / s.file).column("label").to_numpy() for s in many.shards]
     for index in [*range(12), *range(12)]:
-        assert np.array_equal(cache.open(many, index).labels, plain[index])
+        assert np.array_equal(cache.open(many, index).values["label"], plain[index])
         cache.close()
         assert held_bytes(tmp_path) <= limit
     assert 2 <= len(list(tmp_path.glob("*.arrow"))) <= 5
@@ -65,21 +65,21 @@ def test_open_evicts_the_least_recently_used(many: ShardSet, tmp_path: Path) -> 
 def test_open_evicted_while_mapped_stays_readable(many: ShardSet, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 6 * 2**20)
     first = cache.open(many, 0)
-    assert first.pixels is not None
-    before = first.pixels.copy()
+    assert first.values["image"] is not None
+    before = first.values["image"].copy()
     for index in range(1, 12):
         cache.open(many, index)
     assert not (tmp_path / f"{many.shards[0].sha256}.arrow").exists()
-    assert np.array_equal(first.pixels, before)
+    assert np.array_equal(first.values["image"], before)
 
 
 def test_open_damaged_cache_file_is_made_again(many: ShardSet, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path, 2**30)
-    labels = cache.open(many, 0).labels.copy()
+    labels = cache.open(many, 0).values["label"].copy()
     cache.close()
     path = tmp_path / f"{many.shards[0].sha256}.arrow"
     path.write_bytes(path.read_bytes()[:5000])
-    assert np.array_equal(cache.open(many, 0).labels, labels)
+    assert np.array_equal(cache.open(many, 0).values["label"], labels)
 
 
 def test_open_unwritable_folder_raises_one_line(many: ShardSet, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ with SampleStream(shards, seed=int(seed), cache_dir=folder, cache_gib=6 / 1024) 
     total = 0
     for first in range(0, count, 1024):
         batch = stream.read(0, first, min(1024, count - first))
-        total += int((batch.labels.numpy() * batch.ids.astype(np.int64)).sum())
+        total += int((batch.targets.numpy() * batch.ids.astype(np.int64)).sum())
 print(total)
 """
 

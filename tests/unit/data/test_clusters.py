@@ -41,7 +41,7 @@ def test_bytes_keep_the_samples_to_half_a_step() -> None:
     samples, labels = make_clusters(0)
     read = _pixels("test", 0)
     assert np.abs((read - 127.5) * STEP - samples[SAMPLES:]).max() <= STEP / 2 + 1e-9
-    assert [int(label) for r in _records("test", 0) for label in r.labels] == labels[
+    assert [int(label) for r in _records("test", 0) for label in r.values["label"]] == labels[
         SAMPLES:
     ].tolist()
 
@@ -49,8 +49,8 @@ def test_bytes_keep_the_samples_to_half_a_step() -> None:
 def test_shards_have_both_splits_and_their_statistics(tmp_path: Path) -> None:
     make_shards("clusters10", str(tmp_path))
     train = ShardSet.open(f"{tmp_path}/train")
-    assert (train.num_samples, train.num_classes, train.image_shape) == (SAMPLES, 10, (1, 1, 64))
-    assert train.std[0] * 255 * STEP == pytest.approx(
+    assert (train.num_samples, train.num_classes, train.image.shape) == (SAMPLES, 10, (1, 1, 64))
+    assert train.image.std[0] * 255 * STEP == pytest.approx(
         np.std(make_clusters(0)[0][:SAMPLES]), rel=1e-3
     )
     assert ShardSet.open(f"{tmp_path}/test").num_samples == SAMPLES
@@ -67,7 +67,7 @@ def _records(split: str, seed: int) -> list[Records]:
 
 
 def _pixels(split: str, seed: int) -> NDArray[np.uint8]:
-    return np.concatenate([np.asarray(record.images) for record in _records(split, seed)])
+    return np.concatenate([np.asarray(record.values["image"]) for record in _records(split, seed)])
 
 
 def _split(split: str, seed: int) -> SourceSplit:

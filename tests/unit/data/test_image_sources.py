@@ -116,7 +116,7 @@ def test_torchvision_array_set_is_raw(tmp_path: Path) -> None:
             str(i): (images[split][i].tobytes(), int(labels[split][i]))
             for i in range(len(labels[split]))
         }
-    assert ShardSet.open(tmp_path / "out" / "train").image_shape == (1, 28, 28)
+    assert ShardSet.open(tmp_path / "out" / "train").image.shape == (1, 28, 28)
 
 
 def test_torchvision_image_set_is_lossless_png(
@@ -143,7 +143,7 @@ def test_torchvision_image_set_is_lossless_png(
     shards = ShardSet.open(tmp_path / "out" / "train")
     with SampleStream(shards, seed=0, cache_dir=str(tmp_path / "cache"), shuffle=False) as stream:
         batch = stream.read(0, 0, 6)
-    found = {image.permute(1, 2, 0).numpy().tobytes() for image in batch.images}
+    found = {image.permute(1, 2, 0).numpy().tobytes() for image in batch.inputs}
     assert found == {image.tobytes() for image in pixels}
 
 

@@ -238,7 +238,7 @@ def test_parquet_image_column_of_another_kind_is_refused(
 def test_parquet_binary_images_of_any_kind_are_read(kind: pa.DataType, tmp_path: Path) -> None:
     write(tmp_path / "x.parquet", [0, 1], images=pa.array([png(), png(9)], kind))
     train = made(f"parquet:{tmp_path / 'x.parquet'}", tmp_path / "out")["train"]
-    assert train.image_shape == (3, 2, 3)
+    assert train.image.shape == (3, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_bad_images_give_the_same_set_however_it_is_cut(tmp_path: Path, photo: P
 def test_source_of_bad_images_only_is_refused(tmp_path: Path, photo: Photo) -> None:
     root = folder(tmp_path / "set", photo, "a", 0)
     (root / "a" / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(DataError, match="no image of the source can be decoded"):
+    with pytest.raises(DataError, match="no record of the source can be decoded"):
         make_shards(f"imagefolder:{root}", tmp_path / "out", bad_images=BadImages("skip"))
 
 

@@ -46,7 +46,7 @@ def test_remote_set_equals_the_local_one(
         SampleStream(remote_set, seed=1, cache_dir=str(tmp_path / "b")) as remote_stream,
     ):
         expected, found = local_stream.read(0, 0, 1438), remote_stream.read(0, 0, 1438)
-    assert np.array_equal(expected.images, found.images)
+    assert np.array_equal(expected.inputs, found.inputs)
     assert np.array_equal(expected.ids, found.ids)
     assert not list((tmp_path / "b").glob("*.parquet*"))
 
@@ -163,7 +163,7 @@ def test_remote_slow_store_gives_the_same_samples(
     with SampleStream(
         ShardSet.open(digits / "train"), seed=0, cache_dir=str(tmp_path / "local")
     ) as stream:
-        assert np.array_equal(stream.read(0, 0, 50).images, slow.images)
+        assert np.array_equal(stream.read(0, 0, 50).inputs, slow.inputs)
 
 
 def test_remote_block_order_fetches_the_next_block_ahead(

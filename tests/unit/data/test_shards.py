@@ -81,8 +81,8 @@ def test_make_row_groups_are_512_rows_in_any_shard_size(tmp_path: Path) -> None:
 def test_make_normalization_equals_dense_statistics(digits: Path) -> None:
     pixels, labels = columns(digits, "train")
     shards = ShardSet.open(digits / "train")
-    assert shards.mean[0] == pytest.approx((pixels / 255).mean(), abs=1e-6)
-    assert shards.std[0] == pytest.approx((pixels / 255).std(), abs=1e-6)
+    assert shards.image.mean[0] == pytest.approx((pixels / 255).mean(), abs=1e-6)
+    assert shards.image.std[0] == pytest.approx((pixels / 255).std(), abs=1e-6)
     assert shards.class_counts == tuple(np.bincount(labels).tolist())
 
 

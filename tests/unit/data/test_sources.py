@@ -72,7 +72,7 @@ def test_parquet_raw_rows_keep_order_and_pixels_across_row_groups(
     assert pixels_of(tmp_path / "out") == images
     shards = ShardSet.open(tmp_path / "out" / "train")
     assert shards.shard_rows == (512, 512, 210)
-    assert shards.image_shape == (1, 4, 4)
+    assert shards.image.shape == (1, 4, 4)
     assert shards.class_counts == tuple(np.bincount(labels).tolist())
 
 
@@ -84,7 +84,7 @@ def test_parquet_raw_colour_is_stored_planar(
     source = write_parquet([image.tobytes()], [0], raw=True, metadata=metadata)
     make_shards(f"parquet:{source}", tmp_path / "out")
     assert pixels_of(tmp_path / "out") == [image.transpose(2, 0, 1).tobytes()]
-    assert ShardSet.open(tmp_path / "out" / "train").image_shape == (3, 2, 2)
+    assert ShardSet.open(tmp_path / "out" / "train").image.shape == (3, 2, 2)
 
 
 def test_parquet_raw_unknown_shape_raises(
@@ -144,7 +144,7 @@ def test_parquet_struct_images_are_read(tmp_path: Path, photo: Callable[..., byt
     pq.write_table(pa.table({"img": images, "label": [0, 1, 0]}), path)
     make_shards(f"parquet:{tmp_path}", tmp_path / "out")
     assert pixels_of(tmp_path / "out") == [image["bytes"] for image in images]
-    assert ShardSet.open(tmp_path / "out" / "train").image_shape == (3, 8, 9)
+    assert ShardSet.open(tmp_path / "out" / "train").image.shape == (3, 8, 9)
 
 
 def test_parquet_photos_of_different_sizes_have_no_common_shape(
@@ -153,8 +153,8 @@ def test_parquet_photos_of_different_sizes_have_no_common_shape(
     source = write_parquet([photo(20, 30), photo(40, 10)], [0, 1])
     make_shards(f"parquet:{source}", tmp_path / "out")
     shards = ShardSet.open(tmp_path / "out" / "train")
-    assert shards.image_shape is None
-    assert (shards.smallest_image, shards.largest_image) == ((20, 10), (40, 30))
+    assert shards.image.shape is None
+    assert (shards.image.smallest, shards.image.largest) == ((20, 10), (40, 30))
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "mnist"])
@@ -164,9 +164,9 @@ def test_parquet_real_grey_sets_have_their_published_constants(
     make_shards(f"parquet:{data_folder / name}", tmp_path)
     train = ShardSet.open(tmp_path / "train")
     mean, std = {"fashion_mnist": (0.2860, 0.3530), "mnist": (0.1307, 0.3081)}[name]
-    assert (train.num_samples, train.image_shape, train.num_classes) == (60_000, (1, 28, 28), 10)
-    assert train.mean[0] == pytest.approx(mean, abs=1e-4)
-    assert train.std[0] == pytest.approx(std, abs=1e-4)
+    assert (train.num_samples, train.image.shape, train.num_classes) == (60_000, (1, 28, 28), 10)
+    assert train.image.mean[0] == pytest.approx(mean, abs=1e-4)
+    assert train.image.std[0] == pytest.approx(std, abs=1e-4)
     assert ShardSet.open(tmp_path / "test").num_samples == 10_000
 
 
@@ -174,4 +174,4 @@ def test_parquet_real_photos_are_read(data_folder: Path, tmp_path: Path) -> None
     make_shards(f"parquet:{data_folder / 'caltech101_jpeg192'}", tmp_path, "test")
     shards = ShardSet.open(tmp_path / "test")
     assert shards.num_samples == 606 and shards.class_counts == (6,) * 101
-    assert shards.image_shape is None and shards.class_names[0] == "Faces"
+    assert shards.image.shape is None and shards.class_names[0] == "Faces"

@@ -69,11 +69,11 @@ def test_read_any_positions_equals_plain_reader(digits: Path, stream: SampleStre
         ids = SampleOrder(1438, 3, epoch).ids(first, count)
         batch = stream.read(epoch, first, count)
         assert batch.ids.tolist() == ids.tolist()
-        assert batch.labels.tolist() == [labels[i] for i in ids]
-        assert [x.numpy().tobytes() for x in batch.images] == [images[i] for i in ids]
-        assert batch.images.shape == (count, 1, 8, 8)
-        assert batch.images.dtype == torch.uint8
-        assert batch.labels.dtype == torch.int64
+        assert batch.targets.tolist() == [labels[i] for i in ids]
+        assert [x.numpy().tobytes() for x in batch.inputs] == [images[i] for i in ids]
+        assert batch.inputs.shape == (count, 1, 8, 8)
+        assert batch.inputs.dtype == torch.uint8
+        assert batch.targets.dtype == torch.int64
         assert batch.weights.tolist() == [1.0] * count
 
 
@@ -114,11 +114,11 @@ def test_read_split_among_ranks_gives_the_same_pixels(
     ):
         whole = one.read(2, 3, 30)
         parts = [other.read(2, 3 + a, b - a) for a, b in [(0, 7), (7, 8), (8, 8), (8, 30)]]
-        assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
-        assert torch.equal(whole.labels, torch.cat([p.labels for p in parts]))
+        assert torch.equal(whole.inputs, torch.cat([p.inputs for p in parts]))
+        assert torch.equal(whole.targets, torch.cat([p.targets for p in parts]))
         following = one.read(3, 3, 30)
     changed = not torch.equal(
-        whole.images[whole.ids.argsort()], following.images[following.ids.argsort()]
+        whole.inputs[whole.ids.argsort()], following.inputs[following.ids.argsort()]
     )
     assert changed
 
@@ -128,7 +128,7 @@ def test_read_augmented_other_epoch_changes_the_same_sample(
 ) -> None:
     with SampleStream(digits_train, seed=1, augment="crop_flip", cache_dir=cache) as stream:
         first, second = stream.read(0, 0, 1438), stream.read(1, 0, 1438)
-    by_id = [batch.images[torch.from_numpy(batch.ids.argsort())] for batch in (first, second)]
+    by_id = [batch.inputs[torch.from_numpy(batch.ids.argsort())] for batch in (first, second)]
     same = (by_id[0] == by_id[1]).flatten(1).all(1).float().mean()
     assert (
         0.02 < float(same) < 0.2
@@ -145,10 +145,10 @@ def test_read_encoded_same_size_equals_decoder(
     make_shards(f"parquet:{write_parquet(images, [0, 1] * 3)}", tmp_path / "out")
     shards = ShardSet.open(tmp_path / "out" / "train")
     with SampleStream(shards, seed=0, cache_dir=cache, shuffle=False) as stream:
-        assert stream.image_shape == (3, 12, 10)
+        assert stream.input_shape == (3, 12, 10)
         batch = stream.read(0, 0, 6)
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    for image, data in zip(batch.images, images, strict=True):
+    assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    for image, data in zip(batch.inputs, images, strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), decode_rgb(data))
 
 
@@ -195,7 +195,7 @@ def test_read_photo_without_augmentation_is_the_centre_square(
     shards = ShardSet.open(tmp_path / "out" / "train")
     with SampleStream(shards, seed=0, image_size=56, cache_dir=cache) as stream:
         batch = stream.read(0, 0, 2)
-    assert batch.images.shape == (2, 3, 56, 56) and int(batch.images.min()) == 255
+    assert batch.inputs.shape == (2, 3, 56, 56) and int(batch.inputs.min()) == 255
 
 
 def test_stream_photos_without_size_raises(photos: Path, cache: str) -> None:
@@ -232,7 +232,7 @@ def test_read_outside_epoch_or_after_close_raises(stream: SampleStream) -> None:
 def test_normalization_equals_manifest_and_survives_constant_channel(
     stream: SampleStream, tmp_path: Path, cache: str, write_parquet: Callable[..., Path]
 ) -> None:
-    whole = stream.read(0, 0, 1438).images.double() / 255
+    whole = stream.read(0, 0, 1438).inputs.double() / 255
     mean, std = stream.normalization
     assert float(mean[0]) == pytest.approx(float(whole.mean()), abs=1e-6)
     assert float(std[0]) == pytest.approx(float(whole.std(correction=0)), abs=1e-6)
@@ -250,7 +250,7 @@ def test_prefetch_batches_are_what_read_would_give(
             count = min(100, 1438 - first)
             ahead.prefetch(0, first + 100, 100)  # Past the end it is cut or ignored.
             batch, expected = ahead.read(0, first, count), stream.read(0, first, count)
-            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.inputs, expected.inputs)
             assert np.array_equal(batch.ids, expected.ids)
 
 
@@ -308,11 +308,11 @@ def test_bad_records_skip_keeps_the_place_with_weight_zero(
         for _ in range(2):
             batch, expected = stream.read(0, 0, 40), whole.read(0, 0, 40)
             assert batch.ids.tolist() == list(range(40))
-            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.targets, expected.targets)
             assert np.flatnonzero(batch.weights.numpy() == 0).tolist() == [3, 7]
             good = batch.weights.bool()
-            assert torch.equal(batch.images[good], expected.images[good])
-            assert int(batch.images[~good].max()) == 0
+            assert torch.equal(batch.inputs[good], expected.inputs[good])
+            assert int(batch.inputs[~good].max()) == 0
         assert stream.quarantined == 2
     (file,) = (tmp_path / "cache").glob("quarantine-*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -373,15 +373,15 @@ def test_read_takes_memory_again_only_when_nobody_holds_the_batch(photos: Path, 
     with SampleStream(
         ShardSet.open(photos / "train"), seed=0, image_size=16, cache_dir=cache, prefetch_batches=0
     ) as stream:
-        first = stream.read(0, 0, 4).images
+        first = stream.read(0, 0, 4).inputs
         address, kept = first.data_ptr(), first[1:].clone()
         part = first[1:]
         del first
         # A view of a part keeps the whole from being written to.
-        assert stream.read(0, 4, 4).images.data_ptr() != address
+        assert stream.read(0, 4, 4).inputs.data_ptr() != address
         assert torch.equal(part, kept)
         del part
-        assert stream.read(0, 8, 4).images.data_ptr() == address
+        assert stream.read(0, 8, 4).inputs.data_ptr() == address
 
 
 def test_stream_closed_leaves_no_threads_or_open_files(photos: Path, cache: str) -> None:

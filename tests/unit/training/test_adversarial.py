@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
-from elastic_kfac.data.stream import Batch
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.tasks.attacks import (
     Attack,
@@ -22,7 +22,7 @@ from elastic_kfac.tasks.attacks import (
     mix_adversarial,
     perturbed,
 )
-from elastic_kfac.tasks.losses import CrossEntropy
+from elastic_kfac.tasks.losses import CrossEntropy, OwnLoss
 from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.evaluation import evaluate_split
 from support.training_problems import MemoryDataset
@@ -223,7 +223,7 @@ def test_evaluation_counts_clean_and_attacked_samples() -> None:
 
     found = evaluate_split(
         model,
-        Binary(),
+        OwnLoss(Binary()),
         dataset := Vectors(inputs, labels),
         Preprocessor(dataset, torch.float64, torch.device("cpu")),
         Communicator.solo(),
@@ -234,9 +234,9 @@ def test_evaluation_counts_clean_and_attacked_samples() -> None:
     worst = margin - 0.3 * float(model.weight.detach().abs().sum())
     attacked = found.attacked
     assert attacked is not None and found.count == attacked.count == 20
-    assert found.accuracy == float((margin > 0).double().mean())
-    assert attacked.accuracy == float((worst > 0).double().mean())
-    assert attacked.accuracy < found.accuracy
+    assert found["accuracy"] == float((margin > 0).double().mean())
+    assert attacked["accuracy"] == float((worst > 0).double().mean())
+    assert attacked["accuracy"] < found["accuracy"]
     assert found.loss == pytest.approx(float(F.softplus(-margin).mean()), rel=1e-12)
     assert attacked.loss == pytest.approx(float(F.softplus(-worst).mean()), rel=1e-12)
 

@@ -30,8 +30,9 @@ from elastic_kfac.runs.checkpoints import choose_state, restored
 from elastic_kfac.runs.history import read_run
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.tasks.losses import make_task
+from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.training.callbacks import FolderWriter, KeepGoing
 from elastic_kfac.training.loop import Outcome, run_rank
 from support.training_problems import MemoryDataset, memory_datasets, small_config
@@ -66,11 +67,16 @@ def trained(folder: Path, changes: dict[str, Any] | None = None) -> tuple[RunFol
 
 def problem() -> tuple[nn.Module, FixedSamples, Any]:
     config = small_config(BATCH_NORM)
-    model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    model = build_model(config.model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
     dataset = MemoryDataset(50)
-    model(dataset.read(0, 0, 50).images)  # running statistics that differ from their initial values
-    samples = FixedSamples(dataset, model, FULL, Communicator.solo())
-    return model, samples, make_task(config.train).loss
+    model(dataset.read(0, 0, 50).inputs)  # running statistics that differ from their initial values
+    samples = FixedSamples(
+        dataset,
+        Preprocessor(dataset, torch.float64, torch.device("cpu")),
+        FULL,
+        Communicator.solo(),
+    )
+    return model, samples, make_task(config, ()).loss
 
 
 def dense(model: nn.Module, samples: FixedSamples, loss: Any) -> Tensor:
@@ -167,7 +173,14 @@ def test_request_that_cannot_fit_is_refused_before_any_work(
         )
     # In training it is a row, not the end of the run.
     config = small_config({**BATCH_NORM, "analysis.every_epochs": 1})
-    row = analysis_row(model, loss, memory_datasets(), config, Communicator.solo())
+    row = analysis_row(
+        model,
+        loss,
+        Preprocessor(MemoryDataset(50), torch.float64, torch.device("cpu")),
+        memory_datasets(),
+        config,
+        Communicator.solo(),
+    )
     assert "does not fit" in row["analysis_problem"]
     assert "top_eigenvalue" not in row
 

@@ -167,9 +167,7 @@ def test_estimate_for_a_device_counts_operations(base: Config) -> None:
     assert passes == pytest.approx(rates)
     # One Linear of w weights takes 2 w operations forward and 4 w backward, less the first layer's
     # gradient by its input.
-    linear = Sized(
-        base, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), (1, 8, 8), 10, sized.layers[:0]
-    )
+    linear = replace(sized, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     linear = replace(linear, layers=tuple(shapes(linear.model, base.kfac)))
     counted = estimate(linear, DEVICES["h100"], NETWORK).workload.forward_backward
     assert counted.at(3) * DEVICES["h100"].flops_per_s == pytest.approx(3 * 4 * 640)
@@ -224,7 +222,7 @@ def test_photos_of_mixed_size_are_planned_at_the_configured_size(tmp_path: Path)
         "train": {"global_batch_size": 4},
     }
     config = parse_config(values)
-    assert Sized.of(config).image_shape == (3, 32, 32)
+    assert Sized.of(config).input_shape == (3, 32, 32)
     assert why_infeasible(config, 1) is None
     path = tmp_path / "c.yaml"
     write_config(config, path)

@@ -154,7 +154,7 @@ def test_initial_weights_that_are_a_pickle_do_not_run(tmp_path: Path) -> None:
     torch.save({"weight": Touch(trace)}, tmp_path / "weights.pt")
     config = small_config({"model.initial_weights": str(tmp_path / "weights.pt")})
     with pytest.raises(ElasticKfacError):
-        build_model(config.model, num_classes=2, image_shape=(1, 4, 4), seed=0)
+        build_model(config.model, num_outputs=2, input_shape=(1, 4, 4), seed=0)
     assert not trace.exists()
 
 
@@ -190,7 +190,7 @@ def test_functions_that_are_no_model_factories_do_nothing(factory: str, tmp_path
     arguments = {"command": f"touch {trace}", "args": ["touch", str(trace)]}
     config = parse_config({"model": {"name": factory, "arguments": arguments}})
     with pytest.raises(ConfigError):
-        build_model(config.model, num_classes=2, image_shape=(1, 4, 4), seed=0)
+        build_model(config.model, num_outputs=2, input_shape=(1, 4, 4), seed=0)
     assert not trace.exists()
 
 

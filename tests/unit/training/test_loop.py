@@ -50,7 +50,7 @@ def manual_sgd(steps: int) -> list[torch.Tensor]:
     """Three lines of textbook training over the same order: the oracle of the loop."""
     config = small_config()
     dataset = MemoryDataset(50)
-    model = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    model = build_model(config.model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
     groups = [
         {"params": [p for n, p in model.named_parameters() if "weight" in n], "weight_decay": 1e-3},
         {"params": [p for n, p in model.named_parameters() if "bias" in n], "weight_decay": 0.0},
@@ -60,7 +60,7 @@ def manual_sgd(steps: int) -> list[torch.Tensor]:
     for _ in range(steps):
         samples = dataset.read(epoch, first, min(16, 50 - first))
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(samples.images), samples.labels).backward()
+        torch.nn.functional.cross_entropy(model(samples.inputs), samples.targets).backward()
         optimizer.step()
         first += 16
         if first >= 50:
@@ -196,7 +196,7 @@ def test_bad_records_take_no_part_in_the_mean_but_keep_their_place(tmp_path: Pat
         Datasets(dataset, None),
     )
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    loss = torch.nn.functional.cross_entropy(trainer.model(samples.images[3:]), samples.labels[3:])
+    loss = torch.nn.functional.cross_entropy(trainer.model(samples.inputs[3:]), samples.targets[3:])
     gradients = torch.autograd.grad(loss, list(trainer.model.parameters()))
     result = trainer.step()
     assert result.totals.count == 13
@@ -230,7 +230,8 @@ def test_evaluation_counts_are_exact(tmp_path: Path) -> None:
         outputs = trainer.model(images)
     loss = torch.nn.functional.cross_entropy(outputs, datasets.evaluation._labels)
     assert result.count == 23
-    assert result.correct == int((outputs.argmax(1) == datasets.evaluation._labels).sum())
+    right = int((outputs.argmax(1) == datasets.evaluation._labels).sum())
+    assert result["accuracy"] == right / len(outputs)
     assert result.loss == pytest.approx(float(loss), abs=1e-12)
 
 
@@ -256,8 +257,8 @@ def test_batch_norm_of_one_pass_equals_torch(tmp_path: Path) -> None:
     changes = {"model.name": "support.training_problems:batch_norm_cnn"}
     config = small_config(changes)
     trainer = RankTrainer(config, Communicator.solo(), memory_datasets())
-    oracle = build_model(config.model, num_classes=3, image_shape=(1, 4, 4), seed=0)
-    oracle(MemoryDataset(50).read(0, 0, 16).images)
+    oracle = build_model(config.model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
+    oracle(MemoryDataset(50).read(0, 0, 16).inputs)
     trainer.step()
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         ours = getattr(trainer.model[1], name)  # type: ignore[index]
@@ -272,14 +273,14 @@ def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
     datasets = memory_datasets()
     step, evaluation = evaluate_run(folder, datasets=datasets)
     last = [row for row in folder.metrics() if "eval_accuracy" in row][-1]
-    assert evaluation.accuracy == last["eval_accuracy"] and step == 12
+    assert evaluation["accuracy"] == last["eval_accuracy"] and step == 12
     assert compact_ledger(folder) == 12
     assert audit_rows(read_ledger(folder), MemoryOrder()).passed
     result = result_row(config, outcome)
     assert (result["status"], result["epochs"], result["world_sizes"]) == ("finished", 3.0, [1])
     export_run(folder, tmp_path / "weights.safetensors")
     changes = {"model.initial_weights": str(tmp_path / "weights.safetensors")}
-    again = build_model(small_config(changes).model, num_classes=3, image_shape=(1, 4, 4), seed=1)
+    again = build_model(small_config(changes).model, num_outputs=3, input_shape=(1, 4, 4), seed=1)
     state = CheckpointStore(tmp_path).load_latest()
     assert state is not None
     for name, tensor in again.state_dict().items():
@@ -379,14 +380,14 @@ def test_own_loss_and_metric_are_used(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(support.training_problems, "OwnTask", OwnTask, raising=False)
     recorded = RecordingCallback()
     run(tmp_path, {"train.loss": "support.training_problems:OwnTask"}, callback=recorded)
-    model = build_model(small_config().model, num_classes=3, image_shape=(1, 4, 4), seed=0)
+    model = build_model(small_config().model, num_outputs=3, input_shape=(1, 4, 4), seed=0)
     samples = MemoryDataset(50).read(0, 0, 16)
     task = OwnTask(None)
-    outputs = model(samples.images).detach()
+    outputs = model(samples.inputs).detach()
     assert recorded.metric_rows[0]["loss"] == pytest.approx(
-        float(task.loss(outputs, samples.labels)) / 16
+        float(task.loss(outputs, samples.targets)) / 16
     )
-    assert recorded.metric_rows[0]["accuracy"] == int(task.correct(outputs, samples.labels)) / 16
+    assert recorded.metric_rows[0]["accuracy"] == int(task.correct(outputs, samples.targets)) / 16
 
 
 def test_own_task_without_a_metric_is_refused(tmp_path: Path) -> None:
@@ -439,11 +440,11 @@ def test_initial_weights_depend_on_the_seed_only() -> None:
     config = small_config().model
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=5)
+    first = build_model(config, num_outputs=3, input_shape=(1, 4, 4), seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    second = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=5)
-    third = build_model(config, num_classes=3, image_shape=(1, 4, 4), seed=6)
+    second = build_model(config, num_outputs=3, input_shape=(1, 4, 4), seed=5)
+    third = build_model(config, num_outputs=3, input_shape=(1, 4, 4), seed=6)
     weights = [next(m.parameters()) for m in (first, second, third)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])

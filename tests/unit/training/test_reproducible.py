@@ -141,7 +141,7 @@ def test_inputs_of_every_shard_begin_on_a_cache_line() -> None:
         one.step()
     assert offsets == [0] * 22
     # The control: without a copy of their own the shards of such a batch do not begin there.
-    batch = one.datasets.train.read(0, 0, 22).images.float()
+    batch = one.datasets.train.read(0, 0, 22).inputs.float()
     views = [
         batch[begin:].data_ptr() % 64 for begin, _ in (shard_range(22, 8, i) for i in range(8))
     ]

@@ -6,11 +6,11 @@ from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
 from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
 from elastic_kfac.data.sources.parquet import parquet
-from elastic_kfac.data.sources.source import IndexedSplit, Records, Source, SourceSplit
+from elastic_kfac.data.sources.source import ColumnSplit, Records, Source, SourceSplit
 from elastic_kfac.errors import DataError
 from elastic_kfac.paths import user_path
 
-__all__ = ["IndexedSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
+__all__ = ["ColumnSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
 
 KNOWN_SOURCES = (
     "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"

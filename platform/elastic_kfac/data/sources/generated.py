@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
-from elastic_kfac.data.sources.source import IndexedSplit, Source
+from elastic_kfac.data.sources.source import ColumnSplit, Source, image_split
 from elastic_kfac.errors import DataError
 
 CLASSES: Final = 10
@@ -35,7 +35,7 @@ def digits() -> Source:
     return Source("digits", {split: partial(_digits, split) for split in ("train", "test")})
 
 
-def _digits(split: str) -> IndexedSplit:
+def _digits(split: str) -> ColumnSplit:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -48,7 +48,7 @@ def _digits(split: str) -> IndexedSplit:
         cut = round(len(members) / 5)
         chosen.append(members[:cut] if split == "test" else members[cut:])
     order = permutation(stream_key(SOURCE_SHUFFLE), np.concatenate(chosen))
-    return IndexedSplit(
+    return image_split(
         load=images.__getitem__,
         key="digits/{}".format,
         labels=labels,
@@ -73,11 +73,11 @@ def clusters10(seed: str) -> Source:
     return Source(name, {split: partial(_clusters, split, int(seed or 0)) for split in splits})
 
 
-def _clusters(split: str, seed: int) -> IndexedSplit:
+def _clusters(split: str, seed: int) -> ColumnSplit:
     samples, labels = make_clusters(seed)
     part = slice(0, SAMPLES) if split == "train" else slice(SAMPLES, 2 * SAMPLES)
     images = np.rint(samples[part] / STEP + 127.5).clip(0, 255).astype(np.uint8)
-    return IndexedSplit(
+    return image_split(
         load=images.__getitem__,
         key=f"clusters10:{seed}/{split}/{{}}".format,
         labels=labels[part],

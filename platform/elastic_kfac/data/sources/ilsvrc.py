@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_kfac.data.sources.source import IndexedSplit, Source, fixed_shuffle
+from elastic_kfac.data.sources.source import ColumnSplit, Source, fixed_shuffle, image_split
 from elastic_kfac.errors import DataError
 
 TRAIN_TAR: Final = "ILSVRC2012_img_train.tar"
@@ -54,7 +54,7 @@ def ilsvrc(folder: Path) -> Source:
     return Source("ilsvrc", openers)
 
 
-def _train(folder: Path) -> IndexedSplit:
+def _train(folder: Path) -> ColumnSplit:
     path = folder / TRAIN_TAR
     images: list[_Image] = []
     with path.open("rb") as file:
@@ -69,7 +69,7 @@ def _train(folder: Path) -> IndexedSplit:
     return _byte_ranges(path, [wnid for wnid, _, _ in archives], images)
 
 
-def _validation(folder: Path) -> IndexedSplit:
+def _validation(folder: Path) -> ColumnSplit:
     path = folder / VALIDATION_TAR
     with path.open("rb") as file:
         members = sorted(m for m in _members(path, file) if m[0].lower().endswith(".jpeg"))
@@ -98,7 +98,7 @@ _Image = tuple[str, int, int, int]
 """(key, label, offset of the content in the tar, bytes)."""
 
 
-def _byte_ranges(path: Path, classes: Sequence[str], images: Sequence[_Image]) -> IndexedSplit:
+def _byte_ranges(path: Path, classes: Sequence[str], images: Sequence[_Image]) -> ColumnSplit:
     keys = [key for key, *_ in images]
     labels, offsets, sizes = (
         np.array([numbers for _, *numbers in images], dtype=np.int64).reshape(-1, 3).T.copy()
@@ -123,7 +123,7 @@ def _byte_ranges(path: Path, classes: Sequence[str], images: Sequence[_Image]) -
             )
         return data
 
-    return IndexedSplit(
+    return image_split(
         load=load,
         key=keys.__getitem__,
         labels=labels,

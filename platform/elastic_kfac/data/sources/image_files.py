@@ -14,12 +14,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_kfac.data.manifest import check_class_labels
+from elastic_kfac.data.columns import check_class_labels
 from elastic_kfac.data.sources.source import (
+    ColumnSplit,
     Images,
-    IndexedSplit,
     Source,
     fixed_shuffle,
+    image_split,
     is_hidden,
 )
 from elastic_kfac.errors import DataError
@@ -53,7 +54,7 @@ def image_folder(root: Path, split: str | None) -> Source:
     )
 
 
-def _folder_split(folder: Path, classes: Sequence[str]) -> IndexedSplit:
+def _folder_split(folder: Path, classes: Sequence[str]) -> ColumnSplit:
     names: list[str] = []
     labels: list[int] = []
     total = 0
@@ -75,7 +76,7 @@ def _folder_split(folder: Path, classes: Sequence[str]) -> IndexedSplit:
             total += size
             names.append(name)
             labels.append(label)
-    return IndexedSplit(
+    return image_split(
         load=lambda chosen: [(folder / names[i]).read_bytes() for i in chosen],
         key=names.__getitem__,
         labels=np.asarray(labels, dtype=np.int64),
@@ -128,7 +129,7 @@ def torchvision_data(text: str) -> Source:
     )
 
 
-def _torchvision_split(kind: type[Any], folder: Path, options: dict[str, Any]) -> IndexedSplit:
+def _torchvision_split(kind: type[Any], folder: Path, options: dict[str, Any]) -> ColumnSplit:
     """Raw pixels where the data set holds one array, lossless PNG otherwise."""
     data = _open_torchvision(kind, folder, options)
     found = (getattr(data, name, None) for name in ("targets", "labels", "_labels"))
@@ -161,7 +162,7 @@ def _torchvision_split(kind: type[Any], folder: Path, options: dict[str, Any]) -
         probe = [len(png(index)) for index in range(min(16, len(labels)))]
         size = float(np.mean(probe))
         digest.update(f"{kind.__name__} {options} {probe}".encode())
-    return IndexedSplit(
+    return image_split(
         load=load,
         key=str,
         labels=labels,

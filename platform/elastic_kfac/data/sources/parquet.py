@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from elastic_kfac.data.manifest import MANIFEST_NAME, check_class_labels, fixed_size_rows
+from elastic_kfac.data.columns import Column, check_class_labels, image_columns
+from elastic_kfac.data.manifest import MANIFEST_NAME, fixed_size_rows
 from elastic_kfac.data.sources.source import BATCH_ROWS, Images, Records, Source, is_hidden
 from elastic_kfac.errors import DataError
 
@@ -209,6 +210,10 @@ class ParquetSplit:
             digest.update(labels.tobytes())
         self.quick_fingerprint = digest.hexdigest()
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return image_columns(self.raw_shape, self.class_names)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the labels and of every byte of the files."""
@@ -264,7 +269,7 @@ class ParquetSplit:
             keys = [str(key) for key in piece.column("key").to_pylist()]
         else:
             keys = [f"{file.stem}/{first + row}" for row in range(piece.num_rows)]
-        return Records(images, labels, keys)
+        return Records({"image": images, "label": labels}, keys)
 
     def _numbers(self, column: pa.ChunkedArray, file: Path) -> NDArray[np.int64]:
         """Class numbers of labels."""

@@ -7,13 +7,14 @@ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from elastic_kfac.data.columns import Column, image_columns
 from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
 from elastic_kfac.errors import DataError
 
@@ -30,8 +31,8 @@ BATCH_ROWS: Final = 512
 class Records:
     """Consecutive samples."""
 
-    images: Images
-    labels: NDArray[np.int64]
+    values: Mapping[str, Any]
+    """By column, as `data.columns` describes them."""
     keys: list[str]
 
 
@@ -42,11 +43,8 @@ class SourceSplit(Protocol):
     def num_samples(self) -> int: ...
 
     @property
-    def class_names(self) -> tuple[str, ...]: ...
-
-    @property
-    def raw_shape(self) -> tuple[int, int, int] | None:
-        """(channels, height, width) of raw pixels; None when images are encoded."""
+    def columns(self) -> tuple[Column, ...]:
+        """Without what is measured when shards are made."""
 
     @property
     def bytes_per_sample(self) -> float: ...
@@ -86,17 +84,16 @@ class Source:
 
 
 @dataclass(frozen=True)
-class IndexedSplit:
+class ColumnSplit:
     """A split whose samples are loaded by index, written in the order `order`."""
 
-    load: Callable[[NDArray[np.int64]], Images]
+    columns: tuple[Column, ...]
+    load: Callable[[NDArray[np.int64]], Mapping[str, Any]]
+    """Indices to values by column."""
     key: Callable[[int], str]
-    labels: NDArray[np.int64]
     order: NDArray[np.int64]
-    class_names: tuple[str, ...]
     bytes_per_sample: float
     fingerprint: str
-    raw_shape: tuple[int, int, int] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -110,7 +107,29 @@ class IndexedSplit:
         for low in range(start, stop, BATCH_ROWS):
             chosen = self.order[low : min(low + BATCH_ROWS, stop)]
             keys = [self.key(index) for index in chosen.tolist()]
-            yield Records(self.load(chosen), self.labels[chosen], keys)
+            yield Records(self.load(chosen), keys)
+
+
+def image_split(
+    *,
+    load: Callable[[NDArray[np.int64]], Images],
+    key: Callable[[int], str],
+    labels: NDArray[np.int64],
+    order: NDArray[np.int64],
+    class_names: tuple[str, ...],
+    bytes_per_sample: float,
+    fingerprint: str,
+    raw_shape: tuple[int, int, int] | None = None,
+) -> ColumnSplit:
+    """A split of images and their classes."""
+    return ColumnSplit(
+        columns=image_columns(raw_shape, class_names),
+        load=lambda chosen: {"image": load(chosen), "label": labels[chosen]},
+        key=key,
+        order=order,
+        bytes_per_sample=bytes_per_sample,
+        fingerprint=fingerprint,
+    )
 
 
 def fixed_shuffle(count: int) -> NDArray[np.int64]:

@@ -80,7 +80,7 @@ class StatisticsLayout:
         flags += [float(index == statistics.last_called) for index in range(len(self._layers))]
         out[begin:] = torch.tensor(limbs + flags, dtype=out.dtype)
 
-    def unpack(self, vector: Tensor, num_samples: int) -> Statistics:
+    def unpack(self, vector: Tensor, num_samples: float) -> Statistics:
         """The statistics in a reduced vector [size], in memory of their own."""
         sums: list[dict[str, Tensor]] = [{} for _ in self._layers]
         begin = 0

@@ -30,9 +30,9 @@ def make_synchronisation(
         passes: For gradients that a merge needs.
     """
     if config.elastic.reproducible:
-        return CanonicalTree(model, config.elastic.logical_shards)
+        return CanonicalTree(model, config.elastic.logical_shards, counts_terms=passes.counts_terms)
     if config.elastic.takes_local_steps:
         return LocalSteps(config, model, optimizer, passes, dataset)
     if config.optimizer.name == "sharded_kfac":
-        return ShardedByOwner(Exchange(model), config)
-    return GlobalSum(Exchange(model), config)
+        return ShardedByOwner(Exchange(model, counts_terms=passes.counts_terms), config)
+    return GlobalSum(Exchange(model, counts_terms=passes.counts_terms), config)

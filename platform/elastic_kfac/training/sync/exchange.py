@@ -35,6 +35,8 @@ class Totals:
     loss_sum: float = 0.0
     correct: float = 0.0
     count: int = 0
+    terms: float = 0.0
+    """What the loss is divided by: `count`, or tokens or pixels."""
     stop: int = 0
     snapshot: int = 0
     id_hash: int = 0
@@ -119,7 +121,9 @@ class RunningStatistics:
 class Exchange:
     """The flat vector of a model: filled by backward passes, summed over all ranks."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, counts_terms: bool = False) -> None:
+        self.counts_terms = counts_terms
+        self._totals = (*_TOTALS, "terms") if counts_terms else _TOTALS
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.statistics = RunningStatistics(model)
         dtype = torch.float32
@@ -129,7 +133,7 @@ class Exchange:
         self._shapes = [p.shape for p in self._parameters] + self.statistics.shapes
         self._sizes = [_aligned(shape.numel()) for shape in self._shapes]
         self._gradient_part = slice(0, sum(self._sizes[: len(self._parameters)]))
-        counters = len(self._parameters) + len(_TOTALS) + _LIMBS
+        counters = len(self._parameters) + len(self._totals) + _LIMBS
         self.flat = torch.zeros(sum(self._sizes) + counters, dtype=dtype, device=device)
         self._gradients, self._sums, self._counters = self._parts(self.flat)
         self.reduced: Statistics | None = None
@@ -200,9 +204,8 @@ class Exchange:
             finite = rest[-1] == 0
         return self._read_counters(finite)
 
-    @staticmethod
-    def _write_counters(counters: Tensor, used: list[bool], local: Totals) -> None:
-        values = [float(getattr(local, name)) for name in _TOTALS]
+    def _write_counters(self, counters: Tensor, used: list[bool], local: Totals) -> None:
+        values = [float(getattr(local, name)) for name in self._totals]
         # Eight bits per limb, so the sum over up to 65,536 ranks is exact in float32.
         limbs = [float((local.id_hash >> (8 * index)) & 0xFF) for index in range(_LIMBS)]
         content = [*map(float, used), *values, *limbs]
@@ -213,12 +216,13 @@ class Exchange:
         *reduced, is_finite = torch.cat([self._counters, finite.to(self.flat).view(1)]).tolist()
         used = len(self._parameters)
         self._used_anywhere = [value > 0 for value in reduced[:used]]
-        named = dict(zip(_TOTALS, reduced[used:], strict=False))
+        named = dict(zip(self._totals, reduced[used:], strict=False))
         id_hash = sum(int(limb) << (8 * index) for index, limb in enumerate(reduced[-_LIMBS:]))
         return Totals(
             loss_sum=named["loss_sum"],
             correct=named["correct"],
             count=int(named["count"]),
+            terms=named.get("terms", named["count"]),
             stop=int(named["stop"]),
             snapshot=int(named["snapshot"]),
             id_hash=id_hash % 2**64,

@@ -19,8 +19,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.compression import CompressedAllReduce
 from elastic_kfac.communication.wire_formats import wire_format
 from elastic_kfac.config import Config
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.order import id_hash
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 from elastic_kfac.training.sync.synchronisation import Passes, Span, Synchronisation
 
@@ -49,29 +49,31 @@ class MicroBatches(Synchronisation):
             if not together:
                 return Totals()
             inputs = passes.no_inputs()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=inputs.images.device)
-        correct = torch.zeros((), dtype=torch.float64, device=inputs.images.device)
-        longest = len(inputs.labels)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.vector.flat.device)
+        correct, terms = torch.zeros_like(loss_sum), 0
+        longest = len(inputs.targets)
         size = self._micro_batch_size or max(longest, 1)
         if together:
             # Every rank makes as many passes as the one with the largest slice.
             longest = -(-span.count // self.communicator.world_size)
             size = self._micro_batch_size or longest
         for start in range(0, longest, size):
-            labels = inputs.labels[start : start + size]
-            if len(labels):
+            targets = inputs.targets[start : start + size]
+            if len(targets):
                 # Not the state of a generator: the same samples have the same dropout in every world.
                 passes.seed(span.step, int(inputs.ids[start]))
             self.vector.begin_pass()
-            images = inputs.images[start : start + size]
-            loss, right = passes.backward(images, labels, loss_scale, self.kfac)
-            self.vector.end_pass(len(labels))
-            loss_sum += loss
-            correct += right
+            part = inputs.inputs[start : start + size]
+            passed = passes.backward(part, targets, loss_scale, self.kfac)
+            self.vector.end_pass(len(targets))
+            loss_sum += passed.loss
+            correct += passed.correct
+            terms += passed.terms
         return Totals(
             loss_sum=float(loss_sum),
             correct=float(correct),
-            count=len(inputs.labels),
+            count=len(inputs.targets),
+            terms=terms,
             id_hash=0 if samples is None else id_hash(samples.ids),
         )
 

@@ -40,7 +40,7 @@ class LocalSteps(MicroBatches):
         passes: Passes,
         dataset: Dataset,
     ) -> None:
-        super().__init__(Exchange(model), config)
+        super().__init__(Exchange(model, counts_terms=passes.counts_terms), config)
         self._config = config
         self._model, self._optimizer = model, optimizer
         self._passes, self._dataset = passes, dataset
@@ -58,7 +58,7 @@ class LocalSteps(MicroBatches):
 
     def publish(self, totals: Totals, local: Totals, divisor: int, scale: float) -> bool:
         # The mean over this rank's samples only; a rank without any keeps its parameters.
-        self.vector.publish_gradients(max(local.count, 1) / divisor)
+        self.vector.publish_gradients(max(local.terms, 1) / divisor)
         return local.count > 0
 
     def committed(self, span: Span, lr: float) -> bool:
@@ -111,13 +111,14 @@ class LocalSteps(MicroBatches):
             seen = 0
             if samples is not None:
                 inputs = self._passes.preprocess(samples)
-                seen = len(inputs.labels)
-                size = self._micro_batch_size or max(seen, 1)
-                for start in range(0, seen, size):
-                    labels = inputs.labels[start : start + size]
+                count = len(inputs.targets)
+                size = self._micro_batch_size or max(count, 1)
+                for start in range(0, count, size):
+                    targets = inputs.targets[start : start + size]
                     self.vector.begin_pass()
-                    self._passes.backward(inputs.images[start : start + size], labels, 1.0, None)
-                    self.vector.end_pass(len(labels))
+                    part = inputs.inputs[start : start + size]
+                    seen += self._passes.backward(part, targets, 1.0, None).terms
+                    self.vector.end_pass(len(targets))
             return self.vector.local_gradient(seen)
         finally:
             self.vector.abandon_step()

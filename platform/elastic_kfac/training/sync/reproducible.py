@@ -26,8 +26,8 @@ from elastic_kfac.communication.summation_tree import (
     shard_range,
     shards_of_rank,
 )
+from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.order import id_hash
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.errors import StateError
 from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.sync.exchange import Exchange, Totals
@@ -108,8 +108,8 @@ class ShardVector(Exchange):
     [gradients | running statistics x count | used flags | totals | K-FAC's statistics where due]
     """
 
-    def __init__(self, model: nn.Module, num_shards: int) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, num_shards: int, *, counts_terms: bool = False) -> None:
+        super().__init__(model, counts_terms=counts_terms)
         self.num_shards = num_shards
         self._kfac: KFAC | None = None
         self._layout: StatisticsLayout | None = None
@@ -154,7 +154,9 @@ class ShardVector(Exchange):
         if self.statistics_size():
             # While the gradients that they belong to are still there.
             assert self._kfac is not None and self._layout is not None
-            statistics = self._kfac.take_statistics(totals.count, loss_scale)
+            statistics = self._kfac.take_statistics(
+                None if self.counts_terms else totals.count, loss_scale
+            )
             size = self.flat.numel()
             self._layout.pack(statistics, leaf[size : size + self._layout.size])
         used = [parameter.grad is not None for parameter in self._parameters]
@@ -195,7 +197,7 @@ class ShardVector(Exchange):
         self.reduced = None
         if extra:
             assert self._layout is not None
-            self.reduced = self._layout.unpack(total[size:], totals.count)
+            self.reduced = self._layout.unpack(total[size:], totals.terms)
         stop, snapshot = flags.tolist()
         return replace(totals, stop=int(stop), snapshot=int(snapshot))
 
@@ -215,8 +217,8 @@ class CanonicalTree(Synchronisation):
 
     vector: ShardVector
 
-    def __init__(self, model: nn.Module, num_shards: int) -> None:
-        super().__init__(ShardVector(model, num_shards))
+    def __init__(self, model: nn.Module, num_shards: int, *, counts_terms: bool = False) -> None:
+        super().__init__(ShardVector(model, num_shards, counts_terms=counts_terms))
         self._model, self._num_shards = model, num_shards
 
     def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
@@ -259,14 +261,15 @@ class CanonicalTree(Synchronisation):
             inputs = passes.inputs(samples.part(part), span)
             passes.seed(span.step, shard)
             self.vector.begin_pass()
-            loss = right = 0.0
-            if len(inputs.labels):
+            loss = right = terms = 0.0
+            if len(inputs.targets):
                 # Clones, because kernels may round differently on memory that begins elsewhere.
-                values = passes.backward(
-                    inputs.images.clone(), inputs.labels.clone(), loss_scale, self.kfac
+                passed = passes.backward(
+                    inputs.inputs.clone(), inputs.targets.clone(), loss_scale, self.kfac
                 )
-                loss, right = float(values[0]), float(values[1])
-            totals = Totals(loss, right, len(inputs.labels), id_hash=id_hash(samples.ids[part]))
+                loss, right, terms = float(passed.loss), float(passed.correct), passed.terms
+            hashed = id_hash(samples.ids[part])
+            totals = Totals(loss, right, len(inputs.targets), terms, id_hash=hashed)
             self.vector.push(shard, totals, loss_scale)
         return Totals()
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.batch import Batch, Value
 from elastic_kfac.data.dataset import rank_slice
-from elastic_kfac.data.stream import Batch
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 
 if TYPE_CHECKING:
@@ -43,6 +43,17 @@ class Span:
     """γ: share of each logical micro-batch that is attacked."""
 
 
+class Passed(NamedTuple):
+    """Sums over the samples of a pass."""
+
+    loss: Tensor
+    """Unscaled."""
+    correct: Tensor
+    """Terms that were predicted right."""
+    terms: int
+    """Of the loss: samples, tokens or pixels."""
+
+
 class Passes(Protocol):
     """Forward and backward passes over samples of this rank."""
 
@@ -62,10 +73,15 @@ class Passes(Protocol):
         """Seeds torch as a function of the run's seed, the step and a sample or shard."""
         ...
 
+    @property
+    def counts_terms(self) -> bool:
+        """Whether the loss is a mean over `Passed.terms` instead of samples."""
+        ...
+
     def backward(
-        self, images: Tensor, labels: Tensor, loss_scale: float, kfac: KFAC | None
-    ) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of the scaled loss to `.grad`; (unscaled loss, correct predictions), sums."""
+        self, inputs: Value, targets: Value, loss_scale: float, kfac: KFAC | None
+    ) -> Passed:
+        """Adds the gradient of the scaled loss to `.grad`."""
         ...
 
 
@@ -123,8 +139,9 @@ class Synchronisation(ABC):
 
     def publish(self, totals: Totals, local: Totals, divisor: int, scale: float) -> bool:
         """Puts the mean gradient into `.grad`; whether this rank has an update to make of it."""
-        # Losses may be divided by the planned count; bad records make the true one smaller.
-        self.vector.publish_gradients(scale * totals.count / divisor)
+        # Losses were divided by the planned count of samples; bad records make the true one smaller, and
+        # some losses have several terms per sample.
+        self.vector.publish_gradients(scale * totals.terms / divisor)
         return True
 
     @property

@@ -1,0 +1,53 @@
+"""The task of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from elastic_kfac.config import Config
+from elastic_kfac.data.columns import Column
+from elastic_kfac.errors import ConfigError
+from elastic_kfac.tasks.imports import is_reference, load_reference
+from elastic_kfac.tasks.losses import classification
+from elastic_kfac.tasks.task import Task
+
+
+def builtin_tasks() -> dict[str, Callable[..., Task]]:
+    """Tasks besides classification by name: factories of (columns, **task.arguments)."""
+    return {}
+
+
+def make_task(config: Config, columns: Sequence[Column]) -> Task:
+    """The task of the section `task` for samples with these columns.
+
+    Raises:
+        ConfigError: If the name is unknown, its arguments or the columns do not fit, or a person's
+            task lacks a method.
+    """
+    name, arguments, train = config.task.name, config.task.arguments, config.train
+    if name == "classification":
+        if arguments:
+            raise ConfigError(
+                "task.name=classification takes no task.arguments", given=", ".join(arguments)
+            )
+        return classification(train)
+    factories = builtin_tasks()
+    if not is_reference(name) and name not in factories:
+        raise ConfigError(
+            "unknown task.name",
+            given=name,
+            allowed=", ".join(["classification", *factories]) + ", or package.module:factory",
+        )
+    factory = load_reference(name, key="task.name") if is_reference(name) else factories[name]
+    try:
+        task = factory(tuple(columns), **arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"task.arguments do not fit: {error}", given=f"{name} with {arguments}"
+        ) from error
+    if not isinstance(task, Task):
+        raise ConfigError(
+            "task.name: the factory returned no elastic_kfac.Task",
+            given=f"{name} -> {type(task).__name__}",
+        )
+    return task
