@@ -169,7 +169,7 @@ def kfac_eigenvalue(
     table = torch.zeros(world_size, len(states) + 1, dtype=torch.float64, device=device)
     table[rank, -1] = any(state.factor_updates for state in states)
     for index, state in enumerate(states):
-        if kfac.options.method == "eigen":
+        if kfac.options.method in ("eigen", "ekfac"):
             spectra = [state.decomposition.get(f"{name}_values") for name in ("A", "G")]
             if spectra[1] is not None:  # without the floor that was decomposed with G
                 spectra[1] = spectra[1] - state.floor

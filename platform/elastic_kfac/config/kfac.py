@@ -141,8 +141,11 @@ class KfacOptions(Section):
     kl_clip: Clip = 1e-3
     """Bound κ of `trust_region: fixed` on the approximate KL divergence of a step; null is
     `trust_region: none`; or a schedule."""
-    method: Literal["eigen", "inverse"] = "eigen"
-    """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form."""
+    method: Literal["eigen", "inverse", "ekfac", "one_sided"] = "eigen"
+    """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form; `ekfac` replaces the
+    products of eigenvalues by second moments of the gradient in their basis, which every statistics step
+    corrects (George et al. 2018); `one_sided` is D (A + γI)⁻¹, without anything of the output gradients
+    (Benzing 2022). When to use which: docs/variants.md."""
     grad_worker_frac: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 1.0
     """Share of ranks that precondition a layer; 1/N is MEM-OPT, 1 COMM-OPT, `auto` the planner's
     choice. Its rounding is `placement.plan.columns_for_fraction`."""
@@ -223,6 +226,14 @@ class KfacOptions(Section):
             raise ValueError("precompute caches eigenvalue products: it needs method=eigen")
         if self.precompute and not self.colocate:
             raise ValueError("precompute needs both factors on one rank: set colocate=true")
+        if self.method == "ekfac" and not self.colocate:
+            raise ValueError("method=ekfac needs both factors on one rank: set colocate=true")
+        if self.method in ("ekfac", "one_sided") and self.fisher != "empirical":
+            raise ValueError(
+                f"method={self.method} uses training gradients: it needs fisher=empirical"
+            )
+        if self.method == "ekfac" and self.factor_scale != "per_sample":
+            raise ValueError("method=ekfac measures curvature: it needs factor_scale=per_sample")
         if self.factor_rank is not None and self.method != "eigen":
             raise ValueError("factor_rank keeps eigenpairs: it needs method=eigen")
         if self.factor_rank is not None and self.max_factor_dim is None:
@@ -256,6 +267,14 @@ class ScriptOptions(KfacOptions):
     memory_budget_bytes: Positive | None = None
     """Limit per rank for factors and decompositions, whatever distributes them; `train` has
     `plan.memory_budget_gib`. null means no limit."""
+
+    @model_validator(mode="after")
+    def _has_a_mean(self) -> ScriptOptions:
+        if self.method == "ekfac" and self.loss_reduction == "sum":
+            raise ValueError(
+                "method=ekfac needs the gradient of a mean: divide the loss by its terms"
+            )
+        return self
 
 
 class KfacConfig(KfacOptions):

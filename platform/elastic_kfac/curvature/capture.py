@@ -61,12 +61,11 @@ class Sums:
                 scale = (-1.0 / key if given is None else given) * extra_scale
             part.mul_(1.0 / (scale * scale))
             total = part if total is None else total.add_(part)
-        found = {layer.factor_names[0]: self.inputs} if len(layer.factor_names) > 1 else {}
-        found[layer.factor_names[-1]] = total
         result = {}
-        for name, value in found.items():
+        for name in layer.factor_names:
             if name not in names:
                 continue
+            value = total if name == layer.output_factor else self.inputs
             if value is None:
                 shape = layer.factor_shapes[name]
                 value = torch.zeros(shape, dtype=layer.dtype, device=layer.device)
@@ -135,13 +134,13 @@ class _Watched:
             self._shared.has_positions |= batch.has_positions
             if self._shared.counts_positions and not batch.is_given:
                 batch.size = observed.rows
-        if self._shared.last_called is None and layer.factor_names[-1] == "G":
+        if self._shared.last_called is None and layer.output_factor == "G":
             self._shared.last_called = layer.name
         self._shared.saw_empty |= not observed.rows
         sums.batches[batch] = None
         sums.rows += observed.rows
         sums.add_inputs(observed.input_sum)
-        if layer.factor_names[-1] not in self._shared.due_of(layer):
+        if layer.output_factor not in self._shared.due_of(layer):
             return
         if call.sampled is not None:
             sums.add_outputs(_SAMPLED, call.sampled)
@@ -166,7 +165,7 @@ class _Watched:
     def sampled(self, call: Call, gradient: Tensor, weight: float) -> None:
         """Adds the gradient of a loss over sampled labels; it counts once the call does."""
         layer = self.layer
-        if layer.factor_names[-1] not in self._shared.due_of(layer):
+        if layer.output_factor not in self._shared.due_of(layer):
             return
         kept = call.inputs.kept if call.version is None else self.condense(call).kept
         part = layer.output_sum(self._batched(gradient, call), kept).mul_(weight)

@@ -220,6 +220,8 @@ def _layers_of(name: str, module: nn.Module, options: KfacOptions) -> tuple[Laye
         kind = ConvLayer if isinstance(module, CONVOLUTIONS) else ConvTransposeLayer
         return (kind(name, module, options, weight, module._parameters.get("bias")),)
     if isinstance(module, NORMS):
+        if options.method == "one_sided":
+            return "method=one_sided covers layers with a factor of their inputs"
         return (norm_layer(name, module, options),)
     return f"unsupported type {type(module).__name__}"
 

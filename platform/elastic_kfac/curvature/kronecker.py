@@ -17,9 +17,9 @@ from elastic_kfac.curvature.factors import (
     linear_input_sum,
     linear_output_sum,
 )
-from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
-from elastic_kfac.curvature.preconditioning import EigenForm, InverseForm
-from elastic_kfac.curvature.sides import Diagonal, Side, bounded
+from elastic_kfac.curvature.layer import Layer, LayerState, Observation, Shape, Shapes
+from elastic_kfac.curvature.preconditioning import CorrectedForm, EigenForm, InputForm, InverseForm
+from elastic_kfac.curvature.sides import Diagonal, Side, Whole, bounded
 
 _SMALL = 8192
 """Elements of both factors together; beyond, products cost more than calls."""
@@ -38,7 +38,7 @@ class KroneckerLayer(Layer):
     """A weight matrix `[g, a]`, or `groups` of them; a bias is the last column, and every use of a weight
     that several modules share may have its own."""
 
-    factor_names = ("A", "G")
+    factor_names: tuple[str, ...] = ("A", "G")
     groups = 1
     many_positions = False
     _is_shared = False
@@ -66,15 +66,22 @@ class KroneckerLayer(Layer):
         self.a_dim = self.inputs + len(self.biases)
         self.sides: dict[str, Side] = {"A": self._input_side(), "G": self._side(self.g_dim)}
         """What is kept of a factor, by name."""
-        self._form = (
-            EigenForm(**self.sides, precompute=self.options.precompute)
-            if self.options.method == "eigen"
-            else InverseForm(**self.sides, split=self.options.inverse_damping)
-        )
+        self._form = self._chosen_form()
         size = self.groups * (self.a_dim**2 + self.g_dim**2)
         self._is_small = size <= _SMALL and all(
             getattr(type(self), name) is getattr(KroneckerLayer, name) for name in _STACKED
         )
+
+    def _chosen_form(self) -> EigenForm | InverseForm | InputForm:
+        options = self.options
+        if options.method == "one_sided":
+            self.sides, self.factor_names = {"A": self.sides["A"]}, ("A",)
+            return InputForm(self.sides["A"], Whole(self.g_dim))
+        if options.method == "ekfac":
+            return CorrectedForm(**self.sides, precompute=False)
+        if options.method == "eigen":
+            return EigenForm(**self.sides, precompute=options.precompute)
+        return InverseForm(**self.sides, split=options.inverse_damping)
 
     @property
     def stack_key(self) -> Hashable:
@@ -186,6 +193,13 @@ class KroneckerLayer(Layer):
         last: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         return self._form.decompose(factors, names, damping, last)
+
+    def corrected(self, state: LayerState, samples: float, decay: float) -> LayerState:
+        held = state.decomposition
+        if not isinstance(self._form, CorrectedForm) or not held or not self.has_gradient():
+            return state
+        parts = self._form.corrected(held, self.gradient(), samples, state.floor, decay)
+        return replace(state, decomposition={**held, **parts})
 
     def precondition(
         self,
@@ -360,6 +374,8 @@ class EmbeddingLayer(KroneckerLayer):
         damping: float,
         used: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(self._form, InputForm):
+            return super().precondition(decomposition, gradient, damping, used)
         # Rows of the table lie together in memory: the same from the other side.
         held = {
             name if name[0] == "E" else _OTHER[name[0]] + name[1:]: t.mT if name[0] == "E" else t

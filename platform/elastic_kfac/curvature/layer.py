@@ -68,8 +68,8 @@ class Observation(NamedTuple):
 class Layer(ABC):
     """Geometry and mathematics of one covered layer."""
 
-    factor_names: ClassVar[tuple[str, ...]]
-    """The factor of the output gradients last; the one of the inputs, if there is one, first."""
+    factor_names: tuple[str, ...]
+    """`A` of the inputs, `G` of the output gradients, or `F` of both."""
     guarded: ClassVar[bool] = False
     """Whether a non-finite result is replaced by the unpreconditioned gradient."""
 
@@ -77,6 +77,11 @@ class Layer(ABC):
         self.name = name
         self.module = module
         self.options = options
+
+    @property
+    def output_factor(self) -> str | None:
+        """The factor of the output gradients."""
+        return None if self.factor_names == ("A",) else self.factor_names[-1]
 
     # -- geometry -------------------------------------------------------------------------------
 
@@ -226,6 +231,11 @@ class Layer(ABC):
         Raises:
             NumericalError: If every fallback failed.
         """
+
+    def corrected(self, state: LayerState, samples: float, decay: float) -> LayerState:
+        """With eigenvalues that `.grad`, the mean over `samples`, has corrected; as it was for forms
+        without such (`CorrectedForm` has them). `decay` is the weight of the old ones."""
+        return state
 
     @abstractmethod
     def precondition(

@@ -1,4 +1,4 @@
-"""The two forms of (A ⊗ G + γI)⁻¹, and the KL clip. Matrices are `[..., g, a]` (see factors.py)."""
+"""The forms of (F + γI)⁻¹, and the KL clip. Matrices are `[..., g, a]` (see factors.py)."""
 
 from __future__ import annotations
 
@@ -77,24 +77,34 @@ class EigenForm:
             lambda a, g, held, part: replace(self, A=a, G=g)._applied(held, part, damping, least)
         )
 
+    def _onto(self, held: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        """A gradient in coordinates of the eigenvectors."""
+        x = _padded(gradient, self.A, self.G)
+        if "G_vectors" in held:
+            x = self.G.left_onto(held["G_vectors"], x)
+        if "A_vectors" in held:
+            x = self.A.right_onto(x, held["A_vectors"])
+        return x
+
+    def _back(self, held: Mapping[str, Tensor], x: Tensor, gradient: Tensor) -> Tensor:
+        if "G_vectors" in held:
+            x = self.G.left_back(held["G_vectors"], x)
+        if "A_vectors" in held:
+            x = self.A.right_back(x, held["A_vectors"])
+        return _cropped(x, gradient)
+
     def _applied(
         self, held: Mapping[str, Tensor], gradient: Tensor, damping: float, least: Tensor | None
     ) -> Tensor:
-        a_vectors, g_vectors = held.get("A_vectors"), held.get("G_vectors")
-        x = _padded(gradient, self.A, self.G)
-        if g_vectors is not None:
-            x = self.G.left_onto(g_vectors, x)
-        if a_vectors is not None:
-            x = self.A.right_onto(x, a_vectors)
+        x = self._onto(held, gradient)
         if least is None:
             x = x * held["E_reciprocal"]
         else:
-            x = x / self._denominator(held["A_values"], held["G_values"], damping, least)
-        if g_vectors is not None:
-            x = self.G.left_back(g_vectors, x)
-        if a_vectors is not None:
-            x = self.A.right_back(x, a_vectors)
-        return _cropped(x, gradient)
+            x = x / self._divisor(held, damping, least)
+        return self._back(held, x, gradient)
+
+    def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
+        return self._denominator(held["A_values"], held["G_values"], damping, least)
 
     def _least(self, a_values: Tensor, g_values: Tensor) -> Tensor:
         largest = self.G.values(g_values).amax(-1) * self.A.values(a_values).amax(-1)
@@ -106,6 +116,141 @@ class EigenForm:
         """`d_G d_Aᵀ + γ` `[..., g, a]`, at least `least_damping`."""
         a, g = self.A.values(a_values), self.G.values(g_values)
         return (g.unsqueeze(-1) * a.unsqueeze(-2)).add_(damping).clamp_(min=least)
+
+
+@dataclass(frozen=True)
+class CorrectedForm(EigenForm):
+    """EK-FAC: `Q [(Qᵀ D) / (S + γ)]` in the eigenbasis Q = Q_A ⊗ Q_G, where S are second moments of
+    per-sample gradients along Q instead of products of eigenvalues (George et al. 2018, as a running
+    average over batches).
+
+    S starts from the products and follows `_corrected`. With a new basis Q' it becomes the diagonal of
+    `Q'ᵀ Q S Qᵀ Q'`: the same curvature, seen from there.
+    """
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        both = (self.G.padded, self.A.padded)
+        return {**super().shapes, "E_moments": both, "E_mean": both}
+
+    def decompose(
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Eigendecompositions of both factors, S and the mean gradient in their basis."""
+        held = super().decompose(factors, names, damping, last)
+        if "E_moments" not in last:
+            a, g = self.A.values(held["A_values"]), self.G.values(held["G_values"])
+            moments = g.unsqueeze(-1) * a.unsqueeze(-2)
+            return {**held, "E_moments": moments, "E_mean": torch.zeros_like(moments)}
+        moments, mean = last["E_moments"], last["E_mean"]
+        if "A_vectors" in held:
+            turn = held["A_vectors"].mT @ last["A_vectors"]
+            moments, mean = self.A.right(moments, turn.square().mT), self.A.right(mean, turn.mT)
+        if "G_vectors" in held:
+            turn = held["G_vectors"].mT @ last["G_vectors"]
+            moments, mean = self.G.left(turn.square(), moments), self.G.left(turn, mean)
+        return {**held, "E_moments": self._pooled(held, moments), "E_mean": mean.contiguous()}
+
+    def corrected(
+        self,
+        held: Mapping[str, Tensor],
+        gradient: Tensor,
+        samples: float,
+        floor: float,
+        decay: float,
+    ) -> dict[str, Tensor]:
+        """S and the mean gradient m after a batch with mean gradient D.
+
+        With x = QᵀD, `S ← ρS + (1 − ρ) (B (1 + ρ)/2 (x − m)² + m² + floor·d_A)` and
+        `m ← ρm + (1 − ρ) x`: a mean over B samples has a B-th of their variance, and the distance to the
+        running mean `2/(1 + ρ)` times that. Without m, B x² would count the mean B times.
+
+        Args:
+            held: A decomposition.
+            gradient: D, matrix layout.
+            samples: B.
+            floor: What is added to G before it is decomposed.
+            decay: ρ.
+        """
+        x, mean = self._onto(held, gradient), held["E_mean"]
+        # The first one is no distance from a mean.
+        is_first = (mean == 0).all()
+        new_mean = torch.where(is_first, x, decay * mean + (1.0 - decay) * x)
+        apart = torch.where(is_first, 0.0, x - mean)
+        squares = (0.5 * samples * (1.0 + decay)) * apart.square() + new_mean.square()
+        squares = self._pooled(held, squares)
+        if floor:
+            squares = squares + floor * self.A.values(held["A_values"]).unsqueeze(-2)
+        moments = decay * held["E_moments"] + (1.0 - decay) * squares
+        usable = torch.isfinite(moments.sum())
+        return {
+            "E_moments": torch.where(usable, moments, held["E_moments"]),
+            "E_mean": torch.where(usable, new_mean, mean),
+        }
+
+    def _pooled(self, held: Mapping[str, Tensor], moments: Tensor) -> Tensor:
+        moments = self.A.pooled(moments, held["A_values"])
+        return self.G.pooled(moments.mT, held["G_values"]).mT.contiguous()
+
+    def precondition(
+        self,
+        held: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        moments = held["E_moments"]
+        least = least_damping(moments.amax((-2, -1), keepdim=True), moments.dtype)
+        needed = {n: t for n, t in held.items() if n.endswith("_vectors") or n == "E_moments"}
+        return _Pieces(self.A, self.G, needed, gradient, used).map(
+            lambda a, g, held, part: replace(self, A=a, G=g)._applied(held, part, damping, least)
+        )
+
+    def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
+        return (held["E_moments"] + damping).clamp_(min=least)
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """One side: `D (A + γI)⁻¹`, as if G were the identity (Benzing 2022)."""
+
+    A: Side
+    G: Side
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the inverse, without groups."""
+        return {"A_inverse": self.A.shape}
+
+    def decompose(
+        self,
+        factors: Mapping[str, Tensor],
+        names: tuple[str, ...],
+        damping: float,
+        last: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The inverse of A; γ is at least `least_damping`."""
+        typical = self.A.typical_eigenvalue(factors["A"])
+        shift = least_damping(typical, typical.dtype).clamp(min=damping)
+        return {"A_inverse": self.A.inverse(factors["A"], shift)}
+
+    def precondition(
+        self,
+        held: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        """P from D `[..., g, a]`, or from its `used` columns; the damping is inside the inverse."""
+        return _Pieces(self.A, self.G, held, gradient, used).map(self._applied)
+
+    @staticmethod
+    def _applied(a: Side, g: Side, held: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
+        return _cropped(a.right(_padded(gradient, a, g), held["A_inverse"]), gradient)
 
 
 @dataclass(frozen=True)
@@ -199,9 +344,9 @@ class _Pieces:
                 name: side.part(tensor, span) if name.startswith("GA"[axis]) else tensor
                 for name, tensor in held.items()
             }
-            if "E_reciprocal" in held:
-                whole = held["E_reciprocal"]
-                mine["E_reciprocal"] = whole[:, span] if axis else whole[span]
+            for name in ("E_reciprocal", "E_moments"):
+                if name in held:
+                    mine[name] = held[name][:, span] if axis else held[name][span]
             sides = (piece, g) if axis else (a, piece)
             (result[:, span] if axis else result[span]).copy_(apply(*sides, mine, part))
         return result

@@ -27,6 +27,9 @@ Shape = tuple[int, ...]
 _DIAGONAL_FROM = 8
 """Multiple of the limit."""
 
+_EQUAL = 1e-5
+"""Of the largest eigenvalue: those that differ by less are equal."""
+
 _SHARE = 16
 """Blocks together take this part of the memory of a whole factor at the limit."""
 
@@ -113,6 +116,14 @@ class Side(ABC):
     def values(self, eigenvalues: Tensor) -> Tensor:
         """Eigenvalues along a side of a matrix in coordinates of the eigenvectors."""
         return eigenvalues
+
+    def pooled(self, x: Tensor, values: Tensor) -> Tensor:
+        """`x [..., k, padded]`, in coordinates of the eigenvectors, with its mean in all those of the
+        least eigenvalue: rounding alone decides which vectors they are, as with zeros."""
+        least, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        chosen = (values <= least + _EQUAL * largest).unsqueeze(-2)
+        mean = (x * chosen).sum(-1, keepdim=True) / chosen.sum(-1, keepdim=True)
+        return torch.where(chosen, mean, x)
 
     def left(self, matrix: Tensor, x: Tensor) -> Tensor:
         """`M X` for `x [..., padded, k]`, with M as it is kept."""
@@ -296,6 +307,10 @@ class Blocks(Side):
     def values(self, eigenvalues: Tensor) -> Tensor:
         return eigenvalues.flatten(-2)
 
+    def pooled(self, x: Tensor, values: Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (self.count, self.size)).transpose(-3, -2)
+        return super().pooled(blocks, values).transpose(-3, -2).flatten(-2)
+
     def spans(self, length: int, total: int) -> list[slice]:
         return _spans(max(1, length // self.size) * self.size, total)
 
@@ -360,6 +375,9 @@ class Diagonal(Side):
 
     def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
         return 1.0 / (factor + shift)
+
+    def pooled(self, x: Tensor, values: Tensor) -> Tensor:
+        return x
 
     def spans(self, length: int, total: int) -> list[slice]:
         return _spans(max(1, length), total)

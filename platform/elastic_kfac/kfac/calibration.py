@@ -25,7 +25,7 @@ import torch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.curvature import inverses
 from elastic_kfac.paths import user_cache
-from elastic_kfac.placement.costs import CostModel, Method, fit_costs
+from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
 from elastic_kfac.placement.devices import NETWORK
 from elastic_kfac.placement.simulator import Calibration, Line, all_reduce_rounds
 
@@ -49,7 +49,7 @@ def measure_costs(
     for size in dimensions:
         root = torch.randn(size, 2 * size, generator=generator, dtype=dtype).to(device)
         factor = root @ root.t() / size
-        if method == "eigen":
+        if method in EIGEN:
             seconds.append(least_seconds(lambda f=factor: inverses.eigen(f), device, repeats))  # type: ignore[misc]
         else:
             seconds.append(
@@ -111,7 +111,7 @@ def measured(
         seconds_per_flop=least_seconds(lambda: matrix @ matrix, device, 10) / (2 * 256**3),
         network=NETWORK,
         # Four small products and a division in the eigen form, two products for inverses.
-        seconds_per_layer=(5 if method == "eigen" else 2)
+        seconds_per_layer=(5 if method in EIGEN else 2)
         * least_seconds(lambda: tiny @ tiny, device, 20),
     )
     _keep(path, {"kind": kind, "calibration": asdict(calibration)})

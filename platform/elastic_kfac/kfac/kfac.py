@@ -270,7 +270,8 @@ class KFAC:
             }
             if self.distribution.decider(i) == self.distribution.rank:
                 self.refresh.choose(layer, sums, divisors)
-            self.states[i] = layer.average(self.states[i], sums, divisors, decay)
+            state = layer.average(self.states[i], sums, divisors, decay)
+            self.states[i] = layer.corrected(state, statistics.counts[i][0], decay)
         keys = [(self.layers[i].name, name) for i in sorted(seen) for name in sorted(self._due[i])]
         self.refresh.agree(keys, self.steps, self._sum_over_ranks)
         return refreshed

@@ -35,16 +35,18 @@ def layer_shape(layer: Layer) -> LayerShape:
         )
     assert isinstance(layer, KroneckerLayer)
     diagonal = [shape[0] for shape in shapes.values() if len(shape) == 1]
-    a, g = (0 if len(shapes[name]) == 1 else shapes[name][-1] for name in ("A", "G"))
-    counts = [side.count if isinstance(side, Blocks) else 1 for side in layer.sides.values()]
-    ranks = [side.rank if isinstance(side, LowRank) else 0 for side in layer.sides.values()]
+    a, g = (shapes[n][-1] if len(shapes.get(n, ())) > 1 else 0 for n in ("A", "G"))
+    sides = layer.sides["A"], layer.sides.get("G")
+    counts = [side.count if isinstance(side, Blocks) else 1 for side in sides]
+    ranks = [side.rank if isinstance(side, LowRank) else 0 for side in sides]
     return LayerShape(
         layer.name,
         a,
         g,
         weights,
         layer.groups,
-        diagonal=sum(diagonal) or None,
+        diagonal=sum(diagonal) or (None if "G" in shapes else 0),
+        one_factor="G" not in shapes,
         a_blocks=counts[0],
         g_blocks=counts[1],
         a_rank=ranks[0],

@@ -15,7 +15,14 @@ from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.options import Rates, value_at
 from elastic_kfac.kfac.statistics import Statistics
-from elastic_kfac.kfac.trust_region import FLOOR, LossScale, StepRates, TrustRegion, kl_clip
+from elastic_kfac.kfac.trust_region import (
+    FLOOR,
+    InputScale,
+    LossScale,
+    StepRates,
+    TrustRegion,
+    kl_clip,
+)
 
 Total = Callable[[Tensor], Tensor]
 """The sum over ranks of a tensor to which each layer contributes on one rank. Collective."""
@@ -42,7 +49,8 @@ class StepBound:
         """Starts the rule afresh for these layers."""
         self._layers = layers
         if self._options.trust_region == "adaptive":
-            self.trust = TrustRegion([layer.name for layer in layers], layers[0].device)
+            kind = InputScale if self._options.method == "one_sided" else LossScale
+            self.trust = TrustRegion([layer.name for layer in layers], layers[0].device, kind)
 
     def tikhonov(self, damping: float) -> float:
         """What is added to F: γ in the units of the loss, and the curvature of weight decay.
@@ -54,12 +62,16 @@ class StepBound:
         if scale is None:
             return damping
         decay = self._options.weight_decay
-        return (damping - decay) * scale.fisher + decay * scale.gradient
+        return (damping - decay) * scale.fisher + decay * scale.step
 
     def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
         """With the adaptive rule, takes the scale of the loss and, into `states`, that of each layer's
         output gradients from the first statistics. Collective."""
         if self.trust is None:
+            return
+        if self._options.method == "one_sided":
+            if self.trust.scale is None:
+                self.trust.scale = self._input_scale(statistics, total)
             return
         layers = self._layers
         new = [i for i, (_, rows) in enumerate(statistics.counts) if rows and not states[i].floor]
@@ -67,7 +79,8 @@ class StepBound:
             return
         means = torch.zeros(len(layers), dtype=torch.float64, device=layers[0].device)
         for i in new:
-            name = layers[i].factor_names[-1]
+            name = layers[i].output_factor
+            assert name is not None
             squares = statistics.sums[i].get(name)
             if squares is not None:
                 divisor = statistics.normalizers(layers[i], i)[name]
@@ -84,6 +97,20 @@ class StepBound:
                 square = known[i] * math.prod(shape[:-1] or shape)
                 if 0 < square < math.inf and samples:
                     self.trust.scale = LossScale(math.sqrt(square), rows / samples)
+
+    def _input_scale(self, statistics: Statistics, total: Total) -> InputScale | None:
+        """c from gradients and inputs: `c² = ‖D‖² / tr A`, the mean over the layers, is the square of an
+        output gradient that all samples share."""
+        device = self._layers[0].device
+        squares = torch.zeros(len(self._layers), dtype=torch.float64, device=device)
+        for i, layer in enumerate(self._layers):
+            inputs = statistics.sums[i].get("A")
+            if inputs is not None and layer.has_gradient():
+                diagonal = inputs if inputs.dim() == 1 else inputs.diagonal(dim1=-2, dim2=-1)
+                trace = diagonal.sum() / statistics.normalizers(layer, i)["A"]
+                squares[i] = layer.gradient().square().sum() / trace
+        known = [x for x in total(squares).tolist() if 0 < x < math.inf]
+        return InputScale(math.sqrt(sum(known) / len(known))) if known else None
 
     def needs_all_columns(self, layer: Layer) -> bool:
         """Whether the first step of a layer must hold all columns: the adaptive rule sums up steps."""
@@ -155,5 +182,5 @@ class StepBound:
         if self.trust is None:
             product = float(total(self._product))
         else:  # its steps are those of the normalised loss
-            product = float(self._product) * (self.trust.scale or LossScale()).gradient
+            product = float(self._product) * (self.trust.scale or self.trust.kind()).step
         return product * (0.5 * size * size - size)

@@ -82,6 +82,33 @@ class LossScale:
         """D is this times larger than that of the normalised loss."""
         return self.positions * self.gradient
 
+    @property
+    def step(self) -> float:
+        """P is this times smaller than that of the normalised loss."""
+        return self.gradient
+
+    @property
+    def product(self) -> float:
+        """⟨P, D⟩ is this times larger than that of the normalised loss."""
+        return self.positions
+
+
+@dataclass(frozen=True)
+class InputScale(LossScale):
+    """Where F is the A of inputs alone, which knows nothing of the loss."""
+
+    @property
+    def fisher(self) -> float:
+        return 1.0
+
+    @property
+    def step(self) -> float:
+        return 1.0 / self.loss
+
+    @property
+    def product(self) -> float:
+        return self.loss**2
+
 
 @dataclass(frozen=True)
 class StepRates:
@@ -199,8 +226,10 @@ class TrustRegion:
         squares: δᵀ(F + γI)δ by layer, float64 [layers].
     """
 
-    def __init__(self, names: Sequence[str], device: torch.device) -> None:
-        self.names = tuple(names)
+    def __init__(
+        self, names: Sequence[str], device: torch.device, kind: type[LossScale] = LossScale
+    ) -> None:
+        self.names, self.kind = tuple(names), kind
         self.scale: LossScale | None = None
         self.largest_lr = 0.0
         self.steps_taken: dict[str, LastStep] = {}
@@ -240,14 +269,14 @@ class TrustRegion:
         Returns:
             (αν, Σ ⟨P_i, D_i⟩ of L), float64 scalars.
         """
-        scale = self.scale or LossScale()
+        scale = self.scale or self.kind()
         names = [self.names[index] for index in indices]
         before = [self.steps_taken.get(name) for name in names]
         table = self._table(indices, results, gradients, before, used)
         table = total(table)
         raw, usable = table[0].sum(), table.abs().amax() < math.inf
         table = torch.where(usable, table, 0.0)
-        products, slopes = (table[0] / scale.positions).abs(), table[1] / scale.loss
+        products, slopes = (table[0] / scale.product).abs(), table[1] / scale.loss
         self.largest_lr = max(self.largest_lr, *rates.lr)
         lr, momentum, whole = self._on_device(rates)
         relative = max(rates.lr) / self.largest_lr if self.largest_lr else 1.0
@@ -260,7 +289,7 @@ class TrustRegion:
         grown = momentum * (momentum * self.squares + 2 * factor * slopes)
         self.squares = (grown + factor.square() * products).clamp(min=0.0)
         if results:
-            torch._foreach_mul_(results, (factor * scale.gradient).to(results[0].dtype))
+            torch._foreach_mul_(results, (factor * scale.step).to(results[0].dtype))
         if is_linear:
             for place, (name, index, step) in enumerate(zip(names, indices, before, strict=True)):
                 value, columns = results[place], used[place]
@@ -316,7 +345,7 @@ class TrustRegion:
         lr, momentum = max(rates.lr), max(rates.momentum)
         if not gradients or not lr:
             return
-        torch._foreach_div_(gradients, (self.scale or LossScale()).loss)
+        torch._foreach_div_(gradients, (self.scale or self.kind()).loss)
         longest = PLAIN * (1.0 - momentum) / self.largest_lr
         scales = [(longest / norm).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
         torch._foreach_mul_(gradients, scales)
@@ -354,7 +383,7 @@ class TrustRegion:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continues from `saved()`; layers that it does not have start afresh."""
-        self.scale = None if saved["scale"] is None else LossScale(**saved["scale"])
+        self.scale = None if saved["scale"] is None else self.kind(**saved["scale"])
         self.largest_lr = float(saved["largest_lr"])
         for name in _SCALARS:
             setattr(self, name, self.squares.new_tensor(float(saved[name])))

@@ -4,7 +4,8 @@ Symbols of the traffic model (Pauloski et al., KAISA, SC'21), for layers with we
 
     s = Σ a² + g²               factors, on every rank
     e = Σ a² + g² + a g         decompositions in use, with the precomputed 1/(d_G d_Aᵀ + damping)
-        Σ a² + g² + a + g       ... without (eigenvalues instead); Σ a² + g² for inverses
+        Σ a² + g² + a + g       ... without (eigenvalues instead); Σ a² + g² for inverses,
+                                Σ a² for one side, 2 a g more than eigenvalues for EK-FAC
     w = Σ a g                   weights that K-FAC preconditions
 
 A grouped convolution counts once per group (`copies`). A factor of dimension 0 is diagonal and costs
@@ -22,7 +23,9 @@ import numpy as np
 
 from elastic_kfac.errors import UsageError
 
-Method = Literal["eigen", "inverse"]
+Method = Literal["eigen", "inverse", "ekfac", "one_sided"]
+EIGEN: tuple[Method, ...] = ("eigen", "ekfac")
+"""Those that decompose into eigenvectors."""
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,15 @@ def second_order_elements(
     total = 0
     for x in layers:
         total += x.vector_elements + x.diagonal_elements
-        if method == "inverse" or not x.is_pair:
+        if method in ("inverse", "one_sided") or not x.is_pair:
             continue
-        if precompute:
+        if precompute and method == "eigen":
             # The product holds what the diagonal would.
             total += x.product_elements - x.diagonal_elements
         else:
             total += x.value_elements
+        if method == "ekfac":
+            total += 2 * x.product_elements
     return total
 
 
@@ -146,7 +151,7 @@ def precondition_flops(layer: LayerShape, *, method: Method = "eigen") -> float:
     """
     a, g = 1.5 * layer.a_rank or layer.a_dim, 1.5 * layer.g_rank or layer.g_dim
     products = 2.0 * layer.weight_elements * (a + g)
-    return 2.0 * products if method == "eigen" else products
+    return 2.0 * products if method in EIGEN else products
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,7 @@ CHOLESKY_ONE_CORE = CostModel(c0=6.1e-5, c1=4.6e-10, p=2.65)
 
 def default_costs(method: Method) -> CostModel:
     """The stored measurement of a method, used before a calibration."""
-    return EIGH_ONE_CORE if method == "eigen" else CHOLESKY_ONE_CORE
+    return EIGH_ONE_CORE if method in EIGEN else CHOLESKY_ONE_CORE
 
 
 def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostModel:

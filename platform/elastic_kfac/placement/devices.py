@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic_kfac.errors import UsageError
-from elastic_kfac.placement.costs import CHOLESKY_ONE_CORE, EIGH_ONE_CORE, CostModel, Method
+from elastic_kfac.placement.costs import (
+    CHOLESKY_ONE_CORE,
+    EIGEN,
+    EIGH_ONE_CORE,
+    CostModel,
+    Method,
+)
 from elastic_kfac.placement.simulator import Calibration, Line
 
 NETWORK = Line(50e-6, 8.0 / 10e9)
@@ -32,7 +38,7 @@ class Device:
 
     def calibration(self, method: Method, network: Line = NETWORK) -> Calibration:
         """Its costs on a given network."""
-        costs = self.eigen if method == "eigen" else self.inverse
+        costs = self.eigen if method in EIGEN else self.inverse
         return Calibration(
             costs=costs,
             seconds_per_flop=1.0 / self.flops_per_s,

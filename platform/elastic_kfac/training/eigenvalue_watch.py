@@ -81,7 +81,7 @@ class EigenvalueWatch:
         begin = time.perf_counter()
         free = None
         # Free with eigendecompositions; other methods would have to decompose the factors for it.
-        is_free = self._config.kfac.method == "eigen"
+        is_free = self._config.kfac.method in ("eigen", "ekfac")
         if kfac is not None and (is_free or batch.eigenvalue == "kfac" or batch.report_both):
             from elastic_kfac.analysis.spectral_estimates import kfac_eigenvalue
 

@@ -174,6 +174,42 @@ SYSTEMS: dict[str, System] = {
         (*CONSTANT, "4-2-3-4"),
         kinds=("K-FAC",),
     ),
+    "ekfac": System(
+        {
+            **KFAC,
+            "kfac.method": "ekfac",
+            "kfac.trust_region": "adaptive",
+            "kfac.factor_update_steps": 1,
+        },
+        ("3-2-3",),
+        kinds=("EK-FAC",),
+    ),
+    "ekfac-memopt": System(
+        {**KFAC, "kfac.method": "ekfac", "kfac.grad_worker_frac": 1e-6},
+        ("4-2-3-4",),
+        kinds=("EK-FAC",),
+    ),
+    "osawa-ekfac": System({**OSAWA, "kfac.method": "ekfac"}, ("4-3-4",), kinds=("EK-FAC",)),
+    "kfac-one-sided": System(
+        {
+            **KFAC,
+            "kfac.method": "one_sided",
+            "kfac.trust_region": "adaptive",
+            "kfac.grad_worker_frac": 0.5,
+        },
+        ("4-2-3-4",),
+        kinds=("one-sided",),
+    ),
+    "osawa-one-sided": System(
+        {
+            **OSAWA,
+            "kfac.method": "one_sided",
+            "kfac.trust_region": "adaptive",
+            "kfac.kl_clip": 1e-3,
+        },
+        ("4-3-4",),
+        kinds=("one-sided",),
+    ),
     "kfac-low-rank": System(
         {
             **KFAC,
@@ -549,6 +585,8 @@ def test_every_kind_of_state_has_a_row_or_a_test_of_its_own() -> None:
         "adaptive refresh",
         "trust region",
         "low rank",
+        "EK-FAC",
+        "one-sided",
         "running mixup",
         "DistNewton",
         "ABS",

@@ -145,6 +145,10 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ),
     ("batch.growth must enlarge", {**ABS, "batch.growth": 1.01}),
     ("batch.eigenvalue=kfac needs kfac.enabled=true", {**ABS, **LOCAL, "batch.eigenvalue": "kfac"}),
+    (
+        "batch.eigenvalue=kfac needs kfac.method other than one_sided",
+        {**ABS, "batch.eigenvalue": "kfac", "kfac.method": "one_sided"},
+    ),
     ("adversarial.data_range must be [low, high]", {"adversarial.data_range": (1.0, 0.0)}),
     (
         "the radius of fgsm and pgd must be at most",

@@ -140,7 +140,10 @@ def step(model: nn.Module, kfac: KFAC, seed: int) -> None:
             p -= 0.1 * p.grad
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute": True}, {"method": "inverse"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precompute": True}, {"method": "inverse"}, {"method": "ekfac"}, {"method": "one_sided"}],
+)
 def test_large_gradients_in_pieces_equal_those_in_one_piece(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +184,8 @@ def test_groups_keep_blocks_of_their_own() -> None:
         ({}, {"max_factor_dim": 30}),
         ({"method": "inverse"}, {"max_factor_dim": 30}),
         ({"factor_rank": 5}, {"factor_rank": 6}),
+        ({"method": "ekfac"}, {"max_factor_dim": 30}),
+        ({"method": "one_sided"}, {"max_factor_dim": 30}),
     ],
 )
 @pytest.mark.parametrize("start", ["first", "identity"])
@@ -212,6 +217,8 @@ def test_state_continues_bit_for_bit_and_fits_no_other_bound(
         {"method": "inverse"},
         {"factor_rank": 5},
         {"factor_rank": 5, "precompute": True},
+        {"method": "ekfac"},
+        {"method": "one_sided"},
     ],
 )
 def test_plan_has_the_memory_of_what_is_kept_to_the_byte(options: dict[str, object]) -> None:
