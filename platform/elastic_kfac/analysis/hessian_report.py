@@ -29,6 +29,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.errors import NumericalError, UsageError
+from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import create_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.tasks.task import SumLoss
@@ -172,7 +173,7 @@ def check_before_start(config: Config, *, workers_here: int | None) -> None:
     with open_split(config, config.data.train_split) as dataset, torch.device("meta"):
         model = create_model(
             config.model.name,
-            dataset.num_outputs,
+            make_task(config, dataset.columns).num_outputs(dataset.columns),
             dataset.input_shape,
             columns=dataset.columns,
             **config.model.arguments,

@@ -92,8 +92,7 @@ def _make(
         reused = " (already existed)" if not part["made"] else ""
         shards = "1 shard" if part["shards"] == 1 else f"{part['shards']} shards"
         print(
-            f"{name}: {part['samples']:,} samples of {part['classes']} classes in "
-            f"{shards}, {size:.1f} MiB{reused}"
+            f"{name}: {part['samples']:,} samples {part['of']} in {shards}, {size:.1f} MiB{reused}"
         )
         if bad := part["bad"]:
             what = "1 bad image" if len(bad) == 1 else f"{len(bad)} bad images"
@@ -112,7 +111,7 @@ def _tasks_on(address: str | None) -> Any:
 
 def _draw(uri: str, splits: dict[str, Any], target: Path, max_pixels: int) -> None:
     """Draws a sheet per split and adds its path to `splits`; several get the split's name."""
-    from elastic_kfac.data.inspection import contact_sheet
+    from elastic_kfac.data.contact_sheet import contact_sheet
     from elastic_kfac.data.manifest import open_splits
 
     if target.suffix.lower() != ".png":

@@ -17,7 +17,8 @@ class DataConfig(Section):
     able to read it."""
     source: str | None = None
     """Source from which `train` writes the shards if there are none (`digits`, `parquet:PATH`,
-    `imagefolder:PATH`, `ilsvrc:DIR`, `torchvision:NAME`); null requires existing shards."""
+    `imagefolder:PATH`, `ilsvrc:DIR`, `torchvision:NAME`, `text:PATH`, `table:PATH?targets=NAME`,
+    `masks:DIR`, `coco:PATH`, `python:package.module:factory`); null requires existing shards."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "test"

@@ -182,6 +182,12 @@ def _leaves_the_data(config: Config) -> bool:
 
 _ORDER = (
     Rule(
+        "train.target_accuracy is short for train.target",
+        ("train.target_accuracy", "train.target"),
+        lambda c: c.train.target is not None and c.train.target_accuracy is not None,
+        "leave one of them out",
+    ),
+    Rule(
         "train.micro_batch_size must be at most train.global_batch_size",
         ("train.micro_batch_size", "train.global_batch_size"),
         lambda c: (c.train.micro_batch_size or 0) > c.train.global_batch_size,

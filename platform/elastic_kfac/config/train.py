@@ -24,9 +24,20 @@ class TaskConfig(Section):
     """What is learned: the loss, and the metrics of evaluations."""
 
     name: str = "classification"
-    """`classification`, or `package.module:factory` of a person's own `elastic_kfac.Task`."""
+    """`classification`, `regression`, `segmentation`, `causal_lm`, `masked_lm`,
+    `sequence_classification`, `autoencoding`, `detection`, or `package.module:factory` of a person's own
+    `elastic_kfac.tasks.task.Task`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
+
+
+class Target(Section):
+    """What a run is to reach on the evaluation split."""
+
+    metric: str = "accuracy"
+    """A metric of the task, or `loss`."""
+    value: float
+    """At least this for metrics like accuracy, at most this for metrics like perplexity and the loss."""
 
 
 class TrainConfig(Section):
@@ -41,10 +52,12 @@ class TrainConfig(Section):
     pass per step."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, sample order, augmentation and every other random draw."""
+    target: Target | None = None
+    """Metric and value on the evaluation split whose time is reported as `time_to_target_s`."""
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Accuracy on the evaluation split whose time is reported as `time_to_accuracy_s`."""
+    """Short for `target: {metric: accuracy, value: …}`."""
     stop_at_target: bool = False
-    """End the run when `target_accuracy` is reached."""
+    """End the run when the target is reached."""
     eval_every_epochs: Annotated[float, Field(gt=0)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 512
@@ -68,3 +81,10 @@ class TrainConfig(Section):
     loss: str = "cross_entropy"
     """Loss of classification: `cross_entropy`, `mse` (against one-hot targets), or
     `package.module:factory`."""
+
+    @property
+    def goal(self) -> Target | None:
+        """The target, however it was written."""
+        if self.target is None and self.target_accuracy is not None:
+            return Target(value=self.target_accuracy)
+        return self.target

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from elastic_kfac.data.batch import Batch, Fields
+from elastic_kfac.data.contact_sheet import contact_sheet
 from elastic_kfac.data.inspection import (
     VerifyReport,
-    contact_sheet,
     describe_shards,
     verify_shards,
 )

@@ -69,9 +69,9 @@ def tensors_of(value: Value) -> list[Tensor]:
     return [value]
 
 
-def twice(value: Value) -> Value:
-    """The same samples once more behind themselves."""
-    return mapped(value, lambda tensor: torch.cat([tensor, tensor]))
+def twice(value: Value, count: int) -> Value:
+    """The same `count` samples once more behind themselves; tensors of other lengths belong to none."""
+    return mapped(value, lambda t: torch.cat([t, t]) if len(t) == count else t)
 
 
 def real_positions(inputs: Value) -> Tensor | None:

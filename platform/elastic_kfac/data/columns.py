@@ -88,9 +88,9 @@ class Column:
         if self.kind == "class":
             return pa.int32()
         if self.kind == "tokens":
-            return pa.list_(pa.field("item", pa.int32(), nullable=False))
+            return pa.list_(pa.field("element", pa.int32(), nullable=False))
         if self.kind == "boxes":
-            return pa.list_(pa.field("item", pa.float32(), nullable=False))
+            return pa.list_(pa.field("element", pa.float32(), nullable=False))
         if self.encoding == "encoded":
             return pa.binary()
         assert self.shape is not None

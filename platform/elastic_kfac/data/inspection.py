@@ -1,4 +1,4 @@
-"""Looking at finished shard sets: verification, description, a picture of their samples."""
+"""Looking at finished shard sets: verification and description."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image
 
-from elastic_kfac.data.cache import OpenShard, ShardCache
 from elastic_kfac.data.column_statistics import Measured
 from elastic_kfac.data.columns import BOX, KEY, Column
 from elastic_kfac.data.decode import (
@@ -26,7 +24,6 @@ from elastic_kfac.data.decode import (
     check_mask,
     decode_mask,
     decode_rgb,
-    resize_box,
 )
 from elastic_kfac.data.manifest import (
     ShardInfo,
@@ -36,13 +33,8 @@ from elastic_kfac.data.manifest import (
     open_splits,
     read_shard_table,
 )
-from elastic_kfac.data.order import SOURCE_SHUFFLE, permutation, stream_key
 from elastic_kfac.data.storage import join_uri
 from elastic_kfac.errors import DataError
-
-_MOST_CLASSES: Final = 32
-"""Rows of a contact sheet."""
-_GAP: Final = 2
 
 
 @dataclass(frozen=True)
@@ -149,63 +141,6 @@ def _described(shard_set: ShardSet) -> dict[str, Any]:
     return found
 
 
-def contact_sheet(
-    shard_set: ShardSet,
-    target: str | Path,
-    *,
-    per_class: int = 10,
-    cell: int = 48,
-    max_pixels: int = MAX_PIXELS,
-) -> int:
-    """Writes a PNG with a row of `per_class` samples for each of the first classes.
-
-    The samples come from as few shards as possible and are the same every time.
-
-    Args:
-        shard_set: One split.
-        target: The PNG to write.
-        per_class: Samples per row.
-        cell: Height and width of a sample, pixels.
-        max_pixels: Bound on the pixels of one image.
-
-    Returns:
-        The number of samples on the sheet.
-
-    Raises:
-        DataError: If a shard is missing or corrupt.
-    """
-    of_class = shard_set.column("class")
-    if shard_set.image is None or of_class is None:
-        raise DataError(
-            "a contact sheet shows images and their classes",
-            given=", ".join(f"{column.name} ({column.kind})" for column in shard_set.columns),
-        )
-    classes = min(of_class.num_classes, _MOST_CLASSES)
-    wanted = np.minimum(np.array(of_class.class_counts[:classes]), per_class)
-    placed = np.zeros(classes, dtype=np.int64)
-    side = cell + _GAP
-    sheet = np.full((classes * side + _GAP, per_class * side + _GAP, 3), 255, dtype=np.uint8)
-    with tempfile.TemporaryDirectory(prefix="contact-sheet-") as folder:
-        cache = ShardCache(folder, 1 << 50)
-        for index in range(len(shard_set.shards)):
-            if (placed >= wanted).all():
-                break
-            shard = cache.open(shard_set, index)
-            labels = shard.values[of_class.name]
-            key = stream_key(SOURCE_SHUFFLE, index)
-            for row in permutation(key, np.arange(shard.num_rows, dtype=np.int64)).tolist():
-                label = int(labels[row])
-                if label >= classes or placed[label] >= wanted[label]:
-                    continue
-                top, left = _GAP + label * side, _GAP + int(placed[label]) * side
-                image = resize_box(_pixels(shard_set, shard, row, max_pixels), (cell, cell))
-                sheet[top : top + cell, left : left + cell] = image
-                placed[label] += 1
-        cache.close()
-    Image.fromarray(sheet).save(target, "PNG")
-    return int(placed.sum())
-
-
 def _check_size(shard_set: ShardSet, shard: ShardInfo) -> None:
     where = join_uri(shard_set.uri, shard.file)
     size = shard_set.storage.size(shard.file)
@@ -290,19 +225,3 @@ def _undecodable(
         for row, problem in enumerate(pool.map(check, images)):
             if problem is not None:
                 yield row, problem
-
-
-def _pixels(shard_set: ShardSet, shard: OpenShard, row: int, max_pixels: int) -> NDArray[np.uint8]:
-    """RGB, [height, width, 3]; other channel counts show their first channel as grey."""
-    image = shard_set.image
-    assert image is not None
-    if image.encoding == "encoded":
-        try:
-            return decode_rgb(shard.item(image.name, row), max_pixels=max_pixels)
-        except UndecodableImage as error:
-            where = f"{join_uri(shard_set.uri, shard_set.split)}, {shard.key(row)}"
-            raise DataError("undecodable image", given=where, change=str(error)) from None
-    assert image.shape is not None
-    planes = shard.values[image.name][row].reshape(image.shape)
-    rgb = planes if len(planes) == 3 else planes[:1].repeat(3, axis=0)
-    return np.ascontiguousarray(rgb.transpose(1, 2, 0))

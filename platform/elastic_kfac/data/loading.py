@@ -102,15 +102,18 @@ class Geometry:
         height, width = self.size
         scale = np.array([width / (right - left), height / (bottom - top)] * 2, dtype=np.float32)
         edges = (boxes[:, :4] - np.array([left, top] * 2, dtype=np.float32)) * scale
-        flip, down, across = bool(self.flips[place]), 0, 0
-        if self.shifts is not None:
-            down, across = self.shifts.down[place], self.shifts.across[place]
-            edges += np.array([across, down] * 2, dtype=np.float32)
-            flip ^= self.shifts.flip[place]
         limits = np.array([width, height] * 2, dtype=np.float32)
         whole = np.prod(edges[:, 2:] - edges[:, :2], axis=1)
         edges = np.clip(edges, 0, limits)
-        if flip:
+        flips = [bool(self.flips[place])]
+        if self.shifts is not None:
+            # The window moves, not the image; what was cut off before does not come back.
+            edges -= np.array(
+                [self.shifts.across[place], self.shifts.down[place]] * 2, dtype=np.float32
+            )
+            edges = np.clip(edges, 0, limits)
+            flips.append(self.shifts.flip[place])
+        if sum(flips) == 1:
             edges[:, [0, 2]] = width - edges[:, [2, 0]]
         kept = np.prod(edges[:, 2:] - edges[:, :2], axis=1) > 0.1 * whole
         return np.concatenate([edges, boxes[:, 4:]], axis=1)[kept]

@@ -381,9 +381,27 @@ class _Making:
             "reused": reused,
             "bytes": shard_set.num_bytes,
             "classes": shard_set.num_classes,
+            "of": _words(shard_set),
             "manifest_sha256": shard_set.manifest_sha256,
             "bad": bad,
         }
+
+
+def _words(shard_set: ShardSet) -> str:
+    """What a sample is, in words."""
+    kinds = [column.kind for column in shard_set.columns]
+    if kinds == ["image", "class"]:
+        return f"of {shard_set.num_classes} classes"
+    parts = []
+    for column in shard_set.columns:
+        size = f" of {column.num_classes} classes" if column.class_names else ""
+        if column.kind == "tokens":
+            span = f"{column.shortest} to " if column.is_padded else ""
+            size = f" of {span}{column.longest} tokens"
+        elif column.kind == "tensor":
+            size = f" of {'×'.join(map(str, column.shape or ()))} numbers"
+        parts.append(f"{column.name}{size}")
+    return f"({', '.join(parts)})"
 
 
 def _write_parquet(task: ShardTask, data: SourceSplit, path: Path) -> dict[str, Any]:

@@ -105,14 +105,16 @@ def horizontal_log_scale(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def mark_target(axes: Axes, target: float | None, *, at_left: bool = False) -> None:
-    """A dashed line at the target accuracy, with its value."""
+def mark_target(
+    axes: Axes, target: float | None, *, at_left: bool = False, is_share: bool = True
+) -> None:
+    """A dashed line at the target, with its value."""
     if target is None:
         return
     colour = SOFT if at_left else ACCENT
     axes.axhline(target, color=colour, lw=1, ls=(0, (4, 3)), zorder=1)
     axes.annotate(
-        f"target {target:.1%}",
+        f"target {target:.1%}" if is_share else f"target {target:.4g}",
         (0.01 if at_left else 0.995, target),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",

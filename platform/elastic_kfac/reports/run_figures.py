@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from elastic_kfac.observability.quality import quality_of
 from elastic_kfac.reports.figures import (
     ACCENT,
     EVALUATION,
@@ -38,23 +39,24 @@ Points = list[tuple[float, float]]
 
 
 def learning_figure(run: Run) -> Markup:
-    """Accuracy and loss, over steps and over wall time, above a band of the world size."""
+    """The main metric and loss, over steps and over wall time, above a band of the world size."""
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(3, 3, 0.45))
         horizontals: tuple[Horizontal, ...] = ("step", "wall_time_s")
         for column, horizontal in enumerate(horizontals):
-            accuracy, loss, band = (row[column] for row in rows)
+            quality, loss, band = (row[column] for row in rows)
             by = "step" if horizontal == "step" else "wall time"
-            _draw_accuracy(accuracy, run, horizontal)
+            _draw_quality(quality, run, horizontal)
             values = [number(row, "loss") for row in run.steps]
             _line_and_trend(loss, run, horizontal, values, TRAINING, EVALUATION)
             if any(value is not None and value > 0 for value in values):
                 plain_log_scale(loss)
             _draw_band(band, run, horizontal)
-            for axes in (accuracy, loss):
+            for axes in (quality, loss):
                 _mark_changes(axes, run, horizontal)
-            accuracy.set_title(f"Accuracy by {by}")
+            label = quality_of(run.metric).label
+            quality.set_title(f"{label[0].upper()}{label[1:]} by {by}")
             loss.set_title(f"Training loss by {by}")
 
     return drawn("learning", draw, (11, 6.2))
@@ -102,15 +104,17 @@ def curvature_figure(run: Run) -> Markup:
     return drawn("curvature", draw, _HALF)
 
 
-def _draw_accuracy(axes: Axes, run: Run, horizontal: Horizontal) -> None:
-    training = [number(row, "accuracy") for row in run.steps]
+def _draw_quality(axes: Axes, run: Run, horizontal: Horizontal) -> None:
+    training = [number(row, run.metric) for row in run.steps]
     _line_and_trend(axes, run, horizontal, training, None, TRAINING, label="training batches")
     index = 0 if horizontal == "step" else 1
     points = [(float(each[index] or 0), each[2]) for each in run.evaluations]
     plot_points(axes, points, "-o", color=EVALUATION, lw=1.8, ms=3.2, label="test set")
-    mark_target(axes, run.target_accuracy)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    if axes.lines:
+    is_share = quality_of(run.metric).is_share
+    mark_target(axes, run.target_value, is_share=is_share)
+    if is_share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if axes.lines and is_share:
         axes.set_ylim(top=1.02)
     if axes.get_legend_handles_labels()[0] and horizontal == "step":
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.02))

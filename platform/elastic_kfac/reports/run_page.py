@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from elastic_kfac.observability.metric_names import METRICS
+from elastic_kfac.observability.quality import quality_of, shown_quality
 from elastic_kfac.reports.analysis import analysis_section
 from elastic_kfac.reports.pages import Cell, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
@@ -66,14 +67,15 @@ def render_report(run: Run) -> str:
 
 
 def _tiles(run: Run) -> dict[str, str]:
-    best, target, reached = run.best_accuracy, run.target_accuracy, run.time_to_accuracy_s
+    best, target, reached = run.best_value, run.target_value, run.time_to_target_s
     loss = next((v for row in reversed(run.steps) if (v := number(row, "loss")) is not None), None)
     sizes = " → ".join(map(str, run.world_sizes[-6:]))
     if len(run.world_sizes) > 6:
         sizes = "… → " + sizes
-    to_target = "time to accuracy" if target is None else f"time to {target:.1%}"
+    label = quality_of(run.metric).label
+    to_target = f"time to {label}" if target is None else f"time to {_goal(run.metric, target)}"
     return {
-        "best accuracy": "–" if best is None else f"{best:.2%}",
+        f"best {label}": "–" if best is None else shown_quality(run.metric, best),
         to_target: "–" if reached is None else duration(reached),
         "committed steps": f"{run.last_step:,}",
         "workers": sizes or "–",
@@ -82,6 +84,10 @@ def _tiles(run: Run) -> dict[str, str]:
         "training loss": "–" if loss is None else f"{loss:.3g}",
         "wall time": duration(run.wall_time_s),
     }
+
+
+def _goal(metric: str, target: float) -> str:
+    return f"{target:.1%}" if quality_of(metric).is_share else f"{target:.4g}"
 
 
 def _events(events: Sequence[Row]) -> Table:

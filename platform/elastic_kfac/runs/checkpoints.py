@@ -178,7 +178,7 @@ def restored(
         # The checkpoint has the weights; the file of the initial ones may be gone.
         model = build_model(
             config.model.model_copy(update={"initial_weights": None}),
-            num_outputs=opened.train.num_outputs,
+            num_outputs=make_task(config, opened.train.columns).num_outputs(opened.train.columns),
             input_shape=opened.train.input_shape,
             columns=opened.train.columns,
             seed=train.seed,

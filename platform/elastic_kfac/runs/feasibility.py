@@ -51,7 +51,8 @@ class Sized:
         if input_shape is None:
             with open_split(config, config.data.train_split) as split:
                 columns, input_shape = split.columns, split.input_shape
-                normalization, num_outputs = split.normalization, split.num_outputs
+                normalization = split.normalization
+            num_outputs = make_task(config, columns).num_outputs(columns)
         else:
             columns, normalization = _columns_of(config, input_shape, num_classes), None
             num_outputs = num_classes
@@ -145,7 +146,7 @@ def check_parts(config: Config) -> None:
             task.sums(outputs, targets)
             task.records(outputs, targets)
             loss = task.loss(outputs, targets)
-            doubled = task.loss(twice(outputs), twice(targets))
+            doubled = task.loss(twice(outputs, 2), twice(targets, 2))
             values = [float(loss), float(doubled)]
         except ElasticKfacError:
             raise

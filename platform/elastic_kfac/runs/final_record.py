@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from elastic_kfac.config import Config
+from elastic_kfac.observability.quality import target_columns
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import ROW, Rows, from_parquet, to_parquet
 from elastic_kfac.state.run_folder import RunFolder
@@ -49,10 +50,13 @@ def result_row(config: Config, outcome: Outcome) -> dict[str, Any]:
         "steps": progress.step,
         "epochs": outcome.fractional_epoch,
         "samples_committed": progress.samples_committed,
-        "best_accuracy": progress.best_accuracy,
-        "target_accuracy": config.train.target_accuracy,
-        "time_to_accuracy_s": progress.time_to_accuracy_s,
-        "train_time_to_accuracy_s": progress.train_time_to_accuracy_s,
+        **target_columns(
+            outcome.metric,
+            best=progress.best_value,
+            target=None if config.train.goal is None else config.train.goal.value,
+            time_s=progress.time_to_target_s,
+            train_time_s=progress.train_time_to_target_s,
+        ),
         "train_time_s": progress.train_time_s,
         "computation_s": progress.computation_s,
         "communication_s": progress.communication_s,

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from elastic_kfac.observability.quality import Direction, is_worse, quality_of
 from elastic_kfac.state.run_folder import Row, RunFolder
 
 FINISHED = "finished"
@@ -68,15 +69,29 @@ class Run:
 
     @cached_property
     def evaluations(self) -> list[tuple[int, float, float, float | None]]:
-        """(step, wall time [s], accuracy, loss) of every evaluation."""
+        """(step, wall time [s], value of `metric`, loss) of every evaluation."""
         found = []
         for row in self.metrics:
-            if is_evaluation(row) and number(row, "step") is not None:
-                accuracy = number(row, "eval_accuracy")
-                if accuracy is not None:
-                    wall = number(row, "wall_time_s") or 0.0
-                    found.append((int(row["step"]), wall, accuracy, number(row, "eval_loss")))
+            value = number(row, f"eval_{self.metric}")
+            if value is not None and number(row, "step") is not None:
+                wall = number(row, "wall_time_s") or 0.0
+                found.append((int(row["step"]), wall, value, number(row, "eval_loss")))
         return found
+
+    @cached_property
+    def metric(self) -> str:
+        """The metric of the target, or else the most important one of the task."""
+        target = self.config.get("train", {}).get("target")
+        named = target.get("metric") if isinstance(target, dict) else None
+        rows = (row.get("metric") for row in reversed(self.metrics) if is_evaluation(row))
+        return str((self.result or {}).get("metric") or named or next(rows, None) or "accuracy")
+
+    @cached_property
+    def direction(self) -> Direction:
+        """Whether larger or smaller values of `metric` are better."""
+        rows = (row.get("direction") for row in reversed(self.metrics) if is_evaluation(row))
+        own: Direction = "min" if next(rows, None) == "min" else "max"
+        return quality_of(self.metric, own).direction
 
     @cached_property
     def segments(self) -> list[Segment]:
@@ -134,32 +149,49 @@ class Run:
         return (first, last) if above else None
 
     @property
-    def best_accuracy(self) -> float | None:
-        """Best evaluation accuracy so far."""
-        given = number(self.result or {}, "best_accuracy")
-        seen = [accuracy for _, _, accuracy, _ in self.evaluations]
-        return given if given is not None else max(seen, default=None)
+    def best_value(self) -> float | None:
+        """Best value of `metric` so far."""
+        given = self._of_result("best_value", "best_accuracy")
+        seen = [value for _, _, value, _ in self.evaluations]
+        if given is not None or not seen:
+            return given
+        return max(seen) if self.direction == "max" else min(seen)
 
     @property
-    def last_accuracy(self) -> float | None:
-        """Accuracy of the last evaluation."""
+    def last_value(self) -> float | None:
+        """Value of `metric` in the last evaluation."""
         return self.evaluations[-1][2] if self.evaluations else None
 
     @property
-    def target_accuracy(self) -> float | None:
-        """The target accuracy; None without a target."""
-        given = number(self.result or {}, "target_accuracy")
-        asked = number(self.config.get("train", {}), "target_accuracy")
+    def target_value(self) -> float | None:
+        """Value of `metric` to reach; None without a target."""
+        given = self._of_result("target_value", "target_accuracy")
+        train = self.config.get("train", {})
+        target = train.get("target")
+        if isinstance(target, dict):
+            asked = number(target, "value")
+        else:
+            asked = number(train, "target_accuracy")
         return given if given is not None else asked
 
     @property
-    def time_to_accuracy_s(self) -> float | None:
+    def time_to_target_s(self) -> float | None:
         """Wall-clock seconds to the target, downtime and evaluation included."""
-        given = number(self.result or {}, "time_to_accuracy_s")
-        target = self.target_accuracy
+        given = self._of_result("time_to_target_s", "time_to_accuracy_s")
+        target = self.target_value
         if given is not None or target is None:
             return given
-        return next((wall for _, wall, acc, _ in self.evaluations if acc >= target), None)
+        reached = (
+            wall
+            for _, wall, value, _ in self.evaluations
+            if not is_worse(value, target, self.direction)
+        )
+        return next(reached, None)
+
+    def _of_result(self, name: str, before: str) -> float | None:
+        """A number of the result, which runs of earlier versions have under another name."""
+        given = number(self.result or {}, name)
+        return number(self.result or {}, before) if given is None else given
 
     @property
     def last_step(self) -> int:
@@ -215,7 +247,7 @@ def read_run(uri: str | Path) -> Run:
 
 def is_evaluation(row: Row) -> bool:
     """Whether a row of `metrics.jsonl` comes from an evaluation."""
-    return "eval_accuracy" in row
+    return "eval_loss" in row or "eval_accuracy" in row
 
 
 def is_step(row: Row) -> bool:

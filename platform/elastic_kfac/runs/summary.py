@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elastic_kfac.observability.quality import is_worse, quality_of, shown_quality, worded
 from elastic_kfac.runs.history import Row, Run, number
 
 
@@ -22,35 +23,44 @@ def headline(run: Run) -> str:
 
 
 def _outcome(run: Run) -> str:
-    best, target, reached = run.best_accuracy, run.target_accuracy, run.time_to_accuracy_s
+    best, target, reached = run.best_value, run.target_value, run.time_to_target_s
+    name = run.metric
+    words = "" if best is None else worded(name, best)
     if run.result is None:
         text = f"Running or crashed: step {run.last_step:,} after {duration(run.wall_time_s)}"
-        return text + (f", {best:.2%} test accuracy so far" if best is not None else "")
+        return text + (f", {words} so far" if words else "")
     if run.result.get("error"):
         return f"Failed at step {run.last_step:,} ({str(run.result['error']).rstrip('.')})"
     if not run.finished:
         return f"Ended as “{run.result.get('status', 'unknown')}” at step {run.last_step:,}" + (
-            f" with {best:.2%} test accuracy" if best is not None else ""
+            f" with {words}" if words else ""
         )
     if run.divergence is not None:
         begin, end = run.divergence
         text = (
             f"Diverged: the training loss is {end:.4g} at the end and was {begin:.4g} at the start"
         )
-        return text + (f" (best test accuracy {best:.2%} on the way)" if best is not None else "")
+        if best is None:
+            return text
+        label = quality_of(name).label
+        return text + f" (best test {label} {shown_quality(name, best)} on the way)"
     if best is None:
         return f"Finished {run.last_step:,} steps in {duration(run.wall_time_s)}"
-    last = run.last_accuracy
-    fell = last is not None and last < best and f"{last:.2%}" != f"{best:.2%}"
-    ended = f", but ended at {last:.2%}" if fell else ""
+    last, shown = run.last_value, shown_quality(name, best)
+    fell = (
+        last is not None
+        and is_worse(last, best, run.direction)
+        and shown_quality(name, last) != shown
+    )
+    ended = f", but ended at {shown_quality(name, last)}" if fell and last is not None else ""
     if target is None:
-        return f"Reached {best:.2%} test accuracy in {duration(run.wall_time_s)}{ended}"
+        return f"Reached {words} in {duration(run.wall_time_s)}{ended}"
     if reached is None:
-        return f"Missed the target of {target:.2%} test accuracy with {best:.2%}{ended}"
-    ended = f", at the end {last:.2%}" if fell else ""
-    if last is not None and last < target:
-        ended += ", below the target"
-    return f"Reached {target:.2%} test accuracy in {duration(reached)} (best {best:.2%}{ended})"
+        return f"Missed the target of {worded(name, target)} with {shown}{ended}"
+    ended = f", at the end {shown_quality(name, last)}" if fell and last is not None else ""
+    if last is not None and is_worse(last, target, run.direction):
+        ended += ", below the target" if run.direction == "max" else ", above the target"
+    return f"Reached {worded(name, target)} in {duration(reached)} (best {shown}{ended})"
 
 
 def advice(run: Run) -> str:

@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,12 @@ _TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
 """Marks of the skeleton of a nested state: no pickle."""
 
 Buffer = npt.NDArray[np.uint8]
+_RENAMED = {
+    "best_accuracy": "best_value",
+    "time_to_accuracy_s": "time_to_target_s",
+    "train_time_to_accuracy_s": "train_time_to_target_s",
+}
+"""Fields of `Progress` in earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +65,30 @@ class Progress:
     """Evaluation points passed."""
     analyses: int = 0
     """Analysis points passed."""
-    best_accuracy: float | None = None
-    time_to_accuracy_s: float | None = None
-    train_time_to_accuracy_s: float | None = None
+    best_value: float | None = None
+    """Of the metric of the run's target, or else the most important one of its task."""
+    time_to_target_s: float | None = None
+    train_time_to_target_s: float | None = None
 
     def evaluated(
-        self, accuracy: float, points: int, target: float | None, wall_time_s: float
+        self,
+        value: float,
+        points: int,
+        target: float | None,
+        wall_time_s: float,
+        direction: Literal["max", "min"] = "max",
     ) -> Progress:
-        """Progress after evaluation number `points`; the first accuracy at `target` stops the clock."""
-        best = accuracy if self.best_accuracy is None else max(accuracy, self.best_accuracy)
-        progress = replace(self, best_accuracy=best, evaluations=points)
-        if target is None or accuracy < target or progress.time_to_accuracy_s is not None:
+        """Progress after evaluation number `points`; the first value at `target` stops the clock."""
+        best = value
+        if self.best_value is not None:
+            best = (max if direction == "max" else min)(value, self.best_value)
+        progress = replace(self, best_value=best, evaluations=points)
+        if target is None or progress.time_to_target_s is not None:
+            return progress
+        if not (value >= target if direction == "max" else value <= target):
             return progress
         return replace(
-            progress,
-            time_to_accuracy_s=wall_time_s,
-            train_time_to_accuracy_s=progress.train_time_s,
+            progress, time_to_target_s=wall_time_s, train_time_to_target_s=progress.train_time_s
         )
 
 
@@ -200,7 +214,13 @@ class TrainingState:
         segments = tuple(Segment(**segment) for segment in meta["segments"])
         return cls(
             # Earlier versions had `started_at` in the place of `wall_time_s`.
-            progress=Progress(**{k: v for k, v in meta["progress"].items() if k != "started_at"}),
+            progress=Progress(
+                **{
+                    _RENAMED.get(name, name): value
+                    for name, value in meta["progress"].items()
+                    if name != "started_at"
+                }
+            ),
             tensors=tensors,
             skeleton=meta["skeleton"],
             ledger=LedgerValue(segments, tail, tuple(meta["world_sizes"])),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,17 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kfac.config import TrainConfig
+from elastic_kfac.data.batch import Batch, Fields, outputs_for
+from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.imports import is_reference, load_reference
 from elastic_kfac.tasks.task import Task
 
 
+@dataclass(frozen=True)
 class Classification(Task):
     """Outputs [batch, classes]; targets are classes [batch], or probabilities [batch, classes] under
     mixup."""
 
     metrics: ClassVar = {"accuracy": "max"}
     has_accuracy: ClassVar = True
+
+    target: Column | None = field(default=None, kw_only=True)
+    """The column with the classes, where a set has several targets."""
+
+    def num_outputs(self, columns: Sequence[Column]) -> int:
+        return outputs_for(columns if self.target is None else (self.target,))
+
+    def prepare(self, batch: Batch, seed: int, epoch: int) -> Batch:
+        if self.target is not None and isinstance(batch.targets, Fields):
+            return replace(batch, targets=batch.targets[self.target.name])
+        return batch
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         # The class of a probability vector is its largest entry.
@@ -75,12 +90,21 @@ class OwnLoss(Classification):
         return self.own.correct(outputs, targets)
 
 
-def classification(train: TrainConfig) -> Task:
+def classification(train: TrainConfig, columns: Sequence[Column]) -> Task:
     """The task of `train.loss`.
 
     Raises:
-        ConfigError: If the name is unknown, or a person's object lacks `loss` or `correct`.
+        ConfigError: If the set has no classes, the name is unknown, or a person's object lacks `loss` or
+            `correct`.
     """
+    classes = [column for column in columns if column.kind == "class" and column.role == "target"]
+    if columns and not classes:
+        raise ConfigError(
+            "task.name=classification needs a target with classes",
+            given=", ".join(f"{c.name} ({c.role}: {c.kind})" for c in columns),
+            change="set task.name to what these samples are for",
+        )
+    target = classes[0] if classes else None
     if is_reference(train.loss):
         own = load_reference(train.loss, key="train.loss")(train)
         for method in ("loss", "correct"):
@@ -89,11 +113,11 @@ def classification(train: TrainConfig) -> Task:
                     f"train.loss: the task has no method {method}(outputs, labels)",
                     given=train.loss,
                 )
-        return OwnLoss(own)
+        return OwnLoss(own, target=target)
     if train.loss == "cross_entropy":
-        return CrossEntropy(train.label_smoothing)
+        return CrossEntropy(train.label_smoothing, target=target)
     if train.loss == "mse":
-        return MeanSquaredError()
+        return MeanSquaredError(target=target)
     raise ConfigError(
         "unknown train.loss",
         given=train.loss,

@@ -8,12 +8,15 @@ samples and ranks: every sample counts once at any world size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from elastic_kfac.data.batch import Batch, Value
+from elastic_kfac.data.batch import Batch, Fields, Value, outputs_for
+from elastic_kfac.data.columns import Column, Kind
+from elastic_kfac.errors import ConfigError
 
 SumLoss = Callable[[Any, Any], Tensor]
 """(outputs, targets) to the SUM of the samples' losses."""
@@ -34,6 +37,19 @@ class Task:
     """Whether the loss is divided by `terms` (tokens, pixels) instead of samples."""
     has_accuracy: ClassVar[bool] = False
     """Whether `correct` counts the terms that are predicted right: the column `accuracy` of a step."""
+
+    def direction_of(self, metric: str) -> Literal["max", "min"]:
+        """Whether larger or smaller values are better."""
+        return self.metrics.get(metric, "min")
+
+    @property
+    def main_metric(self) -> str:
+        """The most important metric."""
+        return next(iter(self.metrics), "loss")
+
+    def num_outputs(self, columns: Sequence[Column]) -> int:
+        """What model factories get as `num_outputs` (see `outputs_for`)."""
+        return outputs_for(columns)
 
     def prepare(self, batch: Batch, seed: int, epoch: int) -> Batch:
         """Makes the targets of a batch, if its samples have none.
@@ -83,3 +99,44 @@ class Task:
         """The outputs that parameterise a distribution, [n, classes, ...] or means [n, ...], and which
         one, for Fisher matrices of the model's own labels."""
         return outputs, "categorical"
+
+
+class TargetTask(Task):
+    """A task with one target; further targets of a set are left out.
+
+    Args:
+        columns: Of the set.
+        kind: Of the target.
+        name: Of the task, for the error.
+        source: Where such sets come from, for the error.
+
+    Raises:
+        ConfigError: If the set has no such target, or several.
+    """
+
+    def __init__(self, columns: Sequence[Column], kind: Kind, name: str, source: str) -> None:
+        found = [column for column in columns if (column.role, column.kind) == ("target", kind)]
+        if len(found) != 1:
+            raise ConfigError(
+                f"task.name={name} needs one target of kind {kind}",
+                given=", ".join(f"{c.name} ({c.role}: {c.kind})" for c in columns),
+                change=f"make the shards from {source}",
+            )
+        self.target = found[0]
+
+    def direction_of(self, metric: str) -> Literal["max", "min"]:
+        """Whether larger or smaller values are better."""
+        return self.metrics.get(metric, "min")
+
+    @property
+    def main_metric(self) -> str:
+        """The most important metric."""
+        return next(iter(self.metrics), "loss")
+
+    def num_outputs(self, columns: Sequence[Column]) -> int:
+        return outputs_for((self.target,))
+
+    def prepare(self, batch: Batch, seed: int, epoch: int) -> Batch:
+        if isinstance(batch.targets, Fields):
+            return replace(batch, targets=batch.targets[self.target.name])
+        return batch

@@ -45,7 +45,7 @@ def assemble(
     task = make_task(config, dataset.columns)
     model = build_model(
         config.model,
-        num_outputs=dataset.num_outputs,
+        num_outputs=task.num_outputs(dataset.columns),
         input_shape=dataset.input_shape,
         columns=dataset.columns,
         seed=config.train.seed,

@@ -45,6 +45,8 @@ class Outcome:
     saved because the others continue in place."""
     world_sizes: tuple[int, ...]
     """World sizes that committed steps, over all attempts, without consecutive repetitions."""
+    metric: str = "accuracy"
+    """The metric of `progress.best_value`."""
 
 
 SURVIVORS = 3
@@ -171,7 +173,7 @@ class RunLoop:
         if continued.state is not None and continued.state.config:
             self._newest = continued.state if self._keep_newest else None
             changes = changed_keys(continued.state.config, trainer.config.model_dump(mode="json"))
-        self._target_reported = trainer.progress.time_to_accuracy_s is not None
+        self._target_reported = trainer.progress.time_to_target_s is not None
         wall_time_s = max(trainer.wall_time_s, self._report.wall_time_s())
         trainer.start_clock(trainer.communicator.broadcast_object(wall_time_s, 0, tag="start"))
         self._saved_at_train_time_s = trainer.progress.train_time_s
@@ -310,6 +312,7 @@ class RunLoop:
             fractional_epoch=trainer.fractional_epoch,
             state_sha256=state.sha256() if save else "",
             world_sizes=tuple(trainer.ledger.world_sizes()),
+            metric=trainer.metric,
         )
 
     def _report_step(self, result: StepResult) -> None:
@@ -364,15 +367,22 @@ class RunLoop:
             self._report.on_event(event_row("batch_growth", step, **self._world(), **details))
 
     def _report_evaluation(self, result: EvalResult) -> None:
-        row = {**self._where(), **result.columns("eval_")}
+        trainer = self._trainer
+        row: dict[str, Any] = {**self._where(), **result.columns("eval_")}
+        if trainer.metric != "accuracy":
+            row |= {"metric": trainer.metric, "direction": trainer.direction}
         if result.attacked is not None:
             row |= result.attacked.columns("eval_adversarial_")
         self._report.on_metrics(row)
         progress = self._trainer.progress
-        if progress.time_to_accuracy_s is not None and not self._target_reported:
+        if progress.time_to_target_s is not None and not self._target_reported:
             self._target_reported = True
             self._report.on_event(
-                event_row("target_reached", progress.step, eval_accuracy=result["accuracy"])
+                event_row(
+                    "target_reached",
+                    progress.step,
+                    **{f"eval_{trainer.metric}": result[trainer.metric]},
+                )
             )
 
     def _where(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -58,6 +58,17 @@ class RankTrainer(StepTrainer):
         return {**super().small_parts(), "eigenvalues": self._eigenvalues}
 
     @property
+    def metric(self) -> str:
+        """The metric of the target, or else the most important one of the task."""
+        goal = self.config.train.goal
+        return self._task.main_metric if goal is None else goal.metric
+
+    @property
+    def direction(self) -> Literal["max", "min"]:
+        """Whether larger or smaller values of `metric` are better."""
+        return self._task.direction_of(self.metric)
+
+    @property
     def has_accuracy(self) -> bool:
         """Whether steps count correct predictions."""
         return self._task.has_accuracy
@@ -65,7 +76,7 @@ class RankTrainer(StepTrainer):
     @property
     def finished(self) -> bool:
         """Whether every sample of the run is committed, or the target is reached and ends it."""
-        reached = self.progress.time_to_accuracy_s is not None
+        reached = self.progress.time_to_target_s is not None
         return self.position >= self.total_samples or (self.config.train.stop_at_target and reached)
 
     def _points(self, every_epochs: float) -> int:
@@ -105,10 +116,11 @@ class RankTrainer(StepTrainer):
         )
         self.account(time.perf_counter() - begin)
         self.progress = self.progress.evaluated(
-            result["accuracy"],
+            result[self.metric],
             self._points(self.config.train.eval_every_epochs),
-            self.config.train.target_accuracy,
+            None if (goal := self.config.train.goal) is None else goal.value,
             self.wall_time_s,
+            self.direction,
         )
         return result
 

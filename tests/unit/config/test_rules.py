@@ -21,6 +21,10 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         {"train.sync_batch_norm_group": 2},
     ),
     (
+        "train.target_accuracy is short for train.target",
+        {"train.target_accuracy": 0.5, "train.target": {"metric": "loss", "value": 1.0}},
+    ),
+    (
         "task.name other than classification needs train.loss=cross_entropy",
         {"task.name": "own:Task", "train.loss": "mse"},
     ),

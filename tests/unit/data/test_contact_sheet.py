@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from elastic_kfac.data import ShardSet, make_shards
-from elastic_kfac.data.inspection import contact_sheet
+from elastic_kfac.data.contact_sheet import contact_sheet
 
 
 def test_contact_sheet_rows_hold_their_class(

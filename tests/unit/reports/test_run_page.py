@@ -139,7 +139,7 @@ def test_run_segments_follow_the_rows(make_run: MakeRun) -> None:
 def test_living_run_derives_time_to_accuracy_from_its_rows(make_run: MakeRun) -> None:
     run = read_run(make_run(result__json=None))
     first = next(e for e in run.evaluations if e[2] >= 0.97)
-    assert run.time_to_accuracy_s == first[1]
+    assert run.time_to_target_s == first[1]
     assert run.steps_redone == 3
 
 

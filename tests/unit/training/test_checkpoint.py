@@ -28,7 +28,7 @@ def make_state(step: int, *, ledger: Ledger | None = None) -> TrainingState:
     skeleton = {"kfac": split_tree(tree, "kfac", tensors)}
     ledger = ledger or Ledger()
     return TrainingState(
-        Progress(step=step, epoch=1, consumed=7, best_accuracy=0.5),
+        Progress(step=step, epoch=1, consumed=7, best_value=0.5),
         tensors,
         skeleton,
         ledger.value(),

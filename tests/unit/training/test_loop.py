@@ -172,9 +172,9 @@ def test_target_accuracy_is_timed_and_can_end_the_run(tmp_path: Path) -> None:
     outcome = run(tmp_path, changes, callback=recorded)
     progress = outcome.progress
     assert outcome.status == "finished" and progress.step < 12
-    assert progress.time_to_accuracy_s is not None
-    assert progress.train_time_to_accuracy_s is not None
-    assert progress.train_time_to_accuracy_s <= progress.time_to_accuracy_s
+    assert progress.time_to_target_s is not None
+    assert progress.train_time_to_target_s is not None
+    assert progress.train_time_to_target_s <= progress.time_to_target_s
     assert [event["kind"] for event in recorded.events] == ["target_reached", "finished"]
 
 
@@ -448,3 +448,21 @@ def test_initial_weights_depend_on_the_seed_only() -> None:
     weights = [next(m.parameters()) for m in (first, second, third)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_target_of_a_metric_that_falls_is_timed_at_its_first_value_below(tmp_path: Path) -> None:
+    recorded = RecordingCallback()
+    changes = {"train.target": {"metric": "loss", "value": 0.9}, "train.stop_at_target": True}
+    outcome = run(tmp_path, changes, callback=recorded)
+    rows = [row for row in recorded.metric_rows if "eval_loss" in row]
+    assert [row["metric"] for row in rows] == ["loss"] * len(rows)
+    losses = [row["eval_loss"] for row in rows]
+    assert all(loss > 0.9 for loss in losses[:-1]) and losses[-1] <= 0.9
+    assert outcome.progress.best_value == min(losses) and outcome.metric == "loss"
+    assert outcome.progress.time_to_target_s is not None
+
+
+def test_target_of_a_metric_that_the_task_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such metric") as caught:
+        run(tmp_path, {"train.target": {"metric": "miou", "value": 0.5}})
+    assert "accuracy, loss" in caught.value.line()

@@ -319,7 +319,7 @@ class RunCoordinator:
                     self._last_row_step = int(row["step"])
                 metrics.append(row)
                 self._telemetry.logged(row)
-                if row.get("eval_accuracy") is not None:
+                if row.get("eval_loss") is not None:
                     self._run.evaluation = dict(row)
             elif kind == "event":
                 self._record_rank_event(group, row)

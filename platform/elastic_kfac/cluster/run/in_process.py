@@ -88,7 +88,7 @@ def train_in_process(
             replace(record.close(), error=error),
             interrupted=signals.reason,
             unfired=(),
-            target_accuracy=config.train.target_accuracy,
+            goal=config.train.goal,
             failed=error is not None,
         )
         if error is not None:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.states import RunState
+from elastic_kfac.observability.quality import main_value, quality_of, shown_quality
 from elastic_kfac.runs.summary import moved_text
 
 
@@ -88,8 +89,9 @@ def status_line(view: RunView) -> str:
         parts.append(f"loss {float(row['loss']):.4f}")
     if row.get("accuracy") is not None:
         parts.append(f"accuracy {float(row['accuracy']):.1%}")
-    if view.evaluation.get("eval_accuracy") is not None:
-        parts.append(f"test accuracy {float(view.evaluation['eval_accuracy']):.2%}")
+    if (found := main_value(view.evaluation)) is not None:
+        name, _, value = found
+        parts.append(f"test {quality_of(name).label} {shown_quality(name, value)}")
     if view.state is RunState.RUNNING and row.get("samples_per_s") is not None:
         parts.append(f"{float(row['samples_per_s']):,.0f} samples/s")
     if view.state is RunState.RUNNING:

@@ -12,7 +12,9 @@ from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
+from elastic_kfac.config.train import Target
 from elastic_kfac.errors import ElasticKfacError, RunError, StateError, UsageError
+from elastic_kfac.observability.quality import main_value, target_columns
 from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.runs.history import number
 from elastic_kfac.state.checkpoint import CheckpointStore
@@ -81,7 +83,7 @@ def build_result(
     *,
     interrupted: str | None,
     unfired: Sequence[str],
-    target_accuracy: float | None,
+    goal: Target | None,
     failed: bool,
 ) -> RunResult:
     """Writes `ledger.parquet` and `result.json`; for a failed run from what the driver has seen.
@@ -92,17 +94,23 @@ def build_result(
         RunError: If they cannot be written.
     """
     earlier = folder.result() or {}
-    progress = view.progress
+    progress, found = view.progress, main_value(view.evaluation)
+    metric = found[0] if found is not None else str(earlier.get("metric") or "accuracy")
+    if goal is not None:
+        metric = goal.metric
     # Of all calls for this run, not only of this one.
     changes = [row for row in folder.events() if row.get("kind") in CHANGES]
     seen = {
         "steps": progress.get("step", earlier.get("steps", 0)),
         "epochs": progress.get("epoch", earlier.get("epochs", 0)),
         "samples_committed": progress.get("samples", earlier.get("samples_committed", 0)),
-        "best_accuracy": view.evaluation.get("eval_accuracy", earlier.get("best_accuracy")),
-        "target_accuracy": target_accuracy,
-        "time_to_accuracy_s": earlier.get("time_to_accuracy_s"),
-        "train_time_to_accuracy_s": earlier.get("train_time_to_accuracy_s"),
+        **target_columns(
+            metric,
+            best=found[2] if found is not None else earlier.get("best_value"),
+            target=None if goal is None else goal.value,
+            time_s=earlier.get("time_to_target_s"),
+            train_time_s=earlier.get("train_time_to_target_s"),
+        ),
         "worker_seconds": round(view.worker_seconds, 3),
         "gpu_seconds": None,
         "final_state_sha256": None,

@@ -143,7 +143,7 @@ class _Driver:
             view,
             interrupted=self._signals.reason,
             unfired=[str(fault) for fault in self._faults.pending],
-            target_accuracy=self._config.train.target_accuracy,
+            goal=self._config.train.goal,
             failed=failure is not None,
         )
         self._display.close()

@@ -5,36 +5,42 @@ from __future__ import annotations
 from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
 from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
+from elastic_kfac.data.sources.options import absolute
+from elastic_kfac.data.sources.own import own_dataset
 from elastic_kfac.data.sources.parquet import parquet
+from elastic_kfac.data.sources.scenes import coco, mask_folder
 from elastic_kfac.data.sources.source import ColumnSplit, Records, Source, SourceSplit
+from elastic_kfac.data.sources.tables import table
+from elastic_kfac.data.sources.text import text
 from elastic_kfac.errors import DataError
 from elastic_kfac.paths import user_path
 
 __all__ = ["ColumnSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
 
 KNOWN_SOURCES = (
-    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT]"
+    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT], "
+    "text:PATH[?OPTIONS], table:PATH?targets=NAME, masks:DIR, coco:PATH, python:PACKAGE.MODULE:FACTORY"
 )
 
 
-def open_source(text: str, *, split: str | None = None) -> Source:
+def open_source(named: str, *, split: str | None = None) -> Source:
     """Parses `--source`.
 
     Args:
-        text: `digits`, `clusters10` or `kind:rest`.
+        named: `digits`, `clusters10` or `kind:rest`.
         split: Name of the split where the files do not name it (`train` if None).
 
     Raises:
         DataError: If the kind is unknown or its files are missing.
     """
     try:
-        return _open(text, split)
+        return _open(named, split)
     except OSError as error:
-        raise DataError("cannot read the source", given=text, change=str(error)) from None
+        raise DataError("cannot read the source", given=named, change=str(error)) from None
 
 
-def _open(text: str, split: str | None) -> Source:
-    kind, _, rest = text.partition(":")
+def _open(named: str, split: str | None) -> Source:
+    kind, _, rest = named.partition(":")
     if kind == "digits" and not rest:
         return digits()
     if kind == "clusters10":
@@ -45,17 +51,29 @@ def _open(text: str, split: str | None) -> Source:
         return parquet(user_path(rest), split)
     if kind == "imagefolder" and rest:
         return image_folder(user_path(rest), split)
+    if kind == "text" and rest:
+        return text(rest, split)
+    if kind == "table" and rest:
+        return table(rest, split)
+    if kind == "masks" and rest:
+        return mask_folder(rest, split)
+    if kind == "coco" and rest:
+        return coco(rest, split)
+    if kind == "python" and rest:
+        return own_dataset(rest, split)
     if kind == "ilsvrc" and rest:
         return ilsvrc(user_path(rest))
-    raise DataError("unknown data source", given=text, allowed=KNOWN_SOURCES)
+    raise DataError("unknown data source", given=named, allowed=KNOWN_SOURCES)
 
 
-def absolute_source(text: str) -> str:
+def absolute_source(named: str) -> str:
     """`--source` with an absolute path, for processes with another working directory."""
-    kind, _, rest = text.partition(":")
+    kind, _, rest = named.partition(":")
     if kind in ("parquet", "imagefolder", "ilsvrc") and rest:
         return f"{kind}:{user_path(rest).absolute()}"
+    if kind in ("text", "table", "masks", "coco") and rest:
+        return f"{kind}:{absolute(rest)}"
     if kind == "torchvision":
         name, _, folder = rest.partition(":")
         return f"{kind}:{name}:{user_path(folder or TORCHVISION_ROOT).absolute()}"
-    return text
+    return named

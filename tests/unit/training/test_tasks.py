@@ -1,0 +1,238 @@
+"""Every task from its source to the report, and its metrics against torchmetrics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from elastic_kfac.cli import main
+from elastic_kfac.config import dump_yaml
+from elastic_kfac.data.columns import Column
+from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.tasks.detection import mean_average_precision
+from elastic_kfac.tasks.language import CausalLM, MaskedLM, SequenceClassification
+from elastic_kfac.tasks.regression import Regression
+from elastic_kfac.tasks.segmentation import Segmentation
+
+MODELS = "support.task_models"
+
+
+def numbers(folder: Path) -> str:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(160, 4)).astype(np.float32)
+    y = x @ np.array([3.0, -2.0, 1.0, 0.5]) * 40 + 100 + draw.normal(size=160)
+    table = {f"x{i}": x[:, i] for i in range(4)} | {"y": y}
+    pq.write_table(pa.table(table), folder / "table.parquet")
+    return f"table:{folder / 'table.parquet'}?targets=y"
+
+
+def prose(folder: Path) -> str:
+    text = "the quick brown fox jumps over the lazy dog, and then the dog sleeps. " * 60
+    (folder / "book.txt").write_text(text)
+    return f"text:{folder / 'book.txt'}?length=16"
+
+
+def letters(folder: Path) -> str:
+    return prose(folder) + "&tokenizer=characters"
+
+
+def reviews(folder: Path) -> str:
+    draw = np.random.default_rng(0)
+    rows = []
+    for index in range(160):
+        words = draw.choice(["good", "fine"] if index % 2 else ["bad", "poor"], draw.integers(1, 6))
+        rows.append((" ".join(words), "yes" if index % 2 else "no"))
+    texts, labels = zip(*rows, strict=True)
+    pq.write_table(pa.table({"text": texts, "label": labels}), folder / "reviews.parquet")
+    return f"text:{folder / 'reviews.parquet'}?label=label"
+
+
+def scenes(folder: Path, *, boxes: bool = False) -> str:
+    """Bright squares on dark noise, with their masks or boxes."""
+    draw = np.random.default_rng(0)
+    root = folder / "scenes"
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    annotations, images = [], []
+    for index in range(60):
+        pixels = draw.integers(0, 60, (24, 24, 3), dtype=np.uint8)
+        mask = np.zeros((24, 24), dtype=np.uint8)
+        size, kind = int(draw.integers(8, 13)), int(draw.integers(1, 3))
+        top, left = (int(value) for value in draw.integers(0, 24 - size, 2))
+        pixels[top : top + size, left : left + size, kind] = 250
+        mask[top : top + size, left : left + size] = kind
+        Image.fromarray(pixels).save(root / "images" / f"{index:03d}.png")
+        Image.fromarray(mask).save(root / "masks" / f"{index:03d}.png")
+        images.append({"id": index, "file_name": f"{index:03d}.png"})
+        box = {"bbox": [left, top, size, size], "category_id": kind + 6, "image_id": index}
+        annotations.append({**box, "id": index, "iscrowd": 0})
+    categories = [{"id": 8, "name": "blue"}, {"id": 7, "name": "green"}]
+    found = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "boxes.json").write_text(json.dumps(found))
+    return f"coco:{root / 'boxes.json'}" if boxes else f"masks:{root}?classes=ground,green,blue"
+
+
+def objects(folder: Path) -> str:
+    return scenes(folder, boxes=True)
+
+
+def own(folder: Path) -> str:
+    return f"python:{MODELS}:waves"
+
+
+CASES: dict[str, tuple[Callable[[Path], str], dict[str, Any], str, float]] = {
+    "regression": (numbers, {"model.name": "mlp"}, "r2", 0.9),
+    "causal_lm": (prose, {"model.name": f"{MODELS}:NextToken"}, "accuracy", 0.3),
+    "masked_lm": (letters, {"model.name": f"{MODELS}:NextToken"}, "accuracy", 0.15),
+    "sequence_classification": (reviews, {"model.name": f"{MODELS}:BagOfTokens"}, "f1", 0.9),
+    "segmentation": (scenes, {"model.name": f"{MODELS}:pixel_network"}, "miou", 0.7),
+    "detection": (objects, {"model.name": f"{MODELS}:Anchors", "train.epochs": 16}, "map50", 0.5),
+    "autoencoding": (scenes, {"model.name": f"{MODELS}:autoencoder"}, "mse", 3.0),
+    f"{MODELS}:AbsoluteError": (own, {"model.name": f"{MODELS}:TwoInputs"}, "close", 0.5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", CASES)
+def test_task_goes_from_its_source_to_the_report(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, changes, metric, expected = CASES[task]
+    assert (
+        main(["shards", "make", "--source", source(tmp_path), "--out", str(tmp_path / "set")]) == 0
+    )
+    assert main(["shards", "verify", str(tmp_path / "set")]) == 0
+    values: dict[str, Any] = {
+        "data": {"shards": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")},
+        "task": {"name": task},
+        "train": {"epochs": 6, "global_batch_size": 16, "micro_batch_size": 10},
+    }
+    for path, value in changes.items():
+        section, key = path.split(".")
+        values.setdefault(section, {})[key] = value
+    (tmp_path / "run.yaml").write_text(dump_yaml(values))
+    command = ["train", str(tmp_path / "run.yaml"), "--local", "--name", "run"]
+    assert main([*command, "--storage", str(tmp_path / "runs")]) == 0
+    folder = RunFolder(tmp_path / "runs" / "run")
+    last = [row for row in folder.metrics() if f"eval_{metric}" in row][-1]
+    better = (
+        last[f"eval_{metric}"] < expected if metric == "mse" else last[f"eval_{metric}"] > expected
+    )
+    assert better, last
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "runs" / "run")]) == 0
+    assert f"loss {last['eval_loss']:.4f}" in capsys.readouterr().out
+    assert main(["audit", str(tmp_path / "runs" / "run")]) == 0
+    assert main(["report", str(tmp_path / "runs" / "run")]) == 0
+
+
+def metrics_in_parts(task: Any, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """What an evaluation of two unequal parts reports."""
+    sums, loss, terms = None, 0.0, 0
+    for part in (slice(0, 3), slice(3, None)):
+        found = task.sums(outputs[part], targets[part])
+        sums = found if sums is None else sums + found
+        loss += float(task.loss(outputs[part], targets[part]))
+        terms += task.terms(targets[part])
+    return task.values(sums, terms, loss / terms)
+
+
+def test_regression_metrics_are_those_of_torchmetrics() -> None:
+    import torchmetrics
+
+    column = Column("y", "tensor", "target", dtype="float32", shape=(1,), mean=(5.0,), std=(2.0,))
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(9, 1), 5 + 2 * torch.randn(9, 1)
+    found = metrics_in_parts(Regression((column,)), outputs, targets)
+    predicted = 5 + 2 * outputs
+    for name, metric in (
+        ("rmse", torchmetrics.MeanSquaredError(squared=False)),
+        ("mae", torchmetrics.MeanAbsoluteError()),
+        ("r2", torchmetrics.R2Score()),
+    ):
+        metric.update(predicted[:, 0], targets[:, 0])
+        assert found[name] == pytest.approx(float(metric.compute()), rel=1e-5)
+
+
+def test_language_metrics_are_those_of_torchmetrics() -> None:
+    from torchmetrics.text import Perplexity
+
+    column = Column(
+        "tokens", "tokens", "input", vocabulary=11, shortest=3, longest=7, bytes_per_token=2.5
+    )
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(6, 7, 11), torch.randint(0, 11, (6, 7))
+    targets[torch.rand(6, 7) < 0.3] = -100
+    metric = Perplexity(ignore_index=-100)
+    metric.update(outputs, targets)
+    found = metrics_in_parts(CausalLM((column,)), outputs, targets)
+    assert found["perplexity"] == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(math.log2(found["perplexity"]) / 2.5, rel=1e-9)
+
+
+def test_class_metrics_are_those_of_torchmetrics() -> None:
+    from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardIndex
+
+    torch.manual_seed(0)
+    names = ("a", "b", "c", "d")
+    mask = Column("m", "mask", "target", class_names=names)
+    outputs, targets = torch.randn(6, 4, 5, 5), torch.randint(0, 4, (6, 5, 5))
+    targets[torch.rand(6, 5, 5) < 0.2] = 255
+    found = metrics_in_parts(Segmentation((mask,)), outputs, targets)
+    for name, kind in (("miou", MulticlassJaccardIndex), ("dice", MulticlassF1Score)):
+        metric = kind(4, ignore_index=255)
+        metric.update(outputs.argmax(1), targets)
+        assert found[name] == pytest.approx(float(metric.compute()), rel=1e-5)
+    tokens = Column("t", "tokens", "input", vocabulary=5, longest=3)
+    label = Column("l", "class", "target", class_names=names)
+    scores, classes = torch.randn(20, 4), torch.randint(0, 4, (20,))
+    one = MulticlassF1Score(4)
+    one.update(scores, classes)
+    found = metrics_in_parts(SequenceClassification((tokens, label)), scores, classes)
+    assert found["f1"] == pytest.approx(float(one.compute()), rel=1e-5)
+
+
+def test_masked_tokens_depend_on_seed_epoch_and_sample_alone() -> None:
+    from elastic_kfac.data.batch import Batch
+
+    column = Column("tokens", "tokens", "input", vocabulary=50, longest=40, shortest=40)
+    task = MaskedLM((column,), probability=0.3)
+    tokens = torch.randint(0, 50, (8, 40))
+    ids = np.arange(100, 108, dtype=np.uint64)
+    whole = task.prepare(Batch(tokens, tokens, ids, torch.ones(8)), 3, 1)
+    part = task.prepare(Batch(tokens[5:], tokens[5:], ids[5:], torch.ones(3)), 3, 1)
+    assert torch.equal(whole.inputs[5:], part.inputs) and torch.equal(
+        whole.targets[5:], part.targets
+    )
+    hidden = whole.targets != -100
+    assert torch.equal(whole.targets[hidden], tokens[hidden])
+    assert torch.equal(whole.inputs[~hidden], tokens[~hidden])
+    assert 0.2 < float(hidden.double().mean()) < 0.4 and hidden.any(dim=1).all()
+    assert 0.65 < float((whole.inputs[hidden] == 50).double().mean()) < 0.95
+    other = task.prepare(Batch(tokens, tokens, ids, torch.ones(8)), 3, 2)
+    assert not torch.equal(other.targets, whole.targets)
+
+
+def test_average_precision_counts_each_box_once() -> None:
+    """Two boxes of one class; a hit, a second hit of the same box, then the other box: the precisions
+    at the recalls 1/2 and 1 are 1 and 2/3."""
+    truth = np.array([[0, 0, 10, 10, 0], [20, 20, 40, 40, 0]], dtype=np.float32)
+    predicted = {
+        "boxes": np.array([[0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 40, 40]], dtype=np.float32),
+        "scores": np.array([0.9, 0.8, 0.7], dtype=np.float32),
+        "classes": np.zeros(3, dtype=np.int64),
+    }
+    found = mean_average_precision([(predicted, truth)], classes=1)
+    # COCO interpolates at 101 recalls: 0 to 0.50 have precision 1, the other 50 have 2/3.
+    assert found["map50"] == pytest.approx((51 + 50 * 2 / 3) / 101, abs=1e-6)
+    assert found["map"] == pytest.approx(found["map50"], abs=1e-6)
