@@ -24,6 +24,7 @@ PHASES = {
     "decompose": ("decompositions",),
     "precondition": ("precondition", "bound"),
     "optimizer": ("optimizer",),
+    "packing": ("packing",),
     "gradients": ("gradient_all_reduce",),
     "factors": ("factor_all_reduce",),
     "results": ("second_order_broadcast", "preconditioned_broadcast"),

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.packing import pack_triangle, unpack_triangle
 from elastic_kfac.curvature import inverses
 from elastic_kfac.paths import user_cache
 from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
@@ -106,6 +107,9 @@ def measured(
             return calibration_from(kept["calibration"])
     matrix = torch.randn(256, 256, dtype=dtype, device=device)
     tiny = torch.randn(8, 8, dtype=dtype, device=device)
+    copied = torch.randn(1 << 18, dtype=dtype, device=device)
+    buffer = torch.empty_like(copied)
+    triangle = pack_triangle(matrix)
     calibration = Calibration(
         costs=measure_costs(method, device=device, dtype=dtype),
         seconds_per_flop=least_seconds(lambda: matrix @ matrix, device, 10) / (2 * 256**3),
@@ -113,6 +117,14 @@ def measured(
         # Four small products and a division in the eigen form, two products for inverses.
         seconds_per_layer=(5 if method in EIGEN else 2)
         * least_seconds(lambda: tiny @ tiny, device, 20),
+        seconds_per_copied_byte=2
+        * least_seconds(lambda: buffer.copy_(copied), device, 10)
+        / copied.nbytes,
+        seconds_per_packed_byte=(
+            least_seconds(lambda: pack_triangle(matrix, out=triangle), device, 10)
+            + least_seconds(lambda: unpack_triangle(triangle, 256, out=matrix), device, 10)
+        )
+        / triangle.nbytes,
     )
     _keep(path, {"kind": kind, "calibration": asdict(calibration)})
     return calibration
@@ -155,13 +167,14 @@ def with_links(
     ranks_per_node = max(counts.values())
     if len(counts) == 1:
         rounds = all_reduce_rounds(communicator.world_size)
-        return replace(calibration, network=_time_link(communicator, device, rounds))
+        network, call_s = _time_link(communicator, device, rounds)
+        return replace(calibration, network=network, seconds_per_call=call_s)
     inside = None
     for host in sorted(counts):
         ranks = [rank for rank, other in enumerate(hosts) if other == host]
         group = communicator.subgroup(ranks)  # collective over all ranks
         if group is not None and group.world_size > 1:
-            inside = _time_link(group, device, 2 * (group.world_size - 1))  # a ring
+            inside, _ = _time_link(group, device, 2 * (group.world_size - 1))  # a ring
     found: list[Line | None] = communicator.all_gather_object(inside, tag="plan/links")
     lines = [line for line in found if line is not None]
     slowest = max(lines, key=lambda line: line.at(1 << 20), default=None)
@@ -169,13 +182,18 @@ def with_links(
     between = communicator.subgroup(sorted(leaders))
     rounds = all_reduce_rounds(len(counts))
     own = None if between is None else _time_link(between, device, rounds)
-    network = communicator.broadcast_object(own, min(leaders), tag="plan/links")
+    network, call_s = communicator.broadcast_object(own, min(leaders), tag="plan/links")
+    calibration = replace(calibration, seconds_per_call=call_s)
     return replace(calibration, network=network, inside_node=slowest, ranks_per_node=ranks_per_node)
 
 
-def _time_link(group: Communicator, device: torch.device, rounds: int) -> Line:
-    """α and β for which an all-reduce of so many rounds takes the time that the slowest rank saw."""
+def _time_link(group: Communicator, device: torch.device, rounds: int) -> tuple[Line, float]:
+    """α and β for which an all-reduce of so many rounds takes the time that the slowest rank saw, and the
+    host's own time per call."""
     seconds = []
+    one = torch.ones(1, device=device)
+    call_s = least_seconds(lambda: group.all_reduce(one, tag="plan/links").wait(), device, 5)
+    call_s = max(group.all_gather_object(call_s, tag="plan/links"))
     for size in _MESSAGES:
         tensor = torch.ones(size // 4, device=device)
         own = least_seconds(
@@ -188,7 +206,7 @@ def _time_link(group: Communicator, device: torch.device, rounds: int) -> Line:
     n = group.world_size
     small, large = (2 * (n - 1) / n * size for size in _MESSAGES)
     slope = max(0.0, (seconds[1] - seconds[0]) / (large - small))
-    return Line(max(0.0, seconds[0] - slope * small) / rounds, slope)
+    return Line(max(0.0, seconds[0] - slope * small) / rounds, slope), call_s
 
 
 def _keep(path: Path, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -98,8 +98,11 @@ def choose_plan(
             costs=calibration.costs,
             previous=None if current is None else current.plan,
         )
-        fixed = device_bytes(workload, plan, 0)
-        least = min(least, device_bytes(workload, plan, 1))
+        fixed = device_bytes(replace(workload, least_bytes=0.0), plan, 0)
+        needed = device_bytes(workload, plan, 1)
+        least = min(least, needed)
+        if needed > memory_budget_bytes:
+            continue
         micro_batch = _best_micro_batch(
             workload,
             -(-global_batch_size // world_size),

@@ -44,6 +44,8 @@ class Device:
             seconds_per_flop=1.0 / self.flops_per_s,
             network=network,
             seconds_per_layer=self.layer_s,
+            seconds_per_copied_byte=4.0 / self.bytes_per_s,
+            seconds_per_packed_byte=8.0 / self.bytes_per_s,
         )
 
 

@@ -44,7 +44,9 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     """Least squares with neither coefficient below zero (a latency and a cost per unit)."""
     if len(x) != len(y) or len(set(x)) < 2:
         raise UsageError("a line needs measurements at two different points", given=list(x))
-    slope, fixed = (float(value) for value in np.polyfit(x, y, 1))
+    # In relative error: what is measured grows with x, and so does its noise.
+    weights = 1.0 / np.maximum(np.abs(y), 1e-12 * max(map(abs, y), default=1.0) or 1.0)
+    slope, fixed = (float(value) for value in np.polyfit(x, y, 1, w=weights))
     if slope < 0:
         return Line(float(np.mean(y)), 0.0)
     if fixed < 0:
@@ -69,6 +71,12 @@ class Calibration:
     ranks_per_node: int = 1
     seconds_per_layer: float = 0.0
     """Time to precondition a layer however small it is, where the layers were not measured."""
+    seconds_per_copied_byte: float = 0.0
+    """Time to move a byte into a buffer to send, and out again."""
+    seconds_per_packed_byte: float = 0.0
+    """The same for a byte of a packed triangle."""
+    seconds_per_call: float = 0.0
+    """Time that the host computes for one collective, however small it is."""
 
     def precondition_seconds(self, layer: LayerShape, method: Method) -> float:
         """Estimated time to precondition one gradient."""
@@ -117,6 +125,8 @@ class Workload:
     """Device memory of a pass over x samples, measured at two sizes."""
     base_bytes: float = 0.0
     """Parameters, gradients, optimizer state and buffers."""
+    least_bytes: float = 0.0
+    """What a step needs however few samples there are, factors and decompositions not included."""
     factor_update_steps: int = 1
     inverse_update_steps: int = 10
     method: Method = "eigen"
@@ -149,6 +159,8 @@ class StepTime:
     bound: float
     """Reading gradients, the trust region or KL clip, writing gradients."""
     optimizer: float
+    packing: float
+    """Copies into and out of the buffers that are sent, and calls."""
     gradient_all_reduce: float
     factor_all_reduce: float
     second_order_broadcast: float
@@ -206,6 +218,17 @@ def predict_step(
             if workload.precondition_s
             else calibration.precondition_seconds(layer, workload.method)
         )
+    send_factors = float(traffic.factors) * workload.factor_update_steps
+    send_second_order = float(traffic.second_order) * workload.inverse_update_steps
+    send_products = float(traffic.preconditioned_gradients)
+    copied = (workload.parameter_elements if n > 1 else 0) + send_products
+    copied += send_second_order / workload.inverse_update_steps
+    columns = len(plan.columns)
+    # Gradients; counts and sums of statistics; one result per column of this rank's, or of every column.
+    calls = 0.0
+    if n > 1:
+        calls += 1 + 2 / workload.factor_update_steps
+        calls += (columns < n) / workload.inverse_update_steps + (columns > 1) * columns
     workers = max(len(column) for column in plan.columns)
     receivers = -(-n // workers)
     both_ways = (n - 1) / n * 2 if n > 1 else 1.0
@@ -220,33 +243,36 @@ def predict_step(
         precondition=max(products),
         bound=workload.bound_s,
         optimizer=workload.optimizer_s,
+        packing=calls * calibration.seconds_per_call
+        + size
+        * (
+            copied * calibration.seconds_per_copied_byte
+            + send_factors
+            / (both_ways * workload.factor_update_steps)
+            * calibration.seconds_per_packed_byte
+        ),
         gradient_all_reduce=calibration.all_reduce_seconds(n, workload.parameter_elements * size),
-        factor_all_reduce=calibration.all_reduce_seconds(
-            n, float(traffic.factors) * workload.factor_update_steps / both_ways * size
-        )
+        factor_all_reduce=calibration.all_reduce_seconds(n, send_factors / both_ways * size)
         / workload.factor_update_steps,
         second_order_broadcast=(
-            calibration.broadcast_seconds(
-                workers, float(traffic.second_order) * workload.inverse_update_steps * size
-            )
+            calibration.broadcast_seconds(workers, send_second_order * size)
             / workload.inverse_update_steps
         ),
-        preconditioned_broadcast=calibration.broadcast_seconds(
-            receivers, float(traffic.preconditioned_gradients) * size
-        ),
+        preconditioned_broadcast=calibration.broadcast_seconds(receivers, send_products * size),
         hessian=workload.hessian_seconds / workload.hessian_steps,
     )
 
 
 def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:
-    """Device memory of the rank that holds most: base, activations, factors and decompositions."""
+    """Device memory of the rank that holds most: base, activations, factors and decompositions.
+
+    The most is needed either at the end of the forward pass, which grows with the samples, or in the
+    step that follows.
+    """
     held = max(
         memory_elements(
             plan, workload.layers, method=workload.method, precompute=workload.precompute
         )
     )
-    return (
-        workload.base_bytes
-        + workload.activation_bytes.at(micro_batch_size)
-        + held * workload.element_bytes
-    )
+    samples = workload.base_bytes + workload.activation_bytes.at(micro_batch_size)
+    return max(samples, workload.least_bytes) + held * workload.element_bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,8 +125,9 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     begin = time.thread_time()
     sized.loss(2).backward()
     is_quick = time.thread_time() - begin < 1.0
-    largest = max(2, min(64, sized.config.train.global_batch_size))
-    batches, repeats = ((max(1, largest // 8), largest), 3) if is_quick else ((1, 3), 1)
+    largest = max(3, min(128, sized.config.train.global_batch_size))
+    batches = (max(1, largest // 8), max(2, largest // 2), largest) if is_quick else (1, 2, 3)
+    repeats = 3 if is_quick else 1
 
     def passes(n: int) -> float:
         return least_seconds(lambda: sized.loss(n).backward(), repeats=repeats)
@@ -155,7 +156,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         sized,
         forward_backward=fit_line(batches, plain),
         factor_statistics=fit_line(batches, statistics),
-        memory=fit_line(batches, peaks),
+        peaks=dict(zip(batches, peaks, strict=True)),
     )
     products = _products(kfac)
     scale = phases["products"] / max(sum(products.values()), 1e-12)
@@ -262,7 +263,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         with_statistics.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
         steps.kfac.skip_step()
     steps.whole(1)
-    for n in (1, 2):
+    for n in (1, 2, 3):
         with PeakBytes() as bytes_:
             for _ in range(_INVERSES_EVERY):
                 steps.whole(n)
@@ -275,7 +276,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         sized,
         forward_backward=fit_line((1, 2), [c / rate for c in counts]),
         factor_statistics=fit_line((1, 2), [c / rate for c in more]),
-        memory=fit_line((1, 2), peaks),
+        peaks=dict(enumerate(peaks, 1)),
     )
     workload = replace(
         workload,
@@ -294,13 +295,20 @@ def _flops(action: Callable[[], object]) -> float:
 
 
 def _workload(
-    sized: Sized, *, memory: Line, forward_backward: Line, factor_statistics: Line
+    sized: Sized,
+    *,
+    peaks: Mapping[int, float],
+    forward_backward: Line,
+    factor_statistics: Line,
 ) -> Workload:
-    """`memory`: the bytes of one rank that holds all decompositions."""
+    """`peaks`: the bytes of one rank that holds all decompositions, by samples, in ascending order."""
     kfac = sized.config.kfac
     held = factor_elements(sized.layers) + second_order_elements(
         sized.layers, method=kfac.method, precompute=kfac.precompute
     )
+    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
+    (n1, low), (n2, high) = list(peaks.items())[-2:]
+    memory = Line(high - (slope := (high - low) / (n2 - n1)) * n2, slope)
     workload = Workload(
         layers=sized.layers,
         parameter_elements=sized.parameter_elements,
@@ -308,6 +316,7 @@ def _workload(
         factor_statistics=factor_statistics,
         activation_bytes=Line(0.0, memory.slope),
         base_bytes=memory.fixed - 4.0 * held,
+        least_bytes=min(peaks.values()) - 4.0 * held,
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,

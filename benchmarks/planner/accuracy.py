@@ -1,0 +1,306 @@
+"""Is the planner right? Predicted against measured steps and memory at 1 to 5 processes.
+
+    python benchmarks/planner/accuracy.py [--out FILE] [--models NAME ...] [--ranks N ...]
+
+Every case is a model, a number of gloo processes, a fraction of gradient workers and intervals. Measured
+is the CPU time of the thread that trains (waiting for a peer takes none), per step and rank; the largest
+over the ranks is the computation on the critical path: two cores cannot run five ranks side by side.
+To both sides the same links are added (10 Gbit/s, 50 µs): bytes and rounds by the traffic model, whose
+bytes tests compare with counted ones. Predicted follows from a profile on one process, the
+host's time per collective as ranks measure it when they start, and shapes.
+Memory is the most bytes that tensors of a rank held at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from elastic_kfac import KFAC, __version__
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config, parse_config
+from elastic_kfac.kfac.calibration import host_kind, measured, with_links
+from elastic_kfac.placement.choice import choose_plan
+from elastic_kfac.placement.devices import NETWORK
+from elastic_kfac.placement.simulator import StepTime, device_bytes, predict_step
+from elastic_kfac.runs.feasibility import Sized
+from elastic_kfac.runs.profile import PeakBytes, Profile, measure, with_intervals
+from elastic_kfac.training.first_order import make_optimizer
+
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"model": "mlp", "arguments": {"hidden": [256, 256, 256]}, "shape": (1, 28, 28)},
+    "small_cnn": {"model": "small_cnn", "arguments": {}, "shape": (1, 16, 16)},
+    "resnet20": {"model": "resnet20", "arguments": {}, "shape": (3, 32, 32)},
+}
+INTERVALS = ((1, 10), (5, 50))
+BATCH = 120
+"""Samples per step over all ranks: divisible by 1 to 5."""
+FAST, SLOW = "10 Gbit/s", "1 Gbit/s"
+LINKS = {FAST: NETWORK, SLOW: replace(NETWORK, slope=10 * NETWORK.slope)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of the comparison."""
+
+    model: str
+    ranks: int
+    columns: int
+    intervals: tuple[int, int]
+
+    @property
+    def fraction(self) -> float:
+        """Share of gradient workers."""
+        return 1.0 / self.columns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--cycles", type=int, default=2, help="measured inverse intervals")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows: list[dict[str, Any]] = []
+    for model in arguments.models:
+        own = measure(_sized(model, INTERVALS[0], 1.0), measured("eigen"))
+        for ranks in arguments.ranks:
+            cases = [
+                Case(model, ranks, columns, intervals)
+                for columns in sorted({1, (ranks + 1) // 2, ranks})
+                for intervals in INTERVALS
+            ]
+            for case, found in zip(cases, _measure(cases, arguments.cycles), strict=True):
+                call_s = found.pop("call_s")
+                calibration = replace(own.calibration, seconds_per_call=call_s)
+                profile = replace(own, calibration=calibration)
+                rows.append(_row(case, profile, found))
+                print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "benchmark": "planner_accuracy",
+        "summary": _summary(rows),
+        "rows": rows,
+        "samples_per_step": BATCH,
+        "machine": host_kind(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "elastic_kfac": __version__,
+        },
+    }
+    print(json.dumps(result["summary"], indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _config(model: str, intervals: tuple[int, int], fraction: float) -> Config:
+    spec = MODELS[model]
+    return parse_config(
+        {
+            "model": {"name": spec["model"], "arguments": spec["arguments"]},
+            "train": {"global_batch_size": BATCH},
+            "optimizer": {"lr": 1e-4},
+            "kfac": {
+                "grad_worker_frac": fraction,
+                "factor_update_steps": intervals[0],
+                "inverse_update_steps": intervals[1],
+            },
+        }
+    )
+
+
+def _sized(model: str, intervals: tuple[int, int], fraction: float) -> Sized:
+    return Sized.of(_config(model, intervals, fraction), MODELS[model]["shape"], 10)
+
+
+# -- measured ---------------------------------------------------------------------------------------
+
+
+def _measure(cases: list[Case], cycles: int) -> list[dict[str, float]]:
+    """CPU seconds per step on the critical path and peak bytes of every case, in one set of processes."""
+    ranks = cases[0].ranks
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store"
+        mp.spawn(_rank, (ranks, store, folder, cases, cycles), nprocs=ranks)
+        found = [
+            json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(ranks)
+        ]
+    return [
+        {key: max(one[index][key] for one in found) for key in found[0][index]}
+        for index in range(len(cases))
+    ]
+
+
+def _rank(rank: int, ranks: int, store: str, folder: str, cases: list[Case], cycles: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    links = with_links(measured("eigen"), Communicator.world())
+    found = [{**_play(case, cycles), "call_s": links.seconds_per_call} for case in cases]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _play(case: Case, cycles: int) -> dict[str, float]:
+    sized = _sized(case.model, case.intervals, case.fraction)
+    world, model = Communicator.world(), sized.model
+    optimizer = make_optimizer(model, sized.config.optimizer)
+    kfac = KFAC(model, sized.config.kfac, lr=optimizer, process_group=world)
+    share = BATCH // case.ranks
+
+    def step() -> None:
+        sized.loss(share).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        world.all_reduce(flat, tag="gradients").wait()
+        flat /= case.ranks
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.reshape(gradient.shape))
+        kfac.step()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    interval = case.intervals[1]
+    for _ in range(interval):
+        step()  # warms up; the first one decomposes
+    seconds = []
+    for _ in range(cycles):
+        begin = time.thread_time()
+        for _ in range(interval):
+            step()
+        seconds.append((time.thread_time() - begin) / interval)
+    with PeakBytes() as bytes_:
+        for _ in range(interval):
+            step()
+    kfac.close()
+    return {"seconds": min(seconds), "bytes": float(bytes_.peak)}
+
+
+# -- predicted --------------------------------------------------------------------------------------
+
+
+def _row(case: Case, profile: Profile, found: dict[str, float]) -> dict[str, Any]:
+    sized = _sized(case.model, case.intervals, case.fraction)
+    workload = with_intervals(profile.workload, sized.config.kfac)
+    share = BATCH // case.ranks
+    plan = sized.plan(case.ranks, calibration=profile.calibration)
+
+    def step(links: str) -> StepTime:
+        calibration = replace(profile.calibration, network=LINKS[links])
+        return predict_step(
+            workload,
+            calibration,
+            plan,
+            global_batch_size=BATCH,
+            micro_batch_size=share,
+        )
+
+    exchange = {
+        name: sum(
+            seconds
+            for phase, seconds in step(name).parts.items()
+            if phase.endswith(("_reduce", "_broadcast"))
+        )
+        for name in LINKS
+    }
+    computed = step(FAST).total - exchange[FAST]
+    memory = device_bytes(workload, plan, share)
+    row: dict[str, Any] = {
+        "model": case.model,
+        "ranks": case.ranks,
+        "fraction": round(case.fraction, 4),
+        "intervals": list(case.intervals),
+        "measured_cpu_ms": 1e3 * found["seconds"],
+        "predicted_cpu_ms": 1e3 * computed,
+        "exchange_ms": {name: 1e3 * seconds for name, seconds in exchange.items()},
+        "measured_mib": found["bytes"] / 2**20,
+        "predicted_mib": memory / 2**20,
+    }
+    if case.columns == 1:
+        row["chosen_columns"] = {
+            name: choose_plan(
+                workload,
+                replace(profile.calibration, network=LINKS[name]),
+                case.ranks,
+                global_batch_size=BATCH,
+            ).num_columns
+            for name in LINKS
+        }
+    return row
+
+
+def _time(row: dict[str, Any], side: str, links: str) -> float:
+    return float(row[f"{side}_cpu_ms"] + row["exchange_ms"][links])
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Errors of time and memory, pairs in the right order, and what the chosen fraction costs."""
+    errors = [_time(row, "predicted", FAST) / _time(row, "measured", FAST) - 1 for row in rows]
+    memory = [row["predicted_mib"] / row["measured_mib"] - 1 for row in rows]
+    right = pairs = 0
+    for one, other in itertools.combinations(rows, 2):
+        same = one["model"] == other["model"]
+        if (
+            not same
+            or abs(_time(one, "measured", FAST) / _time(other, "measured", FAST) - 1) < 0.02
+        ):
+            continue
+        pairs += 1
+        order = [
+            _time(x, side, FAST) < _time(y, side, FAST)
+            for side in ("measured", "predicted")
+            for x, y in ((one, other),)
+        ]
+        right += order[0] == order[1]
+    losses = []
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["ranks"], tuple(row["intervals"])), []).append(row)
+    for group in groups.values():
+        first = next(row for row in group if row["fraction"] == 1.0)
+        for links, columns in first["chosen_columns"].items():
+            tried = {round(1 / row["fraction"]): _time(row, "measured", links) for row in group}
+            if columns in tried:
+                losses.append(tried[columns] / min(tried.values()) - 1)
+    return {
+        "cases": len(rows),
+        "time_within_20_percent": sum(abs(e) <= 0.2 for e in errors),
+        "time_error": {
+            "median": statistics.median(errors),
+            "lowest": min(errors),
+            "highest": max(errors),
+        },
+        "memory_within_5_percent": sum(abs(e) <= 0.05 for e in memory),
+        "memory_error": {"lowest": min(memory), "highest": max(memory)},
+        "pairs": pairs,
+        "pairs_in_the_right_order": right,
+        "chosen_fraction_over_best_measured": {
+            "n": len(losses),
+            "within_10_percent": sum(x <= 0.1 for x in losses),
+            "highest": max(losses, default=0.0),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
