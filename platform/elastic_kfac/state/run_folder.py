@@ -118,10 +118,6 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return []  # Runs of earlier versions have none.
 
-    def append_metrics(self, rows: Iterable[Row]) -> None:
-        """Adds rows to `metrics.jsonl`."""
-        self.append(METRICS, rows)
-
     def append_events(self, rows: Iterable[Row]) -> None:
         """Adds rows to `events.jsonl`."""
         self.append(EVENTS, rows)

@@ -17,7 +17,7 @@ from elastic_kfac.config import parse_config
 from elastic_kfac.errors import RunError
 from elastic_kfac.observability.metric_names import label
 from elastic_kfac.state import recorder
-from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.run_folder import METRICS, RunFolder
 
 PIDS = {0: 10, 1: 11}
 NODES = {0: "127.0.0.3", 1: "127.0.0.4"}
@@ -188,7 +188,7 @@ def test_coordinator_reached_answers_at_the_step(tmp_path: Path) -> None:
 
 
 def test_coordinator_opened_on_an_earlier_run_continues_it(tmp_path: Path) -> None:
-    RunFolder(tmp_path).append_metrics([{"step": 1}, {"step": 7}])
+    RunFolder(tmp_path).append(METRICS, [{"step": 1}, {"step": 7}])
 
     async def scenario() -> None:
         coordinator = RunCoordinator(str(tmp_path))
@@ -390,7 +390,7 @@ def test_coordinator_whose_folder_cannot_be_written_says_so_and_loses_no_row(
 def test_coordinator_of_a_resumed_run_writes_once_the_state_is_restored(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_config(parse_config({"train": {"epochs": 1}}))
-    folder.append_metrics([{"step": 7}])
+    folder.append(METRICS, [{"step": 7}])
     config = parse_config({"train": {"epochs": 2}})
 
     async def scenario(*messages: Any) -> bool:
@@ -437,7 +437,7 @@ def test_coordinator_of_a_continued_run_counts_only_time_in_which_it_existed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
-    folder.append_metrics([{"step": 6, "wall_time_s": 12.0}, {"step": 7, "wall_time_s": 14.0}])
+    folder.append(METRICS, [{"step": 6, "wall_time_s": 12.0}, {"step": 7, "wall_time_s": 14.0}])
     folder.append_events([{"kind": "start", "time": time.time() - 7200}])
 
     async def scenario() -> None:

@@ -29,7 +29,7 @@ from elastic_kfac.experiments.search_trial import (
     write_extras,
 )
 from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.run_folder import METRICS, RunFolder
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callback, KeepGoing
 from elastic_kfac.training.loop import run_rank
@@ -79,7 +79,7 @@ class _Rows(Callback):
         self._folder = folder
 
     def on_metrics(self, row: Any) -> None:
-        self._folder.append_metrics([row])
+        self._folder.append(METRICS, [row])
 
 
 def train_here(config: Config, folder: Path) -> None:
@@ -152,9 +152,9 @@ def test_clone_goes_on_from_the_donors_weights_momentum_and_curvature(
 def test_own_checkpoint_leaves_a_trial_as_it_is(space: SearchSpace, tmp_path: Path) -> None:
     own = trial(space, tmp_path, "own", 0.02, None)
     folder = tmp_path / "trials" / "own"
-    RunFolder(folder).append_metrics([{"step": 1, "loss": 1.0}])
+    RunFolder(folder).append(METRICS, [{"step": 1, "loss": 1.0}])
     own.save_checkpoint(str(tmp_path / "checkpoint"))
-    RunFolder(folder).append_metrics([{"step": 2, "loss": 0.5}])
+    RunFolder(folder).append(METRICS, [{"step": 2, "loss": 0.5}])
     own.load_checkpoint(str(tmp_path / "checkpoint"))
     assert [row["step"] for row in RunFolder(folder).metrics()] == [1, 2]
     assert RunFolder(folder).events() == []

@@ -8,7 +8,7 @@ import pytest
 
 from elastic_kfac.config import Config, read_config, write_config
 from elastic_kfac.errors import ConfigError, UsageError
-from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.run_folder import METRICS, RunFolder
 
 
 def test_config_written_and_read_back_is_equal(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_missing_configuration_file_names_it(tmp_path: Path) -> None:
 
 def test_rewind_drops_later_metric_rows_only(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.append_metrics({"step": step, "loss": 1.0} for step in range(1, 6))
+    folder.append(METRICS, [{"step": step, "loss": 1.0} for step in range(1, 6)])
     folder.append_events([{"kind": "resize", "step": 5}])
     assert folder.rewind_metrics(3) == 2
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3]
@@ -80,9 +80,9 @@ def test_rewind_drops_later_metric_rows_only(tmp_path: Path) -> None:
     assert folder.rewind_metrics(3) == 0
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 4, "lo')
-    folder.append_metrics([{"step": 4}])
+    folder.append(METRICS, [{"step": 4}])
     assert folder.rewind_metrics(3) == 1
-    folder.append_metrics([{"step": 4, "loss": 2.0}])
+    folder.append(METRICS, [{"step": 4, "loss": 2.0}])
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4]
     assert folder.rewind_metrics(0) == 4
     assert folder.metrics() == []
@@ -91,11 +91,11 @@ def test_rewind_drops_later_metric_rows_only(tmp_path: Path) -> None:
 
 def test_metrics_after_a_torn_line_are_still_read(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.append_metrics([{"step": 1}])
+    folder.append(METRICS, [{"step": 1}])
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "lo')
-    folder.append_metrics([{"step": 3}])
-    folder.append_metrics([{"step": 4}])
+    folder.append(METRICS, [{"step": 3}])
+    folder.append(METRICS, [{"step": 4}])
     assert [row["step"] for row in folder.metrics()] == [1, 3, 4]
 
 

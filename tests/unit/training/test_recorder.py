@@ -15,7 +15,7 @@ from elastic_kfac.data.storage import Storage
 from elastic_kfac.state import recorder
 from elastic_kfac.state.line_log import LineLog
 from elastic_kfac.state.recorder import Recorder
-from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.run_folder import METRICS, RunFolder
 from support.object_server import Store, s3_server
 from support.small_disk import small_disk
 
@@ -79,7 +79,7 @@ def test_rows_that_can_never_be_written_are_counted(tmp_path: Path) -> None:
 
 def test_nothing_is_written_before_the_state_has_accepted(tmp_path: Path) -> None:
     folder, order = RunFolder(tmp_path / "run"), []
-    folder.append_metrics(rows(1, 2, 3))
+    folder.append(METRICS, rows(1, 2, 3))
     writer = Recorder(folder)
     writer.hold()
     writer.events([{"kind": "state_found", "step": 2}])
@@ -93,7 +93,7 @@ def test_nothing_is_written_before_the_state_has_accepted(tmp_path: Path) -> Non
 
 def test_run_that_was_never_accepted_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.append_metrics(rows(1))
+    folder.append(METRICS, rows(1))
     writer = Recorder(folder)
     writer.hold()
     writer.rewind(0)
