@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from kfac_floor import Floor
+from machine import cpu_name
 from torch import Tensor, nn
+from transformer import Block
 
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.tasks.models import create_model
@@ -61,7 +63,7 @@ def main() -> None:
         "cases": {name: cases[name].description for name in arguments.cases},
         "rows": rows,
         "peer": {"name": "kfac-pytorch", "commit": arguments.peer_commit} if peer else None,
-        "machine": {"cpu": _cpu(), "cores": torch.get_num_threads()},
+        "machine": {"cpu": cpu_name(), "cores": torch.get_num_threads()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -132,7 +134,7 @@ def _cases() -> dict[str, Case]:
         ),
         "encoder": Case(
             "transformer encoder block, width 256, 16 x 128 tokens",
-            lambda: EncoderBlock(256, 8),
+            lambda: Block(256, 8, causal=False),
             lambda model: F.mse_loss(model(tokens), targets),
             (5, 1),
             {"loss_reduction": "positions"},
@@ -146,26 +148,6 @@ def _mlp(inputs: int, widths: list[int], outputs: int) -> nn.Module:
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm attention with separate projections, and an MLP."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        split = (
-            (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)) for p in (self.q, self.k, self.v)
-        )
-        h = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        x = x + self.out(h)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str, Any]:
@@ -257,12 +239,6 @@ def _line(row: dict[str, Any]) -> str:
             f"  our extra / its extra {row['extra_ratio']:.2f}"
         )
     return text + f"  n={row['n']}"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

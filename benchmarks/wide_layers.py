@@ -28,6 +28,7 @@ from unittest import mock
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+from machine import cpu_name
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC, __version__
@@ -57,7 +58,7 @@ def main() -> None:
         result["decomposition"] = [_decomposed(width) for width in (1024, 2048, 4096)]
     if arguments.part in (None, "quality"):
         result["quality"] = [_quality(name, arguments.seeds) for name in PROBLEMS]
-    result["machine"] = {"cpu": _cpu(), "threads": torch.get_num_threads()}
+    result["machine"] = {"cpu": cpu_name(), "threads": torch.get_num_threads()}
     result["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -303,12 +304,6 @@ def _quality(name: str, seeds: int) -> dict[str, object]:
         }
         print(name, form, row[form], flush=True)
     return row
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -52,6 +52,9 @@ from elastic_kfac.data.cache import ShardCache
 from elastic_kfac.data.decode import Scratch, image_size
 from elastic_kfac.data.loading import decode_into
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import cpu_name
+
 BATCH = 128
 RAW_IMAGES = 20_000
 PHOTOS = 256
@@ -486,13 +489,6 @@ def threads() -> int:
 
 def shared_memory() -> int:
     return sum(1 for path in Path("/dev/shm").iterdir() if path.stat().st_uid == os.getuid())
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ from torch import Tensor, nn
 import elastic_kfac
 from elastic_kfac import KFAC
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import cpu_name
+
 HERE = Path(__file__).parent
 POINTS = 25
 BASELINES = ("sgd", "adamw")
@@ -150,7 +153,7 @@ def open_results(path: Path) -> dict[str, Any]:
     return {
         "benchmark": "defaults",
         "what": "losses over small problems, CPU seconds of the training loop; see run.py",
-        "hardware": {"cpu": _cpu(), "threads": 1},
+        "hardware": {"cpu": cpu_name(), "threads": 1},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -181,12 +184,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [*map(_finite, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.processor())
 
 
 # -- the table ------------------------------------------------------------------------------------

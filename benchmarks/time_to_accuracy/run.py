@@ -40,6 +40,9 @@ from workloads import WORKLOADS, Images, Problem, ce, split
 import elastic_kfac
 from elastic_kfac.errors import NumericalError
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from machine import cpu_name
+
 HERE = Path(__file__).parent
 POINTS = 40
 """Evaluations of a run."""
@@ -153,7 +156,7 @@ class Results:
                 for name, method in METHODS.items()
             },
             "peers": {peer.url: peer.commit for peer in PEERS.values()},
-            "hardware": {"cpu": _cpu(), "threads_per_run": 1},
+            "hardware": {"cpu": cpu_name(), "threads_per_run": 1},
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -276,12 +279,6 @@ def _per_step(runs: list[dict[str, Any]], workload: str, method: str) -> float:
 
 def _plain(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.processor())
 
 
 def main() -> int:
