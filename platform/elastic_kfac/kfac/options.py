@@ -102,7 +102,7 @@ Lr = float | Callable[[int], float] | torch.optim.Optimizer | Sequence[torch.opt
 
 
 class Rates:
-    """The learning rate of the KL clip, and of the update where K-FAC makes it."""
+    """The learning rate that steps are measured by, and that of the update where K-FAC makes it."""
 
     def __init__(self, lr: Lr) -> None:
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()

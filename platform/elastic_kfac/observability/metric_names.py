@@ -167,7 +167,7 @@ _TABLE: Mapping[Area, tuple[Metric, ...]] = {
         _gauge("merge_newton_rank", "", "Dimensions of the merge's Newton part."),
         _gauge("merge_sigma", "", "Estimate of the top curvature at a merge."),
         _gauge("damping", "", "Tikhonov damping of the step."),
-        _gauge("kl_clip_scale", "", "Factor by which the KL clip scaled the step."),
+        _gauge("kl_clip_scale", "", "Step scale: factor of the trust region or KL clip."),
         _counter("factor_updates", "updates", "Factor updates so far."),
         _counter("inverse_updates", "updates", "Decompositions so far, per layer."),
         _gauge("inverse_age_steps", "steps", "Steps since the decomposition in use."),

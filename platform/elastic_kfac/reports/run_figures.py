@@ -78,14 +78,14 @@ def throughput_figure(run: Run) -> Markup:
 
 
 def curvature_figure(run: Run) -> Markup:
-    """Damping, learning rate and the KL clip's factor by step, with the updates as ticks."""
+    """Damping, learning rate and step scale by step, with the updates as ticks."""
 
     def draw(figure: Figure) -> None:
         top, ticks = figure.subplots(2, 1, sharex=True, height_ratios=(5, 0.9))
         curves = (
             ("damping", "damping", EVALUATION),
             ("lr", "learning rate", ACCENT),
-            ("kl_clip_scale", "KL clip factor", GREEN),
+            ("kl_clip_scale", "step scale", GREEN),
         )
         for key, label, colour in curves:
             values = [(float(row["step"]), number(row, key)) for row in run.steps]
