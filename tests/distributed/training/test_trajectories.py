@@ -31,12 +31,18 @@ from support.gloo import run_ranks
 from support.training_problems import KFAC, RecordingCallback, memory_datasets, small_config
 
 RECORD = Path(__file__).with_name("trajectories.json")
-DIGITS: dict[str, Any] = {
+SHORT: dict[str, Any] = {
     "model": {"arguments": {"width": 4}},
     "train": {"epochs": 0.5, "global_batch_size": 64},
-    "optimizer": {"lr": 0.05},
-    "kfac": {"damping": 0.01, "kl_clip": 1e-4, "inverse_update_steps": 5},
-    "elastic": {"reproducible": True},
+}
+DIGITS: dict[str, dict[str, Any]] = {
+    "digits_reproducible": {
+        **SHORT,
+        "optimizer": {"lr": 0.05},
+        "kfac": {"damping": 0.01, "kl_clip": 1e-4, "inverse_update_steps": 5},
+        "elastic": {"reproducible": True},
+    },
+    "digits_defaults": SHORT,
 }
 APART: dict[str, Any] = {"optimizer.momentum": 0.5, "elastic.merge_every_steps": 3}
 SMALL: dict[str, dict[str, Any]] = {
@@ -68,10 +74,10 @@ Trajectory = dict[str, Any]
 
 def _train(folder: Path, case: str, root: Path) -> Trajectory:
     recorded = RecordingCallback()
-    digits = case == "digits_reproducible"
-    values = {**DIGITS, "data": {"shards": str(root / "digits"), "cache_dir": str(root / "cache")}}
+    digits = case in DIGITS
+    data = {"shards": str(root / "digits"), "cache_dir": str(root / "cache")}
     run_rank(
-        parse_config(values) if digits else small_config(SMALL[case]),
+        parse_config({**DIGITS[case], "data": data}) if digits else small_config(SMALL[case]),
         Communicator.world(),
         store=CheckpointStore(folder),
         callback=recorded,
@@ -103,9 +109,9 @@ def _play(root: Path) -> dict[str, Trajectory]:
     make_shards("digits", root / "digits")
     played = {}
     for world_size, cases in (
-        (1, ["digits_reproducible"]),
-        (2, ["digits_reproducible", "abs"]),
-        (3, ["digits_reproducible", "kfac_mem_opt", "sharded_kfac", "local_sgd_distnewton"]),
+        (1, [*DIGITS]),
+        (2, [*DIGITS, "abs"]),
+        (3, [*DIGITS, "kfac_mem_opt", "sharded_kfac", "local_sgd_distnewton"]),
     ):
         first = run_ranks(world_size, _train_on_rank, str(root), cases)[0]
         played |= {f"{case} on {world_size}": value for case, value in first.items()}
@@ -144,6 +150,16 @@ def test_reproducible_digits_have_the_same_bits_on_one_two_and_three_ranks(
     runs = [played[f"digits_reproducible on {world_size}"] for world_size in (1, 2, 3)]
     assert runs[0] == runs[1] == runs[2]
     assert len(runs[0]["losses"]) == 12 and runs[0]["losses"][-1] < runs[0]["losses"][0]
+
+
+def test_digits_with_the_products_defaults_train_alike_on_one_two_and_three_ranks(
+    played: dict[str, Trajectory],
+) -> None:
+    assert parse_config(SHORT).kfac.trust_region == "adaptive"
+    runs = [played[f"digits_defaults on {world_size}"]["losses"] for world_size in (1, 2, 3)]
+    for losses in runs:
+        assert losses == pytest.approx(runs[0], rel=1e-3)
+    assert len(runs[0]) == 12 and runs[0][-1] < runs[0][0]
 
 
 if __name__ == "__main__":
