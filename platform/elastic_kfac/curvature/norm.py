@@ -99,6 +99,18 @@ class NormLayer(Layer):
     @abstractmethod
     def _inverse(self, fisher: Tensor, damping: float) -> Tensor: ...
 
+    def precondition(
+        self,
+        decomposition: Mapping[str, Tensor],
+        gradient: Tensor,
+        damping: float,
+        used: Tensor | None = None,
+    ) -> Tensor:
+        return self._product(decomposition["F_inverse"], gradient)
+
+    @abstractmethod
+    def _product(self, inverse: Tensor, gradient: Tensor) -> Tensor: ...
+
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         return torch.cat(self._gradients())
 
@@ -142,14 +154,8 @@ class UnitNorm(NormLayer):
             return inverses.two_by_two_inverse(fisher, least.double().clamp(min=damping))
         return inverses.damped_inverse(fisher, damping)
 
-    def precondition(
-        self,
-        decomposition: Mapping[str, Tensor],
-        gradient: Tensor,
-        damping: float,
-        used: Tensor | None = None,
-    ) -> Tensor:
-        return (decomposition["F_inverse"] @ gradient.unsqueeze(-1)).squeeze(-1)
+    def _product(self, inverse: Tensor, gradient: Tensor) -> Tensor:
+        return (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
 
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         return torch.stack(self._gradients(), -1)
@@ -171,14 +177,8 @@ class FullNorm(NormLayer):
         least = least_damping(typical_eigenvalue(fisher), fisher.dtype)
         return inverses.damped_inverse(fisher, least.clamp(min=damping))
 
-    def precondition(
-        self,
-        decomposition: Mapping[str, Tensor],
-        gradient: Tensor,
-        damping: float,
-        used: Tensor | None = None,
-    ) -> Tensor:
-        return decomposition["F_inverse"] @ gradient
+    def _product(self, inverse: Tensor, gradient: Tensor) -> Tensor:
+        return inverse @ gradient
 
 
 class DiagonalNorm(NormLayer):
@@ -193,14 +193,8 @@ class DiagonalNorm(NormLayer):
     def _inverse(self, fisher: Tensor, damping: float) -> Tensor:
         return 1.0 / (fisher + damping)
 
-    def precondition(
-        self,
-        decomposition: Mapping[str, Tensor],
-        gradient: Tensor,
-        damping: float,
-        used: Tensor | None = None,
-    ) -> Tensor:
-        return decomposition["F_inverse"] * gradient
+    def _product(self, inverse: Tensor, gradient: Tensor) -> Tensor:
+        return inverse * gradient
 
 
 def norm_layer(name: str, module: nn.Module, options: KfacOptions) -> NormLayer:

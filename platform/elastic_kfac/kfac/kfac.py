@@ -29,7 +29,13 @@ from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
-from elastic_kfac.kfac.distribution import Calibration, Plan, as_communicator, make_distribution
+from elastic_kfac.kfac.distribution import (
+    Calibration,
+    Gradients,
+    Plan,
+    as_communicator,
+    make_distribution,
+)
 from elastic_kfac.kfac.options import (
     Lr,
     Rates,
@@ -67,8 +73,8 @@ class KFAC:
             BatchNorm, LayerNorm, RMSNorm and GroupNorm layers are covered; one warning names the
             others; reasons are in `coverage()`.
         config: Options as one value; keywords replace parts of it.
-        lr: The learning rate the KL clip measures with: a number, a function of the step, or the
-            optimizer itself (or a list of them), so that the schedule and the clip cannot disagree.
+        lr: The learning rate that the trust region measures steps by: a number, a function of the step,
+            or the optimizer itself (or a list of them), so that the two cannot disagree.
         sharding: Shard K-FAC by owner (Osawa et al. 2019) instead of over the KAISA grid. Gradients then
             are local ones of the global mean loss; with `gather="weights"`, `step()` also applies the
             update, with the rates and momentum of `lr`, and no `optimizer.step()` must follow.
@@ -310,7 +316,7 @@ class KFAC:
         stacks = Stacks(layers, used)
         gradients = stacks.gradients(decay)
         results = self.distribution.precondition(
-            self.states, active, gradients, self.bound.tikhonov(self.damping), used
+            self.states, Gradients(active, gradients, used), self.bound.tikhonov(self.damping)
         )
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
@@ -544,7 +550,7 @@ class KFAC:
 
     @property
     def kl_clip_scale(self) -> float:
-        """ν of the last step."""
+        """The step scale: what the trust region, or the fixed KL clip, multiplied the last step by."""
         return float(self.bound.scale)
 
     def factors(self) -> dict[str, dict[str, Tensor]]:

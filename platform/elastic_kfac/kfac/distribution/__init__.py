@@ -12,12 +12,19 @@ from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
-from elastic_kfac.kfac.distribution.strategy import Distribution, as_communicator
+from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, as_communicator
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
 
-__all__ = ["Calibration", "Distribution", "Plan", "as_communicator", "make_distribution"]
+__all__ = [
+    "Calibration",
+    "Distribution",
+    "Gradients",
+    "Plan",
+    "as_communicator",
+    "make_distribution",
+]
 
 
 def make_distribution(

@@ -24,7 +24,7 @@ from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import CommunicationError, NumericalError
-from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
+from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
 from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
 from elastic_kfac.placement.plan import Plan
@@ -173,14 +173,8 @@ class KaisaGrid(Distribution):
 
     # -- gradients ------------------------------------------------------------------------------
 
-    def precondition(
-        self,
-        states: States,
-        indices: Sequence[int],
-        gradients: Sequence[Tensor],
-        damping: float,
-        used: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def precondition(self, states: States, gradients: Gradients, damping: float) -> list[Tensor]:
+        indices, values, used = gradients
         results: list[Tensor] = [torch.empty(0)] * len(indices)
         bucketers: dict[tuple[int, ...], Bucketer] = {}
         whole: list[int] = []
@@ -189,18 +183,18 @@ class KaisaGrid(Distribution):
             if not self._receive(indices[place]):
                 self._decompose_alone(states, indices[place], damping)
         stacks = Stacks([self.layers[indices[place]] for place in own], [used[p] for p in own])
-        values = stacks.precondition(
+        preconditioned = stacks.precondition(
             [states[indices[place]].decomposition for place in own],
-            [gradients[place] for place in own],
+            [values[place] for place in own],
             damping,
         )
-        for place, value in zip(own, values, strict=True):
+        for place, value in zip(own, preconditioned, strict=True):
             results[place] = value
         for place in reversed(range(len(indices))):
             index, value = indices[place], results[place]
             layer = self.layers[index]
             if not self._is_worker(index):
-                value = torch.empty_like(gradients[place], memory_format=torch.contiguous_format)
+                value = torch.empty_like(values[place], memory_format=torch.contiguous_format)
             group, columns = self._receivers[index], used[place]
             if group is not None:
                 ranks = self.plan.receiver_group(layer.name, self.rank)

@@ -30,7 +30,7 @@ from elastic_kfac.communication.v_collectives import (
 from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.stacks import Stacks
-from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot, States
+from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
 from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
@@ -212,16 +212,10 @@ class ShardedByOwner(Distribution):
 
     # -- precondition and publish ---------------------------------------------------------------
 
-    def precondition(
-        self,
-        states: States,
-        indices: Sequence[int],
-        gradients: Sequence[Tensor],
-        damping: float,
-        used: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    def precondition(self, states: States, gradients: Gradients, damping: float) -> list[Tensor]:
+        indices, values, used = gradients
         stacks = Stacks([self.layers[index] for index in indices], used)
-        return stacks.precondition([states[i].decomposition for i in indices], gradients, damping)
+        return stacks.precondition([states[i].decomposition for i in indices], values, damping)
 
     def total(self, value: Tensor) -> Tensor:
         summed = value.clone()

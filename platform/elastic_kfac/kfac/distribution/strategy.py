@@ -50,6 +50,16 @@ class Slot(NamedTuple):
     """Device and dtype."""
 
 
+class Gradients(NamedTuple):
+    """D of layers in matrix layout."""
+
+    indices: Sequence[int]
+    """Of the layers."""
+    values: Sequence[Tensor]
+    used: Sequence[Tensor | None]
+    """The columns that a value holds; None for all."""
+
+
 class Distribution(ABC):
     """Who decomposes, preconditions and keeps what, and how it travels.
 
@@ -119,15 +129,8 @@ class Distribution(ABC):
         """Spreads new decompositions of layers to the ranks that precondition them. Collective."""
 
     @abstractmethod
-    def precondition(
-        self,
-        states: States,
-        indices: Sequence[int],
-        gradients: Sequence[Tensor],
-        damping: float,
-        used: Sequence[Tensor | None],
-    ) -> list[Tensor]:
-        """P of layers from their gradients, or from the `used` columns of those. Collective."""
+    def precondition(self, states: States, gradients: Gradients, damping: float) -> list[Tensor]:
+        """P of layers from D, or from the columns of it that are used. Collective."""
 
     def total(self, value: Tensor) -> Tensor:
         """The sum over all layers of a scalar that was summed over `preconditioned_here`. Collective."""
