@@ -194,7 +194,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--shards": _of("root of the shard sets now (default: where the run had them)", metavar="URI"),
     "--source": _of(
-        "digits | clusters10[:SEED] | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
+        "digits | clusters10[:SEED] | stdlib_text | digit_scenes:masks|boxes | "
+        "sklearn:diabetes|breast_cancer|wine | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
         "torchvision:NAME[:ROOT]",
         required=True,
     ),

@@ -82,7 +82,7 @@ def make_shards(
     source is left as it is.
 
     Args:
-        source: `digits`, `parquet:PATH`, `imagefolder:PATH`, `ilsvrc:DIR`, `torchvision:NAME[:ROOT]`.
+        source: As `elastic-kfac shards make --source`, for example `digits` or `parquet:PATH`.
         out: Root URI: a folder, s3:// or gs://.
         split: Make this split only; None makes every split of the source.
         shard_mib: Size of a shard, MiB.

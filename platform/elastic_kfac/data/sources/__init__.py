@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from elastic_kfac.data.sources.embedded import digit_scenes, sklearn_table, stdlib_text
 from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
 from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
@@ -18,8 +19,10 @@ from elastic_kfac.paths import user_path
 __all__ = ["ColumnSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
 
 KNOWN_SOURCES = (
-    "digits, clusters10[:SEED], parquet:PATH, imagefolder:PATH, ilsvrc:DIR, torchvision:NAME[:ROOT], "
-    "text:PATH[?OPTIONS], table:PATH?targets=NAME, masks:DIR, coco:PATH, python:PACKAGE.MODULE:FACTORY"
+    "digits, clusters10[:SEED], stdlib_text, digit_scenes:masks|boxes, "
+    "sklearn:diabetes|breast_cancer|wine, parquet:PATH, imagefolder:PATH, ilsvrc:DIR, "
+    "torchvision:NAME[:ROOT], text:PATH[?OPTIONS], table:PATH?targets=NAME, masks:DIR, coco:PATH, "
+    "python:PACKAGE.MODULE:FACTORY"
 )
 
 
@@ -45,6 +48,12 @@ def _open(named: str, split: str | None) -> Source:
         return digits()
     if kind == "clusters10":
         return clusters10(rest)
+    if kind == "stdlib_text" and not rest:
+        return stdlib_text()
+    if kind == "digit_scenes":
+        return digit_scenes(rest)
+    if kind == "sklearn":
+        return sklearn_table(rest)
     if kind == "torchvision" and rest:
         return torchvision_data(rest)
     if kind == "parquet" and rest:

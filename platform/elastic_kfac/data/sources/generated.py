@@ -36,18 +36,8 @@ def digits() -> Source:
 
 
 def _digits(split: str) -> ColumnSplit:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    # Values are 0..16; 255/16 keeps their ratios and uses the whole byte.
-    images = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8).reshape(-1, 64)
-    labels = bunch.target.astype(np.int64)
-    chosen = []
-    for digit in range(10):
-        members = permutation(stream_key(SOURCE_SHUFFLE, digit), np.flatnonzero(labels == digit))
-        cut = round(len(members) / 5)
-        chosen.append(members[:cut] if split == "test" else members[cut:])
-    order = permutation(stream_key(SOURCE_SHUFFLE), np.concatenate(chosen))
+    images, labels = _all_digits()
+    order = _order(split, labels)
     return image_split(
         load=images.__getitem__,
         key="digits/{}".format,
@@ -58,6 +48,31 @@ def _digits(split: str) -> ColumnSplit:
         fingerprint=_fingerprint(images[order], labels[order]),
         raw_shape=(1, 8, 8),
     )
+
+
+def digit_images(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pictures [n, 8, 8] and labels of a split of `digits`."""
+    images, labels = _all_digits()
+    order = _order(split, labels)
+    return images[order].reshape(-1, 8, 8), labels[order]
+
+
+def _all_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    # Values are 0..16; 255/16 keeps their ratios and uses the whole byte.
+    images = np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8).reshape(-1, 64)
+    return images, bunch.target.astype(np.int64)
+
+
+def _order(split: str, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    chosen = []
+    for digit in range(10):
+        members = permutation(stream_key(SOURCE_SHUFFLE, digit), np.flatnonzero(labels == digit))
+        cut = round(len(members) / 5)
+        chosen.append(members[:cut] if split == "test" else members[cut:])
+    return permutation(stream_key(SOURCE_SHUFFLE), np.concatenate(chosen))
 
 
 def clusters10(seed: str) -> Source:
