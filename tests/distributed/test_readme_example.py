@@ -36,10 +36,10 @@ def test_readme_example_on_two_processes_learns(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
-    assert len(losses) == 4
-    assert losses[-1] < 0.4 * losses[0], losses
+    losses = dict(re.findall(r"step (\d+): loss ([\d.]+)", done.stdout))  # of either process
+    assert len(losses) == 40
+    assert float(losses["39"]) < 0.4 * float(losses["0"]), losses
 
 
 def test_readme_example_stays_short() -> None:
-    assert len(example().splitlines()) <= 20
+    assert len(example().splitlines()) <= 15

@@ -10,6 +10,7 @@ sent (all members know the size), and collectives of one rank return at once.
 
 from __future__ import annotations
 
+import atexit
 import math
 import pickle
 import re
@@ -30,7 +31,10 @@ from elastic_kfac.communication.counters import (
     all_reduce_received,
     reduce_scatter_received,
 )
+from elastic_kfac.communication.shutdown import settle
 from elastic_kfac.errors import CommunicationError, UsageError
+
+atexit.register(settle)
 
 
 class Work:
