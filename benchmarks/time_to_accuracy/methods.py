@@ -160,17 +160,28 @@ def _kfac_pytorch(model: nn.Module, at: Setting) -> Built:
 
 def _ours(model: nn.Module, at: Setting) -> Built:
     optimizer = _behind(model, at)
-    options: dict[str, Any] = {k: at[k] for k in ("damping", "kl_clip") if k in at}
+    options: dict[str, Any] = {"damping": at["damping"]} if "damping" in at else {}
+    if "every" in at:
+        every = round(at["every"])
+        options |= {"factor_update_steps": every, "inverse_update_steps": 2 * every}
     reduction = "positions" if getattr(model, "causal", False) else "mean"
     return [optimizer], KFAC(model, lr=optimizer, loss_reduction=reduction, **options)
 
 
-KFAC_SPACE = {
+CLIPPED = {
     "lr": Range(0.02, 1.0),
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-3, 1e-1),
     "kl_clip": Range(1e-4, 1e-2),
 }
+ADAPTIVE = {
+    "forgets": Range(0.05, 0.5),
+    "damping": Range(1e-4, 1e-1),
+    "every": Range(1, 10),
+    **LR_SHARE,
+}
+"""Of the rate only its course counts; `every` are the steps between factors, half of those between
+decompositions."""
 DECAY = {"decay": Range(1e-6, 1e-3)}
 DECOUPLED = {"decay": Range(1e-3, 1e-1)}
 
@@ -195,9 +206,9 @@ METHODS = {
         {"lr": Range(1e-3, 3e-2), "forgets": MEMORY, **DECOUPLED, **LR_SHARE},
         "distributed_shampoo",
     ),
-    "kfac-pytorch": Method(_kfac_pytorch, KFAC_SPACE, "kfac.preconditioner"),
+    "kfac-pytorch": Method(_kfac_pytorch, CLIPPED, "kfac.preconditioner"),
     "ours, default": Method(_ours, {}),
-    "ours, tuned": Method(_ours, KFAC_SPACE),
+    "ours, tuned": Method(_ours, ADAPTIVE),
 }
 
 

@@ -174,9 +174,16 @@ class Results:
                 )
             self.content |= {k: found[k] for k in ("targets", "hardware", "versions", "runs")}
 
-    def done(self) -> set[Key]:
+    def has(self, key: Key, setting: dict[str, float]) -> bool:
+        """Whether a run is there; drops one of other settings, from a space that has changed."""
         names = ("workload", "method", "study", "point")
-        return {tuple(run[name] for name in names) for run in self.content["runs"]}  # type: ignore[misc]
+        for run in self.content["runs"]:
+            if tuple(run[name] for name in names) == key:
+                if run["setting"] == setting:
+                    return True
+                self.content["runs"].remove(run)
+                return False
+        return False
 
     def save(self) -> None:
         head = json.dumps({k: v for k, v in self.content.items() if k != "runs"}, indent=1)
@@ -334,11 +341,10 @@ def main() -> int:
                 if not is_first:
                     targets[workload] = target(runs, workload, first)
                 goal = -math.inf if is_first else targets[workload]
-                done = results.done()
                 futures = [
                     pool.submit(one, key, setting, arguments.scale, goal)
                     for key, setting in plan(workload, group, arguments)
-                    if key not in done
+                    if not results.has(key, setting)
                 ]
                 for future in as_completed(futures):
                     runs.append(future.result())
