@@ -84,9 +84,14 @@ def train(problem: Problem, seed: int, candidate: dict[str, Any], variant: str) 
         optimizer.zero_grad()
         loss = problem.loss(model(inputs), targets) * loss_factor
         loss.backward()
+        follows = getattr(preconditioner, "reduction_due", lambda: False)()
         if preconditioner is not None:
             preconditioner.step()
         optimizer.step()
+        if follows:  # Levenberg–Marquardt
+            with torch.no_grad():
+                after = problem.loss(model(inputs), targets) * loss_factor
+            preconditioner.adapt_damping(float(after - loss.detach()))
         seconds += time.process_time() - start
         if schedule:
             schedule.step()

@@ -303,6 +303,8 @@ class KFAC:
             self.states[i] = state.decomposed(parts, self.steps)
         self._enter("decomposition", if_=bool(due))
         self.distribution.share(self.states, due)
+        if due:
+            self.bound.look(self.states)
 
     def _precondition(self) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
@@ -603,13 +605,14 @@ class KFAC:
     # -- adaptive damping -----------------------------------------------------------------------
 
     def predicted_change(self, lr: float | None = None) -> float:
-        """Change of the loss that the quadratic model predicts for the step `−lr·ν·P` just prepared.
+        """Change of the loss that the quadratic model predicts for the step δ just prepared.
 
         `M(δ) − M(0) = ∇Lᵀδ + ½ δᵀ(F + γI)δ` with the damped K-FAC curvature, for which
-        `(F + γI) P = D`. Call between `step()` and `optimizer.step()`. Collective with `sharding`.
+        `(F + γI) P = D`. δ is the whole step, momentum included, with `trust_region="adaptive"` and SGD
+        behind it; otherwise, or for a given `lr`, it is `−lr·ν·P`. Call after `step()`. Collective with
+        `sharding`.
         """
-        rate = self._rates.of_layers(self.layers[:1], self.steps)[0] if lr is None else lr
-        return self.bound.predicted_change(rate, self.distribution.total)
+        return self.bound.predicted_change(lr, self.steps, self.distribution.total)
 
     def reduction_due(self) -> bool:
         """Whether the rule for damping needs the change of the loss in the coming step."""

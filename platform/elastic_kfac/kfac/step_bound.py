@@ -14,7 +14,7 @@ from elastic_kfac.curvature.damping import mean_eigenvalue
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.options import Rates, value_at
-from elastic_kfac.kfac.statistics import Statistics
+from elastic_kfac.kfac.statistics import Statistics, WarnOnce
 from elastic_kfac.kfac.trust_region import (
     FLOOR,
     InputScale,
@@ -23,6 +23,19 @@ from elastic_kfac.kfac.trust_region import (
     TrustRegion,
     kl_clip,
 )
+
+TINY = 0.01
+"""A scale below which lr is out of proportion."""
+ENOUGH = 50
+"""Steps before a share of them means something."""
+RISE = 1.5
+"""Mean square of output gradients over that of the first batch: probabilities that are right by chance
+and certain have 2 (C − 1)/C of them where those of a network that knows nothing have (C − 1)/C."""
+ADVICE = {
+    "adaptive": "raise damping tenfold",
+    "fixed": "lower lr and kl_clip and raise damping, tenfold each, or leave kl_clip out",
+    "none": "set trust_region='adaptive', or lower lr and raise damping tenfold",
+}
 
 Total = Callable[[Tensor], Tensor]
 """The sum over ranks of a tensor to which each layer contributes on one rank. Collective."""
@@ -43,11 +56,20 @@ class StepBound:
         self._product: Tensor | None = None
         self._shortened = torch.zeros((), dtype=torch.float64)
         """Steps whose scale was below 1, of `_steps` since this object was built."""
+        self._tiny = torch.zeros((), dtype=torch.float64)
+        """Those whose scale was below `TINY`."""
         self._steps = 0
+        self._warnings = WarnOnce()
+        self._output: int | None = None
+        """The layer that is called last."""
+        self._residual: list[float] = []
+        """Mean square of the output gradients at the first look, at the last one, and for how many looks
+        it has not come down."""
 
     def cover(self, layers: Sequence[Layer]) -> None:
         """Starts the rule afresh for these layers."""
         self._layers = layers
+        self._output, self._residual = None, []
         if self._options.trust_region == "adaptive":
             kind = InputScale if self._options.method == "one_sided" else LossScale
             self.trust = TrustRegion([layer.name for layer in layers], layers[0].device, kind)
@@ -67,13 +89,21 @@ class StepBound:
     def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
         """With the adaptive rule, takes the scale of the loss and, into `states`, that of each layer's
         output gradients from the first statistics. Collective."""
+        layers = self._layers
+        if self._output is None:
+            seen = [
+                i
+                for i, (_, rows) in enumerate(statistics.counts)
+                if rows and "G" in layers[i].factor_names
+            ]
+            called = statistics.last_called
+            self._output = called if called is not None else seen[-1] if seen else None
         if self.trust is None:
             return
         if self._options.method == "one_sided":
             if self.trust.scale is None:
                 self.trust.scale = self._input_scale(statistics, total)
             return
-        layers = self._layers
         new = [i for i, (_, rows) in enumerate(statistics.counts) if rows and not states[i].floor]
         if not new:
             return
@@ -167,17 +197,50 @@ class StepBound:
                 results, gradients, lr, kappa, total, self._layers[0].device
             )
         self._shortened = self._shortened + (self.scale < 1.0)
+        self._tiny = self._tiny + (self.scale < TINY)
         self._steps += 1
+
+    def look(self, states: Sequence[LayerState]) -> None:
+        """Warns once of settings that cannot be right; waits for the device, so call it where that is
+        due anyway."""
+        if self._options.trust_region == "fixed" and self._steps >= ENOUGH:
+            share, tiny = float(self._shortened) / self._steps, float(self._tiny) / self._steps
+            self._warnings.once(
+                "clip",
+                share >= 0.95,
+                f"the KL clip shortened {share:.0%} of {self._steps} steps"
+                + (", most of them more than 100 times" if tiny > 0.5 else "")
+                + ", so that lr has no effect: lower lr tenfold, raise kl_clip or damping tenfold, or "
+                "leave kl_clip out (trust_region='adaptive')",
+            )
+        held = None if self._output is None else states[self._output].factors.get("G")
+        if held is None or self._options.ema_init == "identity":
+            return
+        value = float(mean_eigenvalue(held).mean())
+        first, last, count = self._residual or (value, math.inf, 0)
+        grown = value > RISE * first and (value >= last or count == 0)
+        self._residual = [first, value, count + 1 if grown else 0]
+        self._warnings.once(
+            "rise",
+            self._residual[2] >= 3,
+            f"the loss seems to be above its start: its gradient at the output is "
+            f"{math.sqrt(max(value, 0.0) / first) if first else math.inf:.2g} times as large as in the "
+            f"first batch; {ADVICE[self._options.trust_region]}",
+        )
 
     @property
     def shortened_share(self) -> float:
         """The share of steps that were shortened."""
         return float(self._shortened) / max(1, self._steps)
 
-    def predicted_change(self, lr: float, total: Total) -> float:
+    def predicted_change(self, lr: float | None, step: int, total: Total) -> float:
         """See `KFAC.predicted_change`."""
         if self._product is None:
             raise UsageError("predicted_change() needs a step() first")
+        if lr is None:
+            if self.trust is not None and self._rates.are_linear:
+                return self.trust.predicted_change()
+            lr = self._rates.of_layers(self._layers[:1], step)[0]
         size = lr * float(self.scale)
         if self.trust is None:
             product = float(total(self._product))

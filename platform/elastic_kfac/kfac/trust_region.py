@@ -241,6 +241,8 @@ class TrustRegion:
         self._sent = zero
         """`_rates` on the device."""
         self._places: tuple[tuple[int, ...], Tensor] = (), zero
+        self._slopes = self._lr = self.squares
+        """⟨D, δ⟩ of the last step in units of −lr, and the rates, by layer."""
 
     def apply(
         self,
@@ -288,6 +290,7 @@ class TrustRegion:
         momentum = momentum * (1.0 - cut)
         grown = momentum * (momentum * self.squares + 2 * factor * slopes)
         self.squares = (grown + factor.square() * products).clamp(min=0.0)
+        self._slopes, self._lr = momentum * slopes + factor * products, lr
         if results:
             torch._foreach_mul_(results, (factor * scale.step).to(results[0].dtype))
         if is_linear:
@@ -338,6 +341,12 @@ class TrustRegion:
         if self._places[0] != tuple(indices):
             self._places = tuple(indices), on_device(list(indices), table.device, torch.int64)
         return table.index_copy_(1, self._places[1], part)
+
+    def predicted_change(self) -> float:
+        """Of L by the step just applied, momentum included: ∇Lᵀδ + ½ c δᵀ(F/c² + γI)δ, where the update
+        is linear."""
+        change = (0.5 * self._lr.square() * self.squares - self._lr * self._slopes).sum()
+        return (self.scale or self.kind()).loss * float(change)
 
     def apply_plain(self, gradients: list[Tensor], rates: StepRates) -> None:
         """Brings gradients of parameters without curvature to the normalised loss, in place, and bounds

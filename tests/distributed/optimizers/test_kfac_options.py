@@ -69,6 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
         "damping": WarmupSchedule(start=1.0, target=0.01, steps=4),
         "factor_decay": MilestoneSchedule(start=0.5, factor=0.5, milestones=(2,)),
         "kl_clip": MilestoneSchedule(start=1e-3, factor=0.1, milestones=(3,)),
+        "factor_update_steps": MilestoneSchedule(start=1, factor=2, milestones=(2,)),
         "inverse_update_steps": MilestoneSchedule(start=1, factor=2, milestones=(2,)),
     },
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1, interval=2)},

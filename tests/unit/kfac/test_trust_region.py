@@ -271,3 +271,55 @@ def test_a_table_continues_bit_for_bit(momentum: float) -> None:
         read(second, step)
     for p, q in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert p.equal(q)
+
+
+def test_predicted_change_is_that_of_the_whole_step_with_momentum_in_it() -> None:
+    """Against the dense quadratic ∇Lᵀδ + ½ c δᵀ(F/c² + γI)δ, with factors that stay."""
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3, bias=False).double()
+    run = Run(model, factor_update_steps=100, inverse_update_steps=100)
+    for step in range(4):
+        x, y = batch(step)
+        before = model.weight.detach().clone()
+        run.optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        assert model.weight.grad is not None
+        gradient = model.weight.grad.clone()
+        run.kfac.step()
+        run.optimizer.step()
+        delta = model.weight.detach() - before
+        trust, state = run.kfac.bound.trust, run.kfac.states[0]
+        assert trust is not None and trust.scale is not None
+        c = trust.scale.loss
+        g = state.floored["G"]
+        curved = g @ delta @ state.factors["A"] / c**2 + 0.01 * delta
+        dense = (gradient * delta).sum() + 0.5 * c * (delta * curved).sum()
+        assert run.kfac.predicted_change() == pytest.approx(float(dense), rel=1e-9)
+
+
+def test_levenberg_marquardt_from_its_default_start_trains_a_regression() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, 8, generator=generator)
+    y = 100 * (x[:, :1] * x[:, 1:2] + x[:, 2:3]) + 150
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rule = {"rule": "levenberg_marquardt", "initial": 1e-3}
+    kfac = KFAC(model, lr=optimizer, damping=rule)
+    losses, values = [], set()
+    for step in range(200):
+        rows = torch.arange(32) + 32 * (step % 8)
+        optimizer.zero_grad()
+        loss = 0.5 * (model(x[rows]) - y[rows]).square().mean()
+        loss.backward()
+        due = kfac.reduction_due()
+        kfac.step()
+        optimizer.step()
+        if due:
+            with torch.no_grad():
+                after = 0.5 * (model(x[rows]) - y[rows]).square().mean()
+            kfac.adapt_damping(float(after - loss.detach()))
+        losses.append(float(loss.detach()))
+        values.add(kfac.damping)
+    assert len(values) > 2
+    assert sum(losses[-8:]) < 0.2 * sum(losses[:8])

@@ -40,6 +40,11 @@ CASES = {
         "inverse_update_steps": lambda step: 2 if step < 4 else 3,
         "kl_clip": lambda step: 1e-3 / (1 + step),
     },
+    "schedules of statistics": {
+        "factor_decay": lambda step: 0.5 + 0.4 * step / (1 + step),
+        "factor_update_steps": lambda step: 1 if step < 3 else 2,
+        "inverse_update_steps": lambda step: 2 if step < 5 else 4,
+    },
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1)},
     "adaptive trust region": {"trust_region": "adaptive"},
 }
