@@ -10,7 +10,8 @@ integrated to τ = 4. Steps, and CPU seconds of the training loop alone, on one 
 
 FOLDER holds Parquet files of Fashion-MNIST and CIFAR-10; without it two workloads are left out. SOAP,
 Shampoo and kfac-pytorch are fetched from their repositories at a stated commit into `--peers`.
-Called again, it continues. With two jobs it takes about three hours on two cores.
+Called again, it continues, also with more points, studies or workloads: only what is missing is run, and
+what stopped at a target that has moved. With two jobs it takes about three hours on two cores.
 """
 
 from __future__ import annotations
@@ -117,11 +118,17 @@ def _metric(problem: Problem, model: torch.nn.Module, x: Tensor, y: Tensor) -> f
     return float(f"{value.item():.5g}") if math.isfinite(value.item()) else None
 
 
+def budget(workload: str, scale: float) -> int:
+    """Steps that a run may take."""
+    problem = next(p for p in WORKLOADS if p.name == workload)
+    return max(2, round(problem.steps * scale))
+
+
 def one(key: Key, setting: dict[str, float], scale: float, goal: float) -> dict[str, Any]:
     """A run, in a process of its own pool."""
     workload, method, study, point = key
     problem = next(p for p in WORKLOADS if p.name == workload)
-    steps = max(2, round(problem.steps * scale))
+    steps = budget(workload, scale)
     curve = train(problem, METHODS[method], setting, 1000 * study + point, steps, goal)
     names = ("workload", "method", "study", "point")
     return dict(zip(names, key, strict=True)) | {"setting": setting, "curve": curve}
@@ -168,18 +175,21 @@ class Results:
         }
         if path.exists():
             found = json.loads(path.read_text())
-            if found["settings"] != settings:
+            if found["settings"]["scale"] != settings["scale"]:
                 raise SystemExit(
                     f"{path} was made with {found['settings']}, not {settings}; choose another --out"
                 )
             self.content |= {k: found[k] for k in ("targets", "hardware", "versions", "runs")}
 
-    def has(self, key: Key, setting: dict[str, float]) -> bool:
-        """Whether a run is there; drops one of other settings, from a space that has changed."""
+    def has(self, key: Key, setting: dict[str, float], steps: int, goal: float) -> bool:
+        """Whether a run is there; drops one of other settings, from a space that has changed, and one
+        that stopped at a target which more points have moved since."""
         names = ("workload", "method", "study", "point")
         for run in self.content["runs"]:
             if tuple(run[name] for name in names) == key:
-                if run["setting"] == setting:
+                last, _, metric = run["curve"][-1]
+                whole = last >= steps or metric is None or metric <= goal
+                if run["setting"] == setting and whole:
                     return True
                 self.content["runs"].remove(run)
                 return False
@@ -341,10 +351,11 @@ def main() -> int:
                 if not is_first:
                     targets[workload] = target(runs, workload, first)
                 goal = -math.inf if is_first else targets[workload]
+                steps = budget(workload, arguments.scale)
                 futures = [
                     pool.submit(one, key, setting, arguments.scale, goal)
                     for key, setting in plan(workload, group, arguments)
-                    if not results.has(key, setting)
+                    if not results.has(key, setting, steps, goal)
                 ]
                 for future in as_completed(futures):
                     runs.append(future.result())

@@ -160,7 +160,7 @@ def suggest(
     end = time.monotonic() + 60 * minutes
     torch.set_num_threads(config.train.torch_threads)
     found = Suggestion(config, *_trial_length(config, minutes, device))
-    runner = _Runner(found, device, end, show)
+    runner = TrialRunner(found, device, end, show)
     try:
         _search(runner)
         _confirm(runner)
@@ -241,7 +241,7 @@ def _trial_length(config: Config, minutes: float, device: torch.device | None) -
     return min(steps, total), min(1.0, steps / total)
 
 
-class _Runner:
+class TrialRunner:
     """Runs trials until the time is up."""
 
     def __init__(
@@ -323,7 +323,7 @@ Directions = Iterator[Sequence[Move]]
 """In each, a move is made if the one before has helped; one that has helped ends the others."""
 
 
-def _search(runner: _Runner) -> None:
+def _search(runner: TrialRunner) -> None:
     found, seed = runner.found, runner.found.config.train.seed
     best = runner.run({}, "as given", seed)
     found.trials.append(best)
@@ -354,7 +354,7 @@ def _is_better(trial: Trial, best: Trial, *, saves: bool) -> bool:
     return trial.score < best.score - GAIN * abs(best.score)
 
 
-def _confirm(runner: _Runner) -> None:
+def _confirm(runner: TrialRunner) -> None:
     found = runner.found
     if found.winner is None:
         return

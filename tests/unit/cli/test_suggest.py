@@ -129,8 +129,8 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Trial]]:
             trial.test_loss += 100 * self.luck  # type: ignore[attr-defined]
         made.append(trial)
 
-    monkeypatch.setattr(suggestion._Runner, "_train", train)
-    monkeypatch.setattr(suggestion._Runner, "luck", 0.0, raising=False)
+    monkeypatch.setattr(suggestion.TrialRunner, "_train", train)
+    monkeypatch.setattr(suggestion.TrialRunner, "luck", 0.0, raising=False)
     monkeypatch.setattr(suggestion, "_trial_length", lambda *_: (32, 1.0))
     yield made
 
@@ -158,7 +158,7 @@ def test_search_follows_a_direction_while_it_helps(formula: list[Trial]) -> None
 def test_a_winner_by_luck_is_not_suggested(
     formula: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suggestion._Runner, "luck", 1.0, raising=False)
+    monkeypatch.setattr(suggestion.TrialRunner, "luck", 1.0, raising=False)
     found = suggestion.suggest(parse_config({}), minutes=1)
     assert found.winner is not None
     assert len(found.confirming) == suggestion.CONFIRMING_SEEDS
