@@ -98,7 +98,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     return {
         "seed": trial.seed,
         "test_loss": float(f"{trial.score:.4g}"),
-        "accuracy": trial.accuracy,
+        "accuracy": trial.metrics["accuracy"],
         "cpu_s": round(trial.seconds, 3),
         "ended": trial.ended,
     }

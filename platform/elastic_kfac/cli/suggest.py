@@ -82,7 +82,7 @@ class _Table:
             print(f"Trials of about {found.steps:,} steps ({part}), from the best so far:\n")
             print(
                 f"  {'change':<28} {'seed':>5} {'train loss':>10} {'test loss':>10} "
-                f"{'accuracy':>8} {'ms/step':>8}  log of the training loss"
+                f"{next(iter(trial.metrics), ''):>9} {'ms/step':>8}  log of the training loss"
             )
         self._rows += 1
         print(_row(trial, found.given if found.trials else trial), flush=True)
@@ -94,12 +94,12 @@ def _row(trial: Trial, given: Trial) -> str:
     values = (
         _text(train, ".4g"),
         _text(trial.test_loss, ".4g"),
-        _text(trial.accuracy, ".2%"),
+        _metric(trial),
         _text(1e3 * trial.cost_s if steps else None, ".3g"),
     )
     end = f"  {trial.ended} at step {steps}" if trial.ended and steps else f"  {trial.ended}"
     line = (
-        f"  {trial.label:<28} {trial.seed:>5} {values[0]:>10} {values[1]:>10} {values[2]:>8} "
+        f"  {trial.label:<28} {trial.seed:>5} {values[0]:>10} {values[1]:>10} {values[2]:>9} "
         f"{values[3]:>8}  {sparkline(trial.losses, given.losses)}{end}"
     )
     return line.rstrip()
@@ -107,6 +107,11 @@ def _row(trial: Trial, given: Trial) -> str:
 
 def _text(value: float | None, form: str) -> str:
     return "–" if value is None or math.isnan(value) else format(value, form)
+
+
+def _metric(trial: Trial) -> str:
+    name = next(iter(trial.metrics), "")
+    return _text(trial.metrics.get(name), ".2%" if name == "accuracy" else ".4g")
 
 
 def sparkline(losses: Sequence[float], scale: Sequence[float]) -> str:

@@ -12,7 +12,7 @@ from elastic_kfac.reports.figures import ACCENT, EVALUATION, GRID, HALF, drawn, 
 from elastic_kfac.reports.pages import Cell, Row, Table, code, page, write_page
 from elastic_kfac.runs.suggestion import Suggestion, Trial
 
-HEAD = "trial|changes to the given configuration|#seed|#steps|#training loss|#test loss|#accuracy|"
+HEAD = "trial|changes to the given configuration|#seed|#steps|#training loss|#test loss|metrics|"
 POINTS = 150
 """Most points of a curve."""
 
@@ -62,7 +62,7 @@ def _cells(trial: Trial) -> list[object]:
         Cell(f"{steps:,}", steps),
         _number(train, ".4g"),
         _number(trial.test_loss, ".4g"),
-        _number(trial.accuracy, ".2%"),
+        ", ".join(f"{name} {value:.4g}" for name, value in trial.metrics.items()),
         _number(1e3 * trial.cost_s if steps else None, ".3g"),
         trial.ended,
     ]

@@ -53,7 +53,8 @@ class Trial:
     losses: list[float] = field(default_factory=list)
     """Mean loss of each step's samples."""
     test_loss: float | None = None
-    accuracy: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the evaluation split at the end, the most important one first."""
     seconds: float = 0.0
     """CPU time of the steps, on a GPU their time."""
     ended: str = ""

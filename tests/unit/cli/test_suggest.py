@@ -73,9 +73,9 @@ def test_a_time_that_is_too_short_is_refused_in_one_line_with_what_would_do(
 ) -> None:
     storage = digits.parent / "short"
     code = main(["suggest", str(digits), "--minutes", "0.001", "--storage", str(storage)])
-    error = capsys.readouterr().err
+    # A slow machine also reports on the shards that it writes first.
+    (error,) = [x for x in capsys.readouterr().err.splitlines() if "samples (" not in x]
     assert code == 2
-    assert error.count("\n") == 1
     assert "use --minutes" in error
     assert not storage.exists()
 
