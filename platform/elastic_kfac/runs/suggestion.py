@@ -303,7 +303,7 @@ class TrialRunner:
                     return
             if datasets.evaluation is not None:
                 result = trainer.evaluate()
-                trial.test_loss, trial.accuracy = result.loss, result.metrics.get("accuracy")
+                trial.test_loss, trial.metrics = result.loss, dict(result.metrics)
         finally:
             datasets.close()
 
