@@ -176,8 +176,8 @@ class KfacOptions(Section):
     whose blocks lose too much, with rare statistics (factor_update_steps): a step then costs a multiple
     of r per weight, a statistic one of the width. Needs method=eigen."""
     weight_sharing: Literal["expand", "reduce"] = "expand"
-    """`expand` treats positions of a Linear as samples of a shared weight, `reduce` averages them
-    (Eschenhagen et al. 2023)."""
+    """`expand` treats positions of a Linear or a convolution as samples of a shared weight, `reduce`
+    averages them (Eschenhagen et al. 2023); Embedding layers always expand."""
     factor_scale: Literal["per_sample", "sc20", "kaisa"] = "per_sample"
     """`sc20` and `kaisa` have the scales of published code, for comparison."""
     ema_init: Literal["first", "identity"] = "first"

@@ -122,10 +122,13 @@ class _Watched:
         return self.layer.samples_in(inputs)
 
     def condense(self, call: Call) -> Observation:
-        return self.layer.observe(self._batched(call.inputs, call), self._shared.due_of(self.layer))
+        layer, inputs = self._at(call), self._batched(call.inputs, call)
+        if reason := layer.misfit(inputs):
+            self._shared.faults.setdefault(layer.name, reason)
+        return layer.observe(inputs, self._shared.due_of(layer))
 
     def fold(self, call: Call) -> None:
-        layer, sums, batch = self.layer, self._first.sums, call.batch
+        layer, sums, batch = self._at(call), self._first.sums, call.batch
         observed: Observation = call.inputs if call.version is None else self.condense(call)
         if not batch.is_folded:
             # The first one in a backward pass: the layer that was called last, whose rows are the terms
@@ -160,32 +163,31 @@ class _Watched:
     def weight_gradient(self, call: Call) -> Tensor:
         assert call.staged is not None
         inputs, gradient = self._batched(call.inputs, call), self._batched(call.staged, call)
-        return self.layer.weight_gradient(inputs, gradient)
+        return self._at(call).weight_gradient(inputs, gradient)
 
     def sampled(self, call: Call, gradient: Tensor, weight: float) -> None:
         """Adds the gradient of a loss over sampled labels; it counts once the call does."""
-        layer = self.layer
+        layer = self._at(call)
         if layer.output_factor not in self._shared.due_of(layer):
             return
         kept = call.inputs.kept if call.version is None else self.condense(call).kept
         part = layer.output_sum(self._batched(gradient, call), kept).mul_(weight)
         call.sampled = part if call.sampled is None else call.sampled.add_(part)
 
+    def _at(self, call: Call) -> Layer:
+        """The layer as it sees a call."""
+        real = call.batch.real
+        return self.layer if real is None else self.layer.masked(real)
+
     def _batched(self, tensor: Tensor, call: Call) -> Tensor:
-        """`[n, ...]`, or the real rows `[m, 1, d]` alone where the batch has a mask."""
+        """`[n, ...]`."""
         tensor = self.layer.samples_first(tensor, call.axis)
         batch, rows = call.batch, tensor.shape[0]
         # Nobody but the user can tell parameters that are samples, one each, from those of all samples.
         are_samples = batch.is_given and rows == batch.size
         if rows < batch.extent or (call.of_parameter and batch.extent > 1 and not are_samples):
             self._shared.faults[self.layer.name] = shared_by_all(rows, batch.extent)
-        mask = call.batch.mask
-        if mask is None or not self.layer.row_wise:
-            return tensor
-        mask = mask.movedim(call.batch.axis, 0)
-        if tensor.shape[: mask.dim()] != mask.shape:
-            return tensor
-        return self.layer.real_rows(tensor, mask)
+        return tensor
 
 
 class Capture:

@@ -16,12 +16,15 @@ from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.kronecker import KroneckerLayer
 from elastic_kfac.curvature.patches import (
     conv_input_sum,
+    conv_lengths,
+    conv_mean_patches,
     conv_output_sum,
-    conv_positions,
     conv_weight_gradient,
     transposed_input_sum,
+    transposed_mean_patches,
     transposed_weight_gradient,
 )
+from elastic_kfac.curvature.sides import Side
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,19 +49,74 @@ class ConvLayer(KroneckerLayer):
         self._unbatched_dims = 1 + len(module.kernel_size)
         super().__init__(name, module, options, weight, bias)
 
+    @property
+    def _positions(self) -> Tensor | None:
+        """Output positions `[n, ...]` that count; None for all: a mask of other dimensions is not about
+        this layer."""
+        real = self._real
+        return real if real is not None and real.dim() == self._unbatched_dims else None
+
+    def misfit(self, inputs: Tensor) -> str:
+        real = self._positions
+        if real is None:
+            return ""
+        found, masked = conv_lengths(inputs, self.module), tuple(real.shape[1:])
+        if found == masked and not self.module.transposed:
+            return ""
+        return (
+            f"which of its {_words(found)} output positions are real does not follow from a mask of "
+            f"{_words(masked)}"
+        )
+
+    def _samples(self, tensor: Tensor) -> Tensor:
+        """The samples that count."""
+        real = self._real
+        return tensor if real is None or real.dim() > 1 else tensor[real]
+
+    def _masked(self, gradients: Tensor) -> Tensor:
+        real, gradients = self._positions, self._samples(gradients)
+        if real is None or real.shape[1:] != gradients.shape[2:]:
+            return gradients
+        return gradients * real.unsqueeze(1).to(gradients.dtype)
+
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
-        return conv_weight_gradient(inputs, gradients, self.module)
+        return conv_weight_gradient(self._samples(inputs), self._masked(gradients), self.module)
 
     def _count_rows(self, inputs: Tensor) -> int:
-        return inputs.shape[0] * conv_positions(inputs, self.module)
-
-    def _input_sum(self, inputs: Tensor) -> Tensor:
-        return conv_input_sum(inputs, self.module, bias=self.bias is not None, side=self.sides["A"])
+        return self._rows_of(inputs.shape[0], conv_lengths(inputs, self.module))
 
     def output_rows(self, gradients: Tensor) -> int:
-        return gradients.shape[0] * gradients.shape[2:].numel()
+        return self._rows_of(gradients.shape[0], tuple(gradients.shape[2:]))
+
+    def _rows_of(self, samples: int, lengths: tuple[int, ...]) -> int:
+        real = self._positions
+        if real is not None and tuple(real.shape[1:]) == lengths:
+            return int((real.flatten(1).any(1) if self._reduces else real).sum())
+        if self._real is not None and self._real.dim() == 1:
+            samples = int(self._real.sum())
+        return samples if self._reduces else samples * math.prod(lengths)
+
+    def _input_sum(self, inputs: Tensor) -> Tensor:
+        inputs, bias, side = self._samples(inputs), self.bias is not None, self.sides["A"]
+        real = None if self.misfit(inputs) else self._positions
+        if not self._reduces:
+            return self._patch_sum(inputs, real, bias, side)
+        rows = self._mean_patches(inputs, real)
+        rows = rows if self.groups > 1 else rows[0]
+        core = side.gram(rows)
+        return side.bordered(core, rows.sum(-1), rows.shape[-1]) if bias else core
+
+    def _patch_sum(self, inputs: Tensor, real: Tensor | None, bias: bool, side: Side) -> Tensor:
+        return conv_input_sum(inputs, self.module, bias=bias, side=side, real=real)
+
+    def _mean_patches(self, inputs: Tensor, real: Tensor | None) -> Tensor:
+        """A sample's mean over its positions, `[groups, a, n]`."""
+        return conv_mean_patches(inputs, self.module, real)
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
+        gradients = self._masked(gradients)
+        if self._reduces:
+            gradients = gradients.to(self.dtype).flatten(2).sum(-1, keepdim=True)
         return conv_output_sum(gradients, self.groups, self.sides["G"])
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:
@@ -95,9 +153,15 @@ class ConvTransposeLayer(ConvLayer):
         return self._swapped(matrix, self.g_dim)
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        inputs, gradients = self._samples(inputs), self._samples(gradients)
         return transposed_weight_gradient(inputs, gradients, self.module)
 
-    def _input_sum(self, inputs: Tensor) -> Tensor:
-        return transposed_input_sum(
-            inputs, self.module, bias=self.bias is not None, side=self.sides["A"]
-        )
+    def _patch_sum(self, inputs: Tensor, real: Tensor | None, bias: bool, side: Side) -> Tensor:
+        return transposed_input_sum(inputs, self.module, bias=bias, side=side)
+
+    def _mean_patches(self, inputs: Tensor, real: Tensor | None) -> Tensor:
+        return transposed_mean_patches(inputs, self.module)
+
+
+def _words(lengths: tuple[int, ...]) -> str:
+    return " x ".join(map(str, lengths))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -47,15 +47,28 @@ def least_damping(eigenvalue: Tensor, dtype: torch.dtype) -> Tensor:
     return eigenvalue * (_ROUNDING * torch.finfo(dtype).eps)
 
 
+def smallest_eigenvalue(factor: Tensor) -> Tensor:
+    """The smallest eigenvalue of a factor `[..., d, d]` or of a diagonal `[d]`; at least 0."""
+    values = factor if factor.dim() == 1 else torch.linalg.eigvalsh(factor)
+    return values.amin(-1).clamp(min=0)
+
+
 def split_damping(
-    means: Sequence[Tensor], typical: Sequence[Tensor], damping: float, mode: str
+    means: Sequence[Tensor],
+    typical: Sequence[Tensor],
+    damping: float,
+    mode: str,
+    smallest: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """γ_A and γ_G of the factored Tikhonov form (Martens and Grosse 2015, section 6.3), from the
     `mean_eigenvalue` and the `typical_eigenvalue` of A and G.
 
     `pi`: γ_A = π√γ, γ_G = √γ/π with π² = (tr A / dim A) / (tr G / dim G); `sqrt`: π = 1; `plain`:
-    γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does. γ is at
-    least `least_damping`, but with `plain`.
+    γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does.
+
+    But with `plain`, both are raised until rounding is no more than noise: the smallest eigenvalue of
+    what is inverted, (λ_A + γ_A)(λ_G + γ_G), is at least an eighth of `least_damping`. `smallest`
+    computes λ_A and λ_G, which are only needed then; without it they count as 0.
     """
     a_mean, g_mean = means
     one = torch.ones((), dtype=a_mean.dtype, device=a_mean.device)
@@ -63,13 +76,19 @@ def split_damping(
         return one * damping, one * damping
     root = math.sqrt(damping)
     largest = typical[0] * typical[1]
-    # An eighth: the root damps large eigenvalues of one factor, too.
-    raised = (least_damping(largest, largest.dtype) / (8 * damping)).clamp(min=1.0).sqrt()
-    if mode == "sqrt":
-        return raised * root, raised * root
-    pi = (a_mean / g_mean).sqrt()
+    pi = torch.ones_like(a_mean) if mode == "sqrt" else (a_mean / g_mean).sqrt()
     # A factor that is all zero (a dead layer) has no balance.
     pi = torch.where((a_mean > 0) & (g_mean > 0), pi, torch.ones_like(pi))
+    # An eighth: the root damps large eigenvalues of one factor, too.
+    least = least_damping(largest, largest.dtype) / 8
+    raised = (least / damping).clamp(min=1.0).sqrt()
+    if smallest is not None and bool((raised > 1).any()):
+        # r >= 1 with (λ_A + r γ_A)(λ_G + r γ_G) = least, where γ_A γ_G = γ; conditioned well, r is 1.
+        a_least, g_least = smallest()
+        linear = pi * root * g_least + root / pi * a_least
+        lacking = (least - a_least * g_least).clamp(min=0)
+        raised = 2 * lacking / (linear + (linear.square() + 4 * damping * lacking).sqrt())
+        raised = raised.nan_to_num(1.0).clamp(min=1.0)
     return pi * root * raised, root / pi * raised
 
 

@@ -84,11 +84,15 @@ def clean_name(name: str) -> str:
 def shape_of(model: nn.Module) -> list[tuple[object, ...]]:
     """What coverage depends on: which modules hold which parameters, and what those are."""
     return [
-        (id(module), id(parameter), parameter.requires_grad, parameter.dtype, parameter.device)
+        (id(module), id(parameter), parameter.requires_grad, *_kind_of(parameter))
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None
     ]
+
+
+def _kind_of(parameter: nn.Parameter) -> tuple[object, ...]:
+    return parameter.dtype, parameter.device, parameter.shape
 
 
 def find_layers(model: nn.Module, options: KfacOptions) -> Found:

@@ -30,28 +30,23 @@ def gram(rows: Tensor) -> Tensor:
     return rows.t() @ rows
 
 
-def linear_input_sum(inputs: Tensor, *, bias: bool, reduce: bool, side: Side = WHOLE) -> Tensor:
+def linear_input_sum(inputs: Tensor, *, bias: bool, side: Side = WHOLE) -> Tensor:
     """`A_sum` of a Linear layer.
 
     Args:
         inputs: `[n, ..., d_in]`; the dimensions between are positions that share the weight.
         bias: Append the homogeneous coordinate.
-        reduce: Average the inputs over positions first (KFAC-reduce, Eschenhagen et al. 2023).
         side: What is kept of the sum.
     """
     x = inputs.to(statistics_dtype(inputs.dtype))
-    if reduce and x.dim() > 2:
-        x = x.flatten(1, -2).mean(1)
     x = x.reshape(-1, x.shape[-1])
     core = side.gram(x.t())
     return side.bordered(core, x.sum(0), x.shape[0]) if bias else core
 
 
-def linear_output_sum(gradients: Tensor, *, reduce: bool, side: Side = WHOLE) -> Tensor:
+def linear_output_sum(gradients: Tensor, *, side: Side = WHOLE) -> Tensor:
     """`G_sum` of a Linear layer from gradients with respect to its output `[n, ..., d_out]`."""
     g = gradients.to(statistics_dtype(gradients.dtype))
-    if reduce and g.dim() > 2:
-        g = g.flatten(1, -2).sum(1)
     return side.gram(g.reshape(-1, g.shape[-1]).t())
 
 

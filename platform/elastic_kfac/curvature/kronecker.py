@@ -16,6 +16,7 @@ from elastic_kfac.curvature.factors import (
     embedding_input_sum,
     linear_input_sum,
     linear_output_sum,
+    statistics_dtype,
 )
 from elastic_kfac.curvature.layer import Layer, LayerState, Observation, Shape, Shapes
 from elastic_kfac.curvature.preconditioning import CorrectedForm, EigenForm, InputForm, InverseForm
@@ -41,6 +42,8 @@ class KroneckerLayer(Layer):
     factor_names: tuple[str, ...] = ("A", "G")
     groups = 1
     many_positions = False
+    _real: Tensor | None = None
+    """Which samples `[n]` or positions `[n, ...]` count; None for all."""
     _is_shared = False
     """Whether several modules use the weight."""
     _offsets = 1
@@ -107,6 +110,24 @@ class KroneckerLayer(Layer):
         side = self._side(self.a_dim, self._offsets, len(self.biases))
         own = [self.inputs + i for i, bias in enumerate(self.biases) if bias is self.bias]
         return replace(side, bias_at=own[0] if own else None)
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether a sample's positions count as one row (KFAC-reduce, Eschenhagen et al. 2023)."""
+        return self.options.weight_sharing == "reduce"
+
+    def masked(self, mask: Tensor) -> Self:
+        twin = copy.copy(self)
+        twin._real = mask
+        return twin
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """The rows `[m, 1, ...]` of `tensor [n, ...]` that count; all of them, if it has no positions any
+        more."""
+        real = self._real
+        if real is None or tensor.shape[: real.dim()] != real.shape:
+            return tensor
+        return tensor[real].unsqueeze(1)
 
     def can_share(self, other: Layer) -> bool:
         """Whether both use the same parameter as the same matrix."""
@@ -247,30 +268,44 @@ class KroneckerLayer(Layer):
 class LinearLayer(KroneckerLayer):
     """nn.Linear on `[n, ..., d_in]`; the dimensions between are positions that share the weight."""
 
-    @property
-    def _reduces(self) -> bool:
-        return self.options.weight_sharing == "reduce"
-
-    row_wise = True
+    def _summed(self, tensor: Tensor, *, mean: bool) -> Tensor:
+        """`tensor [n, ..., d]` as one row per sample that counts, for KFAC-reduce."""
+        real = self._real
+        if real is None or tensor.dim() < 3 or tensor.shape[: real.dim()] != real.shape:
+            found = tensor if tensor.dim() < 3 else tensor.flatten(1, -2).sum(1)
+            count: Tensor | float = tensor.shape[1:-1].numel()
+        else:
+            real = real.reshape(*real.shape, *[1] * (tensor.dim() - 1 - real.dim()))
+            real = real.expand(tensor.shape[:-1]).flatten(1)
+            some = real.any(1)
+            weights, rows = real[some].to(tensor.dtype), tensor.flatten(1, -2)[some]
+            found = (rows * weights.unsqueeze(-1)).sum(1)
+            count = weights.sum(1, keepdim=True)
+        return found / count if mean else found
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
+        inputs, gradients = self._rows(inputs), self._rows(gradients)
         return gradients.reshape(-1, gradients.shape[-1]).t() @ inputs.reshape(
             -1, inputs.shape[-1]
         ).to(gradients.dtype)
 
     def _count_rows(self, inputs: Tensor) -> int:
-        return inputs.shape[0] if self._reduces else inputs[..., 0].numel()
+        return self.output_rows(inputs)
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
-        return linear_input_sum(
-            inputs, bias=self.bias is not None, reduce=self._reduces, side=self.sides["A"]
-        )
+        inputs = inputs.to(statistics_dtype(inputs.dtype))
+        rows = self._summed(inputs, mean=True) if self._reduces else self._rows(inputs)
+        return linear_input_sum(rows, bias=self.bias is not None, side=self.sides["A"])
 
     def output_rows(self, gradients: Tensor) -> int:
-        return gradients.shape[0] if self._reduces else gradients.shape[:-1].numel()
+        if self._reduces:
+            return self._summed(gradients[..., :1], mean=False).shape[0]
+        return self._rows(gradients[..., :1]).numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return linear_output_sum(gradients, reduce=self._reduces, side=self.sides["G"])
+        gradients = gradients.to(statistics_dtype(gradients.dtype))
+        rows = self._summed(gradients, mean=False) if self._reduces else self._rows(gradients)
+        return linear_output_sum(rows, side=self.sides["G"])
 
 
 class AttentionProjection(LinearLayer):
@@ -312,7 +347,6 @@ class EmbeddingLayer(KroneckerLayer):
     """nn.Embedding: a Linear over one-hot rows, so that A is the diagonal of token counts."""
 
     module: nn.Embedding
-    row_wise = True
     _unbatched_dims = 0
 
     def _leading_dims(self, tensor: Tensor) -> int:
@@ -320,8 +354,8 @@ class EmbeddingLayer(KroneckerLayer):
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         total = gradients.new_zeros(self.module.weight.shape)
-        index = inputs.reshape(-1)
-        rows = gradients.reshape(-1, gradients.shape[-1])
+        index = self._rows(inputs).reshape(-1)
+        rows = self._rows(gradients).reshape(-1, gradients.shape[-1])
         if self.module.padding_idx is not None:
             rows = rows * (index != self.module.padding_idx).to(rows).unsqueeze(1)
         return total.index_add_(0, index, rows)
@@ -330,18 +364,18 @@ class EmbeddingLayer(KroneckerLayer):
         return weight_shape[1], weight_shape[0]
 
     def _count_rows(self, inputs: Tensor) -> int:
-        return inputs.numel()
+        return self._rows(inputs).numel()
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
         table = self.module
-        counts = embedding_input_sum(inputs, table.num_embeddings, table.padding_idx)
+        counts = embedding_input_sum(self._rows(inputs), table.num_embeddings, table.padding_idx)
         return counts.to(self.dtype)
 
     def output_rows(self, gradients: Tensor) -> int:
-        return gradients.shape[:-1].numel()
+        return self._rows(gradients)[..., 0].numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
-        return linear_output_sum(gradients, reduce=False, side=self.sides["G"])
+        return linear_output_sum(self._rows(gradients), side=self.sides["G"])
 
     def _input_side(self) -> Side:
         return Diagonal(self.a_dim, is_whole=True)

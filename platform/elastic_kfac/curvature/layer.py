@@ -125,9 +125,6 @@ class Layer(ABC):
 
     # -- passes ---------------------------------------------------------------------------------
 
-    row_wise: ClassVar[bool] = False
-    """Whether rows (samples at positions) are computed independently, so that some can be left out."""
-
     @property
     def weight_rows(self) -> slice | None:
         """The part of the first parameter that is this layer's; None for all of it."""
@@ -157,9 +154,14 @@ class Layer(ABC):
     _unbatched_dims: int = 1
     """Dimensions of a call with one sample and without a batch dimension."""
 
-    def real_rows(self, tensor: Tensor, mask: Tensor) -> Tensor:
-        """The rows `[m, 1, ...]` of `tensor [n, positions, ...]` where `mask [n, positions]` is true."""
-        return tensor[mask].unsqueeze(1)
+    def masked(self, mask: Tensor) -> Layer:
+        """The layer as it sees passes where the samples `[n]`, or positions `[n, ...]`, are real in which
+        `mask` is true; itself, if sums over positions of a sample leave out the others anyway."""
+        return self
+
+    def misfit(self, inputs: Tensor) -> str:
+        """Why the mask cannot be right for a call with `inputs [n, ...]`; empty if it can."""
+        return ""
 
     @abstractmethod
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:

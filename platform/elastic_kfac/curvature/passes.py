@@ -57,7 +57,7 @@ class Batch:
     axis: int = 0
     """The dimension of layer inputs that counts samples."""
     mask: Tensor | None = None
-    """True where a row is real: `[n, T]`, or `[T, n]` with `axis=1`."""
+    """True where a row is real: `[n, T]`, or `[T, n]` with `axis=1`; or a sample `[n]`."""
     scale: float | None = None
     """What one sample's loss is multiplied by before backward; None: one over `size`."""
     is_given: bool = True
@@ -78,10 +78,16 @@ class Batch:
             self.size = length
 
     @property
+    def real(self) -> Tensor | None:
+        """The mask with samples first."""
+        mask = self.mask
+        return mask if mask is None or mask.dim() == 1 else mask.movedim(self.axis, 0)
+
+    @property
     def extent(self) -> int:
         """Length of the dimension that counts samples."""
-        if self.mask is not None:
-            return self.mask.shape[self.axis]
+        if self.real is not None:
+            return self.real.shape[0]
         return self.size if self.length is None else self.length
 
 
@@ -562,8 +568,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _count(batch: Batch, arguments: Any) -> None:
-    """Counts the samples in the first tensor that a model is called with."""
-    first = next(_tensors(arguments), None)
+    """Counts the samples in the first tensor that a model is called with; one number is none of several
+    samples."""
+    tensors = list(_tensors(arguments))
+    first = next((t for t in tensors if t.numel() > 1), tensors[0] if tensors else None)
     if first is not None and first.dim() > batch.axis:
         batch.set_length(first.shape[batch.axis])
         batch.is_guessed = False

@@ -37,12 +37,12 @@ def conv_output_sum(gradients: Tensor, groups: int, side: Side = WHOLE) -> Tenso
     return side.gram(rows)
 
 
-def conv_positions(inputs: Tensor, module: _ConvNd) -> int:
-    """T, the number of output positions of a convolution."""
+def conv_lengths(inputs: Tensor, module: _ConvNd) -> tuple[int, ...]:
+    """Output positions of a convolution along each dimension."""
     if isinstance(module, _ConvTransposeNd):
-        return math.prod(_transposed_lengths(inputs, module))
+        return _transposed_lengths(inputs, module)
     sides = _padding_sides(module)
-    return math.prod(
+    return tuple(
         (length + sum(around) - d * (k - 1) - 1) // s + 1
         for length, around, k, s, d in zip(
             inputs.shape[2:], sides, module.kernel_size, module.stride, module.dilation, strict=True
@@ -50,7 +50,14 @@ def conv_positions(inputs: Tensor, module: _ConvNd) -> int:
     )
 
 
-def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool, side: Side = WHOLE) -> Tensor:
+def conv_input_sum(
+    inputs: Tensor,
+    module: _ConvNd,
+    *,
+    bias: bool,
+    side: Side = WHOLE,
+    real: Tensor | None = None,
+) -> Tensor:
     """`A_sum` of a convolution: `[a, a]`, or `[groups, a, a]`.
 
     Exact for every stride, padding (numbers, 'same', 'valid', non-zero modes), dilation and group
@@ -63,11 +70,17 @@ def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool, side: Side = 
         module: The convolution.
         bias: Append the homogeneous coordinate.
         side: What is kept of the sum.
+        real: Output positions `[n, ...]` that count; None for all.
     """
     x = inputs.to(statistics_dtype(inputs.dtype))
     x, padding = _resolve_padding(x, module)
     x, groups = _split(x, module, side)
     window = Window(module.kernel_size, module.stride, module.dilation)
+    if real is not None:
+        core, sums = _masked_gram(_zero_padded(x, padding), window, groups, real)
+        core, sums = _joined(core, module, side), sums.view(module.groups, -1)
+        sums = sums if module.groups > 1 else sums[0]
+        return side.bordered(core, sums, int(real.sum())) if bias else core
     if _correlates(x, window, padding, groups):
         core = _autocorrelation_gram(x, window.kernel, padding)
     else:
@@ -77,7 +90,44 @@ def conv_input_sum(inputs: Tensor, module: _ConvNd, *, bias: bool, side: Side = 
         return core
     total = _zero_padded(x.sum(0, keepdim=True), padding)
     sums = _patch_rows(_windows(total, window), module.groups).sum(-1)
-    return side.bordered(core, sums, x.shape[0] * conv_positions(inputs, module))
+    return side.bordered(core, sums, x.shape[0] * math.prod(conv_lengths(inputs, module)))
+
+
+def conv_mean_patches(inputs: Tensor, module: _ConvNd, real: Tensor | None = None) -> Tensor:
+    """The mean patch of each sample over its output positions, `[groups, a, n]`; over the `real` ones
+    `[n, ...]`, without samples that have none."""
+    x, padding = _resolve_padding(inputs.to(statistics_dtype(inputs.dtype)), module)
+    windows = _windows(
+        _zero_padded(x, padding), Window(module.kernel_size, module.stride, module.dilation)
+    )
+    positions = tuple(range(2, 2 + len(module.kernel_size)))
+    if real is None:
+        means = windows.mean(positions)
+    else:
+        some = real.flatten(1).any(1)
+        weights = real[some].to(x.dtype)
+        weights = weights / weights.flatten(1).sum(1).view(-1, *[1] * len(positions))
+        weights = weights.view(weights.shape[0], 1, *weights.shape[1:], *[1] * len(positions))
+        means = (windows[some] * weights).sum(positions)
+    return means.reshape(means.shape[0], module.groups, -1).permute(1, 2, 0)
+
+
+def transposed_mean_patches(inputs: Tensor, module: _ConvTransposeNd) -> Tensor:
+    """As `conv_mean_patches`, of a transposed convolution (see `transposed_input_sum`)."""
+    spatial = tuple(range(2, inputs.dim()))
+    x = inputs.to(statistics_dtype(inputs.dtype)).flip(spatial)
+    lengths = _transposed_lengths(inputs, module)
+    sums = x.new_zeros(*x.shape[:2], *module.kernel_size)
+    for phase in product(
+        *(_phases(module, i, inputs.shape[i + 2], u) for i, u in enumerate(lengths))
+    ):
+        window = Window(
+            [axis.taps for axis in phase], [1] * len(phase), [axis.dilation for axis in phase]
+        )
+        windows = _windows(F.pad(x, _flat([axis.sides for axis in phase])), window)
+        sums[(slice(None), slice(None), *(axis.offsets for axis in phase))] = windows.sum(spatial)
+    means = sums / math.prod(lengths)
+    return means.reshape(means.shape[0], module.groups, -1).permute(1, 2, 0)
 
 
 def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: _ConvNd) -> Tensor:
@@ -297,6 +347,19 @@ def _patch_gram(x: Tensor, window: Window, groups: int) -> Tensor:
             total = part if total is None else total.add_(part)
     assert total is not None
     return total
+
+
+def _masked_gram(x: Tensor, window: Window, groups: int, real: Tensor) -> tuple[Tensor, Tensor]:
+    """`_patch_gram` over the `real [n, ...]` positions, and the sums of their patches."""
+    windows = _windows(x, window)
+    samples = max(1, _PATCH_ELEMENTS // max(1, windows[:1].numel()))
+    core: Tensor | float = 0.0
+    sums: Tensor | float = 0.0
+    for piece, mask in zip(windows.split(samples), real.split(samples), strict=True):
+        rows = _patch_rows(piece, groups)[..., mask.reshape(-1)]
+        core, sums = core + rows @ rows.mT, sums + rows.sum(-1)
+    assert isinstance(core, Tensor) and isinstance(sums, Tensor)
+    return core, sums
 
 
 def _correlates(x: Tensor, window: Window, padding: Sequence[int], groups: int) -> bool:

@@ -280,6 +280,7 @@ class InverseForm:
             [side.typical_eigenvalue(factor) for side, factor in pairs],
             damping,
             self.split,
+            lambda: [side.smallest_eigenvalue(factor) for side, factor in pairs],
         )
         return {
             f"{name}_inverse": side.inverse(factor, shift)

@@ -102,6 +102,10 @@ class Side(ABC):
         """`Σλ² / Σλ`."""
         return damping.typical_eigenvalue(factor)
 
+    def smallest_eigenvalue(self, factor: Tensor) -> Tensor:
+        """The smallest one; that of the zeros around blocks, where there are some."""
+        return damping.smallest_eigenvalue(factor)
+
     def eigen(self, factor: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Eigenvalues, and eigenvectors if there are other than unit vectors.
 
@@ -300,6 +304,9 @@ class Blocks(Side):
 
     def typical_eigenvalue(self, factor: Tensor) -> Tensor:
         return damping.typical_eigenvalue(factor, blocks=True)
+
+    def smallest_eigenvalue(self, factor: Tensor) -> Tensor:
+        return damping.smallest_eigenvalue(factor).amin(-1)
 
     def inverse(self, factor: Tensor, shift: Tensor) -> Tensor:
         return inverses.damped_inverse(factor, shift.unsqueeze(-1).expand(factor.shape[:-2]))

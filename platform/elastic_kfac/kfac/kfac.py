@@ -50,6 +50,7 @@ from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, memory_usage, move_to, put, save
 from elastic_kfac.kfac.statistics import (
     POSITIONS,
+    UNFOLLOWED,
     Captured,
     Statistics,
     WarnOnce,
@@ -156,6 +157,12 @@ class KFAC:
             f"{wide}; raise it to keep more, or None to keep all"
         )
         self._warnings.once(text, bool(wide), text)
+        if self.options.weight_sharing == "reduce":
+            tables = ", ".join(x.name for x in self.layers if isinstance(x.module, nn.Embedding))
+            text = (
+                f"weight_sharing='reduce' does not apply to Embedding layers: {tables} use expand"
+            )
+            self._warnings.once(text, bool(tables), text)
         self.refresh = make_refresh(self.layers, self.options)
         self.distribution = make_distribution(
             (self.layers, communicator, self.options, self.calibration),
@@ -180,8 +187,12 @@ class KFAC:
         self._capture.close()
         self._build(self.communicator)
         same = {name for name, p in self._parameters.items() if before.get(name) is p}
-        known = {layer.name: [*map(id, layer.parameters)] for layer in layers}
-        kept = {x.name for x in self.layers if known.get(x.name) == [*map(id, x.parameters)]}
+        known = {x.name: (x.gradient_shape, *map(id, x.parameters)) for x in layers}
+        kept = {
+            x.name
+            for x in self.layers
+            if known.get(x.name) == (x.gradient_shape, *map(id, x.parameters))
+        }
         saved["layers"] = {name: part for name, part in saved["layers"].items() if name in kept}
         velocity = saved.get("velocity", {})
         put(self, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
@@ -224,6 +235,8 @@ class KFAC:
         self._last_damping = self.damping
         with self._timed("factors"):
             due = self.factors_due()
+            changed = due and statistics is not None and shape_of(self._model) != self._shape
+            self._warnings.once("tree", changed, UNFOLLOWED)
             if statistics is None and (due or self.sums_gradients) and self._follow_model():
                 due = False  # layers that have changed are covered from the next pass on
             if statistics is None and (due or self.sums_gradients):
@@ -438,14 +451,16 @@ class KFAC:
                 `loss_reduction="positions"`. A parameter as a layer's input is taken for one that all
                 samples share, unless it has `n` rows.
             axis: The dimension that counts samples, if not `batch_axis`.
-            mask: True where a position is real: `[n, positions]`, or the other way round with `axis=1`.
-                Padding then is no part of A.
+            mask: True where a sample `[n]` or a position is real: `[n, positions]`, or the other way
+                round with `axis=1`; `[n, height, width]` for images. Padding then is no part of A and G.
+                A layer with other positions (after pooling) counts all of its own; a convolution whose
+                output positions are not those of the mask is left out by name.
             scale: What one sample's loss is multiplied by before backward.
         """
         axis = self.options.batch_axis if axis is None else axis
         if n is None and mask is not None:
             positions = self.options.loss_reduction == "positions"
-            n = int(mask.sum()) if positions else mask.shape[axis]
+            n = int(mask.sum()) if positions or mask.dim() == 1 else mask.shape[axis]
         return self._capture.micro_batch(
             Batch(0 if n is None else n, axis, mask, scale, is_given=n is not None)
         )

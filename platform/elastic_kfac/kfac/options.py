@@ -132,7 +132,10 @@ class Rates:
     @property
     def are_linear(self) -> bool:
         """Whether an update is −lr (P + momentum times the last one), as far as is known."""
-        return all(isinstance(x, torch.optim.SGD) for x in self.optimizers)
+        return all(
+            isinstance(x, torch.optim.SGD) and not any(g["dampening"] for g in x.param_groups)
+            for x in self.optimizers
+        )
 
     def momenta(self, layers: Sequence[Layer]) -> list[float]:
         """The largest momentum (β₁ of Adam) among each layer's parameters; 0 without an optimizer."""

@@ -18,6 +18,10 @@ POSITIONS = (
     "samples; write loss_reduction='positions' for a mean over positions (tokens, pixels), or 'mean' "
     "or 'sum'"
 )
+UNFOLLOWED = (
+    "the model has changed; with tree=True (reproducible mode) K-FAC keeps to the layers that it was "
+    "built with: build another KFAC over the model to cover those that are new"
+)
 
 
 @dataclass(frozen=True)

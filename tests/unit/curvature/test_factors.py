@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import factors
+from elastic_kfac.curvature.kronecker import LinearLayer
 
 
 def test_linear_sums_reduce_average_inputs_and_add_gradients() -> None:
     inputs = torch.randn(3, 5, 4, dtype=torch.double)
-    a = factors.linear_input_sum(inputs, bias=True, reduce=True)
+    module = nn.Linear(4, 4).double()
+    options = KfacOptions(weight_sharing="reduce")
+    layer = LinearLayer("", module, options, module.weight, module.bias)
+    a = layer.observe(inputs, frozenset("A")).input_sum
     rows = torch.cat((inputs.mean(1), torch.ones(3, 1, dtype=torch.double)), 1)
     torch.testing.assert_close(a, rows.t() @ rows, rtol=1e-12, atol=1e-12)
-    g = factors.linear_output_sum(inputs, reduce=True)
+    g = layer.output_sum(inputs, None)
     rows = inputs.sum(1)
     torch.testing.assert_close(g, rows.t() @ rows, rtol=1e-12, atol=1e-12)
 
@@ -47,6 +53,6 @@ def test_norm_gradient_sum_modes_equal_per_sample_gradients(mode: str) -> None:
 def test_sums_of_half_precision_accumulate_in_float32(dtype: torch.dtype) -> None:
     # 4096 ones plus small values: a half-precision sum would stop growing at 2048 or 256.
     rows = torch.ones(4096, 2, dtype=dtype)
-    result = factors.linear_input_sum(rows, bias=False, reduce=False)
+    result = factors.linear_input_sum(rows, bias=False)
     assert result.dtype == torch.float32
     assert result.tolist() == [[4096, 4096], [4096, 4096]]

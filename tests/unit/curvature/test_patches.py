@@ -101,7 +101,7 @@ def patches_of(inputs: Tensor, module: Any) -> Tensor:
 
 def assert_sums(inputs: Tensor, module: Any, *, bias: bool) -> None:
     rows = patches_of(inputs, module)
-    assert patches.conv_positions(inputs, module) * len(inputs) == rows.shape[1]
+    assert math.prod(patches.conv_lengths(inputs, module)) * len(inputs) == rows.shape[1]
     if bias:
         rows = torch.cat((rows, torch.ones(*rows.shape[:2], 1, dtype=torch.double)), -1)
     expected = rows.mT @ rows
@@ -227,7 +227,7 @@ def test_conv_output_sum_groups_equals_loops(groups: int) -> None:
 def test_linear_over_positions_equals_pointwise_convolution() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(3, 5, 4, dtype=torch.double)  # [n, T, d]
-    linear = factors.linear_input_sum(inputs, bias=True, reduce=False)
+    linear = factors.linear_input_sum(inputs, bias=True)
     image = inputs.transpose(1, 2).reshape(3, 4, 5, 1)
     conv = patches.conv_input_sum(image, nn.Conv2d(4, 2, 1).double(), bias=True)
     torch.testing.assert_close(linear, conv, rtol=1e-12, atol=1e-12)

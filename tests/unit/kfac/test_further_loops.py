@@ -229,3 +229,63 @@ def test_batch_norm_in_eval_mode_has_the_fisher_of_its_running_statistics() -> N
         both = torch.stack([norm.weight.grad, norm.bias.grad], -1)  # type: ignore[list-item]
         right += both[:, :, None] * both[:, None, :] / len(X)
     torch.testing.assert_close(kfac.factors()["0"]["F"], right, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_that_get_another_shape_are_followed() -> None:
+    model = mlp()
+    kfac = KFAC(model, kl_clip=None)
+    loss_of(model).backward()
+    kfac.step()
+    model.zero_grad()
+    for p, shape in ((model[0].weight, (5, 4)), (model[0].bias, (5,)), (model[2].weight, (3, 5))):
+        p.data = torch.randn(shape).double()  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="has changed.*: 0, 2"):
+        loss_of(model).backward()
+        kfac.step()
+    model.zero_grad()
+    loss_of(model).backward()
+    kfac.step()
+    assert {name: len(f["A"]) for name, f in kfac.factors().items()} == {"0": 5, "2": 6}
+
+
+def test_one_number_before_the_inputs_does_not_count_the_samples() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, scale: Tensor, x: Tensor) -> Tensor:
+            out: Tensor = self.net(x)
+            return scale * out
+
+    model = Scaled()
+    kfac = KFAC(model, kl_clip=None)
+    F.cross_entropy(model(torch.ones(1).double(), X), Y).backward()
+    kfac.step()
+    torch.testing.assert_close([*kfac.factors().values()], [*stepped().factors().values()])
+
+
+def test_dampening_is_no_momentum_that_the_trust_region_can_measure() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    kfac = KFAC(model, lr=optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        kfac.step()
+        optimizer.step()
+    assert kfac.bound.trust is not None and not kfac.bound.trust.steps_taken
+    assert float(kfac.bound.trust.growth) == 1.0
+
+
+def test_the_reproducible_mode_names_that_it_does_not_follow_a_changed_model() -> None:
+    model = mlp()
+    model[0].requires_grad_(False)
+    kfac = KFAC(model, tree=True)
+    with pytest.warns(UserWarning, match="reproducible mode.*build another KFAC") as named:
+        for _ in range(2):
+            model.zero_grad()
+            model[0].requires_grad_(True)
+            loss_of(model).backward()
+            kfac.step(statistics=kfac.take_statistics())
+    assert len(named) == 1

@@ -138,3 +138,20 @@ def test_near_singular_statistics_in_float32_come_near_those_in_float64(
         assert kfac.kl_clip_scale == pytest.approx(1.0)
     for single, double in zip(*found, strict=True):
         assert float((single - double).norm()) < 0.2 * float(double.norm())
+
+
+def test_a_large_loss_over_many_samples_is_inverted_in_float32_as_in_float64() -> None:
+    # F is large but conditioned well: nothing has to be damped further for the sake of rounding.
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 1)).to(
+            dtype
+        )
+        kfac = KFAC(model, lr=1e-3, method="inverse", kl_clip=1e-3)
+        inputs = torch.randn(64, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (model(inputs) - 1000).square().mean().backward()
+        kfac.step()
+        found.append([p.grad.double() for p in model.parameters()])  # type: ignore[union-attr]
+    for single, double in zip(*found, strict=True):
+        assert float((single - double).norm()) < 0.05 * float(double.norm())
