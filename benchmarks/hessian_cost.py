@@ -70,7 +70,7 @@ def measure(shards: str, epochs: float, case: tuple[str, ...]) -> dict[str, Any]
         "hessian_share": round(progress.hessian_s / (trained + progress.hessian_s), 5),
         "measurements": len(rows),
         "eigenvalues": [row.get("hessian_eigenvalue") for row in rows],
-        "best_accuracy": progress.best_accuracy,
+        "best_accuracy": progress.best_value,
         "steps": progress.step,
     }
 

@@ -64,7 +64,7 @@ def cell(folder: Path, experiment: dict[str, Any], which: str) -> dict[str, Any]
             for m in RunFolder(folder / row["run_folder"]).metrics()
             if m.get("eval_accuracy") is not None
         ]
-        names = ("seed", "status", "reached", *COSTS, "best_accuracy")
+        names = ("seed", "status", "reached", *COSTS, "best_value")
         runs.append({**{n: row[n] for n in names}, "curve_train_s_step_accuracy": points})
     reached = [run for run in runs if run["reached"]]
     middle: dict[str, Any] = {"reached": f"{len(reached)}/{len(runs)}"}

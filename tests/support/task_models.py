@@ -27,6 +27,10 @@ class NextToken(nn.Module):
         return self.head(torch.tanh(self.hidden(torch.cat([found, before], dim=2))))
 
 
+def next_token64(num_outputs: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return NextToken(num_outputs, input_shape).double()
+
+
 class BagOfTokens(nn.Module):
     """The mean embedding of the real tokens, and a linear layer."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from elastic_kfac.analysis.hessian import Batch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig
-from elastic_kfac.data.batch import tensors_of
+from elastic_kfac.data.batch import Value, tensors_of
 from elastic_kfac.data.dataset import Dataset, rank_slice
 from elastic_kfac.tasks.preprocessing import Preprocessor
 
@@ -24,7 +24,10 @@ class FixedSamples:
         preprocess: Preprocessor,
         request: AnalysisConfig,
         communicator: Communicator,
+        terms: Callable[[Value], int] = len,
     ) -> None:
+        self.terms = terms
+        """The number of terms in the loss of some targets."""
         wanted = request.samples
         self.count = dataset.num_samples if wanted is None else min(wanted, dataset.num_samples)
         self._dataset, self._seed, self._batch_size = dataset, request.seed, request.batch_size

@@ -118,6 +118,7 @@ class Hessian:
         communicator: The ranks that have samples.
         tag: Name of the counted traffic.
         time_budget_s: Counted from the first product; a started product is finished.
+        terms: What the loss of some targets is a sum over, for the mean; samples by default.
 
     Raises:
         UsageError: If `batches` can be iterated only once, or no parameter is trainable.
@@ -133,6 +134,7 @@ class Hessian:
         communicator: Communicator = SOLO,
         tag: str = "hessian",
         time_budget_s: float | None = None,
+        terms: Callable[[Value], int] = len,
     ) -> None:
         if iter(batches) is batches:
             raise UsageError(
@@ -147,7 +149,7 @@ class Hessian:
         self.model = model
         self.products = 0
         """Products so far: each costs two to three backward passes over the samples."""
-        self._loss_sum = loss_sum
+        self._loss_sum, self._terms = loss_sum, terms
         self._batches = batches
         self._communicator, self._tag = communicator, tag
         self._time_budget_s = time_budget_s
@@ -250,7 +252,7 @@ class Hessian:
                     if row is not None:
                         part.add_(row.detach().reshape(-1))
                 totals[0] += loss.detach()
-                totals[1] += len(labels)
+                totals[1] += self._terms(labels)
         if self._time_budget_s is not None:
             totals[2] += time.monotonic() - self._began > self._time_budget_s
         self._communicator.all_reduce(totals, tag=self._tag)

@@ -27,6 +27,7 @@ from elastic_kfac.analysis.spectral_estimates import density, one_sample_eigenva
 from elastic_kfac.analysis.spectrum import Eigenpairs, spectrum, top_by_lanczos
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config
+from elastic_kfac.data.batch import Value
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
 from elastic_kfac.errors import NumericalError, UsageError
 from elastic_kfac.tasks.choice import make_task
@@ -122,6 +123,7 @@ def analysis_row(
     datasets: Datasets,
     config: Config,
     communicator: Communicator,
+    terms: Callable[[Value], int] = len,
 ) -> dict[str, Any]:
     """The analysis of `config.analysis` as columns of `metrics.jsonl`. Collective.
 
@@ -133,10 +135,10 @@ def analysis_row(
         train: Dataset = datasets.train
         if data.augment != "none":
             train = stack.enter_context(open_split(config, data.train_split))
-        samples = FixedSamples(train, preprocess, request, communicator)
+        samples = FixedSamples(train, preprocess, request, communicator, terms)
         landscape = {data.train_split: samples}
         if datasets.evaluation is not None:
-            test = FixedSamples(datasets.evaluation, preprocess, request, communicator)
+            test = FixedSamples(datasets.evaluation, preprocess, request, communicator, terms)
             landscape[data.eval_split] = test
         try:
             found = analyse(model, loss_sum, samples, request, communicator, landscape=landscape)
@@ -257,6 +259,7 @@ class _Analysis:
             parameters=parameters,
             communicator=self._communicator,
             time_budget_s=limit_s,
+            terms=self._samples.terms,
         )
 
     def _loss_and_gradient(self, limit_s: float | None) -> Mapping[str, Any]:
@@ -343,6 +346,7 @@ class _Analysis:
             self._direction,
             distances,
             communicator=self._communicator,
+            terms=samples.terms,
         )
 
     def _reach(self, slope: float, curvature: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.analysis.hessian import SOLO, Batch
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.data.batch import Value, one_of
 from elastic_kfac.errors import UsageError
 from elastic_kfac.tasks.models import call_model, evaluating
 from elastic_kfac.tasks.task import SumLoss
@@ -25,6 +26,7 @@ def loss_along(
     distances: Sequence[float],
     *,
     communicator: Communicator = SOLO,
+    terms: Callable[[Value], int] = len,
 ) -> list[float]:
     """Mean loss L(θ + δv) over all samples of all ranks for each distance δ. Collective.
 
@@ -33,6 +35,7 @@ def loss_along(
     Args:
         direction: v [size], over all trainable parameters in order.
         distances: δ, for example symmetric around 0.
+        terms: What the loss of some targets is a sum over; samples by default.
     """
     chosen = [p for p in model.parameters() if p.requires_grad]
     sizes = [p.numel() for p in chosen]
@@ -53,7 +56,7 @@ def loss_along(
                 for inputs, labels in batches:
                     if len(labels):
                         totals[index] += loss_sum(call_model(model, inputs), labels)
-                        totals[-1] += len(labels) if index == 0 else 0
+                        totals[-1] += terms(labels) if index == 0 else 0
     finally:
         for parameter, original in zip(chosen, originals, strict=True):
             parameter.copy_(original)
@@ -92,7 +95,9 @@ def bias_variance(
             if len(labels):
                 outputs = call_model(model, inputs)
                 losses += [
-                    loss_sum(outputs[i : i + 1], labels[i : i + 1]).double().reshape(())
+                    loss_sum(one_of(outputs, i, len(labels)), labels[i : i + 1])
+                    .double()
+                    .reshape(())
                     for i in range(len(labels))
                 ]
     device = next(model.parameters()).device

@@ -36,7 +36,7 @@ def tune(arguments: argparse.Namespace) -> int:
     )
     tried = [trial for trial in result.trials if trial.stage == "search"]
     reached = sum(bool(trial.reached) for trial in tried)
-    print(f"\n{reached} of {len(tried)} trials reached {space.objective.target_accuracy:.4g}.")
+    print(f"\n{reached} of {len(tried)} trials reached {space.objective.shown_target}.")
     if result.best is not None:
         values = ", ".join(f"{key}={value}" for key, value in result.best.parameters.items())
         value = result.best.numbers.get("objective")

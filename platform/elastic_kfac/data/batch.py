@@ -74,6 +74,11 @@ def twice(value: Value, count: int) -> Value:
     return mapped(value, lambda t: torch.cat([t, t]) if len(t) == count else t)
 
 
+def one_of(value: Value, index: int, count: int) -> Value:
+    """One of `count` samples; tensors of other lengths belong to all."""
+    return mapped(value, lambda t: t[index : index + 1] if len(t) == count else t)
+
+
 def real_positions(inputs: Value) -> Tensor | None:
     """The mask [n, L] of inputs with one padded column; None for others."""
     if not isinstance(inputs, Fields):

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from elastic_kfac.errors import DataError
+from elastic_kfac.errors import ConfigError, DataError
 
 Kind = Literal["image", "tensor", "tokens", "class", "mask", "boxes"]
 Role = Literal["input", "target"]
@@ -187,6 +187,22 @@ def shard_schema(columns: Sequence[Column]) -> pa.Schema:
     """Columns of a shard file; the last one is the origin of the sample."""
     found = [pa.field(column.name, column.arrow_type, nullable=False) for column in columns]
     return pa.schema([*found, pa.field(KEY, pa.string(), nullable=False)])
+
+
+def check_one_tensor(columns: Sequence[Column], key: str, *, image: bool = False) -> None:
+    """Refuses a setting that changes inputs where they are no single tensor of numbers.
+
+    Raises:
+        ConfigError: It names the inputs.
+    """
+    inputs = [column for column in columns if column.role == "input"]
+    allowed = ("image",) if image else ("image", "tensor")
+    if len(inputs) != 1 or inputs[0].kind not in allowed:
+        raise ConfigError(
+            f"{key} needs one input, {'an image' if image else 'an image or a tensor'}",
+            given=", ".join(f"{column.name} ({column.kind})" for column in inputs),
+            change=f"leave {key} out",
+        )
 
 
 def check_columns(columns: Sequence[Column], where: str) -> None:

@@ -66,6 +66,13 @@ class SampleStream:
         max_image_pixels: int = MAX_PIXELS,
     ) -> None:
         check_augmentation(augment)
+        for key, given in (("augment", augment), ("image_size", image_size)):
+            if shard_set.image is None and given not in (None, "none"):
+                raise DataError(
+                    f"data.{key} is for images; {shard_set.uri} has none",
+                    given=given,
+                    change=f"leave data.{key} out",
+                )
         self.shard_set = shard_set
         self.seed = seed
         self.shuffle = shuffle

@@ -4,7 +4,8 @@ One process writes, and it replaces every file as a whole; a search that was kil
 
 `experiment.json`
     `name`; `space`: the resolved search space (a mapping, as `SearchSpace.model_dump(mode="json")`);
-    `objective`: `{metric, mode: "min", unit}`; `target_accuracy`; `rule_for_censored`: a sentence;
+    `objective`: `{metric, mode: "min", unit}`; `target`: `{metric, value}`; `direction`;
+    `rule_for_censored`: a sentence;
     `started`: Unix time of the first call; `updated`; `status`: `running | finished | interrupted |
     failed`; `hardware` and `versions`: mappings of strings; `n_repeats`: seeds per point;
     `references`: name -> `{config: resolved configuration, rows: [trials.csv rows as mappings]}`, of
@@ -18,7 +19,7 @@ One process writes, and it replaces every file as a whole; a search that was kil
     searched point, or name of the reference), `status` (`running | finished | stopped | failed |
     refused | pending`), `reason`, `seed`, one column per parameter (`section.key`), `objective`,
     `reached` (`true`/`false`/empty), `train_time_to_accuracy_s`, `time_to_accuracy_s`, `steps`,
-    `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_accuracy`, `peak_memory_bytes`, `started`,
+    `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_value`, `peak_memory_bytes`, `started`,
     `ended` (Unix time), `run_folder` (relative to the experiment's folder), `parent` (trial whose
     state a PB2 clone continued from). Unknown values are empty.
 `trials/<trial_id>/`
@@ -67,6 +68,7 @@ from elastic_kfac.experiments.trials import (
     read_trials,
     trials_csv,
 )
+from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import number
 from elastic_kfac.state.claim import claimed
@@ -236,7 +238,8 @@ class SearchFolder:
             "updated": time.time(),
             "num_rows": len(self.trials),
             "objective": {"metric": objective.metric, "mode": "min", "unit": objective.unit},
-            "target_accuracy": objective.target_accuracy,
+            "target": objective.goal.model_dump(),
+            "direction": objective.quality.direction,
             "rule_for_censored": objective.censoring_rule,
             "n_repeats": space.repeats,
             "parameters": list(space.parameters),
@@ -275,8 +278,20 @@ class Experiment:
 
     @property
     def target(self) -> float | None:
-        """The accuracy to reach."""
-        return number(self.about, "target_accuracy")
+        """The value to reach."""
+        target = mapping(self.about.get("target"))
+        # Searches of earlier versions.
+        return number(target, "value") if target else number(self.about, "target_accuracy")
+
+    @property
+    def quality(self) -> str:
+        """The metric to reach it in."""
+        return str(mapping(self.about.get("target")).get("metric") or "accuracy")
+
+    @property
+    def direction(self) -> Direction:
+        """Whether larger or smaller values of it are better."""
+        return "min" if self.about.get("direction") == "min" else "max"
 
     @property
     def metric(self) -> str:
@@ -302,7 +317,7 @@ class Experiment:
     def scoring(self) -> Scoring:
         """The order of trials."""
         rule = mapping(self.space.get("objective")).get("censored", "by_distance")
-        return Scoring(self.target, str(rule))
+        return Scoring(self.target, str(rule), self.direction)
 
     @cached_property
     def points(self) -> list[Point]:
@@ -379,10 +394,11 @@ def read_experiment(folder: Path) -> Experiment:
     named = about.get("parameters")
     parameters = [str(name) for name in named] if isinstance(named, list) else None
     trials = read_trials(text, parameters)
+    metric = str(mapping(about.get("target")).get("metric") or "accuracy")
     for trial in trials.values():
         run = _inside(folder, trial.run_folder)
         if run is not None:
-            trial.evaluations = list(_evaluations(RunFolder(run)))
+            trial.evaluations = list(_evaluations(RunFolder(run), metric))
             trial.resizes = list(_resizes(RunFolder(run)))
     if parameters is None:
         parameters = list(next(iter(trials.values())).parameters) if trials else []
@@ -441,11 +457,11 @@ def _inside(folder: Path, relative: str) -> Path | None:
     return run if run.is_relative_to(folder.resolve()) and run.is_dir() else None
 
 
-def _evaluations(run: RunFolder) -> Iterator[Evaluation]:
-    for row in run.rows("metrics.jsonl", b'"eval_accuracy"')[0]:
+def _evaluations(run: RunFolder, metric: str) -> Iterator[Evaluation]:
+    for row in run.rows("metrics.jsonl", f'"eval_{metric}"'.encode())[0]:
         seconds = number(row, "train_time_s")
         seconds = number(row, "wall_time_s") if seconds is None else seconds
-        found = (number(row, "step"), seconds, number(row, "eval_accuracy"))
+        found = (number(row, "step"), seconds, number(row, f"eval_{metric}"))
         known = [value for value in found if value is not None and math.isfinite(value)]
         if len(known) == 3:
             yield Evaluation(*known)

@@ -24,6 +24,7 @@ from elastic_kfac.experiments.trials import (
     STOPPED,
     Trial,
 )
+from elastic_kfac.observability.quality import reached_s, shown_quality
 from elastic_kfac.state.run_folder import RunFolder
 
 
@@ -69,7 +70,7 @@ class SearchRecord:
             trial = self._table[trial_id]
             trial.note(
                 result,
-                *("best_accuracy", "steps", "train_time_s", "cpu_seconds", "peak_memory_bytes"),
+                *("best_value", "steps", "train_time_s", "cpu_seconds", "peak_memory_bytes"),
             )
             done = float(result.get(self._space.progress_measure) or 0.0)
             trial.fraction = min(1.0, done / self._space.limit)
@@ -156,13 +157,18 @@ class SearchRecord:
         """Takes over the results that the run itself has recorded."""
         folder = self._folder.run_folder(trial.id)
         result = RunFolder(folder).result() or {}
+        seconds = {
+            "train_time_to_accuracy_s": reached_s(result),
+            "time_to_accuracy_s": result.get("time_to_target_s", result.get("time_to_accuracy_s")),
+            "best_value": result.get("best_value", result.get("best_accuracy")),
+        }
         trial.note(
-            result,
+            {**result, **seconds},
             *("train_time_to_accuracy_s", "time_to_accuracy_s", "steps", "train_time_s"),
-            *("worker_seconds", "best_accuracy"),
+            *("worker_seconds", "best_value"),
         )
         trial.note(read_extras(folder), "cpu_seconds", "peak_memory_bytes")
-        trial.reached = result.get("train_time_to_accuracy_s") is not None
+        trial.reached = reached_s(result) is not None
         if trial.reached and trial.status == STOPPED:
             # It reached the target before the scheduler's decision came.
             trial.status, trial.reason = FINISHED, ""
@@ -175,14 +181,15 @@ class SearchRecord:
             trial.reached = False
 
     def _line(self, trial: Trial) -> str:
-        objective, accuracy = self._space.objective, trial.numbers.get("best_accuracy")
+        objective, best = self._space.objective, trial.numbers.get("best_value")
         value = trial.numbers.get("objective")
-        target = f"{objective.target_accuracy:.4g}"
+        target, name = objective.shown_target, objective.goal.metric
         parts = []
         if trial.status != FAILED and value is not None:
             parts.append(f"{target} in {value:.4g} {objective.unit}")
-        elif trial.status != FAILED and accuracy is not None:
-            parts.append(f"best accuracy {accuracy:.2%} (target {target})")
+        elif trial.status != FAILED and best is not None:
+            shown = shown_quality(name, best)
+            parts.append(f"best {objective.quality.label} {shown} (target {target})")
         parts += [trial.reason] if trial.reason else []
         return f"{trial.id} {trial.status}" + (f": {'; '.join(parts)}" if parts else "")
 

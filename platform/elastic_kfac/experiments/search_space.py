@@ -31,8 +31,10 @@ from elastic_kfac.config import (
     split_override,
     validate,
 )
+from elastic_kfac.config.train import Target
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.trials import Scoring
+from elastic_kfac.observability.quality import Quality, quality_of, reached_s
 from elastic_kfac.paths import user_path
 
 Point = Mapping[str, Any]
@@ -52,6 +54,7 @@ OWNED = {
     "train.seed": "repeats",
     "train.epochs": "budget.epochs",
     "train.target_accuracy": "objective.target_accuracy",
+    "train.target": "objective.target",
     "train.stop_at_target": "objective",
 }
 """Keys that the search itself sets, with the key of the space that controls them."""
@@ -124,10 +127,38 @@ class Objective(Section):
         "cpu_seconds_to_accuracy",
         "emulated_time_to_accuracy_s",
     ] = "train_time_to_accuracy_s"
-    target_accuracy: Annotated[float, Field(gt=0, le=1)]
+    target: Target | None = None
+    """Metric and value that a trial must reach (`train.target`)."""
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Short for `target: {metric: accuracy, value: …}`."""
+    direction: Literal["max", "min"] | None = None
+    """Whether larger or smaller values of a person's own metric are better."""
     censored: Literal["by_distance", "equal"] = "by_distance"
     """How trials that miss the target rank behind all that reach it: by the accuracy they lack, or
     all alike."""
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> Objective:
+        if (self.target is None) == (self.target_accuracy is None):
+            raise ValueError("give one of target and target_accuracy")
+        return self
+
+    @property
+    def goal(self) -> Target:
+        """The target, however it was written."""
+        return self.target or Target(value=self.target_accuracy or 0.0)
+
+    @property
+    def quality(self) -> Quality:
+        """The metric of the target."""
+        found = quality_of(self.goal.metric, self.direction or "max")
+        return found._replace(direction=self.direction or found.direction)
+
+    @property
+    def shown_target(self) -> str:
+        """The target as people read it."""
+        value = f"{self.goal.value:.4g}"
+        return value if self.goal.metric == "accuracy" else f"{self.quality.label} {value}"
 
     @property
     def unit(self) -> str:
@@ -137,15 +168,17 @@ class Objective(Section):
     @property
     def scoring(self) -> Scoring:
         """The order of trials."""
-        return Scoring(self.target_accuracy, self.censored)
+        return Scoring(self.goal.value, self.censored, self.quality.direction)
 
     @property
     def censoring_rule(self) -> str:
         """The order of trials in one sentence."""
-        by_distance = "by how far their best accuracy is below it"
+        by_distance = f"by how far their best {self.quality.label} is from it"
+        if self.goal.metric == "accuracy":
+            by_distance = "by how far their best accuracy is below it"
         how = by_distance if self.censored == "by_distance" else "all alike"
         return (
-            f"Trials that reach {self.target_accuracy:.4g} rank by {self.unit}; those that do not "
+            f"Trials that reach {self.shown_target} rank by {self.unit}; those that do not "
             f"(budget used up, stopped early or failed) rank behind all of them, {how}, and are "
             "never given a time."
         )
@@ -156,7 +189,7 @@ class Objective(Section):
         Args:
             result: Also holds `cpu_seconds` and `emulated_step_s`, where they are known.
         """
-        if result.get("train_time_to_accuracy_s") is None:
+        if reached_s(result) is None:
             return None
         if self.metric == "emulated_time_to_accuracy_s":
             step_s = result.get("emulated_step_s")
@@ -166,7 +199,7 @@ class Objective(Section):
             "worker_seconds_to_accuracy": "worker_seconds",
             "cpu_seconds_to_accuracy": "cpu_seconds",
         }.get(self.metric, self.metric)
-        value = result.get(column)
+        value = result.get(column.replace("_to_accuracy_s", "_to_target_s"), result.get(column))
         return None if value is None else float(value)
 
 
@@ -298,10 +331,12 @@ class SearchSpace(Section):
         Raises:
             ConfigError: If the values do not go together.
         """
+        target = self.objective.target
         overrides = [
             *point.items(),
             ("train.seed", seed),
             ("train.target_accuracy", self.objective.target_accuracy),
+            ("train.target", target and target.model_dump()),
             ("train.stop_at_target", True),
         ]
         if self.budget.epochs is not None:

@@ -15,7 +15,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from elastic_kfac.errors import ElasticKfacError
 from elastic_kfac.experiments.resource_broker import TrialShare
 from elastic_kfac.experiments.rounds import RANK_FUNCTION as ROUNDS_RANK_FUNCTION
 from elastic_kfac.experiments.rounds import announce_round, round_after
-from elastic_kfac.experiments.search_space import SearchSpace, from_log_scale
+from elastic_kfac.experiments.search_space import Objective, SearchSpace, from_log_scale
+from elastic_kfac.observability.quality import is_worse, reached_s
 from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import event_row
@@ -165,7 +166,7 @@ class _LiveRun:
         self._display = _Watch(settings, self._stop, self._rows, read_extras(self._folder))
         self._result: RunResult | None = None
         self._error: BaseException | None = None
-        self._last = _last_evaluation(RunFolder(self._folder))
+        self._last = _last_evaluation(RunFolder(self._folder), self._settings.space.objective)
         self._round_end = 0.0
         if in_rounds:
             self._announce_round()
@@ -180,8 +181,8 @@ class _LiveRun:
         while True:
             with contextlib.suppress(queue.Empty):
                 row = self._rows.get(timeout=0.1)
-                best = max(self._last["best_accuracy"], row["accuracy"])
-                self._last = {**row, "best_accuracy": best}
+                best = self._better(self._last["best_value"], row["value"])
+                self._last = {**row, "best_value": best}
                 if self._is_the_end(row):
                     # The next row is the result of the run.
                     continue
@@ -198,8 +199,13 @@ class _LiveRun:
             self._round_end = end
 
     def _is_the_end(self, row: Mapping[str, Any]) -> bool:
-        train = self._config.train
-        return row["accuracy"] >= train.target_accuracy or row["epoch"] >= train.epochs - 1e-9
+        objective, epochs = self._settings.space.objective, self._config.train.epochs
+        missed = is_worse(row["value"], objective.goal.value, objective.quality.direction)
+        return not missed or row["epoch"] >= epochs - 1e-9
+
+    @property
+    def _better(self) -> Callable[[float, float], float]:
+        return max if self._settings.space.objective.quality.direction == "max" else min
 
     def end(self, reason: str) -> None:
         """Stops the run with its state saved, and waits until it has released everything."""
@@ -244,11 +250,11 @@ class _LiveRun:
             write_extras(self._folder, {**self._display.extras(), "cause": text})
             return {**row, "ended": "failed", "cause": text}
         values = self._result.values
-        best = values.get("best_accuracy")
-        row["best_accuracy"] = row["best_accuracy"] if best is None else float(best)
+        best = values.get("best_value", values.get("best_accuracy"))
+        row["best_value"] = row["best_value"] if best is None else float(best)
         row["epoch"] = float(values.get("epochs") or row["epoch"])
         row["steps"] = int(values.get("steps") or 0)
-        if values.get("train_time_to_accuracy_s") is not None:
+        if reached_s(values) is not None:
             return {**row, "ended": "target"}
         if self._result.status == "finished" or self._stop.reason == _BUDGET:
             return {**row, "ended": "budget"}
@@ -256,6 +262,8 @@ class _LiveRun:
 
 
 _BUDGET = "the budget is used up"
+_WORST = 1e30
+"""A value that every evaluation is better than; searchers take no infinite ones."""
 
 
 class _Watch(Display):
@@ -285,7 +293,7 @@ class _Watch(Display):
         row = view.evaluation
         if row and int(row["step"]) != self._evaluated:
             self._evaluated = int(row["step"])
-            self._rows.put(_evaluation(row))
+            self._rows.put(_evaluation(row, self._settings.space.objective.goal.metric))
         trained_s = float(view.progress.get("train_time_s") or 0.0)
         if self._limit_s is not None and trained_s >= self._limit_s:
             self._stop.ask(_BUDGET)
@@ -304,21 +312,24 @@ class _Watch(Display):
         }
 
 
-def _evaluation(row: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
     return {
-        "accuracy": float(row["eval_accuracy"]),
+        "value": float(row[f"eval_{metric}"]),
         "epoch": float(row["epoch"]),
         "steps": int(row["step"]),
         "train_time_s": float(row["train_time_s"]),
     }
 
 
-def _last_evaluation(folder: RunFolder) -> dict[str, Any]:
+def _last_evaluation(folder: RunFolder, objective: Objective) -> dict[str, Any]:
     """The last evaluation of an earlier call, or of the trial that a clone continues."""
-    found = [_evaluation(row) for row in folder.metrics() if "eval_accuracy" in row]
+    metric, is_max = objective.goal.metric, objective.quality.direction == "max"
+    found = [_evaluation(row, metric) for row in folder.metrics() if f"eval_{metric}" in row]
     if not found:
-        return {"accuracy": 0.0, "best_accuracy": 0.0, "epoch": 0.0, "train_time_s": 0.0}
-    return {**found[-1], "best_accuracy": max(row["accuracy"] for row in found)}
+        worst = 0.0 if metric == "accuracy" else (-_WORST if is_max else _WORST)
+        return {"value": worst, "best_value": worst, "epoch": 0.0, "train_time_s": 0.0}
+    values = [row["value"] for row in found]
+    return {**found[-1], "best_value": max(values) if is_max else min(values)}
 
 
 class ProcessMeter:

@@ -80,8 +80,8 @@ def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
         grace = space.scheduler.grace or space.limit / 8
         return Screening(
             time_attr=space.progress_measure,
-            metric="best_accuracy",
-            mode="max",
+            metric="best_value",
+            mode=space.objective.quality.direction,
             max_t=space.limit,
             grace_period=min(grace, space.limit),
             reduction_factor=space.scheduler.reduction_factor,
@@ -97,8 +97,8 @@ def make_scheduler(space: SearchSpace, slots: int) -> TrialScheduler:
             slots=slots,
             interval=space.round_length,
             time_attr=space.progress_measure,
-            metric="accuracy",
-            mode="max",
+            metric="value",
+            mode=space.objective.quality.direction,
             hyperparam_bounds=bounds,
             quantile_fraction=space.scheduler.quantile,
         )

@@ -53,6 +53,13 @@ COLUMNS: Mapping[str, Column] = {
     for column in (
         Column("accuracy", "test accuracy", "Test accuracy at the end of training.", "percent"),
         Column("best_accuracy", "best test accuracy", "Best test accuracy of the run.", "percent"),
+        Column(
+            "value",
+            "test metric",
+            "Value of the target's metric, or of the task's first one, at the end of training.",
+            "number",
+        ),
+        Column("best_value", "best test metric", "Best value of that metric.", "number"),
         Column("updates", "updates", "Optimizer steps.", "count"),
         Column("eval_loss", "test loss", "Mean test loss at the end.", "number"),
         Column(

@@ -116,14 +116,15 @@ def _trained(task: CellTask, folder: RunFolder, board: Any, device: torch.device
         store.close()
         writer.close()
     compact_ledger(folder)
-    evaluations = [row for row in folder.metrics() if "eval_accuracy" in row]
+    evaluations = [row for row in folder.metrics() if "eval_loss" in row]
     if not evaluations:
         raise RunError("the run was never evaluated", change="lower train.eval_every_epochs")
     last = evaluations[-1]
     return {
         **result_row(config, outcome),
         "status": FINISHED,
-        "accuracy": last["eval_accuracy"],
+        **({"accuracy": last["eval_accuracy"]} if "eval_accuracy" in last else {}),
+        "value": last[f"eval_{outcome.metric}"],
         "eval_loss": last["eval_loss"],
     }
 
@@ -171,7 +172,7 @@ def _top_eigenvalue(here: Restored, how: Measure) -> float:
         for first in range(0, count, size)
     ]
     batches = [(part.inputs, part.targets) for part in inputs]
-    operator = Hessian(here.model, here.task.loss, batches)
+    operator = Hessian(here.model, here.task.loss, batches, terms=here.task.terms)
     found = top_by_lanczos(
         operator, max_steps=min(how.hessian_steps, operator.size), tolerance=LANCZOS_TOLERANCE
     )

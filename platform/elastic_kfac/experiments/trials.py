@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
+from elastic_kfac.observability.quality import Direction
+
 PENDING: Final = "pending"
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
@@ -43,12 +45,14 @@ NUMBERS = (
     "train_time_s",
     "worker_seconds",
     "cpu_seconds",
-    "best_accuracy",
+    "best_value",
     "peak_memory_bytes",
     "started",
     "ended",
 )
 """Columns of `trials.csv` that hold a number, or nothing where it is unknown."""
+_BEFORE: Final = {"best_value": "best_accuracy"}
+"""Their names in earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Evaluation:
     step: float
     seconds: float
     """Training seconds where the run recorded them, else wall-clock seconds."""
-    accuracy: float
+    value: float
+    """Of the metric of the target."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +123,21 @@ class Scoring:
     """The order of trials."""
 
     target: float | None
-    """Accuracy to reach."""
+    """Value to reach."""
     censored: str = "by_distance"
-    """How trials that miss the target rank: by the accuracy they lack, or all `equal`."""
+    """How trials that miss the target rank: by the share of it that they lack, or all `equal`."""
+    direction: Direction = "max"
+    """Whether larger or smaller values are better."""
 
     def rank(self, trial: Trial) -> tuple[int, float]:
         """A sort key, smaller is better: (0, objective), or (1, share of the target it lacks)."""
         if trial.value is not None:
             return 0, trial.value
-        accuracy = trial.numbers.get("best_accuracy")
-        if self.censored == "equal" or accuracy is None or not self.target:
+        best = trial.numbers.get("best_value")
+        if self.censored == "equal" or best is None or not self.target:
             return 1, 1.0
-        return 1, min(max((self.target - accuracy) / self.target, 0.0), 1.0)
+        lacks = self.target - best if self.direction == "max" else best - self.target
+        return 1, min(max(lacks / abs(self.target), 0.0), 1.0)
 
     def score(self, trial: Trial) -> float:
         """The rank as one number for searchers: v / (1 + v) below 1, censored trials from 1 to 2."""
@@ -276,7 +284,11 @@ def read_trials(text: str, parameters: Sequence[str] | None = None) -> TrialTabl
             status=get("status") or PENDING,
             reason=get("reason") or "",
             reached={"true": True, "false": False}.get((get("reached") or "").lower()),
-            numbers={n: v for n in NUMBERS if (v := _finite(get(n) or "")) is not None},
+            numbers={
+                n: v
+                for n in NUMBERS
+                if (v := _finite(get(n) or get(_BEFORE.get(n, "")) or "")) is not None
+            },
             run_folder=get("run_folder") or "",
             parent=get("parent") or "",
             index=index,

@@ -135,6 +135,7 @@ _TABLE: Mapping[Area, tuple[Metric, ...]] = {
         _gauge("accuracy", "", "Share of the step's global batch that was classified correctly."),
         _gauge("eval_loss", "", "Mean loss over the evaluation split."),
         _gauge("eval_accuracy", "", "Share of the evaluation split that was classified correctly."),
+        _gauge("eval_metric", "", "Value of the target's metric over the evaluation split."),
         _gauge("eval_adversarial_loss", "", "Mean loss over the attacked evaluation split."),
         _gauge("eval_adversarial_accuracy", "", "Accuracy on the attacked evaluation split."),
         _gauge(

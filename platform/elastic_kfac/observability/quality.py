@@ -76,6 +76,13 @@ def target_columns(
     return found
 
 
+def reached_s(result: Mapping[str, Any]) -> float | None:
+    """Training seconds to the target from a `result.json`, also of earlier versions; None if it was not
+    reached."""
+    found = result.get("train_time_to_target_s", result.get("train_time_to_accuracy_s"))
+    return None if found is None else float(found)
+
+
 def worded(name: str, value: float) -> str:
     """A value on the test set in a sentence."""
     label = quality_of(name).label

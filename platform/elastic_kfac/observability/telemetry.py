@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.observability.metric_names import METRICS, OTHER, Metric, label, metric
+from elastic_kfac.observability.quality import main_value
 from elastic_kfac.observability.run_log import LogContext, begin_log, log_of
 
 INTERVAL_S = 1.0
@@ -193,6 +194,8 @@ class RunTelemetry:
         """A row of `metrics.jsonl`: of a step, an evaluation or the end of an epoch."""
         log_of("steps").info("metrics", extra={"fields": row})
         self._set_columns(row)
+        if (found := main_value(row)) is not None:
+            self._series.set("eval_metric", found[2])
         if "loss" in row:
             # The row of a step in which nothing was attacked has no such column.
             self._series.set("adversarial_fraction", row.get("adversarial_fraction", 0.0))

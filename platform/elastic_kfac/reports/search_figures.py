@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from elastic_kfac.experiments.importance import Importance
 from elastic_kfac.experiments.search_folder import Experiment
 from elastic_kfac.experiments.trials import Point, Trial, is_real
+from elastic_kfac.observability.quality import quality_of
 from elastic_kfac.reports.figures import (
     ACCENT,
     EVALUATION,
@@ -57,7 +58,7 @@ Titles = dict[str, tuple[int, str]]
 
 
 def curves_figure(experiment: Experiment, axis: Axis) -> Markup:
-    """Test accuracy of the best point, the references and the others; empty if there is none."""
+    """The metric of the best point, the references and the others; empty if there is none."""
     titles: Titles = {}
     best = experiment.best
 
@@ -74,14 +75,18 @@ def curves_figure(experiment: Experiment, axis: Axis) -> Markup:
         if best is not None:
             label = f"best ({best.representative.id})"
             count += _curves(axes, best, axis, titles, ACCENT, label, "solid")
-        mark_target(axes, experiment.target, at_left=True)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        is_share = quality_of(experiment.quality).is_share
+        mark_target(axes, experiment.target, at_left=True, is_share=is_share)
+        if is_share:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         trials = experiment.trials.values()
         ends = [getattr(t.evaluations[-1], axis) for t in trials if t.evaluations]
         if ends and min(ends) > 0 and max(ends) / min(ends) > _LOG_FROM:
             horizontal_log_scale(axes)
         axes.set_xlabel("training seconds" if axis == "seconds" else "steps")
-        axes.set_title("Accuracy by time" if axis == "seconds" else "Accuracy by step")
+        label = quality_of(experiment.quality).label
+        by = "time" if axis == "seconds" else "step"
+        axes.set_title(f"{label[0].upper()}{label[1:]} by {by}")
         if count:
             axes.legend(loc="lower right")
         return bool(count)
@@ -311,7 +316,7 @@ def _curve(
 ) -> int:
     if not trial.evaluations:
         return 0
-    points = [(getattr(each, axis), each.accuracy) for each in trial.evaluations]
+    points = [(getattr(each, axis), each.value) for each in trial.evaluations]
     mark = f"curves-{axis}-{trial.index}"
     plot_points(axes, points, color=colour, lw=width, ls=dashes, alpha=alpha, gid=mark)
     # A dot ends a trial that reached the target, a cross another one.

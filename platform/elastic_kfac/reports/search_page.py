@@ -24,6 +24,7 @@ from elastic_kfac.experiments.search_folder import (
     read_experiment,
 )
 from elastic_kfac.experiments.trials import WORDS, Point, Trial, is_real
+from elastic_kfac.observability.quality import quality_of, shown_quality, worded
 from elastic_kfac.reports.pages import Cell, Column, Row, Table, code, page, write_page, yaml_text
 from elastic_kfac.reports.search_figures import (
     MIB,
@@ -160,8 +161,10 @@ def no_best(experiment: Experiment) -> str:
         if lost and lost == experiment.done and experiment.status != "running":
             return f"No trial finished: {lost} failed or were rejected; the reasons are below."
         return "No trial has finished yet."
-    accuracies = [a for p in tried if (a := p.median("best_accuracy")) is not None]
-    close = f"; the closest came to {max(accuracies):.2%}" if accuracies else ""
+    values = [a for p in tried if (a := p.median("best_value")) is not None]
+    closest = max if experiment.direction == "max" else min
+    shown = shown_quality(experiment.quality, closest(values)) if values else ""
+    close = f"; the closest came to {shown}" if shown else ""
     return f"None of {len(tried)} points reached {_target(experiment)} within its budget{close}."
 
 
@@ -188,7 +191,11 @@ def amount(experiment: Experiment, value: float | None) -> str:
 
 def _target(experiment: Experiment) -> str:
     target = experiment.target
-    return "the target" if target is None else f"{target:.2%} test accuracy"
+    return "the target" if target is None else worded(experiment.quality, target)
+
+
+def _format(experiment: Experiment) -> str:
+    return ".2%" if quality_of(experiment.quality).is_share else ".4g"
 
 
 def _against(experiment: Experiment, value: float, name: str, point: Point) -> str:
@@ -224,7 +231,9 @@ def _tiles(experiment: Experiment) -> dict[str, str]:
     reached = sum(point.value is not None for point in tried)
     return {
         "best, median": amount(experiment, best.value if best else None),
-        "target accuracy": "–" if experiment.target is None else f"{experiment.target:.2%}",
+        f"target {quality_of(experiment.quality).label}": "–"
+        if experiment.target is None
+        else shown_quality(experiment.quality, experiment.target),
         "points that reached it": f"{reached} of {len(tried)}",
         "trials done": f"{experiment.done} of {experiment.total}",
         "failed": str(experiment.trials.count("failed")),
@@ -269,7 +278,11 @@ def _point_columns(experiment: Experiment, names: Sequence[str]) -> list[Column]
         Column("reached", is_number=True, help="seeds that reached the target"),
         Column("state"),
         *values,
-        Column("best accuracy", is_number=True, help="median of the seeds"),
+        Column(
+            f"best {quality_of(experiment.quality).label}",
+            is_number=True,
+            help="median of the seeds",
+        ),
         Column("steps", is_number=True, help="median of the seeds"),
         Column("CPU seconds", is_number=True, help="all processes of the trial; median"),
         Column("peak memory", is_number=True, help="median of the seeds"),
@@ -292,7 +305,7 @@ def _point_row(
         value = point.parameters.get(name)
         cells.append(Cell(text_of(value), float(value) if is_real(value) else None))
     cells += [
-        _number(point.median("best_accuracy"), ".2%"),
+        _number(point.median("best_value"), _format(experiment)),
         _number(point.median("steps"), ",.0f"),
         _number(point.median("cpu_seconds"), ",.1f"),
         Cell("–" if memory is None else f"{memory / MIB:,.0f} MiB", memory),
@@ -370,7 +383,7 @@ def _trials(experiment: Experiment) -> Table:
         Column("worker-seconds", is_number=True),
         Column("CPU seconds", is_number=True),
         Column("steps", is_number=True),
-        Column("best accuracy", is_number=True),
+        Column(f"best {quality_of(experiment.quality).label}", is_number=True),
         Column("resizes", is_number=True),
         Column("run folder"),
     ]
@@ -391,7 +404,7 @@ def _trial_row(experiment: Experiment, trial: Trial) -> Row:
         _number(numbers("worker_seconds"), ",.1f"),
         _number(numbers("cpu_seconds"), ",.1f"),
         _number(numbers("steps"), ",.0f"),
-        _number(numbers("best_accuracy"), ".2%"),
+        _number(numbers("best_value"), _format(experiment)),
         Cell(len(trial.resizes), float(len(trial.resizes))),
         Cell(_run_link(experiment, trial)),
     ]

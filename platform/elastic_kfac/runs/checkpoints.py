@@ -134,7 +134,7 @@ class Restored:
     def samples(self, split: str, request: AnalysisConfig) -> FixedSamples:
         """The samples of a split that a request asks for."""
         dataset, solo = self.datasets[split], Communicator.solo()
-        return FixedSamples(dataset, self.preprocess, request, solo)
+        return FixedSamples(dataset, self.preprocess, request, solo, self.task.terms)
 
     def where(self) -> dict[str, Any]:
         """The checkpoint's step and fractional epoch."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config import AdversarialConfig, Config
+from elastic_kfac.data.columns import check_one_tensor
 from elastic_kfac.data.dataset import Dataset, open_datasets
 from elastic_kfac.data.order import stream_key, uniforms
 from elastic_kfac.errors import ConfigError, UsageError
@@ -218,10 +219,11 @@ def training_attack(
     """The configured attack on training samples, or None.
 
     Raises:
-        ConfigError: If its radius is outside the data range.
+        ConfigError: If its radius is outside the data range, or samples have no input that can be moved.
     """
     if config.attack == "none":
         return None
+    check_one_tensor(dataset.columns, "adversarial.attack")
     low, high = data_range(config, preprocess, dataset)
     return Attack(
         config.attack,
@@ -251,6 +253,7 @@ def evaluation_attack(
         if config.eval_attack == "none":
             return None
         kind = config.eval_attack
+    check_one_tensor(dataset.columns, "adversarial.eval_attack")
     low, high = data_range(config, preprocess, dataset)
     return Attack(
         kind,

@@ -85,7 +85,8 @@ class CausalLM(_Tokens):
         name, fields = self._column.name, dict(_items(batch.inputs))
         mask = fields[mask_name(name)]
         targets = fields[name].masked_fill(~mask, PADDED_TARGET)[:, 1:]
-        fields[name], fields[mask_name(name)] = fields[name][:, :-1], mask[:, :-1]
+        # The last token of a sequence has no successor: its position is no term of the loss.
+        fields[name], fields[mask_name(name)] = fields[name][:, :-1], mask[:, 1:]
         return replace(batch, inputs=Fields(fields), targets=targets)
 
     def values(self, sums: Tensor, terms: int, loss: float) -> dict[str, float]:

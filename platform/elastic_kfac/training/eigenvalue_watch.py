@@ -110,6 +110,7 @@ class EigenvalueWatch:
             parameters=only,
             communicator=communicator,
             tag=_TAG,
+            terms=self._task.terms,
         )
         found = top_eigenvalues(
             operator,

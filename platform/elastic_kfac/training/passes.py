@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch, Value, mapped, real_positions
+from elastic_kfac.data.columns import check_one_tensor
 from elastic_kfac.data.dataset import Dataset
 from elastic_kfac.state.identity import counter_seed
 from elastic_kfac.tasks.attacks import Attack, adversarial_mask, mix_adversarial, training_attack
@@ -51,7 +52,10 @@ class ModelPasses:
         self._attack: Attack | None = training_attack(config.adversarial, self.preprocess, dataset)
         mixing = config.mixing
         self._mixup: Mixup | None = None
+        if mixing.erasing > 0:
+            check_one_tensor(dataset.columns, "mixing.erasing", image=True)
         if mixing.mixup != "none":
+            check_one_tensor(dataset.columns, "mixing.mixup")
             self._mixup = Mixup(
                 mixing.alpha,
                 dataset.num_outputs,

@@ -142,6 +142,7 @@ class RankTrainer(StepTrainer):
             self.datasets,
             self.config,
             self.communicator,
+            self._task.terms,
         )
         elapsed = float(columns["analysis_time_s"])
         self.account(elapsed)

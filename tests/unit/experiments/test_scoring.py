@@ -13,8 +13,8 @@ from elastic_kfac.experiments.trials import Scoring, Trial
 TARGET = Scoring(0.9)
 
 
-def outcome(value: float | None, best_accuracy: float | None) -> Trial:
-    numbers = {"objective": value, "best_accuracy": best_accuracy}
+def outcome(value: float | None, best_value: float | None) -> Trial:
+    numbers = {"objective": value, "best_value": best_value}
     trial = Trial("t", "0", 0, reached=value is not None)
     trial.note(numbers, *numbers)
     return trial
@@ -24,7 +24,7 @@ def rank(trial: Trial) -> tuple[int, float]:
     """The rule as a sort key: arrived by value, then the rest by what they lack."""
     if trial.value is not None:
         return (0, trial.value)
-    accuracy = trial.numbers.get("best_accuracy")
+    accuracy = trial.numbers.get("best_value")
     return (1, math.inf if accuracy is None else 0.9 - accuracy)
 
 
@@ -94,3 +94,10 @@ def test_objective_value_reads_each_metric_and_only_of_runs_that_arrived() -> No
 
 def test_rule_is_said_in_a_sentence() -> None:
     assert "rank behind all of them" in Objective(target_accuracy=0.9).censoring_rule
+
+
+def test_metric_that_should_fall_ranks_by_what_is_above_the_target() -> None:
+    scoring = Scoring(2.0, direction="min")
+    near, far = outcome(None, 2.5), outcome(None, 3.0)
+    assert scoring.rank(near) == (1, 0.25) and scoring.rank(far) == (1, 0.5)
+    assert scoring.rank(outcome(7.0, 1.9)) < scoring.rank(near) < scoring.rank(far)

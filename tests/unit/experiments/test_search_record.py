@@ -70,11 +70,9 @@ class Story:
     def end(self, trial: str, seconds: float | None, ended: str, accuracy: float = 0.5) -> None:
         self.record.on_start(trial)
         run = RunFolder(self.folder / "trials" / trial)
-        run.write_result(
-            {"train_time_to_accuracy_s": seconds, "best_accuracy": accuracy, "steps": 10}
-        )
+        run.write_result({"train_time_to_accuracy_s": seconds, "best_value": accuracy, "steps": 10})
         write_extras(self.folder / "trials" / trial, {"cpu_seconds": 3.5, "peak_memory_bytes": 7})
-        result = {"best_accuracy": accuracy, "steps": 10, "ended": ended, "cause": ""}
+        result = {"best_value": accuracy, "steps": 10, "ended": ended, "cause": ""}
         self.record.on_end(trial, {**result, "cause": "torn" if ended == "failed" else ""})
 
 
@@ -139,7 +137,7 @@ def test_stopped_trial_that_had_arrived_counts_like_one_that_ended(story: Story)
     for repeat in range(3):
         # Parked only after the scheduler's word.
         run = RunFolder(story.folder / "trials" / f"t1-{repeat}")
-        run.write_result({"train_time_to_accuracy_s": 2.0, "best_accuracy": 0.95, "steps": 10})
+        run.write_result({"train_time_to_accuracy_s": 2.0, "best_value": 0.95, "steps": 10})
     assert {row.status for row in story.trials.of("search", "1")} == {"stopped"}
     story.record.settle()
     assert {row.status for row in story.trials.of("search", "1")} == {"finished"}
@@ -305,7 +303,7 @@ def test_screening_stops_first_seeds_only_and_counts_nothing_else() -> None:
         return made
 
     def result(epoch: float, accuracy: float) -> dict[str, float]:
-        return {"epoch": epoch, "best_accuracy": accuracy}
+        return {"epoch": epoch, "best_value": accuracy}
 
     reference, repeat = trial("reference", screened=False), trial("repeat", screened=False)
     first, second = trial("first", screened=True), trial("second", screened=True)

@@ -149,3 +149,16 @@ def test_log_scale_returns_to_the_value_and_stays_in_bounds() -> None:
     assert from_log_scale(log, log_scaled(log, 0.02)) == pytest.approx(0.02)
     assert from_log_scale(log, -0.5) == 1e-1
     assert from_log_scale(Parameter(uniform=(0.1, 0.9)), 0.3) == 0.3
+
+
+def test_objective_is_a_metric_and_its_value_or_the_short_form() -> None:
+    long = space(objective={"target": {"metric": "perplexity", "value": 4.0}})
+    assert long.objective.quality.direction == "min"
+    assert "perplexity 4" in long.objective.censoring_rule
+    short = space(objective={"target_accuracy": 0.9})
+    assert short.objective.goal.metric == "accuracy" and short.objective.goal.value == 0.9
+    config = short.config({}, 0)
+    assert config.train.goal == short.objective.goal
+    for both in ({}, {"target_accuracy": 0.9, "target": {"metric": "f1", "value": 0.5}}):
+        with pytest.raises(ConfigError, match="one of target and target_accuracy"):
+            space(objective=both)

@@ -163,8 +163,8 @@ def test_own_checkpoint_leaves_a_trial_as_it_is(space: SearchSpace, tmp_path: Pa
 def ended_run(space: SearchSpace, folder: Path, result: Any, error: Any, wish: str | None) -> Any:
     run = object.__new__(_LiveRun)
     run._rows, run._in_rounds = queue.SimpleQueue(), False
-    run._last = {"accuracy": 0.4, "best_accuracy": 0.5, "epoch": 1.0}
-    run._config = space.config({}, 0)
+    run._last = {"value": 0.4, "best_value": 0.5, "epoch": 1.0}
+    run._config, run._settings = space.config({}, 0), SimpleNamespace(space=space)
     run._folder = folder
     run._result, run._error = result, error
     run._stop = StopRequest()
@@ -179,7 +179,7 @@ def ended_run(space: SearchSpace, folder: Path, result: Any, error: Any, wish: s
     ("status", "values", "wish", "ended"),
     [
         ("finished", {"train_time_to_accuracy_s": 3.0}, None, "target"),
-        ("finished", {"best_accuracy": 0.7}, None, "budget"),
+        ("finished", {"best_value": 0.7}, None, "budget"),
         ("interrupted", {}, "the budget is used up", "budget"),
         ("interrupted", {"train_time_to_accuracy_s": 3.0}, "SIGINT", "target"),
         ("interrupted", {}, "SIGINT", "interrupted"),
@@ -191,7 +191,7 @@ def test_end_of_a_run_says_how_it_ended(
     result = SimpleNamespace(status=status, values=values)
     row = ended_run(space, tmp_path, result, None, wish).next_result()
     assert (row["ended"], row["done"]) == (ended, True)
-    assert row["best_accuracy"] == values.get("best_accuracy", 0.5)
+    assert row["best_value"] == values.get("best_value", 0.5)
 
 
 def test_failed_run_is_a_result_with_its_cause(space: SearchSpace, tmp_path: Path) -> None:
@@ -206,11 +206,11 @@ def test_evaluation_at_the_target_is_not_passed_on_before_the_end(
 ) -> None:
     result = SimpleNamespace(status="finished", values={"train_time_to_accuracy_s": 1.0})
     run = ended_run(space, tmp_path, result, None, None)
-    run._rows.put({"accuracy": 0.6, "epoch": 0.5})
-    run._rows.put({"accuracy": 1.0, "epoch": 0.75})
+    run._rows.put({"value": 0.6, "epoch": 0.5})
+    run._rows.put({"value": 1.0, "epoch": 0.75})
     assert run.next_result()["ended"] == ""
     last = run.next_result()
-    assert (last["ended"], last["best_accuracy"]) == ("target", 1.0)
+    assert (last["ended"], last["best_value"]) == ("target", 1.0)
 
 
 def test_process_meter_counts_from_first_look_and_goes_blind_elsewhere(

@@ -276,7 +276,7 @@ def test_running_search_says_how_far_it_is(tmp_path: Path) -> None:
 
 def test_curve_of_a_reference_has_its_name_before_its_median_has_begun(tmp_path: Path) -> None:
     waiting = {"status": "pending", "started": "", "ended": "", "objective": "", "reached": ""}
-    unknown = {"run_folder": "", "best_accuracy": "", "steps": "", "train_time_s": ""}
+    unknown = {"run_folder": "", "best_value": "", "steps": "", "train_time_s": ""}
     running, *others = rows(seeds=3, points=0)[:3]
     running |= {"status": "running", "objective": "", "reached": "", "ended": ""}
     found = [running, *(row | waiting | unknown for row in others)]
@@ -297,7 +297,7 @@ def test_search_without_a_single_trial_is_a_page(tmp_path: Path) -> None:
 def test_objective_that_is_no_number_counts_as_missed(tmp_path: Path) -> None:
     found = rows(seeds=1, points=3)
     for each in found:
-        each |= {"objective": "NaN", "steps": "inf", "best_accuracy": ""}
+        each |= {"objective": "NaN", "steps": "inf", "best_value": ""}
     folder = write_search(tmp_path / "search", found, runs=False)
     page = Page(write_search_page(folder).read_text(encoding="utf-8"))
     assert page.open == []
@@ -348,7 +348,7 @@ def test_median_repeat_of_an_even_number_is_the_worse_in_the_middle(tmp_path: Pa
                 status="finished",
                 objective="" if value is None else value,
                 reached="false" if value is None else "true",
-                best_accuracy=0.9,
+                best_value=0.9,
             )
             for seed, value in enumerate(values)
         ]
@@ -379,7 +379,7 @@ def test_reading_takes_evaluations_and_resizes_from_the_run_folders(
         assert len(trial.evaluations) == (12 if ran else 0)
         if ran:
             assert trial.evaluations[-1].seconds == pytest.approx(each["train_time_s"])
-            assert trial.evaluations[-1].accuracy == pytest.approx(each["best_accuracy"])
+            assert trial.evaluations[-1].value == pytest.approx(each["best_value"])
             assert len(trial.resizes) == (each["seed"] == 1)
 
 

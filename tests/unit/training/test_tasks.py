@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -15,14 +16,20 @@ import pytest
 import torch
 from PIL import Image
 
+from elastic_kfac.analysis.hessian import Hessian
 from elastic_kfac.cli import main
-from elastic_kfac.config import dump_yaml
+from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import dump_yaml, parse_config
 from elastic_kfac.data.columns import Column
+from elastic_kfac.data.dataset import open_datasets
+from elastic_kfac.data.shards import make_shards
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.detection import mean_average_precision
 from elastic_kfac.tasks.language import CausalLM, MaskedLM, SequenceClassification
+from elastic_kfac.tasks.models import call_model
 from elastic_kfac.tasks.regression import Regression
 from elastic_kfac.tasks.segmentation import Segmentation
+from elastic_kfac.training.step import StepTrainer
 
 MODELS = "support.task_models"
 
@@ -236,3 +243,99 @@ def test_average_precision_counts_each_box_once() -> None:
     # COCO interpolates at 101 recalls: 0 to 0.50 have precision 1, the other 50 have 2/3.
     assert found["map50"] == pytest.approx((51 + 50 * 2 / 3) / 101, abs=1e-6)
     assert found["map"] == pytest.approx(found["map50"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.augment", "crop_flip"),
+        ("data.image_size", 32),
+        ("mixing.erasing", 0.5),
+        ("adversarial.attack", "fgsm"),
+        ("adversarial.eval_attack", "fgsm"),
+    ],
+)
+def test_settings_of_images_are_refused_for_tokens(
+    key: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(prose(tmp_path), tmp_path / "set")
+    values = {
+        "data": {"shards": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")},
+        "task": {"name": "causal_lm"},
+        "model": {"name": f"{MODELS}:NextToken"},
+    }
+    (tmp_path / "run.yaml").write_text(dump_yaml(values))
+    command = ["train", str(tmp_path / "run.yaml"), "--local", "--storage", str(tmp_path / "runs")]
+    assert main([*command, "--set", f"{key}={value}"]) == 2
+    assert f"{key} " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection", "regression", "classification"])
+def test_task_without_its_target_is_refused(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(prose(tmp_path), tmp_path / "set")
+    command = ["train", "jobs/configs/digits.yaml", "--local", "--storage", str(tmp_path / "runs")]
+    given = [f"data.shards={tmp_path / 'set'}", "data.source=null", f"task.name={task}"]
+    assert main([*command, *(part for each in given for part in ("--set", each))]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"task.name={task} needs" in error and "tokens (input: tokens)" in error
+
+
+def test_hessian_of_tokens_is_that_of_the_mean_over_tokens() -> None:
+    """Two sequences of unlike numbers of tokens against autograd's own second derivative."""
+    column = Column("tokens", "tokens", "input", vocabulary=3, shortest=2, longest=4)
+    task = CausalLM((column,))
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 3).double()
+    inputs, targets = (
+        torch.randn(2, 4, 2).double(),
+        torch.tensor([[0, 2, 1, 1], [2, -100, -100, 0]]),
+    )
+    operator = Hessian(model, task.loss, [(inputs, targets)], terms=task.terms)
+    shapes = [p.shape for p in model.parameters()]
+
+    def mean(flat: torch.Tensor) -> torch.Tensor:
+        weight, bias = (v.view(s) for v, s in zip(flat.split([6, 3]), shapes, strict=True))
+        return torch.nn.functional.cross_entropy(
+            (inputs @ weight.T + bias).flatten(0, 1), targets.flatten(), ignore_index=-100
+        )
+
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    dense = torch.autograd.functional.hessian(mean, flat)
+    found = torch.stack([operator.product(row) for row in torch.eye(9, dtype=torch.float64)])
+    torch.testing.assert_close(found, dense, rtol=0, atol=1e-12)
+
+
+def test_factors_of_padded_tokens_are_means_over_the_real_ones(tmp_path: Path) -> None:
+    """K-FAC inside a run, in unequal micro-batches, against sums over the tokens of the batch."""
+    texts = ["a" * n + "bcd" for n in range(1, 30)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet")
+    make_shards(f"text:{tmp_path / 't.parquet'}?lines=1&test=0.2", tmp_path / "set")
+    values = {
+        "data": {"shards": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")},
+        "task": {"name": "causal_lm"},
+        "model": {"name": f"{MODELS}:next_token64"},
+        "train": {"global_batch_size": 16, "micro_batch_size": 5},
+        "kfac": {"factor_decay": 0.0, "fisher": "empirical"},
+    }
+    config = parse_config(values)
+    datasets = open_datasets(config)
+    trainer = StepTrainer(config, Communicator.solo(), datasets)
+    batch = trainer._parts.passes.preprocess(datasets.train.read(0, 0, 16))
+    model, task = copy.deepcopy(trainer.model), trainer._parts.task
+    seen: dict[str, torch.Tensor] = {}
+    head = model.head
+    head.register_forward_hook(lambda layer, given, out: seen.update(a=given[0], out=out))
+    outputs = call_model(model, batch.inputs)
+    (g,) = torch.autograd.grad(task.loss(outputs, batch.targets), seen["out"])
+    real = batch.targets != -100
+    assert 0.2 < float(real.double().mean()) < 0.9
+    inputs = torch.cat([seen["a"][real], torch.ones(int(real.sum()), 1).double()], dim=1)
+    trainer.step()
+    assert trainer.kfac is not None
+    found = trainer.kfac.factors()["head"]
+    count = int(real.sum())
+    torch.testing.assert_close(found["A"], (inputs.T @ inputs / count).detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found["G"], g[real].T @ g[real] / count, rtol=0, atol=1e-12)
+    datasets.close()
