@@ -134,3 +134,28 @@ class TwoInputs(nn.Module):
 
     def forward(self, where: Tensor, scale: Tensor) -> Tensor:
         return self.head(torch.tanh(self.first(where) + self.second(scale)))
+
+
+class Mixed:
+    """A person's own dataset with a value of every kind."""
+
+    def __init__(self) -> None:
+        draw = np.random.default_rng(0)
+        self.images = draw.integers(0, 255, (20, 3, 6, 5), dtype=np.uint8)
+        self.tokens = [draw.integers(0, 9, int(n)) for n in draw.integers(1, 7, 20)]
+        self.boxes = [
+            np.array([[0, 0, 2, 3, i % 2]] * (i % 3), dtype=np.float32) for i in range(20)
+        ]
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "picture": torch.from_numpy(self.images[index]),
+            "words": self.tokens[index],
+            "depth": float(index),
+            "label": index % 4,
+            "mask": (self.images[index, 0] > 127).astype(np.int64),
+            "boxes": self.boxes[index].reshape(-1, 5),
+        }

@@ -21,6 +21,7 @@ from elastic_kfac.data.contact_sheet import contact_sheet
 from elastic_kfac.data.dataset import open_split
 from elastic_kfac.data.stream import SampleStream
 from elastic_kfac.errors import DataError
+from support.task_models import Mixed
 
 
 def stream(folder: Path, split: str = "train", **options: object) -> SampleStream:
@@ -280,3 +281,34 @@ def test_damaged_tokens_are_found(sentences: tuple[Path, list[str]]) -> None:
     path.write_bytes(content)
     with pytest.raises(DataError, match="corrupt shard"):
         verify_shards(folder / "set")
+
+
+def test_own_dataset_of_every_kind_comes_back(tmp_path: Path) -> None:
+    make_shards("python:support.task_models:Mixed?test=0", tmp_path / "set")
+    original = Mixed()
+    with stream(tmp_path) as opened:
+        kinds = {column.name: (column.kind, column.role) for column in opened.columns}
+        batch = opened.read(0, 0, 20)
+        order = opened.shard_set
+    assert kinds == {
+        "picture": ("image", "input"),
+        "words": ("tokens", "input"),
+        "depth": ("tensor", "input"),
+        "label": ("class", "target"),
+        "mask": ("mask", "target"),
+        "boxes": ("boxes", "target"),
+    }
+    assert len(order.columns[4].class_names) == 2 and len(order.columns[5].class_names) == 2
+    inputs, targets = batch.inputs, batch.targets
+    for place in range(20):
+        index = int(inputs["depth"][place, 0])
+        assert np.array_equal(inputs["picture"][place], original.images[index])
+        words = inputs["words"][place][inputs["words_mask"][place]]
+        assert words.tolist() == original.tokens[index].tolist()
+        assert int(targets["label"][place]) == index % 4
+        assert np.array_equal(targets["mask"][place], original.images[index, 0] > 127)
+        boxes = targets["boxes"][place]
+        real = boxes[boxes[:, 4] >= 0]
+        assert np.array_equal(real, original.boxes[index].reshape(-1, 5))
+    assert sorted(inputs["depth"][:, 0].tolist()) == list(range(20))
+    assert verify_shards(tmp_path / "set").num_samples == 20

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from elastic_kfac.data.columns import BOX, Column, Role
+from elastic_kfac.data.columns import BOX, IGNORED, Column, Role
+from elastic_kfac.data.decode import decode_mask
 from elastic_kfac.data.sources.options import Options, openers, share_of
 from elastic_kfac.data.sources.source import ColumnSplit, Source, fixed_shuffle
 from elastic_kfac.errors import DataError
@@ -116,21 +117,21 @@ def _column(name: str, dataset: Any, values: Sequence[Any], everything: Any) -> 
     first = values[0]
     if isinstance(first, bytes):
         if name == "mask":
-            return Column(
-                name, "mask", role, encoding="encoded", class_names=_classes(dataset, 256)
-            )
+            names = _classes(dataset, lambda: map(_largest, map(decode_mask, everything())))
+            return Column(name, "mask", role, encoding="encoded", class_names=names)
         return Column(name, "image", role, encoding="encoded")
     if isinstance(first, int | np.integer) and not isinstance(first, bool):
-        names = getattr(dataset, "classes", None)
-        if names is None:
-            names = range(int(max(everything())) + 1)
-        return Column(name, "class", role, class_names=tuple(map(str, names)))
+        return Column(name, "class", role, class_names=_classes(dataset, everything))
     arrays = [np.asarray(value) for value in values]
     shape, dtype = arrays[0].shape, arrays[0].dtype
     if dtype == np.uint8 and len(shape) == 3 and role == "input":
         return Column(name, "image", role, shape=shape)
+    if name == "mask" and len(shape) == 2 and dtype.kind in "iu":
+        names = _classes(dataset, lambda: map(_largest, everything()))
+        return Column(name, "mask", role, shape=shape, class_names=names)
     if name == "boxes" and shape[-1:] == (BOX,):
-        return Column(name, "boxes", role, class_names=_classes(dataset, 1))
+        names = _classes(dataset, lambda: (boxes[:, -1].max(initial=0) for boxes in everything()))
+        return Column(name, "boxes", role, class_names=names)
     if dtype.kind in "iu" and len(shape) == 1:
         vocabulary = getattr(dataset, "vocabulary", None)
         if vocabulary is None:
@@ -146,8 +147,15 @@ def _column(name: str, dataset: Any, values: Sequence[Any], everything: Any) -> 
     return Column(name, "tensor", role, dtype=np.dtype(kept).name, shape=shape or (1,))
 
 
-def _classes(dataset: Any, count: int) -> tuple[str, ...]:
-    return tuple(map(str, getattr(dataset, "classes", None) or range(count)))
+def _classes(dataset: Any, largest: Callable[[], Iterable[Any]]) -> tuple[str, ...]:
+    """The names that the dataset gives, or the numbers that occur."""
+    names = getattr(dataset, "classes", None)
+    return tuple(map(str, range(int(max(largest())) + 1) if names is None else names))
+
+
+def _largest(mask: NDArray[Any]) -> int:
+    pixels = np.asarray(mask)
+    return int(pixels[pixels != IGNORED].max(initial=0))
 
 
 def _stacked(column: Column, values: Sequence[Any]) -> Any:
