@@ -35,6 +35,14 @@ STALE_S = 60.0
 TRIES = 10
 """Of claimants that keep seeing each other."""
 
+VANISHED = 100
+"""How often a lock file may be removed between its opening and its locking."""
+
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""Errors of file systems without flock: FUSE, Lustre without `flock`, NFS 3 without its lock daemon."""
+_GONE = (errno.ENOENT, errno.ESTALE)
+"""Errors when another process, for NFS another machine, has removed the file in this moment."""
+
 
 class Claim:
     """The right to write into a folder, until `release`."""
@@ -118,34 +126,41 @@ def _refuse(what: str, content: bytes) -> UsageError:
 def _flock(storage: Storage, claim: Claim, deadline: float) -> Callable[[], None] | None:
     """Locks the folder; returns what releases it, or None where the file system has no flock."""
     path = Path(storage.path(LOCK_FILE))
+    vanished = 0
     while True:
         try:
             stream = _locked(path)
             break
-        except FileNotFoundError:
-            continue
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise _refuse(claim.what, path.read_bytes() if path.exists() else b"") from None
             time.sleep(0.1)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            if error.errno in _NO_FLOCK:
+                with contextlib.suppress(FileNotFoundError):
+                    if not path.stat().st_size:  # Created by the attempt.
+                        path.unlink()
+                return None
+            vanished += 1
+            if error.errno not in _GONE or vanished > VANISHED:
                 raise
-            path.unlink()
-            return None
-    stream.seek(0)
-    if earlier := stream.read():
-        claim._tell_stale(_owner(earlier))
-    stream.truncate(0)
-    stream.write(json.dumps(_me()).encode())
-    stream.flush()
 
     def release() -> None:
         with contextlib.suppress(OSError):
             path.unlink()
-            stream.close()
+        stream.close()
+        with contextlib.suppress(OSError):
             path.parent.rmdir()
 
+    try:
+        stream.seek(0)
+        if earlier := stream.read():
+            claim._tell_stale(_owner(earlier))
+        stream.truncate(0)
+        stream.write(json.dumps(_me()).encode())
+    except OSError:
+        release()
+        raise
     return release
 
 
@@ -153,15 +168,15 @@ def _locked(path: Path) -> IO[bytes]:
     """The open and locked file.
 
     Raises:
-        FileNotFoundError: If its owner removed file or folder in this moment.
+        OSError: With an errno of `_GONE` if its owner removed file or folder in this moment.
         BlockingIOError: If another process has it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("ab+")
+    stream = path.open("ab+", buffering=0)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-            raise FileNotFoundError(path)
+            raise FileNotFoundError(errno.ENOENT, "removed by its owner", str(path))
     except OSError:
         stream.close()
         raise
@@ -182,7 +197,7 @@ def _announce(storage: Storage, claim: Claim, deadline: float) -> Callable[[], N
 
     while True:
         write(is_owner=False)
-        others = sorted({*claims.files()} - {own, *stale})
+        others = sorted({*_announcements(claims)} - {own, *stale})
         if not others:
             break
         claims.delete(own)
@@ -210,7 +225,7 @@ def _announce(storage: Storage, claim: Claim, deadline: float) -> Callable[[], N
         while not over.wait(BEAT_S):
             # A store that is away for a while leaves the announcement as it was.
             with contextlib.suppress(OSError, DataError):
-                if own not in claims.files():
+                if own not in _announcements(claims):
                     claim.is_lost = True
                     return
                 beat += 1
@@ -226,6 +241,11 @@ def _announce(storage: Storage, claim: Claim, deadline: float) -> Callable[[], N
             claims.delete(own)
 
     return release
+
+
+def _announcements(claims: Storage) -> list[str]:
+    # A local file system also shows files that are being written.
+    return [name for name in claims.files() if not name.startswith(".")]
 
 
 def _read(claims: Storage, name: str) -> bytes:

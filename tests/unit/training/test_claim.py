@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,15 +112,27 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         pytest.fail("no folder can be there")
 
 
-@pytest.mark.parametrize("kind", ["flock", "announcements"])
+def without_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("kind", ["flock", "announcements", "folder without flock"])
 def test_of_many_at_once_one_goes_on_at_a_time(
-    kind: str, tmp_path: Path, bucket: Callable[[], Storage]
+    kind: str,
+    tmp_path: Path,
+    bucket: Callable[[], Storage],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inside, most, entered = [0], [0], [0]
     lock = threading.Lock()
+    if kind == "folder without flock":
+        without_flock(monkeypatch, errno.ENOLCK)
 
     def attempt(_: int) -> bool:
-        storage = Storage(tmp_path / "run") if kind == "flock" else bucket()
+        storage = bucket() if kind == "announcements" else Storage(tmp_path / "run")
         try:
             with claimed(storage, "run a"):
                 with lock:
@@ -169,3 +184,74 @@ def test_object_store_owner_that_was_taken_for_dead_notices_it(
         with pytest.raises(UsageError, match="taken over by another process"):
             mine.check()
         assert claims.files() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL])
+def test_folder_without_flock_is_claimed_by_announcement(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "BEAT_S", 0.1)
+    monkeypatch.setattr(claim, "STALE_S", 1.0)
+    without_flock(monkeypatch, number)
+    with claimed(Storage(tmp_path / "run"), "run a") as mine:
+        (tmp_path / "run" / ".claims" / ".half.tmp").write_text("being written")
+        with (
+            pytest.raises(UsageError, match="run a is in use by another process") as caught,
+            claimed(Storage(tmp_path / "run"), "run a"),
+        ):
+            pytest.fail("two writers")
+        assert f"pid {os.getpid()}, since 20" in caught.value.line()
+        mine.check()
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == [".claims", ".half.tmp"]
+    (tmp_path / "run" / ".claims" / "0123456789abcdef").write_text('{"is_owner": true}')
+    said: list[str] = []
+    with claimed(Storage(tmp_path / "run"), "run a", say=said.append):
+        assert "ended without notice" in said[-1]
+
+
+def test_folder_without_flock_keeps_the_lock_of_a_machine_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".lock").write_text("held elsewhere")
+    without_flock(monkeypatch, errno.ENOSYS)
+    with claimed(Storage(tmp_path), "run a"):
+        assert (tmp_path / ".lock").read_text() == "held elsewhere"
+
+
+@pytest.mark.parametrize(("failures", "is_claimed"), [(3, True), (10**9, False)])
+def test_lock_file_removed_on_another_machine_is_tried_again_but_not_forever(
+    failures: int, is_claimed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [failures]
+    real = fcntl.flock
+
+    def stale(file: Any, operation: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", stale)
+    if is_claimed:
+        with claimed(Storage(tmp_path / "run"), "run a"):
+            assert b"pid" in (tmp_path / "run" / ".lock").read_bytes()
+        return
+    with (
+        pytest.raises(UsageError, match=r"cannot write the folder.*Stale file handle"),
+        claimed(Storage(tmp_path / "run"), "run a"),
+    ):
+        pytest.fail("no lock")
+
+
+def test_lock_that_cannot_be_removed_is_free_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with claimed(Storage(tmp_path / "run"), "run a"):
+            pass
+    with claimed(Storage(tmp_path / "run"), "run a"):
+        pass
