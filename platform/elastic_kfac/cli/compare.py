@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import elastic_kfac
 from elastic_kfac.cli.provenance import provenance
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.paths import join_uri
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def compare(arguments: argparse.Namespace) -> int:
     name = arguments.name or loaded.name
     print(f"elastic-kfac {elastic_kfac.__version__}: {_size(loaded)}")
     _make_missing_shards(loaded)
+    _check_cells(loaded)
 
     from elastic_kfac.experiments.study_outcome import outcome_text
     from elastic_kfac.experiments.study_runner import compare as compare_on_ray
@@ -52,6 +53,19 @@ def _size(loaded: LoadedStudy) -> str:
         f"study {loaded.name}, methods {len(study.methods)}, batch sizes {len(study.batch_sizes)}, "
         f"seeds {len(study.seeds)}: {len(loaded.cells)} trainings, {study.parallelism} at a time"
     )
+
+
+def _check_cells(loaded: LoadedStudy) -> None:
+    """Refuses a study with a cell that cannot run, before a cluster starts."""
+    from elastic_kfac.runs.feasibility import check_parts
+
+    seed = min(cell.seed for cell in loaded.cells)
+    for cell in loaded.cells:
+        if cell.seed == seed:
+            try:
+                check_parts(cell.config)
+            except ConfigError as error:
+                raise ConfigError(f"{cell.name} cannot run: {error.line()}") from None
 
 
 def _make_missing_shards(loaded: LoadedStudy) -> None:

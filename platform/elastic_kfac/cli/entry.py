@@ -12,6 +12,7 @@ import pwd
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,13 +28,30 @@ ENVIRONMENT_ERRORS = {
 }
 """What is wrong with a disk, a permission or a path, and no defect of this package."""
 
+_python_format = warnings.formatwarning
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; without `argv`, as a program, ends the process."""
+    if argv is None:
+        warnings.formatwarning = format_warning
     code = _run(argv)
     if argv is None:
         end_process(code)
     return code
+
+
+def format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning of this package as one line without the place in its source."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"{PROGRAM}: warning: {message}\n"
+    return _python_format(message, category, filename, lineno, line)
 
 
 def end_process(code: int) -> NoReturn:

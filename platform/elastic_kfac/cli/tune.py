@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.cli.train import check_name, fresh_name
+from elastic_kfac.errors import ElasticKfacError
+
+if TYPE_CHECKING:
+    from elastic_kfac.experiments.search_space import SearchSpace
 
 
 def tune(arguments: argparse.Namespace) -> int:
@@ -22,6 +27,7 @@ def tune(arguments: argparse.Namespace) -> int:
     from elastic_kfac.cli.shards import make_missing_shards
 
     make_missing_shards(space.base)
+    check_points(space)
     name = arguments.name or fresh_name(f"tune-{Path(arguments.space).stem}", arguments.storage)
 
     from elastic_kfac.experiments.search_runner import search
@@ -48,3 +54,22 @@ def tune(arguments: argparse.Namespace) -> int:
         print(f"Interrupted; the same command with --name {name} continues.")
     print(f"Files: {result.folder}")
     return result.exit_code
+
+
+def check_points(space: SearchSpace) -> None:
+    """Refuses a search none of whose points can run, judged by two corners of the space.
+
+    Raises:
+        ElasticKfacError: The reason of the first.
+    """
+    from elastic_kfac.runs.feasibility import check_parts
+
+    problems = []
+    for end in (0, -1):
+        try:
+            point = {key: parameter.probes()[end] for key, parameter in space.parameters.items()}
+            check_parts(space.config(point, space.base.train.seed))
+            return
+        except ElasticKfacError as error:
+            problems.append(error)
+    raise problems[0]

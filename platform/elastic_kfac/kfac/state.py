@@ -22,7 +22,7 @@ from elastic_kfac.kfac.step_bound import StepBound
 from elastic_kfac.kfac.trust_region import LastStep
 
 STATE_VERSION = 1
-_IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
+IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
 """Options without which the saved tensors mean something else."""
 
 
@@ -47,7 +47,7 @@ def save(kfac: Stateful) -> dict[str, Any]:
     states = kfac.distribution.collect(kfac.states)
     state: dict[str, Any] = {
         "version": STATE_VERSION,
-        "options": {name: getattr(kfac.options, name) for name in _IDENTITY},
+        "options": {name: getattr(kfac.options, name) for name in IDENTITY},
         "counters": _total(kfac),
         "damping": None if kfac.damping_rule is None else {"value": kfac.damping_rule.value},
         "layers": {
@@ -72,7 +72,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     Raises:
         StateError: If it belongs to another model, other options or another version.
     """
-    _check(state, {name: getattr(kfac.options, name) for name in _IDENTITY}, kfac.layers)
+    _check(state, {name: getattr(kfac.options, name) for name in IDENTITY}, kfac.layers)
     put(kfac, state)
     kfac.covered.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
     counters = {name: int(value) for name, value in state["counters"].items()}

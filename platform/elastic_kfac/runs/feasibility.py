@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch, example, tensors_of, twice
 from elastic_kfac.data.columns import Column, image_columns
-from elastic_kfac.data.dataset import open_split
+from elastic_kfac.data.dataset import check_splits, open_split
+from elastic_kfac.data.manifest import open_named_split
 from elastic_kfac.errors import ConfigError, ElasticKfacError
 from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model, call_model, evaluating
 from elastic_kfac.tasks.preprocessing import Prepare, Preprocessor
+from elastic_kfac.training.identity import check_identity
 
 
 @dataclass(frozen=True)
@@ -128,14 +132,20 @@ def _columns_of(
 
 
 def check_parts(config: Config) -> None:
-    """Tries model and loss on two random samples, so that what does not fit is found before a cluster
-    starts.
+    """Tries model and loss on two random samples, and makes the smallest and the largest plan, so that
+    what does not fit is found before a cluster starts.
 
     Raises:
         DataError: As `Sized.of`.
-        ConfigError: If model, loss and data do not fit, or the loss is no sum over samples.
+        ConfigError: If model, loss and data do not fit, the loss is no sum over samples, the batch is
+            larger than the data, or a plan exceeds the memory budget.
     """
+    check_splits(config)
+    check_batch(config)
     sized = Sized.of(config)
+    if config.plan.memory_budget_gib is not None and sized.layers:
+        for world_size in {config.elastic.min_workers, config.elastic.max_workers}:
+            sized.plan(world_size)
     model, task = sized.model, make_task(config, sized.columns)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         batch = sized.inputs(2, lambda batch, epoch: task.prepare(batch, config.train.seed, epoch))
@@ -168,6 +178,33 @@ def check_parts(config: Config) -> None:
         )
 
 
+def check_batch(config: Config) -> None:
+    """Raises ConfigError if the global batch is larger than the training split."""
+    split = open_named_split(config.data.shards, config.data.train_split, "data.train_split")
+    if config.train.global_batch_size > split.num_samples:
+        raise ConfigError(
+            "train.global_batch_size is larger than the training split",
+            given=config.train.global_batch_size,
+            allowed=f"up to {split.num_samples} samples",
+            change="lower it, or train on more data",
+        )
+
+
+def check_resume(folder: RunFolder, config: Config) -> None:
+    """Checks that the newest checkpoint of a run can be continued as configured, before a cluster starts.
+
+    A rank checks again what it restores, tensors included.
+
+    Raises:
+        StateError: If it cannot.
+        DataError: If the training split does not exist.
+    """
+    if (state := CheckpointStore(folder.uri).outline()) is not None:
+        data = config.data
+        split = open_named_split(data.shards, data.train_split, "data.train_split")
+        check_identity(state, config, split.manifest_sha256)
+
+
 def why_infeasible(config: Config, room: int) -> str | None:
     """Why a run cannot work on a cluster with room for `room` workers; None if it can.
 
@@ -183,9 +220,10 @@ def why_infeasible(config: Config, room: int) -> str | None:
             "workers without a sample"
         )
     has_state = config.kfac.enabled or config.optimizer.name == "sharded_kfac"
-    if config.plan.memory_budget_gib is None or not has_state:
-        return None
     try:
+        check_batch(config)
+        if config.plan.memory_budget_gib is None or not has_state:
+            return None
         sized = Sized.of(config)
         for world_size in sorted({elastic.min_workers, largest}):
             sized.plan(world_size)

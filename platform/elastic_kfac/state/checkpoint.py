@@ -10,11 +10,12 @@ same step (a fenced-off process that woke up) cannot mix their files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,27 +121,38 @@ class CheckpointStore:
         Raises:
             StateError: If it is unfinished, damaged, or of a newer format.
         """
-        folder = _folder(step)
-        manifest = self._manifest(step)
-        contents = {}
-        for kind, entry in manifest["files"].items():
-            name = f"{folder}/{entry['name']}"
-            try:
-                content = self.storage.read(name)
-            except FileNotFoundError:
-                raise StateError(f"{entry['name']} is missing", given=folder) from None
-            if len(content) != entry["bytes"]:
-                raise StateError(
-                    f"{entry['name']} has {len(content)} bytes instead of {entry['bytes']}",
-                    given=folder,
-                )
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise StateError(f"{entry['name']} is damaged (its hash differs)", given=folder)
-            contents[kind] = content
+        files = self._manifest(step)["files"]
+        contents = {kind: self._content(step, entry) for kind, entry in files.items()}
         state = TrainingState.from_parts(json.loads(contents["meta"]), contents["tensors"])
         # The ledger's older rows are part of the state and stored elsewhere.
         state.ledger.rows(self.storage)
         return state
+
+    def outline(self) -> TrainingState | None:
+        """The newest checkpoint without its tensors and the ledger's newest rows, which may be damaged.
+
+        None if there is none, or the newest one cannot be read.
+        """
+        with contextlib.suppress(StateError):
+            for step in self.steps()[-1:]:
+                content = self._content(step, self._manifest(step)["files"]["meta"])
+                return TrainingState.outline(json.loads(content))
+        return None
+
+    def _content(self, step: int, entry: Mapping[str, Any]) -> bytes:
+        folder = _folder(step)
+        try:
+            content = self.storage.read(f"{folder}/{entry['name']}")
+        except FileNotFoundError:
+            raise StateError(f"{entry['name']} is missing", given=folder) from None
+        if len(content) != entry["bytes"]:
+            raise StateError(
+                f"{entry['name']} has {len(content)} bytes instead of {entry['bytes']}",
+                given=folder,
+            )
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise StateError(f"{entry['name']} is damaged (its hash differs)", given=folder)
+        return content
 
     def load_latest(self) -> TrainingState | None:
         """The newest valid checkpoint; every skipped one is a warning.

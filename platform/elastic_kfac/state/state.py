@@ -159,6 +159,18 @@ class TrainingState:
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise StateError(f"a training state cannot be read: {error!r}") from None
 
+    @classmethod
+    def outline(cls, meta: Mapping[str, Any]) -> TrainingState:
+        """A state without tensors and without the ledger's tail.
+
+        Raises:
+            StateError: If `meta` is damaged.
+        """
+        try:
+            return cls._from_meta(meta, {}, np.empty(0, ROW))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StateError(f"a training state cannot be read: {error!r}") from None
+
     def to_buffers(self) -> list[Buffer]:
         """The state, unwritten ledger segments included, for a peer or an in-memory replica.
 

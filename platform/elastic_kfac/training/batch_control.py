@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from elastic_kfac.config import Config
-from elastic_kfac.errors import StateError
 from elastic_kfac.optimizers.batch_size import (
     BatchDecision,
     BatchSizePolicy,
@@ -168,20 +167,9 @@ class BatchControl:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from `state_dict()`; an empty one starts afresh.
-
-        Raises:
-            StateError: If the run was started with another policy.
-        """
+        """Goes on from `state_dict()`; an empty one starts afresh."""
         if not state:
             return
-        if state["policy"] != self._config.batch.policy:
-            raise StateError(
-                "batch.policy is not the one of the checkpoint",
-                given=self._config.batch.policy,
-                allowed=state["policy"],
-                change="continue with that policy, or start a run under another name",
-            )
         self.epochs = int(state["epochs"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["state"])

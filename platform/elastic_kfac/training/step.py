@@ -17,7 +17,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Datasets
-from elastic_kfac.errors import NumericalError, StateError
+from elastic_kfac.errors import NumericalError
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
     Progress,
@@ -29,7 +29,8 @@ from elastic_kfac.state.state import (
 from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
-from elastic_kfac.training.first_order import RATE_IN_MOMENTUM, RateControl, Rates
+from elastic_kfac.training.first_order import RateControl, Rates
+from elastic_kfac.training.identity import check_identity
 from elastic_kfac.training.planning import calibrate
 from elastic_kfac.training.preconditioner import make_preconditioner
 from elastic_kfac.training.sync.synchronisation import Span, Totals
@@ -336,7 +337,7 @@ class StepTrainer:
             StateError: If it belongs to another model, data set or seed, or if the reproducible mode
                 cannot promise equal bits.
         """
-        self._check_identity(state)
+        check_identity(state, self.config, self.datasets.train.sha256)
         self.restore_all_but_kfac(state)
         if self.kfac is not None and (saved := state.part("kfac")) is not None:
             self.kfac.load_state_dict(saved)
@@ -352,27 +353,6 @@ class StepTrainer:
         self.ledger = Ledger(state.ledger)
         self.progress = state.progress
         self._parts.passes.forget_mixed()
-
-    def _check_identity(self, state: TrainingState) -> None:
-        if state.data_sha256 != self.datasets.train.sha256:
-            raise StateError(
-                "the run's data set has changed: its manifest is not the one of the checkpoint",
-                given=self.config.data.shards,
-                change="restore the shards, or start a run under another name",
-            )
-        if state.seed != self.config.train.seed:
-            raise StateError(
-                "train.seed differs from the seed of the checkpoint",
-                given=self.config.train.seed,
-                allowed=state.seed,
-            )
-        kinds = state.config.get("optimizer", {}).get("name"), self.config.optimizer.name
-        if kinds[0] and len({kind in RATE_IN_MOMENTUM for kind in kinds}) > 1:
-            raise StateError(
-                "the momentum of one of these optimizers contains the learning rate",
-                given=f"optimizer.name={kinds[1]}",
-                allowed=f"{kinds[0]}, as in the checkpoint",
-            )
 
     # -- other ranks -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import yaml
 
 from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.entry import main
+from elastic_kfac.experiments import engine
 from elastic_kfac.experiments.study import load_study
 
 ROOT = Path(__file__).parents[3]
@@ -51,6 +52,20 @@ def test_bad_call_is_one_line_before_a_cluster_starts(
     captured = capsys.readouterr()
     assert words in captured.err and captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "s.yaml"]
+
+
+def test_study_with_a_cell_that_cannot_run_is_refused_before_a_cluster_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(engine, "cluster_for", lambda *_, **__: pytest.fail("a cluster started"))
+    monkeypatch.chdir(tmp_path)
+    base = {"data": {"shards": "d", "source": "digits"}, "model": {"name": "mlp"}}
+    study = {"base": base, "methods": {"A": {}}, "batch_sizes": [64, 2048]}
+    Path("s.yaml").write_text(yaml.safe_dump(study))
+    assert main(["compare", "s.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert "A-B2048-s0 cannot run: train.global_batch_size is larger" in err
+    assert err.count("\n") == 1
 
 
 def test_every_cell_of_the_clusters_study_follows_its_policy() -> None:

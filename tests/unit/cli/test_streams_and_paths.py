@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load, load_file
 
+import elastic_kfac
 from elastic_kfac.cli import main
-from elastic_kfac.cli.entry import settle_user
+from elastic_kfac.cli.entry import format_warning, settle_user
 
 CONFIG = """
 data: {shards: data/digits, source: digits}
@@ -265,3 +266,9 @@ def test_what_is_gone_or_damaged_is_not_passed_over(place: Path, capsys: Any) ->
     manifest = place / "data" / "digits" / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("0.", "0.1", 1))
     assert "damaged manifest" in refused(["shards", "describe", "data/digits/train"], capsys)
+
+
+def test_warnings_of_this_package_are_one_line_without_its_source() -> None:
+    ours = format_warning("wide", UserWarning, elastic_kfac.__file__, 7)
+    assert ours == "elastic-kfac: warning: wide\n"
+    assert "else.py:7: UserWarning: wide" in format_warning("wide", UserWarning, "else.py", 7)

@@ -8,6 +8,8 @@ import pytest
 
 from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.entry import main
+from elastic_kfac.errors import UsageError
+from elastic_kfac.experiments import engine
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,3 +47,35 @@ def test_remote_storage_is_refused_before_anything_starts(
     space = str(ROOT / "tune_spaces" / "smoke.yaml")
     assert main(["tune", space, "--storage", "s3://bucket/runs", "--name", "a"]) == 2
     assert "a search keeps its files in a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parameter", "line"),
+    [
+        ("kfac.damping: {grid: [0.1]}", "cluster started"),
+        ("train.global_batch_size: {grid: [4000, 64]}", "cluster started"),
+        ("train.global_batch_size: {grid: [4000, 5000]}", "up to 1438 samples"),
+        ("data.eval_split: {grid: [nothing]}", "no such split"),
+        ("model.name: {grid: [resnet18]}", "resnet18 needs images of 3 channels"),
+    ],
+)
+def test_search_none_of_whose_points_can_run_is_refused_before_a_cluster_starts(
+    parameter: str,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def start(*_: object, **__: object) -> None:
+        raise UsageError("cluster started")
+
+    monkeypatch.setattr(engine, "cluster_for", start)
+    monkeypatch.chdir(tmp_path)
+    Path("digits.yaml").write_text("data: {shards: d, source: digits}\nmodel: {name: mlp}\n")
+    Path("space.yaml").write_text(
+        f"base: digits.yaml\nparameters: {{{parameter}}}\nsearcher: {{name: grid}}\n"
+        "objective: {target_accuracy: 0.9}\nbudget: {epochs: 1}\n"
+    )
+    assert main(["tune", "space.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
+from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import environment
+from elastic_kfac.cluster.ray.local_cluster import object_folder
 
 
 @pytest.mark.parametrize(("user_wins", "inside"), [(False, "ours"), (True, "theirs")])
@@ -21,3 +25,16 @@ def test_environment_is_put_back_and_who_wins_is_the_callers_choice(
         assert [os.environ[name] for name in names] == [inside, "ours"]
         raise ZeroDivisionError
     assert [os.environ.get(name) for name in names] == ["theirs", None]
+
+
+def test_object_stores_lie_in_shared_memory_only_if_it_has_room_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shm"
+    monkeypatch.setattr(local_cluster, "SHARED_MEMORY", shared)
+    assert object_folder(1, tmp_path) == tmp_path / "objects"  # There is none.
+    shared.mkdir()
+    free = shutil.disk_usage(shared).free
+    assert object_folder(free // 2, tmp_path) == shared
+    assert object_folder(free * 2, tmp_path) == tmp_path / "objects"
+    assert (tmp_path / "objects").is_dir()

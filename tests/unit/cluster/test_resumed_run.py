@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from elastic_kfac.cli import main
+from elastic_kfac.cluster.run import trainer
 from elastic_kfac.cluster.run.in_process import train_in_process
 from elastic_kfac.config import read_config
 from elastic_kfac.data import make_shards
@@ -111,6 +112,51 @@ def test_configuration_that_the_checkpoint_refuses_changes_nothing(
     assert hashes(tmp_path / "run") == before
     assert train("train.epochs=2") == 0
     assert audit_run(RunFolder(tmp_path / "run")).steps == 2 * STEPS_PER_EPOCH
+
+
+@pytest.mark.parametrize(
+    ("sets", "line"),
+    [
+        (["train.seed=7"], "train.seed differs"),
+        (["optimizer.name=lars"], "contains the learning rate"),
+        (["kfac.method=inverse"], "saved with another kfac.method; given: inverse; allowed: eigen"),
+        (["batch.policy=bl", "batch.max_batch_size=512"], "batch.policy is not the one"),
+        (["elastic.reproducible=true"], "not written in the reproducible mode"),
+        (["train.global_batch_size=5000"], "allowed: up to 1438 samples"),
+        (["plan.memory_budget_gib=1e-6"], "do not fit the memory budget"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_cluster_starts(
+    train: Train,
+    tmp_path: Path,
+    sets: list[str],
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trainer, "cluster_for", lambda *_: pytest.fail("a cluster started"))
+    assert train() == 0
+    before = hashes(tmp_path / "run")
+    capsys.readouterr()
+    words = ["train", str(tmp_path / "quick.yaml"), "--name", "run", "--storage", str(tmp_path)]
+    assert main([*words, *(word for text in sets for word in ("--set", text))]) == 2
+    err = capsys.readouterr().err
+    assert line in err and err.count("\n") == 1
+    assert hashes(tmp_path / "run") == before
+
+
+def test_data_that_has_changed_is_refused_before_a_cluster_starts(
+    train: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(trainer, "cluster_for", lambda *_: pytest.fail("a cluster started"))
+    assert train() == 0
+    make_shards("clusters10:3", tmp_path / "other")
+    words = ["train", str(tmp_path / "quick.yaml"), "--name", "run", "--storage", str(tmp_path)]
+    assert main([*words, "--set", f"data.shards={tmp_path / 'other'}"]) == 2
+    assert "the run's data set has changed" in capsys.readouterr().err
 
 
 def test_run_without_checkpoints_begins_anew_and_says_so_unless_it_was_finished(

@@ -38,6 +38,8 @@ SOCKET_PATH_LIMIT = 107
 NODE_START_TIMEOUT_S = 150
 """Limit for the start of a node; a quiet machine needs two seconds, a very busy one a minute."""
 
+SHARED_MEMORY = Path("/dev/shm")
+
 ALIVE_FILE = "alive"
 """File of a cluster's folder that its driver keeps locked."""
 
@@ -236,6 +238,9 @@ class LocalCluster:
         self._folder = _short_folder()
         self._alive = _hold(self._folder / ALIVE_FILE)
         (self._folder / "ray").mkdir()
+        size = self._node_options["object_store_memory"]
+        objects = object_folder((num_nodes + 1) * size, self._folder)
+        self._node_options["plasma_directory"] = str(objects)
         self._next_index = 0
         with environment(self._variables()), kept_signal_handlers():
             self._cluster = Cluster(initialize_head=False)
@@ -249,7 +254,8 @@ class LocalCluster:
                 include_dashboard=self._dashboard,
                 include_log_monitor=False,
                 no_monitor=True,
-                object_store_memory=self._node_options["object_store_memory"],
+                object_store_memory=size,
+                plasma_directory=str(objects),
                 _system_config=dict(_DETECTION),
             )
             self._cluster._wait_for_node(head, timeout=NODE_START_TIMEOUT_S)
@@ -367,6 +373,20 @@ def _hold(path: Path) -> IO[bytes]:
         stream.close()
         raise
     return stream
+
+
+def object_folder(num_bytes: int, folder: Path) -> Path:
+    """Where object stores of `num_bytes` together lie: in shared memory if it has room, else below
+    `folder`, in files.
+
+    Ray looks at one store at a time, needs /dev/shm to exist, and dies where it turns out to be full.
+    """
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(SHARED_MEMORY).free >= num_bytes and os.access(SHARED_MEMORY, os.W_OK):
+            return SHARED_MEMORY
+    objects = folder / "objects"
+    objects.mkdir(exist_ok=True)
+    return objects
 
 
 def _short_folder() -> Path:

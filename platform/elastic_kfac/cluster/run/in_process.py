@@ -18,7 +18,7 @@ from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.messages import Message, Reporter
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
-from elastic_kfac.cluster.run.result import RunResult, begin_record, build_result, error_of
+from elastic_kfac.cluster.run.result import RunResult, build_result, error_of, resumes
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.errors import UsageError
@@ -62,7 +62,9 @@ def train_in_process(
         signals = stack.enter_context(stop_signals or StopSignals())
         stack.enter_context(folder.claimed(f"run {name}", display.say))
         device = device_of_task(config)
-        resumed = begin_record(folder, config, name, display)
+        resumed = resumes(folder, config, name, display)
+        if not resumed:
+            folder.write_config(config)
         signals.defer()
         record = _Record(folder, display, signals, config if resumed else None)
         store = CheckpointStore(

@@ -15,6 +15,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.config.train import Target
 from elastic_kfac.errors import ElasticKfacError, RunError, StateError, UsageError
 from elastic_kfac.observability.quality import main_value, target_columns
+from elastic_kfac.runs.feasibility import check_resume
 from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.runs.history import number
 from elastic_kfac.state.checkpoint import CheckpointStore
@@ -51,18 +52,20 @@ class RunResult:
         return 0 if self.status == "finished" and self.is_safe and not self.unfired else 1
 
 
-def begin_record(folder: RunFolder, config: Config, name: str, display: Display) -> bool:
-    """Begins a run's folder, or reports that the run is resumed; returns whether it is.
+def resumes(folder: RunFolder, config: Config, name: str, display: Display) -> bool:
+    """Whether a run has checkpoints to continue from; reports what there is.
 
-    The folder of a run with checkpoints stays as it is until the newest one has accepted the
+    Writes nothing: a run's folder stays as it is until its newest checkpoint has accepted the
     configuration.
 
     Raises:
         UsageError: If the run is finished and has no checkpoint to continue from.
+        StateError: If the checkpoint is one of another data set, seed or the like.
     """
     if folder.storage.exists("result.json") and folder.result() is None:
         display.say(f"warning: {folder.uri}/result.json is damaged; the run's end writes it anew")
     if CheckpointStore(folder.uri).steps():
+        check_resume(folder, config)
         display.say(f"Run {name} exists in {folder.uri}: resuming it.")
         return True
     if (folder.result() or {}).get("status") == "finished":
@@ -73,7 +76,6 @@ def begin_record(folder: RunFolder, config: Config, name: str, display: Display)
         )
     if folder.metrics():
         display.say(f"Run {name} exists in {folder.uri} without a checkpoint: it begins anew.")
-    folder.write_config(config)
     return False
 
 

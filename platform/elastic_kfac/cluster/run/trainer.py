@@ -18,7 +18,7 @@ from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.launch import Launch
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
-from elastic_kfac.cluster.run.result import RunResult, begin_record, build_result, error_of
+from elastic_kfac.cluster.run.result import RunResult, build_result, error_of, resumes
 from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.config import Config
@@ -84,6 +84,7 @@ def train(
         stack.callback(display.close)
         signals = stack.enter_context(stop_signals or StopSignals())
         stack.enter_context(folder.claimed(f"run {name}", display.say, wait_s=wait_s))
+        resumed = resumes(folder, config, name, display)
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
             display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
@@ -92,7 +93,8 @@ def train(
         elif address is not None:
             stack.enter_context(connected(address))
         faults = FaultPlan(cluster, resize_at, kill_at)
-        resumed = begin_record(folder, config, name, display)
+        if not resumed:
+            folder.write_config(config)
         signals.defer()
         launch = Launch(
             config,
