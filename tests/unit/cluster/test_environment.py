@@ -9,6 +9,7 @@ import pytest
 from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.local_cluster import object_folder
+from elastic_kfac.cluster.run.launch import run_label
 
 
 @pytest.mark.parametrize(("user_wins", "inside"), [(False, "ours"), (True, "theirs")])
@@ -38,3 +39,9 @@ def test_object_stores_lie_in_shared_memory_only_if_it_has_room_for_all_of_them(
     assert object_folder(free // 2, tmp_path) == shared
     assert object_folder(free * 2, tmp_path) == tmp_path / "objects"
     assert (tmp_path / "objects").is_dir()
+
+
+def test_metrics_of_trials_of_two_searches_differ() -> None:
+    labels = [run_label(f"/runs/{name}") for name in ("a/trials/t000", "b/trials/t000", "t000")]
+    assert labels == ["a/t000", "b/t000", "t000"]
+    assert run_label("run") == "run"

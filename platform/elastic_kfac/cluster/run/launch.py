@@ -51,6 +51,12 @@ _TRAIN_ENVIRONMENT = {
 _EMBEDDED_TRAIN_ENVIRONMENT = {"RAY_TRAIN_METRICS_ENABLED": "0"}
 
 
+def run_label(run_uri: str) -> str:
+    """The value of the metrics' label `run`: trials of two searches have the same names."""
+    *_, group, kind, name = ["", "", *run_uri.rstrip("/").split("/")]
+    return f"{group}/{name}" if kind == "trials" else name
+
+
 class Launch:
     """Starts a run on the connected cluster, keeps up with its nodes, and cleans up after it."""
 
@@ -84,7 +90,7 @@ class Launch:
         run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
         elastic = config.elastic
         telemetry = TelemetryOptions(
-            run_uri.rpartition("/")[2],
+            run_label(run_uri),
             elastic.min_workers,
             elastic.max_workers,
             exports=cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1",
