@@ -179,7 +179,7 @@ def _one_line(error: ValidationError, model: type[BaseModel], what: str) -> Conf
         return ConfigError(f"{path} is missing in {what}{more}", change="add it")
     given = problem["input"]
     # A union reports a problem for each of its branches.
-    messages = [_message(p) for p in problems if _path(p) == path and p["input"] == given]
+    messages = [_message(p) for p in problems if _path(p) == path and _same(p["input"], given)]
     return ConfigError(
         f"bad value for {path or what}{more}",
         given=None if not path else shown(given) if given is None else repr(given),
@@ -192,6 +192,10 @@ def _path(problem: Any) -> str:
     types = {"str", "int", "float", "bool", "dict", "list", "tuple", "number"}
     parts = [str(part) for part in problem["loc"]]
     return ".".join(p for p in parts if re.fullmatch(r"[\w.]+", p) and p not in types)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or bool(a == b)  # NaN is not equal to itself.
 
 
 def _message(problem: Any) -> str:

@@ -48,7 +48,7 @@ from elastic_kfac.data.manifest import (
     ShardSet,
     schema_sha256,
 )
-from elastic_kfac.data.sources import Records, SourceSplit, absolute_source, open_source
+from elastic_kfac.data.sources import Records, SourceSplit, absolute_source, is_inside, open_source
 from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
 
@@ -105,6 +105,12 @@ def make_shards(
     began = time.monotonic()
     root = Storage(out)
     source = absolute_source(source)
+    if root.is_local and is_inside(source, root.path()):
+        raise DataError(
+            "--out lies inside the source, whose next reader would take the shards for data",
+            given=str(out),
+            change="name a folder outside of the source",
+        )
     opened = open_source(source, split=split)
     splits = {}
     for name in [split] if split is not None else list(opened.openers):

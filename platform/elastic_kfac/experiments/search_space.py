@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +61,12 @@ OWNED = {
 """Keys that the search itself sets, with the key of the space that controls them."""
 
 
+MAX_POINTS = 10_000
+
+_REFERENCE = r"(?!best$|confirm-|t\d+$)[A-Za-z0-9][\w.-]{0,99}"
+"""Names of references: folders of trials are named after them, beside those of other trials."""
+
+
 class Parameter(Section):
     """The values of a parameter; exactly one of the five."""
 
@@ -71,6 +78,13 @@ class Parameter(Section):
     randint: tuple[int, int] | None = None
     """Both ends included."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_kind(cls, given: Any) -> Any:
+        if not isinstance(given, dict | Parameter):
+            raise ValueError("a kind with its values, such as {choice: [0.1, 0.2]}")
+        return given
+
     @model_validator(mode="after")
     def _exactly_one(self) -> Parameter:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
@@ -78,6 +92,14 @@ class Parameter(Section):
             raise ValueError(
                 f"needs exactly one of {', '.join(type(self).model_fields)}, has {len(given)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Parameter:
+        values = self.values or ()
+        for place, value in enumerate(values):
+            if value in values[:place]:
+                raise ValueError(f"different values; {self.kind} has {value!r} twice")
         return self
 
     @model_validator(mode="after")
@@ -260,7 +282,7 @@ class SearchSpace(Section):
     links: Links = Links()
     scheduler: Scheduler = Scheduler()
     searcher: Searcher = Searcher()
-    num_trials: Annotated[int, Field(ge=1)] = 8
+    num_trials: Annotated[int, Field(ge=1, le=MAX_POINTS)] = 8
     """Points to try (PB2: size of the population); unused for a grid."""
     repeats: Annotated[int, Field(ge=1)] = 1
     """Seeds per point; the median counts, of an even number the worse of the two in the middle. The
@@ -275,12 +297,25 @@ class SearchSpace(Section):
     """Whether searched trials that lost keep their checkpoints; those of the best are always kept."""
 
     @model_validator(mode="after")
+    def _references_are_named(self) -> SearchSpace:
+        for name in self.references:
+            if re.fullmatch(_REFERENCE, name, re.ASCII) is None:
+                raise ValueError(
+                    "letters, digits, '.', '_' and '-' as names of references, other than best, "
+                    f"confirm-… and t000, not {name!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _parts_fit(self) -> SearchSpace:
         kinds = {key: parameter.kind for key, parameter in self.parameters.items()}
         if self.searcher.name == "grid":
             for key, kind in kinds.items():
                 if kind not in ("grid", "choice"):
                     raise ValueError(f"searcher grid needs grid or choice, {key} has {kind}")
+            points = math.prod(len(p.values or ()) for p in self.parameters.values())
+            if points > MAX_POINTS:
+                raise ValueError(f"up to {MAX_POINTS:,} points, the grid has {points:,}")
         else:
             for key, kind in kinds.items():
                 if kind == "grid":

@@ -19,6 +19,7 @@ from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
+from elastic_kfac.state.state import TrainingState
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model, call_model, evaluating
 from elastic_kfac.tasks.preprocessing import Prepare, Preprocessor
@@ -190,10 +191,13 @@ def check_batch(config: Config) -> None:
         )
 
 
-def check_resume(folder: RunFolder, config: Config) -> None:
+def check_resume(folder: RunFolder, config: Config) -> TrainingState | None:
     """Checks that the newest checkpoint of a run can be continued as configured, before a cluster starts.
 
     A rank checks again what it restores, tensors included.
+
+    Returns:
+        The checkpoint without its tensors; None if there is none, or it is damaged.
 
     Raises:
         StateError: If it cannot.
@@ -203,6 +207,7 @@ def check_resume(folder: RunFolder, config: Config) -> None:
         data = config.data
         split = open_named_split(data.shards, data.train_split, "data.train_split")
         check_identity(state, config, split.manifest_sha256)
+    return state
 
 
 def why_infeasible(config: Config, room: int) -> str | None:

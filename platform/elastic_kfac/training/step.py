@@ -211,7 +211,7 @@ class StepTrainer:
             raise NumericalError(
                 f"loss or gradients are not finite in step {self.progress.step + 1}",
                 given=f"mean loss {totals.loss_sum / max(totals.terms, 1)}",
-                change="lower optimizer.lr or raise kfac.damping; the last checkpoint is kept",
+                change="lower optimizer.lr or raise kfac.damping",
             )
 
     def _precondition_and_update(self, local: Totals, loss_scale: float) -> None:

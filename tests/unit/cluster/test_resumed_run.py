@@ -159,6 +159,24 @@ def test_data_that_has_changed_is_refused_before_a_cluster_starts(
     assert "the run's data set has changed" in capsys.readouterr().err
 
 
+def test_run_that_ends_before_its_first_checkpoint_claims_none(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("kfac.enabled=false", "optimizer.lr=1e6", "train.epochs=4") == 1
+    err = capsys.readouterr().err
+    assert "loss or gradients are not finite in step" in err
+    assert "no checkpoint was written: all" in err and "steps are lost" in err
+
+
+def test_run_with_nothing_left_to_train_is_told(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("train.epochs=2") == 0
+    assert "raise that" not in capsys.readouterr().out
+    assert train() == 0
+    assert "It has trained 2 of train.epochs=1 epochs: raise that" in capsys.readouterr().out
+
+
 def test_run_without_checkpoints_begins_anew_and_says_so_unless_it_was_finished(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,44 @@ def test_imagefolder_splits_share_one_class_numbering(tmp_path: Path, photo: Pho
     assert val.class_names == ("a", "b", "c") and val.class_counts == (0, 5, 5)
 
 
+def test_imagefolder_split_folders_are_found_under_the_names_that_people_give(
+    tmp_path: Path, photo: Photo
+) -> None:
+    for split in ("Training", "Testing"):
+        for name in "ab":
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            (tmp_path / "set" / split / name / "0.png").write_bytes(photo(8, 8, 1, "PNG"))
+    made = make_shards(f"imagefolder:{tmp_path / 'set'}", tmp_path / "out")
+    assert set(made["splits"]) == {"train", "test"}
+    (tmp_path / "set" / "train").mkdir()
+    with pytest.raises(DataError, match="two folders of the split train; given: Training, train"):
+        make_shards(f"imagefolder:{tmp_path / 'set'}", tmp_path / "again")
+
+
+def test_imagefolder_what_is_left_out_is_named(tmp_path: Path, photo: Photo) -> None:
+    for name in "ab":
+        (tmp_path / "set" / "train" / name).mkdir(parents=True)
+        (tmp_path / "set" / "train" / name / "0.png").write_bytes(photo(8, 8, 1, "PNG"))
+        (tmp_path / "set" / "train" / name / "1.HEIC").write_bytes(b"x")
+        (tmp_path / "set" / "train" / name / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "set" / "train" / "empty").mkdir()
+    (tmp_path / "set" / "unlabelled").mkdir()
+    with pytest.warns(UserWarning) as caught:
+        make_shards(f"imagefolder:{tmp_path / 'set'}", tmp_path / "out")
+    said = [str(warning.message).partition(": ")[2] for warning in caught]
+    assert said[0].startswith("left out unlabelled, which are no splits (train, test, val")
+    assert said[1:] == [
+        "no images of the classes 'empty'",
+        "left out files that are no images: 2 .heic",
+    ]
+
+
+def test_shards_inside_an_image_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--out lies inside the source"):
+        make_shards(f"imagefolder:{tmp_path}", tmp_path / "shards")
+    assert not list(tmp_path.iterdir())
+
+
 def test_imagefolder_samples_are_mixed_before_the_cut(tmp_path: Path, photo: Photo) -> None:
     image = photo(8, 8)
     for name in "ab":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_shipped_spaces_are_the_four_that_people_are_told_about() -> None:
         ({"train.seed": {"choice": [1]}}, "use repeats"),
         ({"train.epochs": {"choice": [1]}}, "use budget.epochs"),
         ({"kfac.damping": {"grid": [0.1]}}, "needs searcher"),
+        ({"kfac.damping": {"choice": [0.1, 1, 0.1]}}, "choice has 0.1 twice"),
+        ({"kfac.damping": {"grid": [1, 1.0]}}, "grid has 1.0 twice"),
+        ({"kfac.damping": [0.1, 1]}, "a kind with its values, such as {choice: [0.1, 0.2]}"),
+        ({"kfac.damping": {"uniform": [math.nan, 1]}}, "allowed: a finite number"),
         ({}, "parameters"),
     ],
 )
@@ -90,6 +95,12 @@ def test_impossible_parameter_is_refused_with_its_name(
         ({"searcher": {"name": "grid"}}, "needs grid or choice"),
         ({"references": {"x": {"train.seed": 3}}}, "use repeats"),
         ({"references": {"x": {"kfac.lr": 3}}}, "kfac.lr"),
+        *(
+            ({"references": {name: {}}}, "as names of references, other than best, confirm-")
+            for name in ("a/b", "..", "", "best", "confirm-x", "t000", "ü", "a\n")
+        ),
+        ({"num_trials": 10**9}, "less than or equal to 10000"),
+        ({"objective": {"target_accuracy": math.nan}}, "given: nan; allowed: "),
     ],
 )
 def test_impossible_space_is_refused_with_the_field(changes: dict[str, Any], named: str) -> None:
@@ -116,6 +127,13 @@ def test_file_with_overrides_changes_the_base_of_every_trial(tmp_path: Path) -> 
         read_space(file, ["train.epochs=3"])
     with pytest.raises(ConfigError, match="no such search space"):
         read_space(tmp_path / "other.yaml")
+
+
+def test_grid_that_no_memory_holds_is_refused() -> None:
+    many = {"grid": [*range(1, 60)]}
+    keys = ("kfac.factor_update_steps", "kfac.inverse_update_steps", "train.global_batch_size")
+    with pytest.raises(ConfigError, match="up to 10,000 points, the grid has 205,379"):
+        space(parameters=dict.fromkeys(keys, many), searcher={"name": "grid"})
 
 
 def test_grid_has_every_combination_in_order() -> None:

@@ -240,7 +240,7 @@ class LocalCluster:
         (self._folder / "ray").mkdir()
         size = self._node_options["object_store_memory"]
         objects = object_folder((num_nodes + 1) * size, self._folder)
-        self._node_options["plasma_directory"] = str(objects)
+        self._node_options["plasma_directory"] = None if objects is None else str(objects)
         self._next_index = 0
         with environment(self._variables()), kept_signal_handlers():
             self._cluster = Cluster(initialize_head=False)
@@ -255,7 +255,7 @@ class LocalCluster:
                 include_log_monitor=False,
                 no_monitor=True,
                 object_store_memory=size,
-                plasma_directory=str(objects),
+                plasma_directory=self._node_options["plasma_directory"],
                 _system_config=dict(_DETECTION),
             )
             self._cluster._wait_for_node(head, timeout=NODE_START_TIMEOUT_S)
@@ -375,17 +375,19 @@ def _hold(path: Path) -> IO[bytes]:
     return stream
 
 
-def object_folder(num_bytes: int, folder: Path) -> Path:
-    """Where object stores of `num_bytes` together lie: in shared memory if it has room, else below
-    `folder`, in files.
+def object_folder(num_bytes: int, folder: Path) -> Path | None:
+    """Where object stores of `num_bytes` together lie: None is shared memory, if it has room; else in
+    files below `folder`.
 
     Ray looks at one store at a time, needs /dev/shm to exist, and dies where it turns out to be full.
     """
     with contextlib.suppress(OSError):
         if shutil.disk_usage(SHARED_MEMORY).free >= num_bytes and os.access(SHARED_MEMORY, os.W_OK):
-            return SHARED_MEMORY
+            return None
     objects = folder / "objects"
     objects.mkdir(exist_ok=True)
+    # A remark about the folder at every start of a node.
+    logging.getLogger("ray._private.services").setLevel(logging.WARNING)
     return objects
 
 

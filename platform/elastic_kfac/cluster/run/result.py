@@ -65,8 +65,13 @@ def resumes(folder: RunFolder, config: Config, name: str, display: Display) -> b
     if folder.storage.exists("result.json") and folder.result() is None:
         display.say(f"warning: {folder.uri}/result.json is damaged; the run's end writes it anew")
     if CheckpointStore(folder.uri).steps():
-        check_resume(folder, config)
+        state = check_resume(folder, config)
         display.say(f"Run {name} exists in {folder.uri}: resuming it.")
+        if state is not None and state.progress.epoch >= config.train.epochs:
+            display.say(
+                f"It has trained {state.progress.epoch} of train.epochs={config.train.epochs:g} "
+                "epochs: raise that to train on."
+            )
         return True
     if (folder.result() or {}).get("status") == "finished":
         raise UsageError(
@@ -173,12 +178,19 @@ def _safe_part(folder: RunFolder, step: int, unwritten_rows: int) -> tuple[bool,
 
 
 def error_of(error: RankError, display: Display, *, change: str) -> ElasticKfacError:
-    """The error that ended a run, as the command raises it; shows its traceback where that helps."""
+    """The error that ended a run, as the command raises it; shows its traceback where that helps.
+
+    Args:
+        change: What of the run is safe; added where the run had begun.
+    """
     ours = error.exception if isinstance(error.exception, ElasticKfacError) else None
     if error.traceback and (ours is None or error.exit_code == 1):
         display.say(error.traceback.rstrip())
-    if ours is not None:
+    if ours is not None and ours.exit_code != 1:
         return ours
+    if ours is not None:
+        both = "; ".join(part for part in (ours.change, change) if part)
+        return type(ours)(ours.what, given=ours.given, allowed=ours.allowed, change=both)
     rank = f" (rank {error.rank})" if error.rank >= 0 else ""
     return RunError(f"the run failed{rank}: {error.line}", change=change)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from elastic_kfac.data.sources.embedded import digit_scenes, sklearn_table, stdlib_text
 from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
@@ -16,7 +18,15 @@ from elastic_kfac.data.sources.text import text
 from elastic_kfac.errors import DataError
 from elastic_kfac.paths import user_path
 
-__all__ = ["ColumnSplit", "Records", "Source", "SourceSplit", "absolute_source", "open_source"]
+__all__ = [
+    "ColumnSplit",
+    "Records",
+    "Source",
+    "SourceSplit",
+    "absolute_source",
+    "is_inside",
+    "open_source",
+]
 
 KNOWN_SOURCES = (
     "digits, clusters10[:SEED], stdlib_text, digit_scenes:masks|boxes, "
@@ -73,6 +83,14 @@ def _open(named: str, split: str | None) -> Source:
     if kind == "ilsvrc" and rest:
         return ilsvrc(user_path(rest))
     raise DataError("unknown data source", given=named, allowed=KNOWN_SOURCES)
+
+
+def is_inside(source: str, folder: str) -> bool:
+    """Whether a local folder is an image folder that is a source, or lies below it."""
+    kind, _, path = source.partition(":")
+    if kind != "imagefolder":
+        return False
+    return Path(folder).resolve().is_relative_to(Path(path).resolve())
 
 
 def absolute_source(named: str) -> str:

@@ -6,6 +6,8 @@ import hashlib
 import inspect
 import io
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,16 @@ from elastic_kfac.paths import user_path
 IMAGE_SUFFIXES: Final = tuple(
     ".jpg .jpeg .png .webp .bmp .ppm .pgm .tif .tiff .gif .jp2".split()  # noqa: SIM905
 )
-SPLIT_FOLDERS: Final = ("train", "test", "val", "valid", "validation")
+SPLIT_FOLDERS: Final = {
+    **{name: name for name in ("train", "test", "val", "valid", "validation")},
+    "training": "train",
+    "testing": "test",
+}
+"""Name of a folder in lower case -> split."""
+OTHER_SUFFIXES: Final = tuple(
+    ".txt .csv .tsv .json .xml .yaml .yml .md .html .log .db .ini .py .zip .tar .gz".split()  # noqa: SIM905
+)
+"""Files that people keep beside images: left out without a word."""
 TORCHVISION_ROOT: Final = "data/torchvision"
 
 
@@ -41,8 +52,7 @@ def image_folder(root: Path, split: str | None) -> Source:
     """
     if not root.is_dir():
         raise DataError("no such image folder", given=str(root))
-    splits = {name: root / name for name in SPLIT_FOLDERS if (root / name).is_dir()}
-    splits = splits or {split or "train": root}
+    splits = _splits_below(root) or {split or "train": root}
     # One numbering for all splits, even where a split lacks a class.
     folders = (path for folder in splits.values() for path in folder.iterdir() if path.is_dir())
     classes = sorted({path.name for path in folders if not is_hidden(path.name)})
@@ -54,13 +64,42 @@ def image_folder(root: Path, split: str | None) -> Source:
     )
 
 
+def _splits_below(root: Path) -> dict[str, Path]:
+    splits: dict[str, Path] = {}
+    others = []
+    for path in sorted(root.iterdir()):
+        if is_hidden(path.name) or not path.is_dir():
+            continue
+        split = SPLIT_FOLDERS.get(path.name.lower())
+        if split is None:
+            others.append(path.name)
+        elif split in splits:
+            raise DataError(
+                f"two folders of the split {split}", given=f"{splits[split].name}, {path.name}"
+            )
+        else:
+            splits[split] = path
+    if splits and others:
+        warnings.warn(
+            f"{root}: left out {', '.join(others[:5])}, which are no splits "
+            f"({', '.join(SPLIT_FOLDERS)})",
+            stacklevel=3,
+        )
+    return splits
+
+
 def _folder_split(folder: Path, classes: Sequence[str]) -> ColumnSplit:
     names: list[str] = []
     labels: list[int] = []
     total = 0
     digest = hashlib.sha256()
+    others: Counter[str] = Counter()
+    without = []
     for label, class_name in enumerate(classes):
-        for path in sorted(_images_below(folder / class_name)):
+        images = sorted(_images_below(folder / class_name, others))
+        if not images and (folder / class_name).is_dir():
+            without.append(class_name)
+        for path in images:
             name = path.relative_to(folder).as_posix()
             try:
                 size = path.stat().st_size
@@ -76,6 +115,12 @@ def _folder_split(folder: Path, classes: Sequence[str]) -> ColumnSplit:
             total += size
             names.append(name)
             labels.append(label)
+    if without:
+        listed = ", ".join(map(repr, without[:5]))
+        warnings.warn(f"{folder}: no images of the classes {listed}", stacklevel=3)
+    if others:
+        listed = ", ".join(f"{count:,} {suffix}" for suffix, count in others.most_common(5))
+        warnings.warn(f"{folder}: left out files that are no images: {listed}", stacklevel=3)
     return image_split(
         load=lambda chosen: [(folder / names[i]).read_bytes() for i in chosen],
         key=names.__getitem__,
@@ -87,8 +132,12 @@ def _folder_split(folder: Path, classes: Sequence[str]) -> ColumnSplit:
     )
 
 
-def _images_below(folder: Path) -> Iterator[Path]:
-    """Image files at any depth; folders behind links are included once."""
+def _images_below(folder: Path, others: Counter[str]) -> Iterator[Path]:
+    """Image files at any depth; folders behind links are included once.
+
+    Args:
+        others: Receives the suffixes of other files.
+    """
     seen = set()
     for where, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(where)
@@ -98,8 +147,12 @@ def _images_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
         for name in files:
-            if not is_hidden(name) and name.lower().endswith(IMAGE_SUFFIXES):
+            if is_hidden(name):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
                 yield Path(where, name)
+            elif not name.lower().endswith(OTHER_SUFFIXES):
+                others[Path(name).suffix.lower() or name] += 1
 
 
 def torchvision_data(text: str) -> Source:
