@@ -25,7 +25,7 @@ install: $(STAMP) ## Create .venv and install the pinned versions (done by the o
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "make: $(PYTHON) not found; install Python 3.11 or 3.12, or run make PYTHON=/path/to/python3.11"; exit 1; }
+		{ echo "make: $(PYTHON) not found; install Python 3.11, 3.12 or 3.13, or run make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); run make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into $(VENV) (once; about 6 GB and some minutes) ..."

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from elastic_kfac.cli.arguments import PROGRAM, parse_arguments
 from elastic_kfac.cli.provenance import announce, is_ray_job
-from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.errors import ElasticKfacError, UsageError
 
 EXIT_INTERRUPTED = 130
 ENVIRONMENT_ERRORS = {
@@ -76,6 +76,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         settle_streams()
         settle_user()
+        settle_folder()
         if is_ray_job(os.environ):
             announce()
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -115,6 +116,16 @@ def settle_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # Somebody's own stream.
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+
+def settle_folder() -> None:
+    """Raises UsageError if the current folder is gone: relative paths mean nothing then."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError(
+            f"the current folder cannot be used: {error.strerror}", change="change to another one"
+        ) from None
 
 
 def settle_user() -> None:

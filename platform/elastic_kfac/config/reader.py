@@ -81,7 +81,8 @@ def read_yaml(path: str | Path, what: str, example: str) -> dict[str, Any]:
             f"no such {what}", given=path, change=f"name a YAML file, for example {example}"
         ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the {what}: {error}", given=path) from None
+        change = "save it as UTF-8" if isinstance(error, UnicodeError) else None
+        raise ConfigError(f"cannot read the {what}: {error}", given=path, change=change) from None
     values = load_yaml(text, what=str(path))
     if values is None:
         return {}
@@ -199,7 +200,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _message(problem: Any) -> str:
-    return str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    text = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    if problem["type"] == "model_type":
+        return "a mapping of keys (a section without keys is left out)"
+    return text
 
 
 def _model_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel]:

@@ -237,10 +237,12 @@ def takes_options(kind: Class) -> Class:
         textwrap.fill(
             f"{name}: {' '.join((field.description or '').split())}",
             100,
-            initial_indent=" " * 8,
-            subsequent_indent=" " * 12,
+            initial_indent=" " * 4,
+            subsequent_indent=" " * 8,
         )
         for name, field in fields.items()
     ]
-    kind.__doc__ = (kind.__doc__ or "").replace("        **options:", "\n".join(lines), 1)
+    # From Python 3.13 on the compiler strips the indentation.
+    text = inspect.cleandoc(kind.__doc__ or "")
+    kind.__doc__ = text.replace("    **options:", "\n".join(lines), 1)
     return kind

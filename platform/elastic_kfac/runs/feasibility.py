@@ -12,18 +12,14 @@ from elastic_kfac.data.batch import Batch, example, tensors_of, twice
 from elastic_kfac.data.columns import Column, image_columns
 from elastic_kfac.data.dataset import check_splits, open_split
 from elastic_kfac.data.manifest import open_named_split
-from elastic_kfac.errors import ConfigError, ElasticKfacError
+from elastic_kfac.errors import ConfigError, DataError, ElasticKfacError
 from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
-from elastic_kfac.state.checkpoint import CheckpointStore
-from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.state.state import TrainingState
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model, call_model, evaluating
 from elastic_kfac.tasks.preprocessing import Prepare, Preprocessor
-from elastic_kfac.training.identity import check_identity
 
 
 @dataclass(frozen=True)
@@ -191,25 +187,6 @@ def check_batch(config: Config) -> None:
         )
 
 
-def check_resume(folder: RunFolder, config: Config) -> TrainingState | None:
-    """Checks that the newest checkpoint of a run can be continued as configured, before a cluster starts.
-
-    A rank checks again what it restores, tensors included.
-
-    Returns:
-        The checkpoint without its tensors; None if there is none, or it is damaged.
-
-    Raises:
-        StateError: If it cannot.
-        DataError: If the training split does not exist.
-    """
-    if (state := CheckpointStore(folder.uri).outline()) is not None:
-        data = config.data
-        split = open_named_split(data.shards, data.train_split, "data.train_split")
-        check_identity(state, config, split.manifest_sha256)
-    return state
-
-
 def why_infeasible(config: Config, room: int) -> str | None:
     """Why a run cannot work on a cluster with room for `room` workers; None if it can.
 
@@ -232,6 +209,6 @@ def why_infeasible(config: Config, room: int) -> str | None:
         sized = Sized.of(config)
         for world_size in sorted({elastic.min_workers, largest}):
             sized.plan(world_size)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         return error.line()
     return None

@@ -101,6 +101,45 @@ def test_output_that_cannot_be_written_is_one_line(place: Path) -> None:
     assert closed.returncode == 0
 
 
+def test_current_folder_that_was_deleted_is_one_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = place / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "the current folder cannot be used" in refused(["audit", str(place / "runs/r")], capsys)
+
+
+def test_module_is_the_command(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "elastic_kfac", "audit", "runs/nothing"],
+        cwd=place,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2 and "no such run" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"model:\n", "bad value for model; given: null; allowed: a mapping of keys (a section"),
+        (b"# \xfc\n", "save it as UTF-8"),
+        ("model: {name: mlp}".encode("utf-16"), "save it as UTF-8"),
+        (b"model: {name: mlp}\n---\na: 1\n", "found another document"),
+        (b"model: {name: mlp}\0", "special characters are not allowed"),
+    ],
+)
+def test_odd_configuration_file_is_one_line(
+    content: bytes, line: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "odd.yaml").write_bytes(content)
+    assert line in refused(["train", "odd.yaml", "--local"], capsys)
+
+
 def test_run_moved_elsewhere_finds_its_shards(
     place: Path, trained: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -12,6 +12,7 @@ from ray import cloudpickle
 from ray.tune.search import Searcher
 
 from elastic_kfac.config import read_config
+from elastic_kfac.data import make_shards
 from elastic_kfac.errors import RunError, UsageError
 from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search
 from elastic_kfac.experiments.search_plan import SearchPlan
@@ -318,8 +319,11 @@ def test_screening_stops_first_seeds_only_and_counts_nothing_else() -> None:
 
 
 def test_more_trials_under_the_same_name_continue(tmp_path: Path) -> None:
+    make_shards("digits", tmp_path / "digits")
+    base = {"data": {"shards": str(tmp_path / "digits")}}
+
     def plan_of(num_trials: int) -> tuple[SearchFolder, SearchPlan]:
-        space = make_space(searcher={"name": "random"}, num_trials=num_trials, repeats=1)
+        space = make_space(base=base, searcher={"name": "random"}, num_trials=num_trials, repeats=1)
         search = SearchFolder(tmp_path / "story", "story", space)
         plan = SearchPlan(search, 8, print)
         plan.begin()

@@ -103,7 +103,7 @@ def test_every_option_is_in_signature_docstring_and_configuration() -> None:
     parameters = inspect.signature(KFAC).parameters
     for name, field in KfacOptions.model_fields.items():
         assert parameters[name].default == field.default
-        assert f"        {name}: " in KFAC.__doc__ and field.description
+        assert f"\n    {name}: " in KFAC.__doc__ and field.description
     assert set(KfacConfig.model_fields) == {*KfacOptions.model_fields, "enabled"}
 
 

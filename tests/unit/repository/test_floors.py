@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("experiments",),
     ("reports",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up: a room imports rooms of lower floors, and its own modules."""
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

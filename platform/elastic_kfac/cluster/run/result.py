@@ -15,9 +15,9 @@ from elastic_kfac.config import Config
 from elastic_kfac.config.train import Target
 from elastic_kfac.errors import ElasticKfacError, RunError, StateError, UsageError
 from elastic_kfac.observability.quality import main_value, target_columns
-from elastic_kfac.runs.feasibility import check_resume
 from elastic_kfac.runs.final_record import compact_ledger
 from elastic_kfac.runs.history import number
+from elastic_kfac.runs.resuming import check_resume
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import Row, RunFolder
 
