@@ -182,6 +182,10 @@ class KroneckerLayer(Layer):
         return self.sides[factor].identity(like).expand(self.factor_shapes[factor])
 
     @property
+    def continues(self) -> bool:
+        return self._form.continues
+
+    @property
     def decomposition_shapes(self) -> Shapes:
         return {name: self._grouped(*shape) for name, shape in self._form.shapes.items()}
 

@@ -119,6 +119,11 @@ class Layer(ABC):
         """What is kept of factors wider than `max_factor_dim`, in words."""
         return ""
 
+    @property
+    def continues(self) -> bool:
+        """Whether a decomposition depends on the last one."""
+        return False
+
     def is_diagonal(self, factor: str) -> bool:
         """Whether a factor is stored as its diagonal."""
         return len(self.factor_shapes[factor]) == 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kfac.curvature.damping import least_damping, split_damping
-from elastic_kfac.curvature.sides import Diagonal, Side, Whole
+from elastic_kfac.curvature.sides import Diagonal, LowRank, Side, Whole
 
 _PIECE_ELEMENTS = 1 << 18
 """1 MiB of float32."""
@@ -26,6 +27,11 @@ class EigenForm:
     A: Side
     G: Side
     precompute: bool
+
+    @property
+    def continues(self) -> bool:
+        """Whether a decomposition depends on the last one."""
+        return isinstance(self.A, LowRank) or isinstance(self.G, LowRank)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -129,6 +135,10 @@ class CorrectedForm(EigenForm):
     """
 
     @property
+    def continues(self) -> bool:
+        return True
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         both = (self.G.padded, self.A.padded)
         return {**super().shapes, "E_moments": both, "E_mean": both}
@@ -220,6 +230,7 @@ class InputForm:
 
     A: Side
     G: Side
+    continues: ClassVar[bool] = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -260,6 +271,7 @@ class InverseForm:
     A: Side
     G: Side
     split: str
+    continues: ClassVar[bool] = False
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -298,6 +298,7 @@ class KFAC:
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
         damping, due = self.bound.tikhonov(self.damping), []
+        last = {i: s.decomposition for i, s in enumerate(self.states) if self.layers[i].continues}
         stale = self.refresh.decompositions_due(self.steps, refreshed)
         for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
             whole = len(state.factors) == len(layer.factor_names)
@@ -315,7 +316,7 @@ class KFAC:
             # Ranks that do not hold the decomposition track its age, too.
             self.states[i] = state.decomposed(parts, self.steps)
         self._enter("decomposition", if_=bool(due))
-        self.distribution.share(self.states, due)
+        self.distribution.share(self.states, due, last)
         if due:
             self.bound.look(self.states)
 

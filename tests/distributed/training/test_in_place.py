@@ -144,6 +144,24 @@ def test_kill_within_a_kfac_update_redoes_no_committed_step(
         assert survivor is None or survivor.steps == list(range(1, 13))
 
 
+@pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
+@pytest.mark.parametrize(
+    "variant",
+    [{"kfac.method": "ekfac"}, {"kfac.max_factor_dim": 8, "kfac.factor_rank": 3}],
+    ids=["ekfac", "low-rank"],
+)
+def test_survivor_continues_the_last_decomposition_where_the_new_one_was_lost(
+    tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    changes = {**KFAC, **variant, "elastic.snapshot_interval_s": 1e9}
+    alone = in_one_process(tmp_path / "alone", changes)
+    script = Script((0, 1, 2), changes, kills={1: (9, "decomposition")})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert states_differ_in(alone, state) == []
+    for survivor in seen:
+        assert survivor is None or survivor.steps == list(range(1, 13))
+
+
 @pytest.mark.parametrize(
     ("changes", "way"),
     [

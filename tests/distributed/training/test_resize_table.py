@@ -40,6 +40,8 @@ from support.training_problems import (
     train_here,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
+
 TESTS = Path(__file__).parents[2]
 
 World = tuple[int, int | None]

@@ -14,7 +14,7 @@ use.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -53,6 +53,8 @@ class KaisaGrid(Distribution):
         )
         self.require_agreement({}, tag="kfac/agree")
         self._arriving: dict[int, Work] = {}  # decompositions under way, waited for at first use
+        self._last: dict[int, Mapping[str, Tensor]] = {}
+        """Until what is under way has arrived: what a survivor goes on from."""
         self._lost: set[int] = set()  # layers whose decomposition a lost peer kept from arriving
         self._workers: list[Communicator | None] = []
         self._receivers: list[Communicator | None] = []
@@ -112,12 +114,15 @@ class KaisaGrid(Distribution):
 
     # -- decompositions -------------------------------------------------------------------------
 
-    def share(self, states: States, indices: Sequence[int]) -> None:
+    def share(
+        self, states: States, indices: Sequence[int], last: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
         """Inverse workers send new decompositions to the other gradient workers of their column.
 
         A peer that is lost from here on costs no step: what does not arrive is noticed by
         `precondition`, and every gradient worker holds the factors to decompose it itself.
         """
+        self._last = dict(last)
         try:
             self._send(states, indices)
         except CommunicationError:
@@ -139,7 +144,7 @@ class KaisaGrid(Distribution):
             tensors = dict(state.decomposition)
             for name, shape in layer.decomposition_shapes.items():
                 owner = placement.g_worker if name.startswith("G_") else placement.a_worker
-                if name not in tensors:
+                if name not in tensors or (layer.continues and owner != self.rank):
                     tensors[name] = torch.empty(shape, dtype=layer.dtype, device=layer.device)
                 symmetric = self.options.symmetry_aware and name in ("A_inverse", "G_inverse")
                 bucketer.broadcast(
@@ -182,6 +187,7 @@ class KaisaGrid(Distribution):
         for place in own:
             if not self._receive(indices[place]):
                 self._decompose_alone(states, indices[place], damping)
+        self._last = {}
         stacks = Stacks([self.layers[indices[place]] for place in own], [used[p] for p in own])
         preconditioned = stacks.precondition(
             [states[indices[place]].decomposition for place in own],
@@ -217,7 +223,8 @@ class KaisaGrid(Distribution):
     def _decompose_alone(self, states: States, index: int, damping: float) -> None:
         layer, state = self.layers[index], states[index]
         try:
-            parts = layer.decompose(state.floored, layer.factor_names, damping, state.decomposition)
+            last = self._last.get(index, {})
+            parts = layer.decompose(state.floored, layer.factor_names, damping, last)
         except NumericalError as error:
             raise CommunicationError(f"a peer was lost, and alone: {error}") from error
         states[index] = state.decomposed(parts, state.inverse_step)

@@ -125,8 +125,11 @@ class Distribution(ABC):
     def reduce(self, captured: Captured) -> Statistics:
         """Sums statistics over all ranks (and gradients, with `sums_gradients`). Collective."""
 
-    def share(self, states: States, indices: Sequence[int]) -> None:  # noqa: B027 (optional)
-        """Spreads new decompositions of layers to the ranks that precondition them. Collective."""
+    def share(  # noqa: B027 (optional)
+        self, states: States, indices: Sequence[int], last: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        """Spreads new decompositions of layers to the ranks that precondition them; `last` has those
+        before, of layers that continue them. Collective."""
 
     @abstractmethod
     def precondition(self, states: States, gradients: Gradients, damping: float) -> list[Tensor]:
