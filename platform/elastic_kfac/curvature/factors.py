@@ -13,6 +13,7 @@ Every function computes in at least float32, whatever the precision of its argum
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,26 @@ from elastic_kfac.curvature.sides import WHOLE, Side
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics of `dtype` tensors are kept: never below float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host can look at a tensor's values without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def on_device(
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Numbers as a tensor, sent without having the host wait."""
+    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    """A copy in the memory of the host; a device needs none of its own for it."""
+    if can_be_read(tensor):
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -52,8 +73,8 @@ def linear_output_sum(gradients: Tensor, *, side: Side = WHOLE) -> Tensor:
 
 def embedding_input_sum(indices: Tensor, num_embeddings: int, padding_idx: int | None) -> Tensor:
     """Diagonal of `A_sum` of an Embedding: how often each token occurs, `[num_embeddings]`."""
-    counts = torch.bincount(indices.reshape(-1), minlength=num_embeddings)
-    counts = counts.to(torch.get_default_dtype())
+    ones = torch.ones(indices.numel(), device=indices.device)
+    counts = ones.new_zeros(num_embeddings).index_add_(0, indices.reshape(-1), ones)
     if padding_idx is not None:
         counts[padding_idx] = 0
     return counts
@@ -82,12 +103,12 @@ def norm_gradient_sum(normalized: Tensor, gradients: Tensor, *, bias: bool, mode
     return gram(rows) if mode == "full" else rows.square().sum(0)
 
 
-def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> list[bool]:
-    """Per layer, whether its sums are finite; one transfer to the host for all."""
+def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Whether the sums of each layer are finite `[layers]`."""
     if not sums:
-        return []
+        return torch.ones(0, dtype=torch.bool)
     # Diagonals are sums of squares: they are finite if and only if every summand was, and by
-    # Cauchy-Schwarz no other entry can overflow first. One transfer, and one sum for all of a shape.
+    # Cauchy-Schwarz no other entry can overflow first. One sum for all of a shape.
     groups: dict[Hashable, list[tuple[int, Tensor]]] = {}
     for index, part in enumerate(sums):
         for t in part.values():
@@ -98,6 +119,7 @@ def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> list[bool]:
         for group in groups.values()
     ]
     owners = [index for group in groups.values() for index, _ in group]
-    finite = torch.cat([torch.isfinite(trace) for trace in traces]).tolist()
-    bad = {index for index, good in zip(owners, finite, strict=True) if not good}
-    return [index not in bad for index in range(len(sums))]
+    bad = ~torch.cat([torch.isfinite(trace) for trace in traces])
+    places = on_device(owners, bad.device, torch.int64)
+    count = torch.zeros(len(sums), dtype=torch.int64, device=bad.device)
+    return count.index_add_(0, places, bad.to(count.dtype)) == 0

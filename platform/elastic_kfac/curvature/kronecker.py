@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.factors import (
     embedding_input_sum,
     linear_input_sum,
@@ -33,6 +34,9 @@ _STACKED = (
 
 
 _OTHER = {"A": "G", "G": "A"}
+
+_KINDS: dict[Hashable, int] = {}
+"""Numbers of what layers have in common, which are compared faster."""
 
 
 class KroneckerLayer(Layer):
@@ -70,6 +74,8 @@ class KroneckerLayer(Layer):
         self.sides: dict[str, Side] = {"A": self._input_side(), "G": self._side(self.g_dim)}
         """What is kept of a factor, by name."""
         self._form = self._chosen_form()
+        kind = self._form, self.weight.shape, len(self.biases)
+        self._kind = _KINDS.setdefault(kind, len(_KINDS))
         size = self.groups * (self.a_dim**2 + self.g_dim**2)
         self._is_small = size <= _SMALL and all(
             getattr(type(self), name) is getattr(KroneckerLayer, name) for name in _STACKED
@@ -91,8 +97,7 @@ class KroneckerLayer(Layer):
         """Small layers with equal keys can be stacked (see stacks.py); None: only by itself."""
         if not self._is_small or self._is_shared:
             return None
-        weight = self.weight
-        return self._form, weight.shape, len(self.biases), weight.dtype, weight.device
+        return self._kind, self.weight.dtype, self.weight.device
 
     def _side(self, width: int, unit: int = 1, biases: int = 0) -> Side:
         limit = self.options.max_factor_dim
@@ -393,7 +398,7 @@ class EmbeddingLayer(KroneckerLayer):
     def used_columns(self, weight_decay: float = 0.0) -> Tensor | None:
         grad = self.weight.grad
         # Finding them on a device would have the host wait for it; there the whole table is cheap.
-        if weight_decay or grad is None or grad.device.type != "cpu":
+        if weight_decay or grad is None or not factors.can_be_read(grad):
             return None
         # NaN is no zero, either. Bits are compared faster than numbers.
         grad = grad.view(torch.int32) if grad.dtype == torch.float32 else grad

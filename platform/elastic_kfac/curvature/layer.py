@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.config.kfac import KfacOptions
-from elastic_kfac.curvature.factors import statistics_dtype
+from elastic_kfac.curvature.factors import host_copy, statistics_dtype
 from elastic_kfac.errors import StateError
 
 Shape = tuple[int, ...]
@@ -48,6 +48,15 @@ class LayerState:
         factor = self.factors[name].clone()
         (factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1)).add_(self.floor)
         return {**self.factors, name: factor}
+
+    def where(self, flag: Tensor, other: LayerState) -> LayerState:
+        """This state where `flag` is true, else the tensors of `other`."""
+        both = ((self.factors, other.factors), (self.decomposition, other.decomposition))
+        factors, decomposition = (
+            {n: t if t is old[n] else torch.where(flag, t, old[n]) for n, t in new.items()}
+            for new, old in both
+        )
+        return replace(self, factors=factors, decomposition=decomposition)
 
     def decomposed(self, parts: Mapping[str, Tensor], step: int) -> LayerState:
         """With new `parts` of the decomposition, made in `step`."""
@@ -277,13 +286,13 @@ class Layer(ABC):
     # -- saved form -----------------------------------------------------------------------------
 
     def saved(self, state: LayerState) -> dict[str, Any]:
-        """A state as plain numbers and copies of its tensors."""
+        """A state as plain numbers and copies of its tensors in the memory of the host."""
         return {
             **({"floor": state.floor} if state.floor else {}),
             "factor_updates": state.factor_updates,
             "inverse_step": state.inverse_step,
-            "factors": {name: tensor.clone() for name, tensor in state.factors.items()},
-            "second_order": {name: tensor.clone() for name, tensor in state.decomposition.items()},
+            "factors": {name: host_copy(t) for name, t in state.factors.items()},
+            "second_order": {name: host_copy(t) for name, t in state.decomposition.items()},
         }
 
     def check(self, saved: Mapping[str, Any]) -> None:

@@ -378,13 +378,14 @@ def inner_products(preconditioned: Sequence[Tensor], gradients: Sequence[Tensor]
     """`⟨P_i, D_i⟩` per layer as float64 `[layers]`, without a transfer to the host."""
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)
-    return torch.stack([_product(p, d) for p, d in zip(preconditioned, gradients, strict=True)])
+    products = [_product(p, d) for p, d in zip(preconditioned, gradients, strict=True)]
+    return torch.stack(products).double()
 
 
 def _product(p: Tensor, d: Tensor) -> Tensor:
-    if p.dim() > 1 and p.mT.is_contiguous() and d.mT.is_contiguous():
+    if p.dim() > 1 and not p.is_contiguous() and p.mT.is_contiguous() and d.mT.is_contiguous():
         p, d = p.mT, d.mT  # no copies
-    return torch.dot(p.reshape(-1), d.reshape(-1)).double()
+    return torch.dot(p.reshape(-1), d.reshape(-1))
 
 
 def kl_clip_scale(divergence: Tensor, kl_clip: float) -> Tensor:

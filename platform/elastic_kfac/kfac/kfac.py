@@ -15,6 +15,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,7 @@ from elastic_kfac.kfac.statistics import (
     UNFOLLOWED,
     Captured,
     Statistics,
+    Verdict,
     WarnOnce,
     disagreement,
 )
@@ -124,6 +126,7 @@ class KFAC:
         self.loss_scale_per_sample = loss_scale_per_sample
         self.grad_scaler = grad_scaler
         self.counters: Counter[str] = Counter()
+        self._verdict: Verdict | None = None
         self.seconds: dict[str, float] = defaultdict(float)
         """Host time in each part of `step`, s (a device may still be busy); not part of the state."""
         self.on_phase: Callable[[Phase], None] | None = None
@@ -183,6 +186,7 @@ class KFAC:
         if so."""
         if shape_of(self._model) == self._shape:
             return False
+        self._count_discarded()
         saved, before, layers = save(self), self._parameters, self.layers
         self._capture.close()
         self._build(self.communicator)
@@ -275,10 +279,14 @@ class KFAC:
         self.covered.used |= {self.layers[i].name for i in seen}
         self.covered.name_unseen(self._due)
         here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
-        finite = statistics.finite(here)
-        refreshed = {i for i, good in zip(here, finite, strict=True) if good}
-        if len(refreshed) < len(here):
-            self.counters["discarded_statistics"] += len(here) - len(refreshed)
+        self._count_discarded()
+        at_once = self.options.refresh == "adaptive" or not all(
+            self.states[i].factors for i in here
+        )
+        self._verdict = Verdict(here, statistics.finite(here), at_once=at_once)
+        # Until the host knows, the device keeps the old averages where the new statistics are not finite.
+        flags = self._verdict.flags
+        refreshed = set(here) if flags else self._count_discarded()
         decay = value_at(self.options, "factor_decay", self.steps)
         for i in sorted(refreshed):
             layer, divisors = self.layers[i], statistics.normalizers(self.layers[i], i)
@@ -290,10 +298,24 @@ class KFAC:
             if self.distribution.decider(i) == self.distribution.rank:
                 self.refresh.choose(layer, sums, divisors)
             state = layer.average(self.states[i], sums, divisors, decay)
-            self.states[i] = layer.corrected(state, statistics.counts[i][0], decay)
+            state = layer.corrected(state, statistics.counts[i][0], decay)
+            self.states[i] = state.where(flags[i], self.states[i]) if flags else state
         keys = [(self.layers[i].name, name) for i in sorted(seen) for name in sorted(self._due[i])]
         self.refresh.agree(keys, self.steps, self._sum_over_ranks)
         return refreshed
+
+    def _count_discarded(self) -> set[int]:
+        """Counts the statistics of the last update that were not finite; the layers whose were."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return set()
+        good = verdict.finite()
+        bad = set(verdict.indices) - good
+        self.counters["discarded_statistics"] += len(bad)
+        for i in bad & verdict.flags.keys():  # their update was counted already
+            updates = self.states[i].factor_updates - 1
+            self.states[i] = replace(self.states[i], factor_updates=updates)
+        return good
 
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
@@ -423,12 +445,13 @@ class KFAC:
                 "join(throw_on_early_termination=True)",
             )
         # Of uncovered parameters as well: a scaler skips the step for any of them.
-        grads = [p.grad for p in self._model.parameters() if p.grad is not None]
-        if not grads and not self.sums_gradients:
+        grads = (p.grad for p in self._model.parameters() if p.grad is not None)
+        if not self.sums_gradients and next(grads, None) is None:
             raise UsageError("step() found no gradients", change="call loss.backward() first")
         if self.grad_scaler is None:
             return True
         self._rates.require_unscaled(self.grad_scaler)
+        grads = (p.grad for p in self._model.parameters() if p.grad is not None)
         zero = torch.zeros((), device=self.layers[0].device)
         return self.distribution.all_finite(
             torch.stack([zero, *(g.sum().float() for g in grads)]).sum()
@@ -656,11 +679,13 @@ class KFAC:
         """
         if not self.holds_everything or self.options.refresh == "adaptive":
             self.communicator.meet("KFAC.state_dict()", seconds=120)
+        self._count_discarded()
         return save(self)
 
     def collect_state(self) -> dict[str, Any]:
         """`state_dict()` for a loop whose ranks all come here: a peer that dies on the way is noticed by
         the first collective, instead of being waited for. Collective."""
+        self._count_discarded()
         return save(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -670,6 +695,7 @@ class KFAC:
             StateError: If it belongs to another model, other options or another version; nothing is
                 changed then.
         """
+        self._verdict = None
         load(self, state)
         self._capture.drop()
         self._arm()
@@ -681,6 +707,7 @@ class KFAC:
         moves the fewest bytes: a rank that has just joined with a fresh preconditioner gets the state of
         the ranks that went furthest.
         """
+        self._count_discarded()
         self.distribution.calibration = self.calibration
         report = move_to(self, as_communicator(process_group))
         self._capture.drop()
@@ -692,6 +719,7 @@ class KFAC:
 
         What this rank holds, its plan and its number stay.
         """
+        self._count_discarded()
         leave(self)
 
     def close(self) -> None:
@@ -700,6 +728,7 @@ class KFAC:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
+        self._count_discarded()
         twin = memo[id(self)] = type(self).__new__(type(self))
         vars(twin).update({name: copy.deepcopy(v, memo) for name, v in vars(self).items()})
         return twin

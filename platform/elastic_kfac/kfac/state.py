@@ -12,6 +12,7 @@ from torch import Tensor
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.damping import AdaptiveDamping
+from elastic_kfac.curvature.factors import host_copy
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.coverage import Coverage
@@ -238,7 +239,7 @@ def _collect_step(kfac: Stateful) -> dict[str, Any]:
     own, distribution = kfac.bound.trust.steps_taken, kfac.distribution
     scales = {name: step.scale for name, step in own.items()}
     if not distribution.counts_are_local:  # every rank has all of it
-        steps = {name: step.matrix.clone() for name, step in own.items()}
+        steps = {name: host_copy(step.matrix) for name, step in own.items()}
     else:
         for other in distribution.communicator.all_gather_object(scales, tag="kfac/state"):
             scales.update(other)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.curvature.capture import Sums
-from elastic_kfac.curvature.factors import finite_sums
+from elastic_kfac.curvature.factors import can_be_read, finite_sums
 from elastic_kfac.curvature.layer import Layer
 
 POSITIONS = (
@@ -39,8 +39,8 @@ class Statistics:
     last_called: int | None = None
     """The layer whose output is nearest to the loss, where a rank has seen it."""
 
-    def finite(self, indices: Sequence[int]) -> list[bool]:
-        """Whether the sums of layers are finite; one transfer to the host for all."""
+    def finite(self, indices: Sequence[int]) -> Tensor:
+        """Whether the sums of each of these layers are finite."""
         return finite_sums([self.sums[index] for index in indices])
 
     def normalizers(self, layer: Layer, index: int) -> dict[str, float]:
@@ -107,6 +107,41 @@ def reduced(facts: Sequence[Sequence[float]]) -> Statistics:
         faulty=frozenset(flagged),
         last_called=nearest if facts[nearest][3] else None,
     )
+
+
+class Verdict:
+    """Which layers' statistics in an update were finite: known at once, or, so that the host does not
+    wait for a device, at the next update.
+
+    Args:
+        indices: Layers.
+        finite: Of each of them.
+        at_once: Whether the host must know now.
+    """
+
+    def __init__(self, indices: Sequence[int], finite: Tensor, *, at_once: bool = True) -> None:
+        self.indices = indices
+        self.flags: dict[int, Tensor] = {}
+        """By layer, for the device to decide with; empty where the host knows."""
+        self._event: torch.cuda.Event | None = None
+        if at_once or can_be_read(finite):
+            self._values: list[bool] | None = finite.tolist()
+            return
+        self.flags = dict(zip(indices, finite.unbind(), strict=True))
+        self._values, self._coming = None, finite
+        if finite.is_cuda:
+            self._coming = torch.empty_like(finite, device="cpu", pin_memory=True)
+            self._coming.copy_(finite, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def finite(self) -> set[int]:
+        """The layers; waits for no work but that of the update."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._values is None:
+            self._values = self._coming.numpy().tolist()
+        return {i for i, good in zip(self.indices, self._values, strict=True) if good}
 
 
 def with_gradients(layers: Sequence[Layer]) -> list[str]:

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
 
 KAPPA = 1e-3
@@ -156,7 +157,8 @@ class LastStep:
     def decay(self, momentum: float, used: Tensor | None = None) -> None:
         """Multiplies δ by `momentum`; with `used`, for `add_columns` of those to follow."""
         if used is None:
-            self.matrix.mul_(self.scale * momentum)
+            if self.scale * momentum != 1.0:
+                self.matrix.mul_(self.scale * momentum)
             self.scale, self.columns = 1.0, None
         elif momentum:
             self.scale, self.columns = self.scale * momentum, None
@@ -173,14 +175,6 @@ class LastStep:
         """Adds to some columns of δ."""
         values = values if self.scale == 1.0 else values / self.scale
         self.matrix.mT.index_add_(0, columns, values.mT)
-
-
-def on_device(
-    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    """Numbers as a tensor, sent without having the host wait."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
 
 
 def kl_clip(
@@ -207,7 +201,7 @@ def kl_clip(
     products = inner_products(results, gradients).to(device)
     scale = torch.ones_like(products.sum())
     if kappa is not None:
-        squares = on_device(lr, device).square()
+        squares = factors.on_device(lr, device).square()
         scale = kl_clip_scale(total((products.abs() * squares).sum()), kappa)
         if results:
             torch._foreach_mul_(results, scale.to(results[0].dtype))
@@ -294,26 +288,53 @@ class TrustRegion:
         if results:
             torch._foreach_mul_(results, (factor * scale.step).to(results[0].dtype))
         if is_linear:
-            for place, (name, index, step) in enumerate(zip(names, indices, before, strict=True)):
-                value, columns = results[place], used[place]
-                if step is None:
-                    # What is not finite must not stay in the sum.
-                    self.steps_taken[name] = LastStep(torch.where(usable, value, 0.0))
-                elif columns is not None and not cut:  # on the CPU: nothing waits
-                    step.decay(rates.momentum[index], columns)
-                    if usable:
-                        step.add_columns(value, columns)
-                else:
-                    step.decay(rates.momentum[index])
-                    if columns is not None:
-                        results[place] = torch.zeros_like(step.matrix)
-                        results[place].mT.index_copy_(0, columns, value.mT)
-                        value, used[place] = results[place], None
-                    back = step.matrix * cut.to(value.dtype)
-                    taken = torch.where(usable, value, 0.0)
-                    value.sub_(back)
-                    step.matrix.add_(taken).sub_(back)
+            momenta = [rates.momentum[index] for index in indices]
+            self._follow(names, results, used, momenta, usable, cut)
         return factor, raw
+
+    def _follow(
+        self,
+        names: Sequence[str],
+        results: list[Tensor],
+        used: list[Tensor | None],
+        momenta: Sequence[float],
+        usable: Tensor,
+        cut: Tensor,
+    ) -> None:
+        """Moves δ by what the optimizer will do with `results`, and takes `cut` of its momentum out of
+        them; where nothing is usable, they do not count."""
+        on_host = factors.can_be_read(usable)
+        brakes, is_lost = not on_host or bool(cut), on_host and not usable
+        whole: list[int] = []
+        for place, name in enumerate(names):
+            value, columns, step = results[place], used[place], self.steps_taken.get(name)
+            if step is None:
+                # What is not finite must not stay in the sum.
+                self.steps_taken[name] = LastStep(torch.where(usable, value, 0.0))
+            elif columns is not None and not brakes:
+                step.decay(momenta[place], columns)
+                if not is_lost:
+                    step.add_columns(value, columns)
+            else:
+                step.decay(1.0)
+                if columns is not None:
+                    results[place] = torch.zeros_like(step.matrix)
+                    results[place].mT.index_copy_(0, columns, value.mT)
+                    used[place] = None
+                whole.append(place)
+        if not whole:
+            return
+        steps = [self.steps_taken[names[place]].matrix for place in whole]
+        torch._foreach_mul_(steps, [momenta[place] for place in whole])
+        values = [results[place] for place in whole]
+        taken = values if on_host else [torch.where(usable, value, 0.0) for value in values]
+        if brakes:
+            back = [step * cut.to(step.dtype) for step in steps]
+            taken = [value.clone() for value in values] if on_host else taken
+            torch._foreach_sub_(values, back)
+            torch._foreach_sub_(steps, back)
+        if not is_lost:
+            torch._foreach_add_(steps, taken)
 
     def _table(
         self,
@@ -339,7 +360,10 @@ class TrustRegion:
         if len(indices) == len(self.names):
             return part
         if self._places[0] != tuple(indices):
-            self._places = tuple(indices), on_device(list(indices), table.device, torch.int64)
+            self._places = (
+                tuple(indices),
+                factors.on_device(list(indices), table.device, torch.int64),
+            )
         return table.index_copy_(1, self._places[1], part)
 
     def predicted_change(self) -> float:
@@ -376,7 +400,7 @@ class TrustRegion:
         if rates != self._rates:
             whole = [lr / (1.0 - m) for lr, m in zip(rates.lr, rates.momentum, strict=True)]
             self._rates = rates
-            self._sent = on_device([rates.lr, rates.momentum, whole], self.squares.device)
+            self._sent = factors.on_device([rates.lr, rates.momentum, whole], self.squares.device)
         return self._sent
 
     # -- state ----------------------------------------------------------------------------------

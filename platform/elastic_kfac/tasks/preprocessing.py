@@ -79,6 +79,8 @@ class Preprocessor:
 
     def _tensor(self, tensor: Tensor, column: Column | None) -> Tensor:
         """One column on the device; None is the mask of a padded one."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # or the host would wait for the copy
         tensor = tensor.to(self._device, non_blocking=True)
         if column is None or column.kind in ("class", "mask", "tokens"):
             return tensor
