@@ -259,15 +259,15 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         counts.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
     sized.model.zero_grad()
     steps = _Steps(sized)
+    sized.loss(1).backward()  # gradients exist from here on
+    steps.kfac.skip_step()
     for n in (1, 2):
-        with_statistics.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
-        steps.kfac.skip_step()
-    steps.whole(1)
-    for n in (1, 2, 3):
         with PeakBytes() as bytes_:
-            for _ in range(_INVERSES_EVERY):
-                steps.whole(n)
-        peaks.append(bytes_.peak)
+            with_statistics.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
+        steps.kfac.skip_step()
+        # Nothing is decomposed here, and wide factors take minutes: what is held is added.
+        moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
+        peaks.append(bytes_.peak + (1 + moments) * 4.0 * sized.parameter_elements + _held(sized))
     steps.kfac.close()
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]
@@ -302,10 +302,7 @@ def _workload(
     factor_statistics: Line,
 ) -> Workload:
     """`peaks`: the bytes of one rank that holds all decompositions, by samples, in ascending order."""
-    kfac = sized.config.kfac
-    held = factor_elements(sized.layers) + second_order_elements(
-        sized.layers, method=kfac.method, precompute=kfac.precompute
-    )
+    kfac, held = sized.config.kfac, _held(sized)
     # With few samples the step needs more than the forward pass: the line is that of the larger ones.
     (n1, low), (n2, high) = list(peaks.items())[-2:]
     memory = Line(high - (slope := (high - low) / (n2 - n1)) * n2, slope)
@@ -315,13 +312,22 @@ def _workload(
         forward_backward=forward_backward,
         factor_statistics=factor_statistics,
         activation_bytes=Line(0.0, memory.slope),
-        base_bytes=memory.fixed - 4.0 * held,
-        least_bytes=min(peaks.values()) - 4.0 * held,
+        base_bytes=memory.fixed - held,
+        least_bytes=min(peaks.values()) - held,
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,
     )
     return with_intervals(workload, kfac)
+
+
+def _held(sized: Sized) -> float:
+    """Bytes of all factors and decompositions."""
+    kfac = sized.config.kfac
+    return 4.0 * (
+        factor_elements(sized.layers)
+        + second_order_elements(sized.layers, method=kfac.method, precompute=kfac.precompute)
+    )
 
 
 def with_intervals(workload: Workload, options: KfacOptions) -> Workload:
