@@ -246,10 +246,11 @@ def _draw(result: dict[str, Any], path: Path) -> None:
         for one in result["phases"]
         for label in ("MEM-OPT", "COMM-OPT")
     ]
-    for phase in bars[0][1]:
+    for place, phase in enumerate(bars[0][1]):
         heights = [values[phase] for _, values in bars]
         if max(heights) > 0:
-            last.bar([name for name, _ in bars], heights, bottom=bottoms, label=phase)
+            color = mpl.colormaps["tab20"](place)
+            last.bar([name for name, _ in bars], heights, bottom=bottoms, label=phase, color=color)
             bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
     last.set(ylabel="ms per iteration", title="ResNet-50, -101, -152 on 64 GPUs")
     last.tick_params(axis="x", labelsize=7)
