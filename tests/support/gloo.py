@@ -1,7 +1,7 @@
 """Run one function on several ranks of a gloo group, and never leave a process behind.
 
-Ranks are forked from one server process that has torch imported already, so a group of five starts
-in a fraction of a second. Functions are found again by the file that defines them, so any
+Ranks are forked from one server process that has imported torch and this package, so a group of five
+starts in a fraction of a second. Functions are found again by the file that defines them, so any
 module-level function of any test file can run on the ranks.
 """
 
@@ -20,12 +20,17 @@ import traceback
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch.distributed as dist
 
+# Optimizers import torch._dynamo (2 s), whose default arguments would hold the ranks' first group.
+_IMPORTED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "elastic_kfac.training.loop"]
+"""What the server of the ranks imports, once for all of them."""
 _GRACE_AFTER_FAILURE_S = 2.0
 """How long the other ranks may go on once one has failed, so that their errors are seen as well."""
 
@@ -76,8 +81,9 @@ def run_ranks(
         RankFailed: with the tracebacks of all failed ranks.
     """
     context = multiprocessing.get_context("forkserver")
-    # Optimizers import torch._dynamo (2 s), whose default arguments would hold the ranks' first group.
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "pytest"])
+    context.set_forkserver_preload(_IMPORTED)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        forkserver.ensure_running()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         processes = []
