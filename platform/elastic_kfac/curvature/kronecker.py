@@ -132,6 +132,8 @@ class KroneckerLayer(Layer):
         real = self._real
         if real is None or tensor.shape[: real.dim()] != real.shape:
             return tensor
+        if tensor.dim() == real.dim() and tensor.is_floating_point():
+            return tensor  # features [n, d], as wide as the sequence is long
         return tensor[real].unsqueeze(1)
 
     def can_share(self, other: Layer) -> bool:

@@ -133,8 +133,11 @@ class MaskedLM(_Tokens):
         name, inputs = self._column.name, batch.inputs
         tokens = inputs[name] if isinstance(inputs, Fields) else inputs
         count, length = tokens.shape
-        draws = torch.from_numpy(uniforms(stream_key(seed, epoch, MASKING), batch.ids, 3 * length))
-        chosen, kind, other = draws.to(tokens.device).view(count, 3, length).unbind(1)
+        # As many draws as the longest sequence needs: they must not depend on the others of a batch.
+        longest = self._column.longest
+        found = uniforms(stream_key(seed, epoch, MASKING), batch.ids, 3 * longest)
+        draws = torch.from_numpy(found).to(tokens.device).view(count, 3, longest)
+        chosen, kind, other = draws[:, :, :length].unbind(1)
         hidden = chosen < self._probability
         # A sequence without any would not count; its first drawn token is taken.
         real = inputs[mask_name(name)] if isinstance(inputs, Fields) else torch.ones_like(hidden)

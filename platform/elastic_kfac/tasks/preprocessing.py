@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from elastic_kfac.data.batch import Batch, Fields, Value, example
+from elastic_kfac.data.batch import PADDED_TARGET, Batch, Fields, Value, example, mask_name
 from elastic_kfac.data.columns import Column, Role
 
 Prepare = Callable[[Batch, int], Batch]
 """What a task makes of a batch of an epoch."""
+
+
+def _trimmed(value: Value, columns: Iterable[Column]) -> Value:
+    """Padded columns without what is padding in every sample: not in the reader, whose batches are cut
+    further, and the shapes of a pass must depend on its own samples alone."""
+    for column in columns:
+        if not column.is_padded:
+            continue
+        if not isinstance(value, Fields):
+            return _cut(value, value != PADDED_TARGET)
+        name, mask = column.name, mask_name(column.name)
+        real = value[mask] if mask in value else value[name] != PADDED_TARGET
+        own = {each: _cut(value[each], real) for each in (name, mask) if each in value}
+        value = Fields({**{each: value[each] for each in value}, **own})
+    return value
+
+
+def _cut(tensor: Tensor, real: Tensor) -> Tensor:
+    return tensor[:, : max(1, int(real.any(dim=0).sum()))]
 
 
 class Form(Protocol):
@@ -73,6 +92,7 @@ class Preprocessor:
 
     def _converted(self, value: Value, role: Role) -> Value:
         columns = self._columns[role]
+        value = _trimmed(value, columns.values())
         if not isinstance(value, Fields):
             return self._tensor(value, next(iter(columns.values())))
         return Fields({name: self._tensor(value[name], columns.get(name)) for name in value})

@@ -252,6 +252,36 @@ def test_two_masked_micro_batches_equal_one() -> None:
     assert_same_factors(kfac, packed())
 
 
+@pytest.mark.parametrize("width", [10, 8], ids=["as-wide-as-long", "narrower"])
+def test_layer_after_pooling_is_not_masked_whatever_its_width(width: int) -> None:
+    """Its input [n, width] has the shape of the mask where there are as many positions."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.tokens, self.head = nn.Linear(4, width), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor, real: Tensor) -> Tensor:
+            found = self.tokens(x).tanh() * real.unsqueeze(2)
+            out: Tensor = self.head(found.sum(1) / real.sum(1, keepdim=True))
+            return out
+
+    model = Pooled().double()
+    kfac = KFAC(model, kl_clip=None, factor_decay=0.0)
+    seen: list[Tensor] = []
+    handle = model.head.register_forward_hook(lambda layer, given, out: seen.append(given[0]))
+    with kfac.micro_batch(mask=REAL):
+        F.cross_entropy(model(PADDED, REAL), TARGETS[:, 0]).backward()
+    handle.remove()
+    kfac.step()
+    assert set(kfac.coverage().values()) == {"covered"}
+    inputs = torch.cat([seen[0].detach(), torch.ones(4, 1).double()], dim=1)
+    torch.testing.assert_close(
+        kfac.factors()["head"]["A"], inputs.T @ inputs / 4, rtol=0, atol=1e-12
+    )
+
+
 def test_a_mean_over_tokens_equals_tokens_as_samples() -> None:
     x = torch.randn(3, 7, 4, generator=seeded(3)).double()
     y = torch.randint(3, (3, 7), generator=seeded(4))

@@ -21,12 +21,13 @@ from elastic_kfac.cli import main
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import dump_yaml, parse_config
 from elastic_kfac.data.columns import Column
-from elastic_kfac.data.dataset import open_datasets
+from elastic_kfac.data.dataset import open_datasets, open_split
 from elastic_kfac.data.shards import make_shards
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.detection import mean_average_precision
 from elastic_kfac.tasks.language import CausalLM, MaskedLM, SequenceClassification
 from elastic_kfac.tasks.models import call_model
+from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.tasks.regression import Regression
 from elastic_kfac.tasks.segmentation import Segmentation
 from elastic_kfac.training.step import StepTrainer
@@ -339,3 +340,21 @@ def test_factors_of_padded_tokens_are_means_over_the_real_ones(tmp_path: Path) -
     torch.testing.assert_close(found["A"], (inputs.T @ inputs / count).detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(found["G"], g[real].T @ g[real] / count, rtol=0, atol=1e-12)
     datasets.close()
+
+
+def test_a_pass_is_as_long_as_its_longest_sequence(tmp_path: Path) -> None:
+    texts = ["a" * n for n in (3, 4, 5, 30)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet")
+    make_shards(f"text:{tmp_path / 't.parquet'}?lines=1&test=0.25", tmp_path / "set")
+    values = {"data": {"shards": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}}
+    with open_split(parse_config(values), "train") as opened:
+        preprocess = Preprocessor(opened, torch.float32, torch.device("cpu"))
+        whole = opened.read(0, 0, 3)
+        assert whole.inputs["tokens"].shape == (3, 30)
+        for place in range(3):
+            part = whole.part(slice(place, place + 1))
+            length = int(part.inputs["tokens_mask"].sum())
+            batch = preprocess(part)
+            assert batch.inputs["tokens"].shape == batch.inputs["tokens_mask"].shape == (1, length)
+            assert bool(batch.inputs["tokens_mask"].all())
+        assert preprocess.empty().inputs["tokens"].shape[0] == 0
