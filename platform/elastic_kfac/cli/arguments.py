@@ -118,7 +118,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     ),
     "--attack": _of("also evaluate attacked samples", choices=("fgsm", "pgd", "l2")),
     "--bad-records": _of(
-        "images that cannot be decoded: stop, leave them out, or also list them in quarantine.jsonl",
+        "images that cannot be decoded: stop, skip them, or skip and list them in quarantine.jsonl",
         choices=("raise", "skip", "quarantine"),
         default="raise",
     ),
@@ -151,7 +151,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--local": _of("train in this process, as one worker and without Ray", action="store_true"),
     "--markdown": _of("print docs/configuration.md", action="store_true"),
     "--max-bad-records": _of(
-        "bad images to leave out of a split before stopping",
+        "bad images to skip in a split before stopping",
         type=_number("--max-bad-records"),
         default=1000,
         metavar="N",
@@ -192,7 +192,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         dest="overrides",
         metavar="SECTION.KEY=VALUE",
     ),
-    "--shards": _of("root of the shard sets now (default: where the run had them)", metavar="URI"),
+    "--shards": _of(
+        "current root of the shard sets (default: where the run recorded them)", metavar="URI"
+    ),
     "--source": _of(
         "digits | clusters10[:SEED] | stdlib_text | digit_scenes:masks|boxes | "
         "sklearn:diabetes|breast_cancer|wine | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
@@ -319,7 +321,7 @@ COMMANDS: dict[str, Command] = {
                 default=1000,
                 metavar="N",
             ),
-            "--layers": _of("print where every layer goes as well", action="store_true"),
+            "--layers": _of("also print where every layer goes", action="store_true"),
         },
     ),
     "audit": Command(

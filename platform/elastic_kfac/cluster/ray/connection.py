@@ -73,7 +73,7 @@ def connect(address: str, *, instead: str = "start a local cluster") -> None:
             f"cannot connect to a Ray cluster: {str(error).splitlines()[0]}",
             given=f"--address {address}",
             allowed="auto (on a machine of the cluster) or the host:port of its head",
-            change=f"leave --address away to {instead}",
+            change=f"drop --address to {instead}",
         ) from None
 
 

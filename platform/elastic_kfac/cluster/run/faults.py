@@ -46,7 +46,7 @@ class FaultPlan:
             raise UsageError(
                 "requested faults act on the embedded cluster only",
                 given=str(faults[0]),
-                change="leave --address away",
+                change="drop --address",
             )
         self._cluster = cluster
         self._pending = sorted(faults)

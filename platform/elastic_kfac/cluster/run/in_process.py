@@ -50,7 +50,7 @@ def train_in_process(
         raise UsageError(
             "--local trains with one worker",
             given=f"elastic.min_workers={config.elastic.min_workers}",
-            change="add --set elastic.min_workers=1, or leave --local away",
+            change="add --set elastic.min_workers=1, or drop --local",
         )
     levels = levels_of_this_process()
     if levels:

@@ -279,7 +279,7 @@ class ParquetSplit:
             if column.null_count:
                 unknown = pc.drop_null(pc.unique(text.filter(pc.is_null(column))))
                 raise DataError(
-                    f"a label of {file.name} is no class",
+                    f"a label of {file.name} is not a class",
                     given=unknown[0].as_py(),
                     allowed=f"{', '.join(self.class_names[:10])} …",
                 )
