@@ -19,7 +19,7 @@ from elastic_kfac.data.sources.source import ColumnSplit, Source, fixed_shuffle
 from elastic_kfac.errors import DataError
 
 TARGET_NAMES: Final = ("target", "targets", "label", "labels", "y", "mask", "boxes")
-_PROBES: Final = 64
+_PROBES: Final = 256
 
 
 def own_dataset(rest: str, split: str | None) -> Source:
@@ -27,7 +27,7 @@ def own_dataset(rest: str, split: str | None) -> Source:
 
     A dataset has `len` and `[index]`; a sample is a mapping of names to values, or (input, target). Its
     attribute `columns`, a sequence of `Column`, describes the values; without it columns are read off
-    the first samples: images of PIL or bytes, numbers of NumPy or torch, `int` for classes, 1-D integers
+    some samples: images of PIL or bytes, numbers of NumPy or torch, `int` for classes, 1-D integers
     for tokens. `classes` names the classes, `vocabulary` is the number of different tokens.
 
     Raises:
@@ -58,7 +58,9 @@ def _split(dataset: Any, origin: str, name: str, begin: float, end: float) -> Co
     if not count:
         raise DataError("the dataset has no samples", given=f"{origin}, split {name}")
     read = lru_cache(maxsize=1024)(lambda index: _named(dataset[index]))
-    probes = [read(index) for index in range(min(count, _PROBES))]
+    # Spread evenly, so that a changed dataset is likely to be noticed.
+    places = np.unique(np.linspace(0, count - 1, min(count, _PROBES)).astype(np.int64))
+    probes = [read(index) for index in places.tolist()]
     columns = tuple(getattr(dataset, "columns", ())) or tuple(
         _column(key, dataset, [probe[key] for probe in probes], partial(_all, read, key, count))
         for key in probes[0]
