@@ -4,8 +4,8 @@ One process writes, and it replaces every file as a whole; a search that was kil
 
 `experiment.json`
     `name`; `space`: the resolved search space (a mapping, as `SearchSpace.model_dump(mode="json")`);
-    `objective`: `{metric, mode: "min", unit}`; `target`: `{metric, value}`; `direction`;
-    `rule_for_censored`: a sentence;
+    `objective`: `{metric, mode: "min", unit}`; `target`: `{metric, value}` (of accuracy also
+    `target_accuracy`); `direction`; `rule_for_censored`: a sentence;
     `started`: Unix time of the first call; `updated`; `status`: `running | finished | interrupted |
     failed`; `hardware` and `versions`: mappings of strings; `n_repeats`: seeds per point;
     `references`: name -> `{config: resolved configuration, rows: [trials.csv rows as mappings]}`, of
@@ -239,6 +239,11 @@ class SearchFolder:
             "num_rows": len(self.trials),
             "objective": {"metric": objective.metric, "mode": "min", "unit": objective.unit},
             "target": objective.goal.model_dump(),
+            **(
+                {"target_accuracy": objective.goal.value}
+                if objective.goal.metric == "accuracy"
+                else {}
+            ),
             "direction": objective.quality.direction,
             "rule_for_censored": objective.censoring_rule,
             "n_repeats": space.repeats,
