@@ -51,11 +51,12 @@ from typing import Any
 import elastic_kfac
 from elastic_kfac.config import Config, dump_yaml
 from elastic_kfac.data.storage import Storage
-from elastic_kfac.errors import UsageError
-from elastic_kfac.experiments.search_space import SearchSpace
+from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.experiments.search_space import SearchSpace, parse_space
 from elastic_kfac.experiments.trials import (
     ENDED,
     FINISHED,
+    PENDING,
     RUNNING,
     Evaluation,
     Point,
@@ -123,12 +124,17 @@ class SearchFolder:
         Raises:
             UsageError: If the space differs in more than the number of trials, or the record is damaged.
         """
-        theirs, ours = mapping(stored.get("space")), json.loads(self.space.model_dump_json())
+        theirs = mapping(stored.get("space"))
+        with contextlib.suppress(
+            ConfigError
+        ):  # It may lack keys that are new, with their defaults.
+            theirs = parse_space(theirs).model_dump(mode="json")
         may_differ = {"keep_states"} if self.space.perturbed else {"keep_states", "num_trials"}
-        differing = [key for key in ours if theirs.get(key) != ours[key] and key not in may_differ]
+        ours = self.space.model_dump(mode="json")
+        differing = [key for key in _differences(theirs, ours) if key not in may_differ]
         if differing:
             raise UsageError(
-                f"this search exists with another space: {', '.join(differing)} differ",
+                f"this search exists with another space: {', '.join(differing[:5])} differ",
                 given=f"--name {self.name}",
                 allowed="the space that it was started with, or more num_trials",
                 change="use another name, or that space",
@@ -378,11 +384,22 @@ def is_experiment(folder: Path) -> bool:
     return (folder / EXPERIMENT).is_file()
 
 
+def _differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """Paths at which two nested mappings differ."""
+    if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
+        return [] if theirs == ours else [path]
+    found: list[str] = []
+    for key in dict.fromkeys([*ours, *theirs]):
+        below = f"{path}.{key}".removeprefix(".")
+        found += _differences(theirs.get(key), ours.get(key), below)
+    return found
+
+
 def read_experiment(folder: Path) -> Experiment:
     """Reads the folder of a search.
 
     Raises:
-        UsageError: If the folder is not there, holds no search, or `experiment.json` is damaged.
+        UsageError: If the folder is not there, holds no search, or its record is damaged.
     """
     if not is_experiment(folder):
         raise UsageError(
@@ -390,15 +407,15 @@ def read_experiment(folder: Path) -> Experiment:
         )
     about = _about(folder)
     text = _text_of(folder / "trials.csv") or ""
-    if text and not text.startswith("trial_id,"):
-        raise UsageError(
-            "a damaged folder of a search: the first column is not trial_id",
-            given=folder / "trials.csv",
-            change="restore the file from a copy",
-        )
     named = about.get("parameters")
     parameters = [str(name) for name in named] if isinstance(named, list) else None
     trials = read_trials(text, parameters)
+    if problem := _problem_of(text, trials, number(about, "num_rows") or 0):
+        raise UsageError(
+            f"a damaged folder of a search: {problem}",
+            given=folder / "trials.csv",
+            change="restore the file from a copy",
+        )
     metric = str(mapping(about.get("target")).get("metric") or "accuracy")
     for trial in trials.values():
         run = _inside(folder, trial.run_folder)
@@ -416,6 +433,18 @@ def read_experiment(folder: Path) -> Experiment:
         best_config=_text_of(folder / "best_config.yaml"),
         folder=folder,
     )
+
+
+def _problem_of(text: str, trials: TrialTable, num_rows: float) -> str | None:
+    """What makes a table's answers wrong; other versions may have had other columns."""
+    if text and not text.startswith("trial_id,"):
+        return "the first column is not trial_id"
+    for trial in trials.values():
+        if trial.status not in (PENDING, RUNNING, *ENDED):
+            return f"trial {trial.id} has the unknown status {trial.status!r}"
+    if text and len(trials) < num_rows:
+        return f"{len(trials)} of {num_rows:g} trials are left"
+    return None
 
 
 def choices(parameter: Any) -> list[Any] | None:

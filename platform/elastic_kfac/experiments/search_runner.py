@@ -96,8 +96,9 @@ def search(
         UsageError: If the search cannot work; nothing was started then.
         RunError: If Ray Tune itself failed; the same name continues.
     """
-    # It warns that files of Ray Tune's own loggers are missing; they are off.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    # Warnings about files of Ray Tune's own loggers, which are off, and about its pace on a busy machine.
+    for module in ("analysis.experiment_analysis", "utils.util"):
+        logging.getLogger(f"ray.tune.{module}").setLevel(logging.ERROR)
     path = searches_folder(storage) / name
     with contextlib.ExitStack() as stack:
         line = display or ProgressLine(plain_interval_s=60.0)

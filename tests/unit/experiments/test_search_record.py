@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,11 @@ from ray.tune.search import Searcher
 from elastic_kfac.config import read_config
 from elastic_kfac.data import make_shards
 from elastic_kfac.errors import RunError, UsageError
-from elastic_kfac.experiments.search_folder import SearchFolder, claimed_search
+from elastic_kfac.experiments.search_folder import (
+    SearchFolder,
+    claimed_search,
+    read_experiment,
+)
 from elastic_kfac.experiments.search_plan import SearchPlan
 from elastic_kfac.experiments.search_record import SearchRecord
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
@@ -393,6 +398,39 @@ def test_damaged_record_is_refused_in_one_line_and_left_as_it_is(story: Story, n
         SearchFolder(story.folder, "story", make_space())
     assert "\n" not in caught.value.line() and file in caught.value.line()
     assert [(f, f.read_bytes()) for f in files] == before
+
+
+def test_search_of_an_earlier_version_lacks_new_keys_and_continues(story: Story) -> None:
+    story.point(0, 0.1)
+    story.record.write()
+    path = story.folder / "experiment.json"
+    stored = json.loads(path.read_text())
+    del stored["space"]["base"]["kfac"]["stagger"], stored["space"]["keep_states"]
+    path.write_text(json.dumps(stored))
+    assert len(SearchFolder(story.folder, "story", make_space()).trials) == 3
+    stored["space"]["base"]["kfac"]["damping"] = 0.7
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match=r"another space: base\.kfac\.damping differ"):
+        SearchFolder(story.folder, "story", make_space())
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (lambda text: text.replace("finished", "done"), "trial t0-0 has the unknown status 'done'"),
+        (lambda text: "".join(text.splitlines(True)[:1] + text.splitlines(True)[2:]), "2 of 3"),
+    ],
+)
+def test_report_refuses_a_table_whose_answer_would_be_wrong(
+    story: Story, damage: Callable[[str], str], line: str
+) -> None:
+    story.point(0, 0.1)
+    story.end("t0-0", 1.0, "target")
+    story.record.write()
+    path = story.folder / "trials.csv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UsageError, match=f"a damaged folder of a search: {line}"):
+        read_experiment(story.folder)
 
 
 def test_record_with_the_mark_of_a_spreadsheet_is_read(story: Story) -> None:
