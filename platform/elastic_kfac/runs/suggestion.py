@@ -127,7 +127,11 @@ class Suggestion:
         """Everything, for a file."""
 
         def row(trial: Trial) -> dict[str, Any]:
-            return {**vars(trial), "score": None if math.isinf(trial.score) else trial.score}
+            losses = [loss if math.isfinite(loss) else None for loss in trial.losses]
+            score = trial.score if math.isfinite(trial.score) else None
+            test = trial.test_loss
+            known = None if test is None or not math.isfinite(test) else test
+            return {**vars(trial), "losses": losses, "test_loss": known, "score": score}
 
         return {
             "steps": self.steps,
