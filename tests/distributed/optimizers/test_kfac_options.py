@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -84,14 +85,16 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
     options = {"damping": 0.05, "inverse_update_steps": 2, **CASES[case]}
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if options.pop("grad_scaler", 0) else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    kfac = KFAC(
-        model,
-        lr=optimizer,
-        sharding=sharding,
-        grad_scaler=scaler,
-        process_group=communicator,
-        **options,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not apply to Embedding layers")
+        kfac = KFAC(
+            model,
+            lr=optimizer,
+            sharding=sharding,
+            grad_scaler=scaler,
+            process_group=communicator,
+            **options,
+        )
     ranks, rank = communicator.world_size, communicator.rank
     share = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     for step in range(STEPS):

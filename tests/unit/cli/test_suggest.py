@@ -35,7 +35,7 @@ def test_suggestion_beats_a_bad_configuration_and_trains(
     digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = digits.parent / "runs"
-    arguments = ["--storage", str(storage), "--name", "better", "--minutes", "3"]
+    arguments = ["--storage", str(storage), "--name", "better", "--minutes", "30"]
     assert main(["suggest", str(digits), *arguments]) == 0
     text = capsys.readouterr().out
     assert "K-FAC's defaults" in text
