@@ -4,7 +4,9 @@
 
 Process CPU time, one thread, whole inverse-update cycles, the same Linear and Conv2d layers. Variants
 take turns, cycle by cycle, so that a noisy machine hits them alike; what counts are the ratios. `floor`
-is kfac_floor.py's: the kernels of an exact step and nothing else. `--peer` is a folder with
+is kfac_floor.py's: the kernels of an exact step and nothing else. Spikes are p99 over the median of the
+steps after the first, by wall clock and by CPU time of the training thread; decompositions on another
+thread are part of the former and of the process's time. `--peer` is a folder with
 kfac-pytorch installed (`pip install --no-deps --target FOLDER` of a checkout of gpauloski/kfac-pytorch);
 without it only our own time is measured.
 """
@@ -15,6 +17,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import platform
 import statistics
 import sys
@@ -36,7 +39,7 @@ from transformer import Block
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.tasks.models import create_model
 
-INTERVALS = ((1, 10), (10, 100))
+INTERVALS = ((1, 10), (5, 10), (10, 100))
 
 
 def main() -> None:
@@ -56,10 +59,20 @@ def main() -> None:
             for method in ("eigen", "inverse"):
                 rows.append(_compare(name, cases[name], at, method, peer))
                 print(_line(rows[-1]), flush=True)
-    result = {
+                if arguments.out:
+                    result = _result(rows, arguments, cases, peer)
+                    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _result(
+    rows: list[dict[str, Any]], arguments: argparse.Namespace, cases: Mapping[str, Case], peer: Any
+) -> dict[str, Any]:
+    return {
         "benchmark": "kfac_step",
         "what": "process CPU ms per step, float32, one thread; extra = K-FAC minus SGD; "
-        "extra_ratio = our extra / peer's extra; floor = bare kernels",
+        "extra_ratio = our extra / peer's extra; floor = bare kernels; floor_ratio = floor / peer's "
+        "extra; p99 = p99 / median of a step's "
+        "time, by wall clock and by CPU time of the training thread",
         "cases": {name: cases[name].description for name in arguments.cases},
         "rows": rows,
         "peer": {"name": "kfac-pytorch", "commit": arguments.peer_commit} if peer else None,
@@ -70,8 +83,6 @@ def main() -> None:
             "elastic_kfac": __version__,
         },
     }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _import_peer(folder: Path | None) -> Any:
@@ -93,7 +104,7 @@ class Case:
     description: str
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module], Tensor]
-    cycles: tuple[int, int]
+    cycles: tuple[int, int, int]
     """Measured cycles at each pair of `INTERVALS`."""
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -118,25 +129,25 @@ def _cases() -> dict[str, Case]:
             "ResNet-20, 64 x 3 x 32 x 32",
             lambda: create_model("resnet20", 10, (3, 32, 32)),
             classify(images, image_labels),
-            (5, 1),
+            (3, 3, 1),
         ),
         "mlp256": Case(
             "MLP 784-256x4-10, 128 rows",
             lambda: _mlp(784, [256] * 4, 10),
             classify(rows, row_labels),
-            (20, 4),
+            (20, 20, 3),
         ),
         "mlp1024": Case(
             "MLP 784-1024x3-10, 128 rows",
             lambda: _mlp(784, [1024] * 3, 10),
             classify(rows, row_labels),
-            (3, 1),
+            (3, 3, 1),
         ),
         "encoder": Case(
             "transformer encoder block, width 256, 16 x 128 tokens",
             lambda: Block(256, 8, causal=False),
             lambda model: F.mse_loss(model(tokens), targets),
-            (5, 1),
+            (4, 4, 1),
             {"loss_reduction": "positions"},
         ),
     }
@@ -193,10 +204,12 @@ def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str
         **{f"{n}_ms": round(value, 2) for n, value in per_step.items()},
         "ours_over_sgd": round(per_step["ours"] / per_step["sgd"], 3),
         "ours_over_floor": round(extra["ours"] / per_step["floor"], 3),
+        "p99": {n: runners[n].spikes() for n in builders},
     }
     if "peer" in per_step:
         row["peer_over_sgd"] = round(per_step["peer"] / per_step["sgd"], 3)
         row["extra_ratio"] = round(extra["ours"] / extra["peer"], 3)
+        row["floor_ratio"] = round(per_step["floor"] / extra["peer"], 3)
     return row
 
 
@@ -214,17 +227,31 @@ class _Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.preconditioner = build(model)
+        self.steps: list[tuple[float, float]] = []
+        """Seconds of each step: wall clock, CPU time of this thread."""
 
     def cycle(self, factor_update_steps: int, inverse_update_steps: int) -> float:
         """Process CPU seconds of one inverse-update cycle."""
         start = time.process_time()
         for _ in range(inverse_update_steps):
+            begin = time.perf_counter(), time.thread_time()
             self.optimizer.zero_grad()
             self.loss(self.model).backward()
             if self.preconditioner is not None:
                 self.preconditioner.step()
             self.optimizer.step()
+            self.steps.append((time.perf_counter() - begin[0], time.thread_time() - begin[1]))
         return time.process_time() - start
+
+    def spikes(self) -> dict[str, float]:
+        """p99 / median of the steps after the first, which decomposes everything."""
+        found = {}
+        for name, values in zip(("wall", "thread"), zip(*self.steps[1:], strict=True), strict=True):
+            ordered = sorted(values)
+            p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
+            found[name] = round(p99 / statistics.median(ordered), 2)
+            found[f"{name}_largest"] = round(ordered[-1] / statistics.median(ordered), 2)
+        return {**found, "n": len(self.steps) - 1}
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -238,7 +265,8 @@ def _line(row: dict[str, Any]) -> str:
             f"  kfac-pytorch {row['peer_ms']:7.1f} ms ({row['peer_over_sgd']:.2f}x)"
             f"  our extra / its extra {row['extra_ratio']:.2f}"
         )
-    return text + f"  n={row['n']}"
+    spikes = "  ".join(f"{n} {p['wall']:.2f} ({p['thread']:.2f})" for n, p in row["p99"].items())
+    return text + f"  p99/median {spikes}  n={row['n']}"
 
 
 if __name__ == "__main__":

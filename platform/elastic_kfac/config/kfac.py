@@ -128,8 +128,9 @@ class KfacOptions(Section):
     (`schedule: warmup` or `milestones`) or `rule: levenberg_marquardt`."""
     factor_decay: Decay = 0.95
     """Weight of the OLD factor in the moving average; or a schedule."""
-    factor_update_steps: Interval = 1
-    """Steps between factor updates; or a schedule."""
+    factor_update_steps: Interval = 5
+    """Steps between factor updates; or a schedule. Not given, it is 1 if inverse_update_steps is no
+    multiple of the default."""
     inverse_update_steps: Interval = 10
     """Steps between decompositions, a multiple of factor_update_steps; or a schedule."""
     trust_region: Literal["adaptive", "fixed", "none"] = "adaptive"
@@ -156,8 +157,11 @@ class KfacOptions(Section):
     each statistic changes (Osawa et al. 2020), and decomposes what was refreshed."""
     refresh_threshold: Positive = 0.1
     """α of `refresh: adaptive`: relative change that counts as similar."""
-    stagger: bool = False
-    """Spread the decompositions of different layers over the inverse interval."""
+    stagger: bool | None = None
+    """Spread statistics and decompositions of different layers over the intervals, decompositions between
+    statistics and large ones on another thread, so that no step takes much longer than another. null
+    does so on CPUs where inverse_update_steps is 50 or more and factor_update_steps 2 or more. With
+    sampled labels (`fisher`) only decompositions are spread."""
     inverse_damping: Literal["pi", "sqrt", "plain"] = "pi"
     """How `method: inverse` splits γ between A and G."""
     precompute: bool = False
@@ -205,6 +209,18 @@ class KfacOptions(Section):
             return {**data, "trust_region": "none" if data["kl_clip"] is None else "fixed"}
         if data.get("factor_scale", "per_sample") != "per_sample":
             return {**data, "trust_region": "fixed"}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _common_rhythm(cls, data: Any) -> Any:
+        """Decompositions see new factors."""
+        if not isinstance(data, dict) or "factor_update_steps" in data:
+            return data
+        inverse = data.get("inverse_update_steps")
+        default = cls.model_fields["factor_update_steps"].default
+        if isinstance(inverse, int) and inverse % default:
+            return {**data, "factor_update_steps": 1}
         return data
 
     @model_validator(mode="after")

@@ -68,6 +68,11 @@ class Coverage:
                 stacklevel=5,
             )
 
+    def are_without_gradients(self, due: Sequence[Collection[str]]) -> bool:
+        """Whether only some layers are due, and a pass may have had no use for them."""
+        layers = [layer for layer, names in zip(self._layers, due, strict=True) if names]
+        return len(layers) < len(self._layers) and not with_gradients(layers)
+
     def report(self) -> dict[str, str]:
         """See `KFAC.coverage`."""
         coverage = dict(self._coverage)

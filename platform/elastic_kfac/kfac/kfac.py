@@ -13,7 +13,7 @@ import copy
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -138,6 +138,8 @@ class KFAC:
         self._warnings = WarnOnce()
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
+        self._new: set[str] = set()
+        """Layers whose first statistics are due at once."""
         self._build(as_communicator(process_group))
         self._last_damping = self.damping
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
@@ -152,6 +154,8 @@ class KFAC:
         """The covered layers in registration order."""
         self.covered.find(found)
         self.bound.cover(self.layers)
+        weights = [layer.parameters[0] for layer in self.layers]
+        self._placed = [(w, w.dtype, w.device, w.shape) for w in weights]
         self.states = [LayerState() for _ in self.layers]
         """What this rank holds of each layer."""
         wide = ", ".join(f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept)
@@ -181,6 +185,13 @@ class KFAC:
             counts_positions=self.options.loss_reduction == "positions",
         )
 
+    def _was_cast(self) -> bool:
+        """Whether parameters have another type, device or shape than what is kept for them."""
+        return any(
+            p.dtype is not dtype or p.device != device or p.shape != shape
+            for p, dtype, device, shape in self._placed
+        )
+
     def _follow_model(self) -> bool:
         """Whether layers were frozen, unfrozen, replaced or added; covers what there is now. Collective
         if so."""
@@ -188,7 +199,7 @@ class KFAC:
             return False
         self._count_discarded()
         saved, before, layers = save(self), self._parameters, self.layers
-        self._capture.close()
+        self.close()
         self._build(self.communicator)
         same = {name for name, p in self._parameters.items() if before.get(name) is p}
         known = {x.name: (x.gradient_shape, *map(id, x.parameters)) for x in layers}
@@ -202,6 +213,7 @@ class KFAC:
         put(self, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
         self.covered.keep(kept)
         new = [layer.name for layer in self.layers if layer.name not in kept]
+        self._new = set(new)
         if new:
             warnings.warn(
                 f"the model has changed; K-FAC preconditions from the next pass on: {', '.join(new)}",
@@ -241,7 +253,8 @@ class KFAC:
             due = self.factors_due()
             changed = due and statistics is not None and shape_of(self._model) != self._shape
             self._warnings.once("tree", changed, UNFOLLOWED)
-            if statistics is None and (due or self.sums_gradients) and self._follow_model():
+            looks = statistics is None and (due or self.sums_gradients or self._was_cast())
+            if looks and self._follow_model():
                 due = False  # layers that have changed are covered from the next pass on
             if statistics is None and (due or self.sums_gradients):
                 self._enter("factor_exchange", if_=due)
@@ -262,7 +275,9 @@ class KFAC:
         """Moves the running averages; the layers whose statistics came and were finite."""
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
         # A sharded reduction does not count layers that are left out.
-        uncounted = bool(self.covered.left_out) and self.distribution.counts_are_local
+        uncounted = self.distribution.counts_are_local and (
+            bool(self.covered.left_out) or self.covered.are_without_gradients(self._due)
+        )
         if statistics is None or not (seen or uncounted or self._capture.took_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
             raise UsageError(
@@ -276,6 +291,7 @@ class KFAC:
                 self.states[i] = LayerState()
             seen -= statistics.faulty
         self._enter("factor_update")
+        self.refresh.see({self.layers[i].name: int(statistics.counts[i][1]) for i in seen})
         self.covered.used |= {self.layers[i].name for i in seen}
         self.covered.name_unseen(self._due)
         here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
@@ -330,7 +346,7 @@ class KFAC:
             names, parts = self.distribution.decomposes(i), {}
             try:
                 if names:
-                    parts = layer.decompose(state.floored, names, damping, state.decomposition)
+                    parts = self.refresh.ahead.decompose(layer, state, names, damping)
             except NumericalError:
                 self.counters["inverse_failures"] += 1
                 if state.inverse_step < 0:
@@ -340,7 +356,12 @@ class KFAC:
         self._enter("decomposition", if_=bool(due))
         self.distribution.share(self.states, due, last)
         if due:
-            self.bound.look(self.states)
+            self.bound.look(self.states, due)
+        for i, step in self.refresh.decompositions_ahead(self.steps):
+            state, names = self.states[i], self.distribution.decomposes(i)
+            if state.inverse_step >= 0 and names:
+                damping = self.bound.tikhonov(self._damping_at(step))
+                self.refresh.ahead.begin(self.layers[i], state, names, damping)
 
     def _precondition(self) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
@@ -382,6 +403,11 @@ class KFAC:
     def factors_due(self) -> bool:
         """Whether the coming step refreshes statistics, so that passes are recorded."""
         return any(self._due)
+
+    @property
+    def due(self) -> Sequence[frozenset[str]]:
+        """The factors that the coming step refreshes, by layer."""
+        return self._due
 
     def captured_samples(self) -> int:
         """Samples that this rank's passes have gone through since the last step."""
@@ -490,10 +516,18 @@ class KFAC:
         )
 
     def _arm(self) -> None:
-        self._due = [
-            frozenset[str]() if layer.name in self.covered.left_out else due
-            for layer, due in zip(self.layers, self.refresh.statistics_due(self.steps), strict=True)
-        ]
+        due = self.refresh.statistics_due(self.steps)
+        left_out = self.covered.left_out
+        if left_out or self._new:
+            due = [
+                frozenset()
+                if layer.name in left_out
+                else frozenset(layer.factor_names)
+                if layer.name in self._new
+                else names
+                for layer, names in zip(self.layers, due, strict=True)
+            ]
+        self._due, self._new = due, set()
         self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
@@ -560,8 +594,12 @@ class KFAC:
     @property
     def damping(self) -> float:
         """γ at this step, the coupled weight decay included."""
+        return self._damping_at(self.steps)
+
+    def _damping_at(self, step: int) -> float:
+        """The same at another step, as far as it is known."""
         rule = self.damping_rule
-        value = value_at(self.options, "damping", self.steps) if rule is None else rule.value
+        value = value_at(self.options, "damping", step) if rule is None else rule.value
         return value + self.options.weight_decay
 
     @property
@@ -725,6 +763,7 @@ class KFAC:
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
         self._capture.close()
+        self.refresh.ahead.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""

@@ -7,16 +7,22 @@ numbers while the statistic resembles its last two snapshots, and halves when it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.kfac.ahead import Ahead
 from elastic_kfac.kfac.options import value_at
+from elastic_kfac.kfac.spread import Spread, spread
+
+SPREAD_FROM = 50
+"""Inverse interval from which all is spread by default. Layers whose curvature is of different ages cost
+steps where it is renewed all the time; where it is rare, it helps that the first renewal is earlier."""
 
 SumOverRanks = Callable[[Tensor], None]
 Sums = Mapping[str, Tensor]
@@ -27,12 +33,15 @@ Key = tuple[str, str]
 class Refresh(ABC):
     """A rule. `choose` and `agree` are for those that look at the statistics."""
 
+    keeps_snapshots: ClassVar[bool] = False
     snapshots: dict[Key, tuple[Tensor, ...]]
     """The last two statistics, newest first, of the layers this rank decides about."""
 
     def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
         self._layers, self._options = layers, options
         self.snapshots = {}
+        self.ahead = Ahead(needs_damping=options.method != "eigen" or options.precompute)
+        """Decompositions that were begun before their step."""
 
     @abstractmethod
     def statistics_due(self, step: int) -> list[frozenset[str]]:
@@ -41,6 +50,14 @@ class Refresh(ABC):
     @abstractmethod
     def decompositions_due(self, step: int, refreshed: set[int]) -> Collection[int]:
         """Layers that `step` decomposes again; `refreshed` are those with new factors."""
+
+    def decompositions_ahead(self, step: int) -> Iterable[tuple[int, int]]:
+        """Large layers whose factors stay as they are after `step` until they are decomposed, and the
+        step that does it."""
+        return ()
+
+    def see(self, rows: Mapping[str, int]) -> None:  # noqa: B027 (optional)
+        """Takes the rows (samples times positions) that layers have in a global batch."""
 
     def choose(self, layer: Layer, sums: Sums, normalizers: Mapping[str, float]) -> None:  # noqa: B027 (optional)
         """Chooses when the statistics of a layer are due again, on the rank that decides about it."""
@@ -57,26 +74,78 @@ class Refresh(ABC):
 
 
 class FixedRefresh(Refresh):
-    """Every `factor_update_steps` and `inverse_update_steps` steps; decompositions may be staggered."""
+    """Every `factor_update_steps` and `inverse_update_steps` steps, for all layers at once or spread."""
 
     def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
         super().__init__(layers, options)
         self._all = [frozenset(layer.factor_names) for layer in layers]
         self._none = [frozenset[str]() for _ in layers]
+        self._spreads: dict[tuple[int, int], Spread] = {}
+        self._rows: dict[str, int] = {}
+        """Of each layer's first statistics."""
+
+    def see(self, rows: Mapping[str, int]) -> None:
+        if not rows.keys() <= self._rows.keys():
+            self._rows = {**rows, **self._rows}
+            self._spreads.clear()
 
     def statistics_due(self, step: int) -> list[frozenset[str]]:
-        due = step % int(value_at(self._options, "factor_update_steps", step)) == 0
-        return self._all if due else self._none
+        offsets, factor_steps, _ = self._at(step)
+        now = step % factor_steps
+        if offsets is None or step == 0:
+            return self._none if now else self._all
+        if now not in offsets.statistics:
+            return self._none
+        none = self._none[0]
+        due = zip(self._all, offsets.statistics, strict=True)
+        return [names if offset == now else none for names, offset in due]
 
     def decompositions_due(self, step: int, refreshed: set[int]) -> Collection[int]:
-        interval = int(value_at(self._options, "inverse_update_steps", step))
-        layers = range(len(self._layers))
-        if step == 0 or not self._options.stagger:
-            return layers if step % interval == 0 else ()
-        # Whole factor intervals, so that a decomposition always sees fresh factors.
-        slots = max(1, interval // int(value_at(self._options, "factor_update_steps", step)))
-        now = step % interval
-        return {i for i in layers if i * slots // len(layers) * (interval // slots) == now}
+        offsets, _, inverse_steps = self._at(step)
+        now = step % inverse_steps
+        if offsets is None or step == 0:
+            return () if now else range(len(self._layers))
+        if now not in offsets.decompositions:
+            return ()
+        return {i for i, offset in enumerate(offsets.decompositions) if offset == now}
+
+    def decompositions_ahead(self, step: int) -> Iterable[tuple[int, int]]:
+        offsets, _, inverse_steps = self._at(step)
+        if offsets is None:
+            return ()
+        due = step + offsets.delay
+        now = due % inverse_steps
+        return [(i, due) for i in offsets.large if offsets.decompositions[i] == now]
+
+    def _at(self, step: int) -> tuple[Spread | None, int, int]:
+        """The offsets at a step, None for all layers at once, and both intervals."""
+        factor_steps = int(value_at(self._options, "factor_update_steps", step))
+        inverse_steps = int(value_at(self._options, "inverse_update_steps", step))
+        stagger = self._options.stagger
+        if stagger is None:
+            long = factor_steps > 1 and inverse_steps >= SPREAD_FROM
+            stagger = long and self._layers[0].device.type == "cpu"
+        if not stagger:
+            return None, factor_steps, inverse_steps
+        key = factor_steps, inverse_steps
+        if key not in self._spreads:
+            # Sampled labels take a backward pass of their own in every step with statistics.
+            statistics = self._options.fisher == "empirical"
+            self._spreads[key] = spread(self._layers, *key, rows=self._rows, statistics=statistics)
+        return self._spreads[key], factor_steps, inverse_steps
+
+    def saved_clocks(self) -> dict[str, dict[str, dict[str, int]]]:
+        if not self._spreads:
+            return {}
+        return {name: {"rows": {"first": rows}} for name, rows in self._rows.items()}
+
+    def restore_clocks(self, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+        self._spreads.clear()
+        self._rows = {
+            name: int(numbers["rows"]["first"])
+            for name, numbers in saved.items()
+            if "rows" in numbers
+        }
 
 
 def next_interval(
@@ -124,6 +193,8 @@ class RefreshClock:
 
 class AdaptiveRefresh(Refresh):
     """Each statistic when its clock is due; what was refreshed is decomposed."""
+
+    keeps_snapshots = True
 
     def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
         super().__init__(layers, options)

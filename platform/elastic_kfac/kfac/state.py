@@ -57,7 +57,9 @@ def save(kfac: Stateful) -> dict[str, Any]:
     }
     clocks = kfac.refresh.saved_clocks()
     if clocks:
-        snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
+        snapshots = {}
+        if kfac.refresh.keeps_snapshots:
+            snapshots = _collect_snapshots(kfac.distribution, kfac.refresh)
         state["refresh"] = {"clocks": clocks, "snapshots": snapshots}
     if kfac.bound.trust is not None:
         state["trust_region"] = {**kfac.bound.trust.saved(), **_collect_step(kfac)}
@@ -74,6 +76,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
         StateError: If it belongs to another model, other options or another version.
     """
     _check(state, {name: getattr(kfac.options, name) for name in IDENTITY}, kfac.layers)
+    kfac.refresh.ahead.clear()
     put(kfac, state)
     kfac.covered.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
     counters = {name: int(value) for name, value in state["counters"].items()}
@@ -131,6 +134,7 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
 
 def leave(kfac: Stateful) -> None:
     """Drops process groups and work under way; a decomposition that did not arrive is dropped too."""
+    kfac.refresh.ahead.clear()
     for index in kfac.distribution.leave():
         kfac.states[index] = replace(kfac.states[index], decomposition={}, inverse_step=-1)
 
@@ -209,7 +213,8 @@ def memory_usage(kfac: Stateful, pending: Sequence[Tensor]) -> dict[str, int]:
     trust = kfac.bound.trust
     usage = {
         "factors": _bytes([t for s in kfac.states for t in s.factors.values()]),
-        "second_order": _bytes([t for s in kfac.states for t in s.decomposition.values()]),
+        "second_order": kfac.refresh.ahead.bytes
+        + _bytes([t for s in kfac.states for t in s.decomposition.values()]),
         "pending": _bytes(pending),
     }
     for name, tensors in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -200,9 +200,14 @@ class StepBound:
         self._tiny = self._tiny + (self.scale < TINY)
         self._steps += 1
 
-    def look(self, states: Sequence[LayerState]) -> None:
+    def look(self, states: Sequence[LayerState], due: Collection[int]) -> None:
         """Warns once of settings that cannot be right; waits for the device, so call it where that is
-        due anyway."""
+        due anyway.
+
+        Args:
+            states: Of all layers.
+            due: Layers that were decomposed.
+        """
         if self._options.trust_region == "fixed" and self._steps >= ENOUGH:
             share, tiny = float(self._shortened) / self._steps, float(self._tiny) / self._steps
             self._warnings.once(
@@ -213,7 +218,8 @@ class StepBound:
                 + ", so that lr has no effect: lower lr tenfold, raise kl_clip or damping tenfold, or "
                 "leave kl_clip out (trust_region='adaptive')",
             )
-        held = None if self._output is None else states[self._output].factors.get("G")
+        output = self._output
+        held = None if output is None or output not in due else states[output].factors.get("G")
         if held is None or self._options.ema_init == "identity":
             return
         value = float(mean_eigenvalue(held).mean())

@@ -170,7 +170,10 @@ def _train_changing(gather: str, options: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("gather", ["weights", "gradients"])
 def test_layers_that_are_unfrozen_and_replaced_train_as_on_one_process(gather: str) -> None:
-    for options in ({"kl_clip": 0.1}, {"refresh": "adaptive", "method": "inverse"}):
+    for options in (
+        {"kl_clip": 0.1, "factor_update_steps": 1},
+        {"refresh": "adaptive", "method": "inverse"},
+    ):
         expected = _train_changing("", options)
         for result in run_ranks(2, _train_changing, gather, options):
             for name, value in expected.items():

@@ -39,7 +39,12 @@ DIGITS: dict[str, dict[str, Any]] = {
     "digits_reproducible": {
         **SHORT,
         "optimizer": {"lr": 0.05},
-        "kfac": {"damping": 0.01, "kl_clip": 1e-4, "inverse_update_steps": 5},
+        "kfac": {
+            "damping": 0.01,
+            "kl_clip": 1e-4,
+            "factor_update_steps": 1,
+            "inverse_update_steps": 5,
+        },
         "elastic": {"reproducible": True},
     },
     "digits_defaults": SHORT,
@@ -51,6 +56,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "optimizer.name": "sharded_kfac",
         "optimizer.weight_decay": 0.0,
         "kfac.damping": 0.01,
+        "kfac.factor_update_steps": 1,
         "kfac.kl_clip": None,
     },
     "local_sgd_distnewton": {

@@ -122,7 +122,7 @@ def test_a_call_with_another_output_size_leaves_the_layer_out_by_name(
 ) -> None:
     """At its first statistics or later, whatever was kept of its input."""
     model = Upsampled()
-    kfac = KFAC(model, kl_clip=None, loss_reduction="mean")
+    kfac = KFAC(model, factor_update_steps=1, kl_clip=None, loss_reduction="mean")
     x = torch.randn(N, 2, 3, 3, generator=seeded(1)).double()
     with pytest.warns(UserWarning, match=r"up \((its output has|its gradient)") as said:
         for size in (first, [6, 6]):

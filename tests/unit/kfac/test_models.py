@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -242,7 +243,7 @@ def two_steps(model: nn.Module, kfac: KFAC, layer: nn.Module) -> Tensor:
 def test_an_unfrozen_layer_is_covered_from_then_on() -> None:
     model = mlp()
     model[0].requires_grad_(False)
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, factor_update_steps=1, kl_clip=None)
     loss_of(model).backward()
     kfac.step()
     assert "frozen" in kfac.coverage()["0"]
@@ -254,12 +255,29 @@ def test_an_unfrozen_layer_is_covered_from_then_on() -> None:
 
 def test_a_replaced_head_is_covered_from_then_on() -> None:
     model = mlp()
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, factor_update_steps=1, kl_clip=None)
     loss_of(model).backward()
     kfac.step()
     model[2] = nn.Linear(6, 3).double()
     plain = two_steps(model, kfac, model[2])
     assert not torch.equal(plain, model[2].weight.grad)  # type: ignore[arg-type]
+
+
+def test_a_new_layer_is_due_at_once_and_not_at_the_next_interval() -> None:
+    model = mlp()
+    kfac = KFAC(model, kl_clip=None, factor_update_steps=2)
+    due = []
+    for step in range(6):
+        if step == 1:
+            model[2] = nn.Linear(6, 3).double()
+        model.zero_grad()
+        loss_of(model).backward()
+        with pytest.warns(UserWarning, match="next pass") if step == 2 else nullcontext():
+            kfac.step()
+        due.append([bool(names) for names in kfac.due])
+    # Seen in step 2, whose statistics are those of the old layers: its own come in step 3.
+    assert due == [[step % 2 == 1, step % 2 == 1 or step == 2] for step in range(6)]
+    assert kfac.states[1].inverse_step == 3
 
 
 def test_a_layer_in_eval_mode_is_covered_all_the_same() -> None:
@@ -272,7 +290,7 @@ def test_a_layer_in_eval_mode_is_covered_all_the_same() -> None:
 
 def test_a_bias_that_is_frozen_later_leaves_the_weight_covered() -> None:
     model = mlp()
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, factor_update_steps=1, kl_clip=None)
     loss_of(model).backward()
     kfac.step()
     model[0].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
@@ -317,7 +335,7 @@ def test_layer_norm_over_two_dimensions_takes_one_sample() -> None:
 
 def test_statistics_that_stay_away_are_an_error_even_if_a_layer_is_left_out() -> None:
     model = nn.Sequential(Standardised(3, 4, 3), nn.Flatten(1), nn.Linear(36, 2)).double()
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, factor_update_steps=1, kl_clip=None)
     x = torch.randn(2, 3, 5, 5, generator=seeded(5)).double()
     model(x).square().mean().backward()
     with pytest.warns(UserWarning, match="W x"):

@@ -98,18 +98,24 @@ def test_numpy_numbers_are_numbers() -> None:
     assert kfac.options.inverse_update_steps == 10
 
 
-def test_a_model_of_another_type_goes_on_with_its_factors() -> None:
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_model_of_another_type_goes_on_with_its_factors(steps: int) -> None:
+    """Also between the steps that refresh statistics."""
     model = mlp().float()
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, kl_clip=None, factor_update_steps=steps)
     loss_of(model, X.float()).backward()
     kfac.step()
+    before = kfac.factors()["0"]["A"]
     model.zero_grad()
     model.double()
     for _ in range(2):
         model.zero_grad()
         loss_of(model).backward()
         kfac.step()
-    assert kfac.factors()["0"]["A"].dtype == torch.float64
+        assert kfac.factors()["0"]["A"].dtype == torch.float64
+        assert kfac.states[0].decomposition["A_vectors"].dtype == torch.float64
+    if steps > 1:
+        assert torch.equal(kfac.factors()["0"]["A"], before.double())
 
 
 def test_a_layer_without_outputs_is_left_out() -> None:

@@ -163,9 +163,10 @@ def test_batch_norm_with_non_finite_result_keeps_its_raw_gradient_and_is_counted
     assert kfac.metrics()["fallbacks"] == 1
 
 
-def test_intervals_and_stagger_decompose_each_layer_when_due() -> None:
+@pytest.mark.parametrize("stagger", [False, True])
+def test_intervals_and_stagger_decompose_each_layer_when_due(stagger: bool) -> None:
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])
-    kfac = KFAC(model, factor_update_steps=2, inverse_update_steps=6, stagger=True)
+    kfac = KFAC(model, factor_update_steps=3, inverse_update_steps=6, stagger=stagger)
     x = torch.randn(8, 4)
     ages: list[list[int]] = []
     updates = []
@@ -174,11 +175,13 @@ def test_intervals_and_stagger_decompose_each_layer_when_due() -> None:
         model(x).square().mean().backward()
         kfac.step()
         ages.append([state.inverse_step for state in kfac.states])
-        updates.append(kfac.states[0].factor_updates)
-    assert updates == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7]
-    assert [a[0] for a in ages] == [0] * 6 + [6] * 6 + [12]
-    assert [a[1] for a in ages] == [0] * 2 + [2] * 6 + [8] * 5
-    assert [a[2] for a in ages] == [0] * 4 + [4] * 6 + [10] * 3
+        updates.append([state.factor_updates for state in kfac.states])
+    # Layers this small share the step of their statistics.
+    assert updates == [[1 + step // 3] * 3 for step in range(13)]
+    if stagger:  # in the second of two steps with statistics: nothing is newer in the first
+        assert ages == [[0] * 3] * 3 + [[3] * 3] * 6 + [[9] * 3] * 4
+    else:
+        assert ages == [[step - step % 6] * 3 for step in range(13)]
 
 
 def test_lr_from_optimizer_follows_its_schedule() -> None:

@@ -44,15 +44,20 @@ class StatisticsLayout:
     """Statistics as one vector: lower triangles of the factors' sums, then row counts in limbs and the
     flags of faulty layers and of the one called last.
 
-    Factors that are not due are zeros.
+    Args:
+        layers: In the order of `KFAC.layers`.
+        due: The factors that travel, by layer; None is all.
     """
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], due: Sequence[frozenset[str]] | None = None
+    ) -> None:
         self._layers = tuple(layers)
         self._parts = [
             (index, name, shape, _packed_shape(shape))
             for index, layer in enumerate(self._layers)
             for name, shape in layer.factor_shapes.items()
+            if due is None or name in due[index]
         ]
         self.size = sum(prod(packed) for *_, packed in self._parts)
         self.size += (_LIMBS + 2) * len(self._layers)

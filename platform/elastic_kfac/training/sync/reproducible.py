@@ -122,24 +122,26 @@ class ShardVector(Exchange):
         if self._partials is None or kfac is not self._kfac:
             self._prepare(kfac)
         assert self._partials is not None
+        self._layout = None
+        if kfac is not None and kfac.factors_due():
+            from elastic_kfac.kfac.distribution.tree import StatisticsLayout
+
+            self._layout = StatisticsLayout(kfac.layers, kfac.due)
         self._partials.restart(self.flat.numel() + self.statistics_size())
 
     def _prepare(self, kfac: KFAC | None) -> None:
-        self._kfac, self._layout = kfac, None
+        self._kfac = kfac
         capacity = self.flat.numel()
         if kfac is not None:
             from elastic_kfac.kfac.distribution.tree import StatisticsLayout
 
-            self._layout = StatisticsLayout(kfac.layers)
-            capacity += self._layout.size
+            capacity += StatisticsLayout(kfac.layers).size
         dtype, device = self.flat.dtype, self.flat.device
         self._partials = PartialSums(capacity, dtype=dtype, device=device)
 
     def statistics_size(self) -> int:
         """Elements of K-FAC's statistics in this step."""
-        if self._kfac is None or self._layout is None or not self._kfac.factors_due():
-            return 0
-        return self._layout.size
+        return 0 if self._layout is None else self._layout.size
 
     def push_empty(self, shard: int) -> None:
         """Adds the leaf of a shard without samples."""
