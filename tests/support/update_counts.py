@@ -1,4 +1,4 @@
-"""How many updates a batch-size policy takes, what they cost, and where they provably lead.
+"""How many updates a batch-size policy takes, and where they provably lead.
 
 The published tables count updates with a data loader that drops the last incomplete micro-batch of
 an epoch; this platform delivers every sample. Both counts are here, under different names.
@@ -52,18 +52,6 @@ def growing_batch_updates(
 def delivered_updates(batch_stages: Sequence[tuple[int, int]], num_samples: int) -> int:
     """Steps of this platform: every sample of every epoch, no batch crossing an epoch."""
     return sum(epochs * -(-num_samples // batch) for batch, epochs in batch_stages)
-
-
-def run_seconds(
-    updates: float,
-    *,
-    computation_s: float,
-    communication_s: float,
-    hessian_s: float = 0.0,
-    hessian_passes: int = 0,
-) -> float:
-    """Cost model of a run: updates·(T_comp + T_comm) + passes·T_Hess."""
-    return updates * (computation_s + communication_s) + hessian_passes * hessian_s
 
 
 def largest_base_rate(smoothness: float, noise_growth: float, max_batch_size: int) -> float:

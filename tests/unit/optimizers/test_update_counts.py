@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +18,11 @@ from support.update_counts import (
     fixed_batch_updates,
     growing_batch_updates,
     largest_base_rate,
-    run_seconds,
     stages,
 )
 
 IMAGENET = 1_281_167
+ROOT = Path(__file__).parents[3]
 
 
 def gg_updates(
@@ -82,15 +86,14 @@ def test_remaining_published_counts() -> None:
     assert fixed_batch_updates(IMAGENET, 90, 256) == pytest.approx(450_000, rel=1e-3)
 
 
-def test_cost_model_gives_the_published_totals() -> None:
-    first_order = {"computation_s": 2.2e-2, "communication_s": 1.5e-2}
-    hessian = {"hessian_s": 1.15, "hessian_passes": 90}
-    assert run_seconds(450_000, **first_order) == pytest.approx(16666, rel=0.005)
-    assert run_seconds(166_200, **first_order) == pytest.approx(6150, rel=0.005)
-    assert run_seconds(
-        66_000, computation_s=3.6e-2, communication_s=1.5e-2, hessian_s=1.15, hessian_passes=90
-    ) == pytest.approx(3467, rel=0.005)
-    assert run_seconds(69_300, **first_order, **hessian) == pytest.approx(2666, rel=0.005)
+def test_the_command_prints_the_published_cost_table() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/cost_table.py")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    rows = {row["schedule"]: row["model_s"] for row in json.loads(done.stdout)}
+    published = {"BL": 16_666, "GG": 6_150, "ABS": 2_666, "ABSA": 3_467}
+    assert rows == pytest.approx(published, rel=0.005)
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    assert [line.split()[0] for line in text.splitlines()[1:]] == list(published)
 
 
 def test_delivered_updates_count_the_incomplete_last_batch() -> None:
