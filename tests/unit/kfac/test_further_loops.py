@@ -289,3 +289,86 @@ def test_the_reproducible_mode_names_that_it_does_not_follow_a_changed_model() -
             loss_of(model).backward()
             kfac.step(statistics=kfac.take_statistics())
     assert len(named) == 1
+
+
+def refused_in_backward(model: nn.Module) -> None:
+    hidden = model[0](X)  # type: ignore[index]
+
+    def refuse(gradient: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    hidden.register_hook(refuse)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        F.cross_entropy(model[2](hidden.tanh()), Y).backward()  # type: ignore[index]
+    model.zero_grad()
+
+
+def refused_in_forward(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5).double())
+
+
+def in_another_model(model: nn.Module) -> None:
+    other = nn.Sequential(model[0], nn.Tanh(), nn.Linear(6, 2).double())  # type: ignore[index]
+    other(X).square().mean().backward()
+    model.zero_grad()
+
+
+def a_copy_by_pickle(model: nn.Module) -> None:
+    loss_of(pickle.loads(pickle.dumps(model))).backward()
+
+
+def inference(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model(X)
+
+
+def layer_by_layer_reset(model: nn.Module) -> None:
+    loss_of(model, 5 * X).backward()
+    for layer in model.children():
+        layer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        *(refused_in_backward, refused_in_forward, in_another_model),
+        *(a_copy_by_pickle, inference, layer_by_layer_reset),
+    ],
+)
+def test_what_comes_before_the_pass_does_not_count(first: Callable[[nn.Module], None]) -> None:
+    model = mlp()
+    kfac = KFAC(model, kl_clip=None)
+    first(model)
+    loss_of(model).backward()
+    kfac.step()
+    assert_same_factors(kfac, stepped())
+
+
+def test_a_hook_that_scales_the_gradient_of_an_output_leaves_its_layer_out_by_name() -> None:
+    model = mlp()
+    kfac = KFAC(model, kl_clip=None)
+    out = model(X)
+    out.register_hook(lambda g: 2 * g)
+    (F.cross_entropy(out, Y) / 2).backward()
+    with pytest.warns(UserWarning, match="2 .its gradient is not that of W x"):
+        kfac.step()
+    right = stepped().factors()["0"]
+    torch.testing.assert_close(kfac.factors(), {"0": right}, rtol=1e-9, atol=1e-12)
+
+
+def test_a_bias_that_is_added_and_a_larger_table_are_followed() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3, bias=False)).double()
+    kfac, indices = KFAC(model, kl_clip=None), torch.arange(8)
+    for step in range(3):
+        model.zero_grad()
+        if step == 1:
+            model[0] = nn.Embedding(12, 4).double()
+            model[1].bias = nn.Parameter(torch.zeros(3).double())
+        F.cross_entropy(model(indices), Y).backward()
+        if step == 1:
+            with pytest.warns(UserWarning, match="has changed.*: 0, 1"):
+                kfac.step()
+        else:
+            kfac.step()
+    assert {name: len(f["A"]) for name, f in kfac.factors().items()} == {"0": 12, "1": 5}
