@@ -7,7 +7,7 @@ a sample's loss was multiplied by.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.curvature.fisher import fisher_losses
+from elastic_kfac.curvature.kronecker import LinearLayer
 from elastic_kfac.curvature.layer import Layer, Observation
 from elastic_kfac.curvature.passes import Batch, Call, Recorder
 
@@ -121,8 +122,18 @@ class _Watched:
     def samples_in(self, inputs: Tensor) -> int | None:
         return self.layer.samples_in(inputs)
 
+    def condenses_together(self, call: Call) -> bool:
+        """Whether its layer sums inputs that nothing sets apart from others."""
+        layer = self.layer
+        return (
+            isinstance(layer, LinearLayer)
+            and layer.observes_together
+            and call.batch.mask is None
+            and layer.factor_names[0] in self._shared.due_of(layer)
+        )
+
     def condense(self, call: Call) -> Observation:
-        layer, inputs = self._at(call), self._batched(call.inputs, call)
+        layer, inputs = self._at(call), self.batched(call.inputs, call)
         if reason := layer.misfit(inputs):
             self._shared.faults.setdefault(layer.name, reason)
         return layer.observe(inputs, self._shared.due_of(layer))
@@ -149,7 +160,7 @@ class _Watched:
             sums.add_outputs(_SAMPLED, call.sampled)
         if call.gradient is None:
             return
-        gradient = self._batched(call.gradient, call)
+        gradient = self.batched(call.gradient, call)
         if observed.rows != (found := layer.output_rows(gradient)):
             reason = f"its output has {found} rows where its options give {observed.rows}"
             self._shared.faults.setdefault(layer.name, reason)
@@ -162,7 +173,7 @@ class _Watched:
 
     def weight_gradient(self, call: Call) -> Tensor:
         assert call.staged is not None
-        inputs, gradient = self._batched(call.inputs, call), self._batched(call.staged, call)
+        inputs, gradient = self.batched(call.inputs, call), self.batched(call.staged, call)
         return self._at(call).weight_gradient(inputs, gradient)
 
     def sampled(self, call: Call, gradient: Tensor, weight: float) -> None:
@@ -171,7 +182,7 @@ class _Watched:
         if layer.output_factor not in self._shared.due_of(layer):
             return
         kept = call.inputs.kept if call.version is None else self.condense(call).kept
-        part = layer.output_sum(self._batched(gradient, call), kept).mul_(weight)
+        part = layer.output_sum(self.batched(gradient, call), kept).mul_(weight)
         call.sampled = part if call.sampled is None else call.sampled.add_(part)
 
     def _at(self, call: Call) -> Layer:
@@ -179,7 +190,7 @@ class _Watched:
         real = call.batch.real
         return self.layer if real is None else self.layer.masked(real)
 
-    def _batched(self, tensor: Tensor, call: Call) -> Tensor:
+    def batched(self, tensor: Tensor, call: Call) -> Tensor:
         """`[n, ...]`."""
         tensor = self.layer.samples_first(tensor, call.axis)
         batch, rows = call.batch, tensor.shape[0]
@@ -188,6 +199,22 @@ class _Watched:
         if rows < batch.extent or (call.of_parameter and batch.extent > 1 and not are_samples):
             self._shared.faults[self.layer.name] = shared_by_all(rows, batch.extent)
         return tensor
+
+
+def _condense_together(calls: Sequence[Call]) -> None:
+    """Condenses small calls of Linear layers of one shape in one go."""
+    groups: dict[Hashable, list[tuple[Call, Tensor, LinearLayer]]] = {}
+    for call in calls:
+        watched = call.site.layer
+        if isinstance(watched, _Watched) and watched.condenses_together(call):
+            layer, inputs = watched.layer, watched.batched(call.inputs, call)
+            assert isinstance(layer, LinearLayer)
+            key = inputs.shape, inputs.dtype, inputs.device, layer.stack_key
+            groups.setdefault(key, []).append((call, inputs, layer))
+    for group in groups.values():
+        observed = group[0][2].observe_all([inputs for _, inputs, _ in group])
+        for (call, *_), its in zip(group, observed, strict=True):
+            call.inputs, call.version = its, None
 
 
 class Capture:
@@ -214,7 +241,7 @@ class Capture:
         self._shared = _Shared(fisher, counts_positions)
         self.took_empty = False
         """Whether a batch without any samples was part of what was taken last."""
-        self._recorder = Recorder(root, axis=batch_axis)
+        self._recorder = Recorder(root, axis=batch_axis, condense_together=_condense_together)
         self._watched: dict[str, _Watched] = {}
         for module, layers in modules:
             for layer in layers:

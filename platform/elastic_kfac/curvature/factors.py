@@ -65,6 +65,16 @@ def linear_input_sum(inputs: Tensor, *, bias: bool, side: Side = WHOLE) -> Tenso
     return side.bordered(core, x.sum(0), x.shape[0]) if bias else core
 
 
+def linear_input_sums(inputs: Sequence[Tensor], *, bias: bool, side: Side = WHOLE) -> list[Tensor]:
+    """`linear_input_sum` of calls of one shape, with the same bits."""
+    rows = [x.to(statistics_dtype(x.dtype)).reshape(-1, x.shape[-1]) for x in inputs]
+    cores = [side.gram(x.t()) for x in rows]
+    if not bias:
+        return cores
+    sums = torch.stack(rows).sum(1)
+    return list(side.bordered(torch.stack(cores), sums, rows[0].shape[0]).unbind())
+
+
 def linear_output_sum(gradients: Tensor, *, side: Side = WHOLE) -> Tensor:
     """`G_sum` of a Linear layer from gradients with respect to its output `[n, ..., d_out]`."""
     g = gradients.to(statistics_dtype(gradients.dtype))

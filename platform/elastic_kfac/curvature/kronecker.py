@@ -16,6 +16,7 @@ from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.factors import (
     embedding_input_sum,
     linear_input_sum,
+    linear_input_sums,
     linear_output_sum,
     statistics_dtype,
 )
@@ -302,6 +303,22 @@ class LinearLayer(KroneckerLayer):
 
     def _count_rows(self, inputs: Tensor) -> int:
         return self.output_rows(inputs)
+
+    @property
+    def observes_together(self) -> bool:
+        """Whether `observe_all` may take its calls."""
+        return (
+            type(self) is LinearLayer
+            and not self._reduces
+            and self.stack_key is not None
+            and isinstance(self.sides["A"], Whole)
+        )
+
+    def observe_all(self, inputs: Sequence[Tensor]) -> list[Observation]:
+        """What `observe` returns for calls of this layer and others, of one shape."""
+        rows = self._count_rows(inputs[0])
+        sums = linear_input_sums(inputs, bias=self.bias is not None, side=self.sides["A"])
+        return [Observation(rows, total) for total in sums]
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(statistics_dtype(inputs.dtype))

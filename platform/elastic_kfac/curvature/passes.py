@@ -48,6 +48,10 @@ CHECK_TOLERANCE = 0.05
 """Sound layers differ by rounding: up to 0.004 under bf16 autocast. Faults begin at 0.4."""
 
 
+SMALL = 8192
+"""Elements of an input and its output gradient together that may wait for the end of a pass."""
+
+
 @dataclass(eq=False)
 class Batch:
     """The samples that one or more forward calls are about; equality is identity."""
@@ -259,7 +263,7 @@ class Weight:
             if not keep:
                 if call in self.open:
                     self.open.remove(call)
-                recorder.fold(call)
+                recorder.commit(call)
         calls.clear()
         self.committed = True
         self.remember()
@@ -268,8 +272,18 @@ class Weight:
 class Recorder:
     """Watches the layers of one model for one preconditioner."""
 
-    def __init__(self, root: nn.Module, *, axis: int = 0) -> None:
-        """`axis` counts samples in the inputs of the model."""
+    def __init__(
+        self,
+        root: nn.Module,
+        *,
+        axis: int = 0,
+        condense_together: Callable[[Sequence[Call]], None] | None = None,
+    ) -> None:
+        """`axis` counts samples in the inputs of the model; `condense_together` is called with small
+        calls before they are folded."""
+        self._condense_together = condense_together
+        self._small: list[Call] = []
+        """Committed in the running graph task."""
         self.sampling_weight: float | None = None
         self._axis = axis
         self._activity = Activity()
@@ -441,6 +455,28 @@ class Recorder:
         """Whether the layer's first statistics are still to be checked."""
         return id(site) in self._unchecked
 
+    def commit(self, call: Call) -> None:
+        """Takes a call that no further pass will reach; small ones wait for the end of this one."""
+        assert call.gradient is not None
+        is_small = call.version is not None and call.inputs.numel() + call.gradient.numel() <= SMALL
+        if is_small and self._condense_together is not None:
+            self._small.append(call)
+            return
+        if not call.batch.is_folded:
+            self._fold_small()  # the call that comes first counts the batch's rows
+        self.fold(call)
+
+    def _fold_small(self) -> None:
+        calls, self._small = self._small, []
+        sound = [
+            c for c in calls if c.inputs._version == c.version and c.epoch == c.site.weight.epoch
+        ]
+        if len(sound) > 1 and self._condense_together is not None:
+            together = self._condense_together
+            _exactly(lambda call: together(sound), sound[0])
+        for call in calls:
+            self.fold(call)
+
     def fold(self, call: Call) -> None:
         """Turns a committed call into sums and lets go of its tensors."""
         self._loose_is_old = True
@@ -464,6 +500,7 @@ class Recorder:
     def _ended(self, task: int) -> None:
         for weight in self._reached.get(task, ()):
             weight.drop(task)
+        self._fold_small()
         # After those that are queued already: DistributedDataParallel writes reduced gradients.
         torch.autograd.graph.queue_callback(lambda: self._remember(task))
 
@@ -489,6 +526,7 @@ class Recorder:
 
     def settle(self) -> None:
         """Folds what was kept for further passes; drops what somebody has reset."""
+        self._fold_small()
         self._reset_zeroed()
         for weight in reversed(self._weights.values()):  # as a backward pass would
             still_open, weight.open = weight.open, []
@@ -502,6 +540,7 @@ class Recorder:
             for task in list(weight.staged):  # of passes that raised
                 weight.drop(task)
         self._reached.clear()
+        self._small = []
         self._opened, self._newest = [], None
 
     @contextlib.contextmanager

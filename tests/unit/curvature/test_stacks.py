@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.curvature import kronecker
+from elastic_kfac.curvature import kronecker, passes
+from elastic_kfac.curvature.kronecker import LinearLayer
+from elastic_kfac.curvature.layer import Observation
 
 
 def _gradients(**options: Any) -> tuple[list[torch.Tensor], int]:
@@ -52,3 +55,40 @@ def test_stacked_layers_equal_single_ones(
     assert none == 0
     for ours, theirs in zip(stacked, alone, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_calls_of_small_layers_are_summed_together_with_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together: list[int] = []
+    observe_all = LinearLayer.observe_all
+
+    def counted(self: LinearLayer, inputs: Sequence[Tensor]) -> list[Observation]:
+        together.append(len(inputs))
+        return observe_all(self, inputs)
+
+    monkeypatch.setattr(LinearLayer, "observe_all", counted)
+
+    def trained(limit: int) -> dict[str, dict[str, Tensor]]:
+        monkeypatch.setattr(passes, "SMALL", limit)
+        torch.manual_seed(0)
+        many = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)]
+        model = nn.Sequential(*many, many[1], nn.Linear(5, 5, bias=False), nn.Linear(5, 3))
+        kfac = KFAC(model, loss_reduction="mean")
+        for batch in (torch.randn(6, 5), torch.randn(6, 2, 5)):
+            model.zero_grad()
+            out = model(batch)
+            if batch.dim() > 2:
+                out.square().mean().backward(retain_graph=True)
+            out.sum().backward()
+            kfac.step()
+        return kfac.factors()
+
+    ours = trained(passes.SMALL)
+    assert max(together) == 5
+    together.clear()
+    theirs = trained(0)
+    assert not together
+    for name, parts in theirs.items():
+        for factor, value in parts.items():
+            assert ours[name][factor].equal(value)
