@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ def spearman(first: list[float], second: list[float]) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
+@pytest.mark.filterwarnings("ignore:the KL clip shortened")
 def test_surrogates_follow_the_eigenvalue_of_a_kfac_run_and_absa_works_with_it() -> None:
     course = train(policy("absa"))
     assert spearman(course.whole, course.last_layer) >= 0.7
