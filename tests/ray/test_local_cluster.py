@@ -27,12 +27,18 @@ from support.preemption import drain_node
 NODES = 2
 """Beside the head."""
 
+# As in a container without /dev/shm.
 ABANDONED = """
 import sys, time
+import numpy, ray
+from pathlib import Path
+from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.nodes import examine_cluster
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster, remove_abandoned_folders
+local_cluster.SHARED_MEMORY = Path("/nowhere")
 cluster = LocalCluster(1)
 cluster.connect()
+assert ray.get(ray.put(numpy.ones(1 << 20))).sum() == 1 << 20
 print(cluster.log_folder, flush=True)
 time.sleep(600)
 """
@@ -137,6 +143,7 @@ def test_cluster_whose_driver_is_killed_leaves_no_process() -> None:
         logs = Path(driver.stdout.readline().strip())
         folder = str(logs.parents[2])
         assert len(_processes_with(folder)) >= 3
+        assert (Path(folder) / "objects").is_dir()
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.communicate()

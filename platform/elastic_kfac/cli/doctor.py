@@ -319,7 +319,7 @@ def judge_clocks(
 def cluster_findings(address: str | None) -> Iterator[Finding]:
     """The cluster that runs would use."""
     if address is None:
-        detail = "none given; runs start a local one (--address or RAY_ADDRESS names another)"
+        detail = "none given; runs start a local one (--address names another)"
         yield Finding("ok", "cluster", detail)
         return
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from elastic_kfac.cluster.ray.connection import connected, quiet_driver
-from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for, start_line
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config
 from elastic_kfac.experiments.trials import (
@@ -64,7 +64,7 @@ def session(
         signals = stack.enter_context(StopSignals())
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
-            line.say(f"Starting a local Ray cluster with {nodes} node{'s' * (nodes > 1)} …")
+            line.say(start_line(nodes))
             started = cluster_for(config, nodes, workers_per_node=workers_per_node)
             stack.enter_context(started).connect()
         elif address is not None:

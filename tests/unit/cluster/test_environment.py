@@ -8,7 +8,7 @@ import pytest
 
 from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import environment
-from elastic_kfac.cluster.ray.local_cluster import object_folder
+from elastic_kfac.cluster.ray.local_cluster import object_folder, start_line
 from elastic_kfac.cluster.run.launch import run_label
 
 
@@ -45,3 +45,14 @@ def test_metrics_of_trials_of_two_searches_differ() -> None:
     labels = [run_label(f"/runs/{name}") for name in ("a/trials/t000", "b/trials/t000", "t000")]
     assert labels == ["a/t000", "b/t000", "t000"]
     assert run_label("run") == "run"
+
+
+def test_start_of_a_local_cluster_names_an_address_that_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert start_line(1) == "Starting a local Ray cluster with 1 node …"
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert start_line(2).endswith(
+        "2 nodes … (RAY_ADDRESS=head:6379 is used with --address auto only)"
+    )

@@ -302,6 +302,14 @@ class LocalCluster:
         return ""
 
 
+def start_line(num_nodes: int) -> str:
+    """Reports that a local cluster starts, and that an address in the environment is not used."""
+    line = f"Starting a local Ray cluster with {num_nodes} node{'s' * (num_nodes > 1)} …"
+    if address := os.environ.get("RAY_ADDRESS"):
+        line += f" (RAY_ADDRESS={address} is used with --address auto only)"
+    return line
+
+
 def cluster_for(config: Config, num_nodes: int, *, workers_per_node: int = 1) -> LocalCluster:
     """Starts a cluster whose nodes have the resources of `workers_per_node` workers each.
 

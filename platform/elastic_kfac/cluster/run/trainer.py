@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from elastic_kfac.cluster.ray.connection import connected, quiet_driver
-from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for, start_line
 from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
@@ -87,7 +87,7 @@ def train(
         resumed = resumes(folder, config, name, display)
         stack.enter_context(quiet_driver())
         if cluster is None and address is None:
-            display.say(f"Starting a local Ray cluster with {config.elastic.max_workers} nodes …")
+            display.say(start_line(config.elastic.max_workers))
             cluster = stack.enter_context(cluster_for(config, config.elastic.max_workers))
             cluster.connect()
         elif address is not None:
