@@ -187,7 +187,7 @@ def bert(
     512 (Devlin et al. 2019: 110 M); tiny, mini, small, medium (Turc et al. 2019) and large."""
     shape = _sized("bert", BERT_SIZES, size, layers, width, heads)
     # In a run the mask is a further token, of number `vocabulary`.
-    rows = vocabulary if columns is None else vocabulary + 1
+    rows = vocabulary + 1 if columns else vocabulary
     model = Bert(rows, input_shape[0], *shape, dropout, vocabulary)
     if tied:
         model.head.weight = model.tokens.weight

@@ -162,7 +162,7 @@ def test_parquet_splits_number_text_labels_alike(tmp_path: Path) -> None:
 def test_parquet_text_label_that_the_metadata_lacks_is_refused(tmp_path: Path, capsys: Any) -> None:
     write(tmp_path / "x.parquet", ["cat", "emu"], metadata={"huggingface": CLASS_LABEL})
     line = refusal(f"parquet:{tmp_path / 'x.parquet'}", tmp_path / "out", capsys)
-    assert "no class; given: emu" in line
+    assert "is not a class; given: emu" in line
 
 
 def test_parquet_files_agree_in_the_used_columns_only(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def test_emulated_step_without_kfac_is_one_all_reduce_on_slow_links(base: Config
 def test_emulated_step_with_kfac_pays_for_its_exchanges(base: Config) -> None:
     links = Links(world_size=8, latency_s=1.0, gbit_per_s=1e9)
     seconds = {
-        fraction: Emulator(links).step_seconds(changed(base, kfac__grad_worker_frac=fraction))
+        fraction: Emulator(links).step_seconds(
+            changed(base, kfac__grad_worker_frac=fraction, kfac__factor_update_steps=1)
+        )
         for fraction in (1.0, 1 / 8)
     }
     # Both all-reduce gradients and factors every step; with one gradient worker per layer the

@@ -204,6 +204,8 @@ def test_package_has_no_loader_that_can_run_code() -> None:
     for path in Path(elastic_kfac.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and dangerous.match(ast.unparse(node.func)):
+                if ast.unparse(node).endswith("allow_pickle=False)"):
+                    continue
                 found.append(f"{path.name}: {ast.unparse(node)}")
             if isinstance(node, ast.keyword) and node.arg == "shell":
                 found.append(f"{path.name}: shell=")

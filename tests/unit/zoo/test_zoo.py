@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.cli import main
+from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.models import create_model
 from elastic_kfac.zoo import MODELS
@@ -225,7 +226,8 @@ def test_a_gpt_does_not_see_the_future_and_no_model_sees_padding() -> None:
 
 def test_a_masked_token_of_a_run_has_a_row_and_is_never_predicted() -> None:
     torch.manual_seed(0)
-    model: Any = create_model("bert", 11, (8,), columns={}, **TEXT)  # type: ignore[arg-type]
+    tokens = Column("tokens", "tokens", "input", vocabulary=11, shortest=8, longest=8)
+    model: Any = create_model("bert", 11, (8,), columns=(tokens,), **TEXT)  # type: ignore[arg-type]
     found = model(torch.full((2, 8), 11))
     assert found.shape == (2, 8, 11)
     assert model.head.weight is model.tokens.weight and len(model.tokens.weight) == 12
