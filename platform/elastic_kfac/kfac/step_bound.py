@@ -26,7 +26,7 @@ from elastic_kfac.kfac.trust_region import (
 
 TINY = 0.01
 """A scale below which lr is out of proportion."""
-ENOUGH = 50
+ENOUGH = 200
 """Steps before a share of them means something."""
 RISE = 1.5
 """Mean square of output gradients over that of the first batch: probabilities that are right by chance

@@ -32,14 +32,14 @@ def warned(steps: int, *, lr: float = 0.1, target: float = 1.0, **options: Any) 
 
 
 def test_a_clip_that_binds_always_is_named_once() -> None:
-    (text,) = warned(120, kl_clip=1e-4)
+    (text,) = warned(260, kl_clip=1e-4)
     assert "100% of" in text
     assert "lr has no effect" in text
     assert "100 times" not in text
 
 
 def test_a_rate_that_is_out_of_proportion_is_named() -> None:
-    (text,) = warned(120, kl_clip=1e-7, lr=100.0)
+    (text,) = warned(260, kl_clip=1e-7, lr=100.0)
     assert "most of them more than 100 times" in text
 
 
