@@ -72,7 +72,8 @@ DEVICES = {
         _gpu("h100", 494.0, 3.35),
     )
 }
-"""One AVX2 core (measured), and GPUs by the data sheets of their SXM forms (not measured)."""
+"""One AVX2 core, of which only decompositions were measured, and GPUs by the data sheets of their SXM
+forms (not measured)."""
 
 
 def device_named(name: str) -> Device:
