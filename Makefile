@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 # An environment of its own, so that the tool is not among what it audits.
 AUDITOR := $(VENV)/audit-2.10.1
 AUDIT_OPTIONS ?=
+# Processes that run tests side by side.
+TEST_WORKERS ?= 2
 CONFIG ?= jobs/configs/digits.yaml
 # Decompositions of small matrices lose time to threads that wait for each other.
 export OMP_NUM_THREADS ?= 1
@@ -37,10 +39,10 @@ train: $(STAMP) ## The main job: K-FAC on digits, losing a node and getting it b
 	@$(BIN)/elastic-kfac train $(CONFIG) --resize-at 60:1 --resize-at 120:2
 
 test: lint ## Linters, types and the whole test suite
-	@$(BIN)/pytest -m "not soak and not tools"
+	@$(BIN)/pytest -n $(TEST_WORKERS) -m "not soak and not tools"
 
 test-fast: $(STAMP) ## Unit tests without Ray and without further processes (under 2 minutes)
-	@$(BIN)/pytest -m "not soak and not tools and not slow" tests/unit
+	@$(BIN)/pytest -n $(TEST_WORKERS) -m "not soak and not tools and not slow" tests/unit
 
 lint: $(STAMP) ## Formatting, lint rules and types only
 	@$(BIN)/ruff check $(CODE)

@@ -1,4 +1,5 @@
-"""Suite-wide rules: no skip without a committed reason, and where tests find real data."""
+"""Suite-wide rules: no skip without a committed reason, how tests share the machine's cores, and where
+they find real data."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,22 +33,41 @@ SLOW = (
     "unit/training/test_object_store.py::*",
 )
 """Unit tests that start processes, draw figures or take seconds: `make test-fast` leaves them out."""
-TOLERATED = pytest.StashKey[list[tuple[str, str, str]]]()
+STAGES = ("ray", "deployment", "distributed", "unit")
+"""Folders in the order in which workers take them: the longest one first, many small files last."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", default=None, help="folder of real data sets (ELASTIC_KFAC_DATA)")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[TOLERATED] = []
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`, workers take whole files: fixtures of a module or folder are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            # One cluster serves the whole folder.
+            return "tests/ray" if path.startswith("tests/ray/") else path
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=_stage)
     for item in items:
         name = item.nodeid.removeprefix("tests/")
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in SLOW):
             item.add_marker(pytest.mark.slow)
+
+
+def _stage(item: pytest.Item) -> int:
+    folder = item.nodeid.removeprefix("tests/").partition("/")[0]
+    return STAGES.index(folder) if folder in STAGES else len(STAGES)
 
 
 @pytest.fixture(scope="session")
@@ -89,13 +110,11 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _judge(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+def _judge(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.outcome != "skipped":
         return
     reason = _reason(report)
-    why = why_tolerated(report.nodeid, reason, allowed_skips())
-    if why is not None:
-        config.stash[TOLERATED].append((report.nodeid, reason, why))
+    if why_tolerated(report.nodeid, reason, allowed_skips()) is not None:
         return
     report.outcome = "failed"
     report.__dict__.pop("wasxfail", None)
@@ -103,24 +122,25 @@ def _judge(report: pytest.TestReport | pytest.CollectReport, config: pytest.Conf
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport() -> Iterator[None]:
     report = yield
-    _judge(report, item.config)
+    _judge(report)
     return report
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+def pytest_make_collect_report() -> Iterator[None]:
     report = yield
-    _judge(report, collector.config)
+    _judge(report)
     return report
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    tolerated = config.stash[TOLERATED]
-    if tolerated:
-        terminalreporter.section(f"{len(tolerated)} skipped, each with its committed reason")
-        for node_id, reason, why in tolerated:
-            terminalreporter.write_line(f"SKIPPED {node_id}: {reason} ({why})")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.getreports("skipped")
+    if skipped:
+        entries = allowed_skips()
+        terminalreporter.section(f"{len(skipped)} skipped, each with its committed reason")
+        for report in skipped:
+            reason = _reason(report)
+            why = why_tolerated(report.nodeid, reason, entries)
+            terminalreporter.write_line(f"SKIPPED {report.nodeid}: {reason} ({why})")
