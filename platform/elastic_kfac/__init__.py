@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["KFAC", "EnginePreconditioner", "__version__"]
+__all__ = ["KFAC", "EnginePreconditioner", "KFACOptimizer", "__version__"]
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.engine import EnginePreconditioner
     from elastic_kfac.kfac.kfac import KFAC
+    from elastic_kfac.kfac.optimizer import KFACOptimizer
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from elastic_kfac.kfac.engine import EnginePreconditioner
 
         return EnginePreconditioner
+    if name == "KFACOptimizer":
+        from elastic_kfac.kfac.optimizer import KFACOptimizer
+
+        return KFACOptimizer
     raise AttributeError(f"module 'elastic_kfac' has no attribute {name!r}")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
-from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
+from elastic_kfac.curvature.discovery import Found, clean_name, find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
@@ -140,6 +140,8 @@ class KFAC:
         self.bound = StepBound(self.options, self._rates)
         self._new: set[str] = set()
         """Layers whose first statistics are due at once."""
+        self._awaits_group = process_group is None
+        """Whether a default process group that is made later is to be joined."""
         self._build(as_communicator(process_group))
         self._last_damping = self.damping
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
@@ -177,6 +179,9 @@ class KFAC:
             sharding=self._sharding,
             tree=self._tree,
         )
+        self._watch(found)
+
+    def _watch(self, found: Found) -> None:
         self._capture = Capture(
             unwrap(self._model),
             found.modules.values(),
@@ -245,6 +250,10 @@ class KFAC:
             UsageError: If there are no gradients, or no statistics where they are due.
             NumericalError: If the first decomposition of a layer fails in every way.
         """
+        if self._awaits_group and self.plan.world_size == 1:
+            world = Communicator.world()
+            if world.world_size > 1:
+                move_to(self, world)
         if not self._gradients_are_usable():
             self.skip_step()
             return
@@ -769,7 +778,14 @@ class KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
         self._count_discarded()
         twin = memo[id(self)] = type(self).__new__(type(self))
-        vars(twin).update({name: copy.deepcopy(v, memo) for name, v in vars(self).items()})
+        own = {name: value for name, value in vars(self).items() if name != "_capture"}
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+        # Hooks do not travel with copies, and what the model looks like is known by identities.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the original's layers
+            twin._watch(find_layers(twin._model, twin.options))
+        twin._shape = shape_of(twin._model)
+        twin._capture.arm({x.name: due for x, due in zip(twin.layers, twin._due, strict=True)})
         return twin
 
     def __reduce__(self) -> str:

@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kfac import KFAC
+from elastic_kfac import KFAC, KFACOptimizer
 from elastic_kfac.errors import ConfigError, ElasticKfacError
-from support.gloo import run_ranks
-from support.training_loops import loss_of, mlp
+from support.gloo import disband, run_ranks
+from support.training_loops import X, Y, loss_of, mlp
 
 
 def _train(model: nn.Module, kfac: KFAC, steps: int) -> int:
@@ -88,3 +88,32 @@ def _fully_sharded() -> list[str]:
 def test_fully_sharded_models_are_refused_at_construction() -> None:
     for errors in run_ranks(2, _fully_sharded):
         assert all("whole weights" in error and "\n" not in error for error in errors)
+
+
+def _built_before_the_group() -> tuple[list[torch.Tensor], int]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = disband()
+    model = mlp()
+    optimizer = KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("later", store), rank=rank, world_size=world_size
+    )
+    wrapped = DistributedDataParallel(model)
+    part = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(wrapped(X[part]), Y[part]).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()], optimizer.kfac.plan.world_size
+
+
+def test_optimizer_that_is_built_before_the_group_joins_it() -> None:
+    model = mlp()
+    optimizer = KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    for parameters, planned in run_ranks(2, _built_before_the_group):
+        assert planned == 2
+        torch.testing.assert_close(parameters, list(model.parameters()), rtol=1e-10, atol=1e-12)
