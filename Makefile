@@ -17,7 +17,7 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint soak chaos studies bench test-tools audit clean
+.PHONY: help install train test test-fast lint soak chaos lock studies bench test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -64,6 +64,10 @@ audit: $(AUDITOR)/bin/pip-audit ## Known vulnerabilities of the pinned versions 
 $(AUDITOR)/bin/pip-audit:
 	@$(PYTHON) -m venv $(AUDITOR)
 	@$(AUDITOR)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+
+lock: $(STAMP) ## Renew .ci/requirements.lock, the versions of constraints.txt with hashes (needs uv)
+	@uv pip compile --quiet pyproject.toml --all-extras -c constraints.txt --generate-hashes --universal \
+		--python-version 3.11 --no-header --no-annotate --no-emit-index-url -o .ci/requirements.lock
 
 studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports in runs/)
 	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done

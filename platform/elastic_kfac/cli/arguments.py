@@ -107,7 +107,7 @@ def _repeated(text: str, **options: Any) -> dict[str, Any]:
 
 # Every argument; a command may replace one.
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "CONFIG": _of("configuration (YAML), e.g. jobs/configs/digits.yaml"),
+    "CONFIG": _of("configuration (YAML), or the name of one that comes along, e.g. digits"),
     "NAMES": _of("section or key (default: all)", metavar="SECTION[.KEY]", nargs="*"),
     "RUN": _of("folder of a run, or its name below --storage"),
     "SPACE": _of("search space (YAML), e.g. tune_spaces/smoke.yaml"),
@@ -357,6 +357,23 @@ COMMANDS: dict[str, Command] = {
         "",
         {"MODEL": _of("name of a model (default: all)", nargs="?")},
     ),
+    "init": Command(
+        "project:init",
+        "Write a project of your own: configuration, search space, model and dataset.",
+        "",
+        {
+            "NAME": _of("folder to create"),
+            "--config": _of(
+                "write only this configuration that comes along, e.g. digits", metavar="CONFIG"
+            ),
+        },
+    ),
+    "completion": Command(
+        "project:completion",
+        "Print the completion script of a shell.",
+        "",
+        {"SHELL": _of("shell to complete in", choices=("bash", "zsh", "tcsh", "fish"))},
+    ),
     "doctor": Command(
         "doctor:doctor",
         "Check this machine and suggest fixes.",
@@ -381,10 +398,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             argument, or a value of the wrong form.
     """
     _refuse_unknown_words(argv)
-    return _build_parser().parse_args(argv)
+    return build_parser().parse_args(argv)
 
 
-def _build_parser() -> _Parser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand."""
     root = _Parser(
         prog=PROGRAM,
         description="Second-order (K-FAC) training on clusters that grow and shrink.",

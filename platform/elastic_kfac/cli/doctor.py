@@ -33,8 +33,14 @@ OLDEST_TIME = 1_735_689_600.0
 """2025-01-01: an earlier clock must be wrong."""
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 """Addresses of the first nodes of a local cluster."""
-INSTALL = "pip install -c constraints.txt -e ."
-REINSTALL_TORCH = "pip install --force-reinstall -c constraints.txt torch torchvision"
+_IN_WHEEL = Path(__file__).parents[1] / "shipped" / "constraints.txt"
+CONSTRAINTS = str(_IN_WHEEL) if _IN_WHEEL.is_file() else "constraints.txt"
+INSTALL = f"pip install -c {CONSTRAINTS} " + (
+    "'elastic-kfac[tune]'" if _IN_WHEEL.is_file() else "-e '.[tune,vision]'"
+)
+REINSTALL_TORCH = f"pip install --force-reinstall -c {CONSTRAINTS} torch torchvision"
+NEEDED_EXTRAS = ("", "train")
+"""What a run needs; the others are for some commands and models."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ def python_finding(version: tuple[int, int, int]) -> Finding:
 
 
 def packages_finding() -> Finding:
-    """Installed versions against the package's constraints."""
+    """Installed versions against the package's constraints, and the extras that are not there."""
     from packaging.requirements import Requirement
+
+    from elastic_kfac.cli.extras import marked_extra
 
     try:
         wanted = importlib.metadata.requires("elastic-kfac") or []
@@ -101,17 +109,22 @@ def packages_finding() -> Finding:
         detail = "elastic-kfac itself is not installed (found through PYTHONPATH)"
         return Finding("warn", "packages", detail, f"{INSTALL} if a check below fails")
     problems = []
-    for requirement in map(Requirement, wanted):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+    left_out: set[str] = set()
+    for text in wanted:
+        requirement, extra = Requirement(text), marked_extra(text)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         version = _version(requirement.name)
-        if version is None:
+        if version is None and extra not in NEEDED_EXTRAS:
+            left_out.add(extra)
+        elif version is None:
             problems.append(f"{requirement.name} is missing")
         elif not requirement.specifier.contains(version, prereleases=True):
             problems.append(f"{requirement.name} {version} is not {requirement.specifier}")
     if problems:
         return Finding("fail", "packages", "; ".join(problems), INSTALL)
-    return Finding("ok", "packages", "all dependencies satisfy their constraints")
+    without = f"; without [{', '.join(sorted(left_out - {'dev'}))}]" if left_out - {"dev"} else ""
+    return Finding("ok", "packages", f"all dependencies satisfy their constraints{without}")
 
 
 def torch_finding() -> Finding:
@@ -119,7 +132,9 @@ def torch_finding() -> Finding:
     error = None
     try:
         import torch  # noqa: F401
-        import torchvision  # noqa: F401
+
+        if _version("torchvision") is not None:
+            import torchvision  # noqa: F401
     except Exception as caught:
         error = _text(caught)
     wanted = _torch_required_by_torchvision()
@@ -138,9 +153,13 @@ def judge_torch_pair(
         error: What importing the two raised.
     """
     pair = f"torch {torch or 'missing'}, torchvision {torchvision or 'missing'}"
-    if torch is None or torchvision is None:
-        action = "pip install -c constraints.txt torch torchvision"
-        return Finding("fail", "torch", pair, action)
+    if torch is None:
+        return Finding("fail", "torch", pair, INSTALL)
+    if torchvision is None:
+        pair = f"torch {torch}, without torchvision ([vision])"
+        if error is not None:
+            return Finding("fail", "torch", f"{pair}: {error}", REINSTALL_TORCH)
+        return Finding("ok", "torch", pair)
     builds = [version.partition("+")[2] for version in (torch, torchvision)]
     if wanted_torch is not None and torch.partition("+")[0] != wanted_torch:
         detail = f"{pair}: this torchvision is built for torch {wanted_torch}"

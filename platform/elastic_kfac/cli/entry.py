@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from elastic_kfac.cli.arguments import PROGRAM, parse_arguments
+from elastic_kfac.cli.extras import missing_extra
 from elastic_kfac.cli.provenance import announce, is_ray_job
 from elastic_kfac.errors import ElasticKfacError, UsageError
 
@@ -77,6 +78,7 @@ def _run(argv: Sequence[str] | None) -> int:
         settle_streams()
         settle_user()
         settle_folder()
+        settle_modules()
         if is_ray_job(os.environ):
             announce()
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -88,6 +90,12 @@ def _run(argv: Sequence[str] | None) -> int:
     except ElasticKfacError as error:
         _complain(f"error: {error.line()}")
         return error.exit_code
+    except ModuleNotFoundError as error:
+        missing = missing_extra(error)
+        if missing is None:
+            raise
+        _complain(f"error: {missing.line()}")
+        return missing.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
@@ -126,6 +134,16 @@ def settle_folder() -> None:
         raise UsageError(
             f"the current folder cannot be used: {error.strerror}", change="change to another one"
         ) from None
+
+
+def settle_modules() -> None:
+    """Makes modules in the current folder importable, as `python -m` does; Ray's workers have it too.
+
+    It comes last on the path: a person's `random.py` must not hide a library.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def settle_user() -> None:

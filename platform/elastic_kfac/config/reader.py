@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from elastic_kfac.config.run import Config, shown
+from elastic_kfac.config.shipped import find_config, shipped_configs
 from elastic_kfac.config.yaml_text import dump_yaml, load_yaml
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.paths import user_path
@@ -33,11 +34,16 @@ REMOVED = {
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML too.
 
+    A bare name that is no file means the configuration of that name that comes with the package.
+
     Raises:
         ConfigError: If the file is missing or not YAML, an override has no value, or a key or
             value is not allowed.
     """
-    values = read_yaml(path, "configuration file", "jobs/configs/digits.yaml")
+    if not user_path(path).exists():
+        path = find_config(path) or path
+    example = ", ".join(shipped_configs()) or "config.yaml"
+    values = read_yaml(path, "configuration file", example)
     return parse_config(apply_overrides(values, [split_override(text) for text in overrides]))
 
 

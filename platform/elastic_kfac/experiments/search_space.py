@@ -32,6 +32,7 @@ from elastic_kfac.config import (
     split_override,
     validate,
 )
+from elastic_kfac.config.shipped import find_config
 from elastic_kfac.config.train import Target
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.trials import Scoring
@@ -417,7 +418,10 @@ def read_space(path: str | Path, overrides: Sequence[str] = ()) -> SearchSpace:
     values = read_yaml(file, "search space", "tune_spaces/smoke.yaml")
     base = values.get("base")
     if isinstance(base, str):
-        values["base"] = read_config(file.parent / base).model_dump(mode="json")
+        known = find_config(base)
+        beside = file.parent / base
+        found = read_config(known if known and not beside.exists() else beside)
+        values["base"] = found.model_dump(mode="json")
     elif not isinstance(base, dict):
         raise ConfigError(
             "a search space needs base", given=base, allowed="the path of a configuration file"

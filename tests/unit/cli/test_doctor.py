@@ -52,7 +52,7 @@ GIB = 1 << 30
         ),
         ("2.15.0", "0.29.2", "2.15.0", "OSError: libcudart.so", "fail", "libcudart"),
         (None, "0.29.2", "2.15.0", None, "fail", "torch missing"),
-        ("2.15.0", None, None, None, "fail", "torchvision missing"),
+        ("2.15.0", None, None, None, "ok", "without torchvision"),
     ],
 )
 def test_judge_torch_pair(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -28,8 +29,9 @@ def pins() -> dict[str, str]:
 
 def project_requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    dev = project["optional-dependencies"]["dev"]
-    return [Requirement(text) for text in [*project["dependencies"], *dev]]
+    extras = project["optional-dependencies"].values()
+    texts = [*project["dependencies"], *itertools.chain(*extras)]
+    return [each for each in map(Requirement, texts) if each.name != project["name"]]
 
 
 def unpinned(python_version: str) -> set[str]:
@@ -85,3 +87,14 @@ def test_constraints_pin_torch_and_the_torchvision_built_for_it() -> None:
     needs = [Requirement(text) for text in importlib.metadata.requires("torchvision") or []]
     torch = next(requirement for requirement in needs if requirement.name == "torch")
     assert torch.specifier.contains(pins()["torch"])
+
+
+def test_lock_with_hashes_has_the_same_versions() -> None:
+    text = (ROOT / ".ci" / "requirements.lock").read_text(encoding="utf-8")
+    locked = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^ ;]+)", text, re.MULTILINE))
+    known = pins()
+    assert {
+        name: version for name, version in locked.items() if known.get(name) == version
+    }.keys() >= {canonicalize_name(requirement.name) for requirement in project_requirements()}
+    differing = {name for name, version in locked.items() if known.get(name, version) != version}
+    assert differing == set()

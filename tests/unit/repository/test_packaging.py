@@ -1,0 +1,123 @@
+"""What the package imports is what it declares, and a built wheel works without the checkout."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from elastic_kfac.cli.extras import _DISTRIBUTIONS
+from support.house import ROOT, product
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OPTIONAL = {"peft", "kfac"}
+"""Never imported, only recognised."""
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    return {Requirement(text).name for text in requirements} - {"elastic-kfac"}
+
+
+def imported(tree: ast.Module, *, only_at_import: bool = False) -> set[str]:
+    """Distributions that a module imports: anywhere, or when it is imported."""
+    nodes = list(ast.walk(tree))
+    if only_at_import:
+        nodes = [inner for top in tree.body if not _is_lazy(top) for inner in ast.walk(top)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    tops = {name.partition(".")[0] for name in names} - {"elastic_kfac", ""}
+    return {_DISTRIBUTIONS.get(top, top) for top in tops - set(sys.stdlib_module_names)}
+
+
+def _is_lazy(node: ast.stmt) -> bool:
+    guarded = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    return guarded or isinstance(node, ast.FunctionDef | ast.ClassDef)
+
+
+def test_every_import_is_declared_and_every_declaration_is_used() -> None:
+    runtime = [extra for extra in EXTRAS if extra != "dev"]
+    known = declared(PROJECT["dependencies"]).union(*(declared(EXTRAS[e]) for e in runtime))
+    found = set().union(*(imported(tree) for tree in product().values()))
+    assert found == known
+
+
+def test_undeclared_import_is_found() -> None:
+    tree = ast.parse(
+        "import os, numpy.linalg\ndef f():\n    from PIL import Image\nimport elastic_kfac"
+    )
+    assert imported(tree) == {"numpy", "pillow"}
+    assert imported(tree, only_at_import=True) == {"numpy"}
+
+
+def test_kfac_imports_nothing_beyond_the_base_dependencies() -> None:
+    allowed = sorted(declared(PROJECT["dependencies"]) | {"pydantic", "yaml"})
+    extras = sorted(
+        {module for module, distribution in _DISTRIBUTIONS.items() if distribution not in allowed}
+        | (set().union(*map(declared, EXTRAS.values())) - set(allowed) - {"packaging"})
+    )
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {set(extras) - {'yaml'}!r}:\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import torch\n"
+        "from elastic_kfac import KFAC\n"
+        "from elastic_kfac.cli import main\n"
+        "net = torch.nn.Linear(3, 2)\n"
+        "kfac = KFAC(net, lr=0.1)\n"
+        "net(torch.randn(4, 3)).square().mean().backward()\n"
+        "kfac.step()\n"
+        "assert main(['config', 'kfac.damping']) == 0\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _run(*command: str | Path, cwd: Path, expect: int = 0) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == expect, (command, done.stdout[-3000:], done.stderr[-3000:])
+    return done.stdout + done.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_wheel_and_sdist_work_in_a_clean_environment(tmp_path: Path) -> None:
+    """Installs `[tune]` from an index (several GB), then runs the commands outside the checkout."""
+    _run(sys.executable, "-m", "build", "--outdir", tmp_path / "dist", ROOT, cwd=tmp_path)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1  # The wheel was made from it.
+    _run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    scripts = tmp_path / "venv" / "bin"
+    pip = (scripts / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+    command = scripts / "elastic-kfac"
+    _run(*pip, wheel, cwd=tmp_path)
+    _run(scripts / "python", "-c", "from elastic_kfac import KFAC", cwd=tmp_path)
+    assert "pip install 'elastic-kfac[train]'" in _run(
+        command, "train", "digits", "--local", cwd=tmp_path, expect=2
+    )
+    _run(*pip, f"{wheel}[tune]", cwd=tmp_path)
+    assert "ready to run" in _run(command, "doctor", cwd=tmp_path)
+    short = ("--set", "train.epochs=2")
+    _run(command, "train", "digits", "--local", *short, cwd=tmp_path)
+    _run(command, "init", "mine", cwd=tmp_path)
+    _run(command, "train", "config.yaml", *short, cwd=tmp_path / "mine")
+    space = tmp_path / "mine" / "space.yaml"
+    space.write_text(space.read_text().replace("num_trials: 6", "num_trials: 2"))
+    _run(command, "tune", "space.yaml", "--name", "search", cwd=tmp_path / "mine")
+    assert (tmp_path / "mine" / "runs" / "search" / "best_config.yaml").is_file()
+    assert "--resize-at" in _run(command, "completion", "bash", cwd=tmp_path)
