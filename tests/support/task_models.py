@@ -90,6 +90,18 @@ class Anchors(nn.Module):
         }
 
 
+class TwoStage(nn.Module):
+    """What torchvision's two-stage detectors return in evaluation mode."""
+
+    def __init__(self, num_outputs: int, input_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(input_shape[0], 4, 3)
+
+    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
+        found = self.body(images).mean(dim=(2, 3))
+        return [{"boxes": one[None], "scores": one[:1], "labels": one[:1]} for one in found]
+
+
 class AbsoluteError(Regression):
     """A person's own task: the absolute error, and how often it is below one half."""
 
@@ -159,3 +171,30 @@ class Mixed:
             "mask": (self.images[index, 0] > 127).astype(np.int64),
             "boxes": self.boxes[index].reshape(-1, 5),
         }
+
+
+def _double(build: Any) -> Any:
+    """The same model in float64, for comparisons between numbers of ranks."""
+
+    def factory(num_outputs: int, input_shape: tuple[int, ...]) -> nn.Module:
+        model: nn.Module = build(num_outputs, input_shape)
+        return model.double()
+
+    return factory
+
+
+def bag64(num_outputs: int, input_shape: tuple[int, ...], *, columns: dict[str, Any]) -> nn.Module:
+    return BagOfTokens(num_outputs, input_shape, columns=columns).double()
+
+
+def regressor(num_outputs: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Linear(input_shape[0], 8), nn.Tanh(), nn.Linear(8, num_outputs))
+
+
+def classifier(num_outputs: int, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, num_outputs))
+
+
+classifier64, regressor64 = _double(classifier), _double(regressor)
+pixels64, anchors64 = _double(pixel_network), _double(Anchors)
+autoencoder64, two_inputs64 = _double(autoencoder), _double(TwoInputs)

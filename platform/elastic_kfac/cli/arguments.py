@@ -198,7 +198,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--source": _of(
         "digits | clusters10[:SEED] | stdlib_text | digit_scenes:masks|boxes | "
         "sklearn:diabetes|breast_cancer|wine | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
-        "torchvision:NAME[:ROOT]",
+        "torchvision:NAME[:ROOT] | text:PATH[?OPTIONS] | table:PATH?targets=NAME | masks:DIR | "
+        "coco:PATH | python:PACKAGE.MODULE:FACTORY; options and samples of each: docs/tasks.md",
         required=True,
     ),
     "--split": _of("split to analyse (default: the training split)"),
@@ -260,7 +261,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "tune": Command(
         "tune:tune",
-        "Search for the configuration that reaches an accuracy fastest.",
+        "Search for the configuration that reaches a target fastest.",
         "SPACE --set --name --storage --address",
     ),
     "suggest": Command(

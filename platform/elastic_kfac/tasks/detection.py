@@ -55,6 +55,7 @@ class Detection(TargetTask):
         self._least_score, self._most_boxes, self._nms = least_score, most_boxes, nms
 
     def loss(self, outputs: Outputs, targets: Tensor) -> Tensor:
+        check_outputs(outputs)
         scores, predicted = outputs["scores"].float(), outputs["boxes"].float()
         anchors = outputs["anchors"].float()
         total = scores.new_zeros(())
@@ -91,6 +92,7 @@ class Detection(TargetTask):
         """The boxes, scores and classes found in each image, best first."""
         from torchvision.ops import batched_nms
 
+        check_outputs(outputs)
         result = []
         for scores, boxes in zip(outputs["scores"], outputs["boxes"], strict=True):
             flat = scores.float().softmax(dim=1)[:, 1:].flatten()
@@ -114,6 +116,26 @@ class Detection(TargetTask):
             "task.name=detection has no distribution to draw labels from",
             change="set kfac.fisher=empirical",
         )
+
+
+def check_outputs(outputs: Any) -> None:
+    """Refuses the outputs of a model that is no one-stage detector.
+
+    Raises:
+        ConfigError: It says what the model returned.
+    """
+    if isinstance(outputs, Mapping) and {"boxes", "scores", "anchors"} <= outputs.keys():
+        return
+    if isinstance(outputs, list):  # What torchvision's two-stage detectors return.
+        given = "a list of detections; such a model computes its losses itself"
+    else:
+        given = ", ".join(map(str, outputs)) if isinstance(outputs, Mapping) else "one tensor"
+    raise ConfigError(
+        "task.name=detection needs a model with the outputs boxes, scores and anchors",
+        given=given,
+        change="use a one-stage detector (anchor_detector, retinanet_resnet50_fpn, fcos_resnet50_fpn, "
+        "ssd300_vgg16), or train this one in a script of your own with elastic_kfac.KFAC",
+    )
 
 
 def overlap(first: Tensor, second: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from argparse import Namespace
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from elastic_kfac.cli import shards
 from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.shards import MakingProgress, progress_line
 from elastic_kfac.data import make_shards
+from elastic_kfac.data.sources import KNOWN_SOURCES
 from elastic_kfac.errors import DataError, UsageError
 
 
@@ -167,3 +169,14 @@ def test_make_uses_the_cluster_of_the_option_or_the_environment(
     assert shards.make(call("make", *words)) == 0
     assert asked == ([] if used is None else [used])
     assert (tmp_path / "test" / "manifest.json").exists()
+
+
+def test_help_and_docs_list_every_source(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["shards", "make", "--help"])
+    shown = capsys.readouterr().out
+    page = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text()
+    for source in KNOWN_SOURCES.split(", "):
+        kind = re.split(r"[:\[]", source)[0]
+        assert kind in shown, kind
+        assert kind in page, kind
