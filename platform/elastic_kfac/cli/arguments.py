@@ -286,7 +286,11 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "runs:evaluate",
         "Compute loss and metrics of a run's newest checkpoint.",
-        "RUN --storage --shards --attack --radius --steps",
+        "RUN --storage --shards --attack --radius --steps --json",
+        {
+            "--split": _of("split to evaluate on (default: data.eval_split)"),
+            "--by-class": _of("also print the numbers of every class", action="store_true"),
+        },
     ),
     "export": Command(
         "runs:export",
@@ -326,12 +330,14 @@ COMMANDS: dict[str, Command] = {
         },
     ),
     "audit": Command(
-        "runs:audit", "Verify that every sample was used exactly once.", "RUN --storage --shards"
+        "runs:audit",
+        "Verify that every sample was used exactly once.",
+        "RUN --storage --shards --json",
     ),
     "report": Command(
         "runs:report",
         "Write report.html of a run or a search.",
-        "RUN --storage",
+        "RUN --storage --json",
         {"--out": _of("file to write (default: RUN/report.html)", metavar="FILE")},
     ),
     "analyze": Command(
@@ -378,7 +384,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "doctor:doctor",
         "Check this machine and suggest fixes.",
-        "--storage",
+        "--storage --json",
         {"--address": _of("Ray cluster to check (default: RAY_ADDRESS if set)")},
     ),
 }

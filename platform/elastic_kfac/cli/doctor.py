@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import json
 import os
 import shutil
 import socket
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -61,6 +62,11 @@ class Finding:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints every finding; returns 1 if one of them prevents a run."""
+    if arguments.json:
+        found = list(examine(arguments.storage, arguments.address))
+        ready = all(finding.level != "fail" for finding in found)
+        print(json.dumps({"ready": ready, "findings": [asdict(each) for each in found]}, indent=2))
+        return 0 if ready else 1
     announce()
     failed = 0
     for finding in examine(arguments.storage, arguments.address):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,18 +66,22 @@ def report(arguments: argparse.Namespace) -> int:
     uri = locate_run(arguments.run, arguments.storage, searches=True)
     folder = local_folder(uri)
     if folder is None or not (folder / "experiment.json").is_file():
-        write_report_and_summary(uri, arguments.out)
+        write_report_and_summary(uri, arguments.out, as_json=arguments.json)
         return 0
     from elastic_kfac.experiments.search_folder import read_experiment
     from elastic_kfac.reports.search_page import headline, write_search_page
 
     path = write_search_page(folder, arguments.out)
+    if arguments.json:
+        print_json({"report": str(path), "headline": headline(read_experiment(folder))})
+        return 0
     print(f"{headline(read_experiment(folder))}\n\nReport: {path}")
     return 0
 
 
-def write_report_and_summary(uri: str, out: str | None = None) -> None:
-    """Writes `report.html` into a run's folder, or the file `out`, and prints a summary.
+def write_report_and_summary(uri: str, out: str | None = None, *, as_json: bool = False) -> None:
+    """Writes `report.html` into a run's folder, or the file `out`, and prints a summary, or `result.json`
+    with the path of the report.
 
     Raises:
         UsageError: If there is no run.
@@ -81,8 +89,25 @@ def write_report_and_summary(uri: str, out: str | None = None) -> None:
     from elastic_kfac.reports.run_page import write_report
     from elastic_kfac.runs.summary import summary_text
 
-    print(summary_text(write_report(uri, out)))
-    print(f"\nReport: {out or join_uri(uri, 'report.html')}")
+    written, path = write_report(uri, out), out or join_uri(uri, "report.html")
+    if as_json:
+        print_json({"report": path, **(open_run(uri).result() or {})})
+        return
+    print(summary_text(written))
+    print(f"\nReport: {path}")
+
+
+def print_json(value: object) -> None:
+    """Prints JSON that every parser reads: NaN and infinity become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def audit(arguments: argparse.Namespace) -> int:
@@ -90,6 +115,9 @@ def audit(arguments: argparse.Namespace) -> int:
     from elastic_kfac.runs.audit import audit_run
 
     found = audit_run(open_run(locate_run(arguments.run, arguments.storage), arguments.shards))
+    if arguments.json:
+        print_json({"passed": found.passed, **asdict(found)})
+        return 0 if found.passed else 1
     print(found.line())
     for problem in found.problems[1:]:
         print(f"  {problem}")
@@ -101,10 +129,28 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from elastic_kfac.runs.checkpoints import evaluate_run
 
     folder = open_run(locate_run(arguments.run, arguments.storage), arguments.shards)
-    step, found = evaluate_run(folder, attack=_attack(arguments), device=device_of(folder))
+    step, found = evaluate_run(
+        folder,
+        attack=_attack(arguments),
+        device=device_of(folder),
+        split=arguments.split,
+        by_class=arguments.by_class,
+    )
+    if arguments.json:
+        attacked = found.attacked and found.attacked.all
+        values = {"step": step, "samples": found.count, **found.all, "attacked": attacked}
+        print_json({**values, "classes": [asdict(each) for each in found.classes]})
+        return 0
     print(f"step {step}: {_result(found)} on {found.count:,} samples")
     if found.attacked is not None:
         print(f"under attack: {_result(found.attacked)}")
+    if found.classes:
+        width = max(len("class"), *(len(each.name) for each in found.classes))
+        print(f"{'class':<{width}}  {'count':>9} precision    recall        f1")
+    for each in found.classes:
+        shares = (each.precision, each.recall, each.f1)
+        row = "".join(f"{'-' if share is None else f'{share:.2%}':>10}" for share in shares)
+        print(f"{each.name:<{width}} {each.count:>10,}{row}")
     return 0
 
 
@@ -131,7 +177,7 @@ def _attack(arguments: argparse.Namespace) -> dict[str, object]:
 
 def export(arguments: argparse.Namespace) -> int:
     """Writes a checkpoint's weights as safetensors."""
-    from elastic_kfac.runs.checkpoints import export_run
+    from elastic_kfac.runs.export import export_run
 
     uri = locate_run(arguments.run, arguments.storage)
     if arguments.out is None and local_folder(uri) is None:

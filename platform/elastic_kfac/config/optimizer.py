@@ -31,6 +31,12 @@ class OptimizerConfig(Section):
     """Also decay normalisation layers and biases."""
     trust: Annotated[float, Field(gt=0)] = 1e-3
     """Trust coefficient η of `lars` (You et al. 2017)."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Bound on the norm of the mean gradient of the global batch, before K-FAC preconditions it; null
+    does not clip. Preconditioned steps have a bound of their own, `kfac.trust_region`."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a moving average of the weights, for example 0.999. Evaluations, `evaluate` and `export`
+    use the averaged weights; training does not. Null keeps no average."""
     rescale_weights: Literal["none", "shrink", "always"] = "none"
     """Rescale each weight to norm √(2·d_out) after every update (`shrink`: only if its norm is larger);
     replaces weight decay in the large-batch K-FAC recipe (Osawa et al. 2019)."""

@@ -17,7 +17,7 @@ from elastic_kfac.config.elastic import (
     PlanConfig,
     ResourcesConfig,
 )
-from elastic_kfac.config.kfac import KfacConfig, ShardedConfig
+from elastic_kfac.config.kfac import KfacConfig, LevenbergMarquardt, ShardedConfig
 from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.train import ModelConfig, TaskConfig, TrainConfig
@@ -107,6 +107,13 @@ _NEEDS = {
     "task.name!=classification": "train.loss=cross_entropy train.label_smoothing=0 mixing.mixup=none",
     "adversarial.attack=fgsm": "adversarial.steps=1",
     "adversarial.eval_attack=fgsm": "adversarial.eval_steps=1",
+    # No rank has the whole gradient, or the weights of all ranks, at every step.
+    "optimizer.clip_grad_norm": (
+        "elastic.merge_every_steps=1 elastic.merge=average optimizer.name!=sharded_kfac"
+    ),
+    "optimizer.average_decay": (
+        "elastic.merge_every_steps=1 elastic.merge=average optimizer.name!=sharded_kfac"
+    ),
     # Workers that take local steps exchange nothing in between.
     "elastic.merge=distnewton": _LOCAL,
     "elastic.merge_every_steps>1": _LOCAL,
@@ -192,6 +199,16 @@ _ORDER = (
         ("train.micro_batch_size", "train.global_batch_size"),
         lambda c: (c.train.micro_batch_size or 0) > c.train.global_batch_size,
         "lower train.micro_batch_size",
+    ),
+    Rule(
+        "kfac.damping with rule: levenberg_marquardt compares a step with the whole gradient",
+        ("optimizer.clip_grad_norm",),
+        lambda c: (
+            c.optimizer.clip_grad_norm is not None
+            and c.kfac.enabled
+            and isinstance(c.kfac.damping, LevenbergMarquardt)
+        ),
+        "drop optimizer.clip_grad_norm or set kfac.damping to a number",
     ),
     Rule(
         "elastic.min_workers must be at most elastic.max_workers",

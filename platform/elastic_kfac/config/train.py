@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """The network."""
 
     name: str = "small_cnn"
-    """Name of a built-in model (`elastic-kfac models` lists them), or `package.module:factory`."""
+    """Name of a built-in model (`elastic-kfac models` lists them), `torchvision:NAME` or `timm:NAME`
+    (image classifiers with random weights), or `package.module:factory`."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the factory."""
     initial_weights: str | None = None
@@ -40,6 +41,17 @@ class Target(Section):
     """At least this for metrics like accuracy, at most this for metrics like perplexity and the loss."""
 
 
+class EarlyStop(Section):
+    """When to end a run that no longer improves."""
+
+    metric: str = "loss"
+    """A metric of the task, or `loss`, on the evaluation split."""
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Evaluations without an improvement after which the run ends."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as an improvement: a change by more than this."""
+
+
 class TrainConfig(Section):
     """Length of the run, batch size, precision, evaluation and logging."""
 
@@ -58,6 +70,11 @@ class TrainConfig(Section):
     """Short for `target: {metric: accuracy, value: …}`."""
     stop_at_target: bool = False
     """End the run when the target is reached."""
+    early_stop: EarlyStop | None = None
+    """End the run when a metric has not improved for some evaluations."""
+    hooks: tuple[str, ...] = ()
+    """Your own callbacks and transforms of training samples, each `package.module:factory` of an
+    `elastic_kfac.training.hooks.Hook`."""
     eval_every_epochs: Annotated[float, Field(gt=0)] = 1
     """Epochs between evaluations; the last step is always evaluated."""
     eval_batch_size: Annotated[int, Field(ge=1)] = 512

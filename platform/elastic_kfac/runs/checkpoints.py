@@ -1,29 +1,28 @@
-"""A run's checkpoints: choosing one, its model with the run's splits, evaluation and export."""
+"""A run's checkpoints: choosing one, its model with the run's splits, and evaluation."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from elastic_kfac.analysis.fixed_samples import FixedSamples
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import AnalysisConfig, Config, parse_config
 from elastic_kfac.data.dataset import Dataset, Datasets, open_split
-from elastic_kfac.data.storage import write_named_file
 from elastic_kfac.errors import StateError, UsageError
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.state.state import TrainingState, restore_model
 from elastic_kfac.tasks.attacks import Attack, evaluation_attack
+from elastic_kfac.tasks.by_class import ByClass
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
@@ -123,10 +122,12 @@ class Restored:
             lambda batch, epoch: task.prepare(batch, seed, epoch),
         )
 
-    def evaluate(self, split: str, attack: Attack | None = None) -> EvalResult:
-        """The result over a whole split, also under an attack."""
+    def evaluate(
+        self, split: str, attack: Attack | None = None, task: Task | None = None
+    ) -> EvalResult:
+        """The result over a whole split, also under an attack; `task` replaces that of the run."""
         config, solo = self.config.train, Communicator.solo()
-        task, dataset = self.task, self.datasets[split]
+        task, dataset = task or self.task, self.datasets[split]
         return evaluate_split(
             self.model, task, dataset, self.preprocess, solo, config, attack=attack
         )
@@ -152,10 +153,12 @@ def restored(
     device: torch.device | None = None,
     datasets: Datasets | None = None,
     shuffle: bool = True,
+    averaged: bool = False,
 ) -> Iterator[Restored]:
     """The model of a checkpoint (see `choose_state`) on `device` (None: the CPU).
 
-    `datasets` replaces the run's splits; without `shuffle` they are read in id order.
+    `datasets` replaces the run's splits; without `shuffle` they are read in id order. `averaged` takes
+    the averaged weights of a run with `optimizer.average_decay`, as its evaluations do.
 
     Raises:
         UsageError: If there is no such checkpoint; it names the existing ones.
@@ -184,6 +187,8 @@ def restored(
             seed=train.seed,
         ).to(device or torch.device("cpu"))
         restore_model(model, state)
+        if averaged:
+            model.load_state_dict(weights_to_use(state))
         splits = {data.train_split: opened.train}
         if opened.evaluation is not None:
             splits[data.eval_split] = opened.evaluation
@@ -193,60 +198,52 @@ def restored(
             opened.close()
 
 
+def weights_to_use(state: TrainingState) -> dict[str, Tensor]:
+    """Parameters and buffers by name, the parameters averaged if the run averages them."""
+    return {**state.model_tensors(), **(state.part("average") or {})}
+
+
 def evaluate_run(
     folder: RunFolder,
     *,
     attack: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
     datasets: Datasets | None = None,
+    split: str | None = None,
+    by_class: bool = False,
 ) -> tuple[int, EvalResult]:
-    """The step of a run's newest checkpoint, and its result over the evaluation split.
+    """The step of a run's newest checkpoint, and its result over a split.
 
     Args:
+        split: Its name; None is the evaluation split.
+        by_class: Also the numbers of every class (see `tasks.by_class`).
         attack: Overrides of the section `adversarial`: `eval_attack`, `eval_radius`, `eval_steps`.
         datasets: Replaces the configured splits.
 
     Raises:
-        UsageError: If the run has no checkpoint or no evaluation split.
+        UsageError: If the run has no checkpoint or no such split, or `by_class` does not apply.
         ConfigError: If the attack is out of range.
         StateError: If the data set has changed.
     """
-    with restored(folder, device=device, datasets=datasets, shuffle=False) as here:
-        adversarial, split = here.config.adversarial, here.config.data.eval_split
+    with (
+        restored(folder, device=device, datasets=datasets, shuffle=False, averaged=True) as here,
+        contextlib.ExitStack() as stack,
+    ):
+        adversarial, split = here.config.adversarial, split or here.config.data.eval_split
+        if split not in here.datasets and datasets is None:
+            opened = stack.enter_context(open_split(here.config, split, shuffle=False))
+            here = replace(here, datasets={**here.datasets, split: opened})
         if attack:
             changed = {**adversarial.model_dump(), **attack}
             adversarial = parse_config({"adversarial": changed}).adversarial
         if split not in here.datasets:
             raise UsageError("the run has no evaluation split", given=split)
         chosen = evaluation_attack(adversarial, here.preprocess, here.datasets[split])
-        return here.state.progress.step, here.evaluate(split, chosen)
-
-
-def export_run(folder: RunFolder, out: str | Path, *, step: int | None = None) -> int:
-    """Writes parameters and buffers of a checkpoint as a safetensors file.
-
-    `model.initial_weights` of another run and `safetensors.torch.load_file` read it.
-
-    Args:
-        folder: The run.
-        out: The file; links are followed, pipes and devices written through.
-        step: Step of the checkpoint; None is the newest.
-
-    Returns:
-        The number of tensors.
-
-    Raises:
-        UsageError: If the run has no such checkpoint.
-        StateError: If it is damaged.
-    """
-    if step is None:
-        state = newest_state(folder, allow_older=False)
-    else:
-        state = choose_state(folder, step=step)
-    tensors = state.model_tensors()
-    metadata = {"step": str(state.progress.step), "run": folder.uri}
-    write_named_file(out, save(tensors, metadata=metadata))
-    return len(tensors)
+        if not by_class:
+            return here.state.progress.step, here.evaluate(split, chosen)
+        counting = ByClass(here.task, here.datasets[split].columns)
+        found = here.evaluate(split, chosen, counting)
+        return here.state.progress.step, replace(found, classes=counting.results)
 
 
 def _epochs(state: TrainingState) -> float:

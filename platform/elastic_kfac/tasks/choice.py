@@ -35,13 +35,15 @@ def make_task(config: Config, columns: Sequence[Column]) -> Task:
     Raises:
         ConfigError: As `_made`, or if the task has no such metric as `train.target`.
     """
-    task, goal = _made(config, columns), config.train.goal
-    if goal is not None and goal.metric not in {"loss", *task.metrics}:
-        raise ConfigError(
-            f"task.name={config.task.name} has no such metric",
-            given=f"train.target.metric={goal.metric}",
-            allowed=", ".join([*task.metrics, "loss"]),
-        )
+    task = _made(config, columns)
+    wanted = {"train.target": config.train.goal, "train.early_stop": config.train.early_stop}
+    for key, section in wanted.items():
+        if section is not None and section.metric not in {"loss", *task.metrics}:
+            raise ConfigError(
+                f"task.name={config.task.name} has no such metric",
+                given=f"{key}.metric={section.metric}",
+                allowed=", ".join([*task.metrics, "loss"]),
+            )
     return task
 
 

@@ -16,6 +16,7 @@ from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.imports import is_reference, load_reference
 from elastic_kfac.zoo import MODELS
+from elastic_kfac.zoo.torchvision_models import from_library
 
 ImageShape = tuple[int, int, int]
 """(channels, height, width)."""
@@ -37,14 +38,18 @@ def create_model(
     Raises:
         ConfigError: If the name is unknown, the arguments do not fit, or the factory returns no module.
     """
-    if is_reference(name):
+    if name.startswith(("torchvision:", "timm:")):
+        arguments = {"name": name, **arguments}
+        factory = from_library
+    elif is_reference(name):
         factory = load_reference(name, key="model.name")
     else:
         if name not in MODELS:
             raise ConfigError(
                 "unknown model.name",
                 given=name,
-                allowed=", ".join(sorted(MODELS)) + ", or package.module:factory",
+                allowed=", ".join(sorted(MODELS))
+                + ", torchvision:NAME, timm:NAME or package.module:factory",
             )
         factory = MODELS[name].factory
     if "columns" in inspect.signature(factory).parameters:

@@ -10,6 +10,7 @@ from torch import nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Dataset
+from elastic_kfac.optimizers.averaging import WeightAverage
 from elastic_kfac.optimizers.large_batch import WeightRescaling
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model
@@ -33,6 +34,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     rescaling: WeightRescaling | None
     """Applied after every update."""
+    average: WeightAverage | None
     sync: Synchronisation
     """Alone until it joins ranks."""
     scaler: LossScaler
@@ -59,7 +61,9 @@ def assemble(
     rescaling = None if rule == "none" else WeightRescaling(model, rule)
     sync = make_synchronisation(config, model, optimizer, passes, dataset)
     scaler = LossScaler.for_precision(config.train.precision)
-    return Parts(model, task, passes, optimizer, rescaling, sync, scaler)
+    decay = config.optimizer.average_decay
+    average = None if decay is None else WeightAverage(model, decay)
+    return Parts(model, task, passes, optimizer, rescaling, average, sync, scaler)
 
 
 def join_batch_norm(config: Config, model: nn.Module, communicator: Communicator) -> nn.Module:

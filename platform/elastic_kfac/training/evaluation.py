@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import TrainConfig
+from elastic_kfac.config.train import EarlyStop
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Dataset, rank_slice
 from elastic_kfac.tasks.attacks import Attack, perturbed
+from elastic_kfac.tasks.by_class import ClassResult
 from elastic_kfac.tasks.models import call_model
 from elastic_kfac.tasks.preprocessing import Preprocessor
 from elastic_kfac.tasks.task import Task
@@ -34,6 +36,8 @@ class EvalResult:
     """Samples."""
     attacked: EvalResult | None = field(default=None)
     """Result on attacked inputs, if an attack is configured."""
+    classes: tuple[ClassResult, ...] = ()
+    """The numbers of every class, where they were wanted."""
 
     def __getitem__(self, metric: str) -> float:
         return self.loss if metric == "loss" else self.metrics[metric]
@@ -46,6 +50,39 @@ class EvalResult:
     def all(self) -> dict[str, float]:
         """The loss and every metric."""
         return {"loss": self.loss, **self.metrics}
+
+
+@dataclass
+class EarlyStopping:
+    """Counts the evaluations since a metric improved; equal on all ranks, as evaluations are."""
+
+    rule: EarlyStop
+    direction: Literal["max", "min"]
+    best: float | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience is exhausted."""
+        return self.stale >= self.rule.patience
+
+    def took(self, value: float) -> None:
+        """Takes in an evaluation; NaN improves on nothing."""
+        gain = 0.0 if self.best is None else value - self.best
+        gain = gain if self.direction == "max" else -gain
+        if self.best is None or gain > self.rule.min_delta:
+            self.best, self.stale = value, 0
+        else:
+            self.stale += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.rule.metric, "best": self.best, "stale": self.stale}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Starts afresh from an empty state, or one of another metric."""
+        same = state.get("metric") == self.rule.metric
+        self.best, self.stale = (state["best"], state["stale"]) if same else (None, 0)
 
 
 def evaluate_split(

@@ -375,6 +375,12 @@ class RunLoop:
             row |= result.attacked.columns("eval_adversarial_")
         self._report.on_metrics(row)
         progress = self._trainer.progress
+        if trainer.stopped_early:
+            rule = trainer.config.train.early_stop
+            assert rule is not None
+            reason = f"no better eval_{rule.metric} for {rule.patience} evaluations"
+            details = {**self._world(), "reason": reason}
+            self._report.on_event(event_row("stopped_early", progress.step, **details))
         if progress.time_to_target_s is not None and not self._target_reported:
             self._target_reported = True
             self._report.on_event(

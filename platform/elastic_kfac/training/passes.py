@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,6 +64,8 @@ class ModelPasses:
                 running=mixing.mixup == "running",
                 on_smaller=mixing.on_smaller,
             )
+        self.transform: Callable[[Batch, int], Batch] = lambda batch, epoch: batch
+        """What a person's hooks make of the samples of an epoch."""
         self._recorded: list[_Recorded] | None = None
         self._seed = (0, 0)
         self._erasing = RandomErasing(seed, mixing.erasing) if mixing.erasing > 0 else None
@@ -102,7 +105,7 @@ class ModelPasses:
         torch.manual_seed(counter_seed(self._config.train.seed, step, index))
 
     def inputs(self, samples: Batch, span: Span) -> Batch:
-        inputs = self.preprocess(samples, span.epoch)
+        inputs = self.transform(self.preprocess(samples, span.epoch), span.epoch)
         images, labels = inputs.inputs, inputs.targets
         if self._attack is not None and span.attacked_fraction > 0 and len(labels):
             mask = adversarial_mask(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.optimizers.batch_size import Growth
 from elastic_kfac.tasks.attacks import evaluation_attack
-from elastic_kfac.training.callbacks import Callback
+from elastic_kfac.training.callbacks import Callback, Callbacks
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
-from elastic_kfac.training.evaluation import EvalResult, evaluate_split
+from elastic_kfac.training.evaluation import EarlyStopping, EvalResult, evaluate_split
+from elastic_kfac.training.hooks import Hooks
 from elastic_kfac.training.planning import PlanReview
 from elastic_kfac.training.step import StepTrainer
 
@@ -42,8 +44,17 @@ class RankTrainer(StepTrainer):
         device: torch.device | None = None,
         callback: Callback | None = None,
     ) -> None:
-        super().__init__(config, communicator, datasets, device=device, callback=callback)
+        self._hooks = Hooks.of(config)
+        followers = Callbacks(callback or Callback(), *self._hooks.hooks)
+        super().__init__(config, communicator, datasets, device=device, callback=followers)
         self._task, self._inputs = self._parts.task, self._parts.passes.preprocess
+        if self._hooks.hooks:
+            self._hooks.check(self._inputs(datasets.train.read(0, 0, min(4, self.total_samples))))
+            self._parts.passes.transform = self._hooks.transform
+        self._early_stopping: EarlyStopping | None = None
+        if (rule := config.train.early_stop) is not None:
+            direction = self._task.direction_of(rule.metric)
+            self._early_stopping = EarlyStopping(rule, direction)
         self._eigenvalues = EigenvalueWatch(
             self.model, self._task, config, datasets.train, self._inputs
         )
@@ -55,7 +66,9 @@ class RankTrainer(StepTrainer):
             )
 
     def small_parts(self) -> dict[str, Any]:
-        return {**super().small_parts(), "eigenvalues": self._eigenvalues}
+        early = {} if self._early_stopping is None else {"early_stopping": self._early_stopping}
+        hooks = {"hooks": self._hooks} if self._hooks.hooks else {}
+        return {**super().small_parts(), "eigenvalues": self._eigenvalues, **early, **hooks}
 
     @property
     def metric(self) -> str:
@@ -75,9 +88,15 @@ class RankTrainer(StepTrainer):
 
     @property
     def finished(self) -> bool:
-        """Whether every sample of the run is committed, or the target is reached and ends it."""
+        """Whether every sample of the run is committed, or an evaluation ends it before."""
         reached = self.progress.time_to_target_s is not None
-        return self.position >= self.total_samples or (self.config.train.stop_at_target and reached)
+        ended = self.stopped_early or (self.config.train.stop_at_target and reached)
+        return self.position >= self.total_samples or ended
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `train.early_stop` ends the run."""
+        return self._early_stopping is not None and self._early_stopping.is_over
 
     def _points(self, every_epochs: float) -> int:
         """How many points, `every_epochs` apart, the position has passed."""
@@ -103,17 +122,20 @@ class RankTrainer(StepTrainer):
         assert dataset is not None
         self.settle()
         self.callback.on_point("evaluation", self.progress.step)
-        begin = time.perf_counter()
-        result = evaluate_split(
-            self.model,
-            self._task,
-            dataset,
-            self._inputs,
-            self.communicator,
-            self.config.train,
-            attack=self._evaluation_attack,
-            whole_batches=self.sync.evaluates_whole_batches,
-        )
+        begin, average = time.perf_counter(), self._parts.average
+        with nullcontext() if average is None else average.in_model():
+            result = evaluate_split(
+                self.model,
+                self._task,
+                dataset,
+                self._inputs,
+                self.communicator,
+                self.config.train,
+                attack=self._evaluation_attack,
+                whole_batches=self.sync.evaluates_whole_batches,
+            )
+        if self._early_stopping is not None:
+            self._early_stopping.took(result[self._early_stopping.rule.metric])
         self.account(time.perf_counter() - begin)
         self.progress = self.progress.evaluated(
             result[self.metric],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
@@ -215,6 +216,8 @@ class StepTrainer:
             )
 
     def _precondition_and_update(self, local: Totals, loss_scale: float) -> None:
+        if self.config.optimizer.clip_grad_norm is not None:
+            clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
         if self.kfac is not None:
             samples = None if self._parts.task.counts_terms else local.count
             self.kfac.step(samples, loss_scale, statistics=self.sync.statistics)
@@ -223,6 +226,8 @@ class StepTrainer:
             self.optimizer.step()
         if self._parts.rescaling is not None:
             self._parts.rescaling.apply()
+        if self._parts.average is not None:
+            self._parts.average.update()
 
     def _adapt_damping(self) -> None:
         """Compares what the update did to the loss of this step's samples with what K-FAC predicted."""
@@ -296,7 +301,9 @@ class StepTrainer:
 
     def small_parts(self) -> dict[str, Any]:
         """Equal on every rank: name in the state -> object with `state_dict` and `load_state_dict`."""
+        average = self._parts.average
         return {
+            **({} if average is None else {"average": average}),
             "scaler": self.scaler,
             "batch_policy": self.batch.of_world,
             "batch_size": self.batch,

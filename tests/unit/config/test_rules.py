@@ -162,6 +162,37 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
             "adversarial.data_range": (0.0, 1.0),
         },
     ),
+    (
+        "optimizer.clip_grad_norm needs elastic.merge_every_steps=1",
+        {"optimizer.clip_grad_norm": 1.0, "elastic.merge_every_steps": 2},
+    ),
+    (
+        "optimizer.clip_grad_norm needs elastic.merge=average",
+        {"optimizer.clip_grad_norm": 1.0, "elastic.merge": "distnewton"},
+    ),
+    (
+        "optimizer.clip_grad_norm needs optimizer.name other than sharded_kfac",
+        {"optimizer.clip_grad_norm": 1.0, "optimizer.name": "sharded_kfac"},
+    ),
+    (
+        "optimizer.average_decay needs elastic.merge_every_steps=1",
+        {"optimizer.average_decay": 0.9, "elastic.merge_every_steps": 2},
+    ),
+    (
+        "optimizer.average_decay needs elastic.merge=average",
+        {"optimizer.average_decay": 0.9, "elastic.merge": "distnewton"},
+    ),
+    (
+        "optimizer.average_decay needs optimizer.name other than sharded_kfac",
+        {"optimizer.average_decay": 0.9, "optimizer.name": "sharded_kfac"},
+    ),
+    (
+        "kfac.damping with rule: levenberg_marquardt compares",
+        {
+            "optimizer.clip_grad_norm": 1.0,
+            "kfac.damping": {"rule": "levenberg_marquardt", "initial": 0.1},
+        },
+    ),
     ("GPU in resources.per_worker needs", {"resources.per_worker": {"GPU": 1}}),
 ]
 

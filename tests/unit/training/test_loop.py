@@ -13,7 +13,8 @@ from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import ConfigError, NumericalError, StateError
 from elastic_kfac.runs.audit import audit_rows
-from elastic_kfac.runs.checkpoints import evaluate_run, export_run
+from elastic_kfac.runs.checkpoints import evaluate_run
+from elastic_kfac.runs.export import export_run
 from elastic_kfac.runs.final_record import compact_ledger, read_ledger, result_row
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.ledger import Ledger
