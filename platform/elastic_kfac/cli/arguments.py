@@ -340,6 +340,12 @@ COMMANDS: dict[str, Command] = {
         "RUN --storage --json",
         {"--out": _of("file to write (default: RUN/report.html)", metavar="FILE")},
     ),
+    "track": Command(
+        "runs:track",
+        "Send the metrics of an earlier run to trackers.",
+        "RUN --storage --set",
+        {"--to": _repeated("tracker", choices=("tensorboard", "wandb", "mlflow", "jsonl"))},
+    ),
     "analyze": Command(
         "analyze:analyze",
         "Analyse the curvature of the loss at a run's checkpoint.",

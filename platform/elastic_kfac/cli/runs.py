@@ -188,6 +188,24 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def track(arguments: argparse.Namespace) -> int:
+    """Sends the metrics and events of a run to trackers."""
+    from elastic_kfac.config import apply_overrides, parse_config, split_override
+    from elastic_kfac.runs.tracking import track as send
+
+    uri = locate_run(arguments.run, arguments.storage)
+    folder = open_run(uri)
+    changes = [split_override(text) for text in arguments.overrides]
+    to = [("tracking.to", arguments.to)] if arguments.to else []
+    config = parse_config(apply_overrides(folder.config_values(), [*changes, *to]))
+    if not config.tracking.to:
+        raise UsageError(
+            "no tracker is named", change="add --to tensorboard, wandb, mlflow or jsonl"
+        )
+    send(folder, uri.rstrip("/").rpartition("/")[2], config)
+    return 0
+
+
 def device_of(folder: RunFolder) -> torch.device:
     """The device on which a run's checkpoints are looked at."""
     import torch

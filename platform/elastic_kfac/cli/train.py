@@ -48,6 +48,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     name = arguments.name or fresh_name(Path(arguments.config).stem, arguments.storage)
     uri = join_uri(arguments.storage, name)
+    from elastic_kfac.runs.tracking import tracked
+
+    with tracked(config, uri, name):
+        return _run(arguments, config, name, uri)
+
+
+def _run(arguments: argparse.Namespace, config: Config, name: str, uri: str) -> int:
     try:
         if arguments.local:
             from elastic_kfac.cluster.run.in_process import train_in_process

@@ -20,6 +20,7 @@ from elastic_kfac.config.elastic import (
 from elastic_kfac.config.kfac import KfacConfig, LevenbergMarquardt, ShardedConfig
 from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
 from elastic_kfac.config.section import Section
+from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.config.train import ModelConfig, TaskConfig, TrainConfig
 from elastic_kfac.errors import ConfigError
 
@@ -43,6 +44,7 @@ class Config(Section):
     plan: PlanConfig = PlanConfig()
     analysis: AnalysisConfig = AnalysisConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _obeys_the_rules(self) -> Config:
