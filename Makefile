@@ -17,11 +17,11 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint soak chaos lock studies bench test-tools audit clean
+.PHONY: help install train test test-fast lint soak chaos lock studies bench bench-smoke verify-claims test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv and install the pinned versions (done by the others when needed)
 
@@ -73,8 +73,14 @@ studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports i
 	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@for study in $(wildcard benchmarks/studies/*.yaml); do echo "== $$study"; $(BIN)/elastic-kfac compare $$study || exit 1; done
 
+bench-smoke: $(STAMP) ## Run every benchmark at a tiny size (under 10 minutes)
+	@$(BIN)/python benchmarks/smoke.py
+
+verify-claims: $(STAMP) ## Compare every measured number of README and docs with its file of results
+	@$(BIN)/python benchmarks/claims.py
+
 bench: $(STAMP) ## Run every benchmark of benchmarks/
-	@for script in $(wildcard benchmarks/*.py benchmarks/data/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out %/smoke.py %/claims.py,$(wildcard benchmarks/*.py benchmarks/data/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## Remove caches and build outputs (keeps .venv, runs and data)
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
