@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # An environment of its own, so that the tool is not among what it audits.
 AUDITOR := $(VENV)/audit-2.10.1
+# The tool that builds the documentation, which reads the sources and imports none of them.
+SITE := $(VENV)/site-9.8.2
 AUDIT_OPTIONS ?=
 # Processes that run tests side by side.
 TEST_WORKERS ?= 2
@@ -17,7 +19,7 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint soak chaos lock studies bench bench-smoke verify-claims test-tools audit clean
+.PHONY: help install train test test-fast lint soak chaos lock docs studies bench bench-smoke verify-claims test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -73,6 +75,15 @@ studies: $(STAMP) ## Run every study of benchmarks/studies (tables and reports i
 	@for script in $(wildcard benchmarks/studies/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@for study in $(wildcard benchmarks/studies/*.yaml); do echo "== $$study"; $(BIN)/elastic-kfac compare $$study || exit 1; done
 
+docs: $(SITE)/bin/mkdocs ## Build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --strict -f .ci/mkdocs.yml
+	@echo "site/index.html"
+
+$(SITE)/bin/mkdocs:
+	@$(PYTHON) -m venv $(SITE)
+	@$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		mkdocs-material==9.8.2 'mkdocstrings[python]==1.0.8'
+
 bench-smoke: $(STAMP) ## Run every benchmark at a tiny size (under 10 minutes)
 	@$(BIN)/python benchmarks/smoke.py
 
@@ -83,5 +94,5 @@ bench: $(STAMP) ## Run every benchmark of benchmarks/
 	@for script in $(filter-out %/smoke.py %/claims.py,$(wildcard benchmarks/*.py benchmarks/data/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean: ## Remove caches and build outputs (keeps .venv, runs and data)
-	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find platform tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -383,9 +383,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "completion": Command(
         "project:completion",
-        "Print the completion script of a shell.",
+        "Print the completion script of a shell, or docs/cli.md.",
         "",
-        {"SHELL": _of("shell to complete in", choices=("bash", "zsh", "tcsh", "fish"))},
+        {"SHELL": _of("shell to complete in", choices=("bash", "zsh", "tcsh", "fish", "markdown"))},
     ),
     "doctor": Command(
         "doctor:doctor",
@@ -432,7 +432,7 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=command.help, description=command.help, allow_abbrev=False
         )
         child.set_defaults(command=f"elastic_kfac.cli.{command.function}")
-        for flag, options in {**_shared(command), **command.own}.items():
+        for flag, options in options_of(command).items():
             positional = {} if flag.startswith("-") else {"metavar": flag}
             child.add_argument(flag.lower(), **{**positional, **options})
     return root
@@ -477,8 +477,13 @@ def _refuse_unknown_words(argv: Sequence[str]) -> None:
 def _options(path: str) -> list[str]:
     if path not in COMMANDS:
         return ["-h", "--help", *([] if path else ["--version"])]
-    flags = (*_shared(COMMANDS[path]), *COMMANDS[path].own)
+    flags = options_of(COMMANDS[path])
     return ["-h", "--help", *(flag for flag in flags if flag.startswith("-"))]
+
+
+def options_of(command: Command) -> dict[str, dict[str, Any]]:
+    """Every argument of a command with what argparse is given for it."""
+    return {**_shared(command), **command.own}
 
 
 def _shared(command: Command) -> dict[str, dict[str, Any]]:

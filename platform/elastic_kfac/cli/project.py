@@ -6,8 +6,10 @@ import argparse
 import keyword
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from elastic_kfac.config.shipped import shipped_configs
 from elastic_kfac.errors import UsageError
@@ -71,11 +73,36 @@ def _taken() -> set[str]:
     return {*sys.stdlib_module_names, *packages_distributions()}
 
 
-def completion(arguments: argparse.Namespace) -> int:
-    """Prints a script that completes subcommands and options in a shell."""
-    import shtab
+def _usage(flag: str, option: Mapping[str, Any]) -> str:
+    if not flag.startswith("-"):
+        return flag if option.get("nargs") is None else f"[{flag} ...]"
+    if option.get("action") == "store_true":
+        return f"[{flag}]"
+    choices = "|".join(option.get("choices", ()))
+    value = option.get("metavar") or choices or flag.strip("-").upper().replace("-", "_")
+    return f"{flag} {value}" if option.get("required") else f"[{flag} {value}]"
 
-    from elastic_kfac.cli.arguments import build_parser
+
+def _help(option: Mapping[str, Any]) -> str:
+    return str(option["help"]).replace("|", "\\|")
+
+
+def completion(arguments: argparse.Namespace) -> int:
+    """Prints a script that completes subcommands and options in a shell, or `docs/cli.md`."""
+    from elastic_kfac.cli.arguments import COMMANDS, build_parser, options_of
+
+    if arguments.shell == "markdown":
+        lines = ["# Commands", "", "Written by `elastic-kfac completion markdown`.", ""]
+        for name, command in COMMANDS.items():
+            options = options_of(command)
+            words = [_usage(flag, option) for flag, option in options.items()]
+            lines += [f"## {name}", "", command.help, ""]
+            lines += [f"    {' '.join(['elastic-kfac', name, *words])}", ""]
+            rows = [f"| `{flag}` | {_help(option)} |" for flag, option in options.items()]
+            lines += ["| argument | |", "|---|---|", *rows, ""] if rows else []
+        print("\n".join(lines).rstrip())
+        return 0
+    import shtab
 
     print(shtab.complete(build_parser(), shell=arguments.shell))
     return 0

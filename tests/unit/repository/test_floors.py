@@ -175,7 +175,7 @@ def test_tracked_files_name_no_machine_and_no_registry() -> None:
 def test_top_level_holds_what_the_architecture_says() -> None:
     allowed = {"pyproject.toml", "README.md", "platform", "jobs", "tune_spaces", "tests"}
     allowed |= {"dashboards", "k8s", "Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"}
-    allowed |= {"constraints.txt", "benchmarks", "docs"}
+    allowed |= {"constraints.txt", "benchmarks", "docs", "SECURITY.md", "CITATION.cff"}
     top = {path.relative_to(ROOT).parts[0] for path in tracked_files()}
     assert {name for name in top if not name.startswith(".")} <= allowed
 
