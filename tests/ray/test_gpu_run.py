@@ -58,7 +58,7 @@ def test_scaling_config_asks_for_gpus_between_the_bounds(
             raise RuntimeError("nothing is trained here")
 
     asked: list[Any] = []
-    monkeypatch.setattr(launch, "TorchTrainer", Trainer)
+    monkeypatch.setattr(launch, "LeanTrainer", Trainer)
     settings = on_gpus(config(1), ("elastic.max_workers", 3))
     options: dict[str, Any] = {"storage": str(tmp_path), "progress": Display()}
     with pytest.raises(trainer.RunError, match="nothing is trained here"):

@@ -8,9 +8,16 @@ from typing import Any
 
 import pytest
 import ray.exceptions
+from ray.train import ScalingConfig
 
 from elastic_kfac.cluster.ray import controller
-from elastic_kfac.cluster.ray.controller import ElasticCallback, InPlaceCallback, RunIsOver
+from elastic_kfac.cluster.ray.controller import (
+    ElasticCallback,
+    InPlaceCallback,
+    LeanTrainer,
+    OwnGroupBackend,
+    RunIsOver,
+)
 from elastic_kfac.cluster.run.coordinator import RunCoordinator
 from elastic_kfac.cluster.run.crash_loop import RankError
 
@@ -134,6 +141,41 @@ def test_resize_drains_a_training_group_and_says_which_nodes_leave(
     # The group has exited: nothing is left to drain.
     callback.before_controller_execute_resize_decision(resized_to(3))
     assert coordinator.names() == ["group_started", "drain"]
+
+
+def test_spare_processes_start_once_after_the_first_step_of_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[set[str]] = []
+    monkeypatch.setattr(controller, "prestart_workers", lambda nodes, count: asked.append(nodes))
+    steps = iter([False, True, False, True])
+    coordinator = Coordinator(has_stepped=None)
+    coordinator.has_stepped = SimpleNamespace(remote=lambda: next(steps))
+    callback = ElasticCallback(coordinator, spare_processes=1)
+    status = SimpleNamespace(errors={})
+    for group in (1, 2):
+        training(callback, Group())
+        assert len(asked) == group - 1
+        for polls in range(3):
+            callback.after_worker_group_poll_status(status)
+            assert len(asked) == group - (polls == 0)
+    assert asked == [set(NODE_IDS[:2])] * 2
+
+
+@pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+def test_trainer_leaves_out_the_actors_that_a_run_does_not_need() -> None:
+    made = {}
+    for outlived in (True, False):
+        trainer = LeanTrainer(
+            print,
+            outlived=outlived,
+            backend_config=OwnGroupBackend(),
+            scaling_config=ScalingConfig(),
+        )
+        made[outlived] = {type(each).__name__ for each in trainer._create_default_callbacks()}
+    assert "BackendSetupCallback" in made[False]
+    assert made[True] - made[False] == {"PlacementGroupCleanerCallback"}
+    assert "DatasetsCallback" not in made[True]
 
 
 def test_resize_of_a_finished_run_ends_it() -> None:

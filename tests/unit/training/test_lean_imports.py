@@ -51,6 +51,20 @@ def test_a_run_imports_no_compiler(tmp_path: Path) -> None:
     assert done.stdout.split() == []
 
 
+def test_processes_around_the_ranks_import_no_torch() -> None:
+    modules = "coordinator", "replicas", "membership"
+    code = "; ".join(
+        [
+            *(f"import elastic_kfac.cluster.run.{module}" for module in modules),
+            "import elastic_kfac.cluster.ray.controller, sys",
+            "print(*{'torch', 'sklearn', 'matplotlib', 'PIL', 'scipy'} & set(sys.modules))",
+        ]
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert (done.stdout.split(), done.stderr) == ([], "")
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -2,7 +2,8 @@
 
 `ElasticCallback` drains a live group before Ray Train resizes it, and has the next group planned
 without the nodes that were lost. `InPlaceCallback` leaves the survivors of a loss running while Ray
-Train replaces the lost ranks. That needs a backend with `has_replica_groups` and, beyond it:
+Train replaces the lost ranks. `LeanTrainer` starts the controller with no other actors than a run needs.
+Replacing ranks needs a backend with `has_replica_groups` and, beyond it:
 
 * a second dead worker makes the replacement fail with an `ActorDiedError`, which would end the run: all
   dead replica groups are shut down first, and the error is made a retryable one;
@@ -19,13 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.train.backend import Backend
-from ray.train.torch import TorchConfig
+from ray.train.backend import Backend, BackendConfig
 
 from elastic_kfac.cluster.ray.idle_workers import await_idle_workers, prestart_workers
 from elastic_kfac.cluster.ray.internals import (
     ENV_VARS_TO_PROPAGATE,
     ControllerCallback,
+    DataParallelTrainer,
+    DatasetsCallback,
+    PlacementGroupCleanerCallback,
     WorkerGroupCallback,
     WorkerGroupStartupFailedError,
     failure_policy,
@@ -63,8 +66,8 @@ class _NoGroupReplaced(Backend):
 
 
 @dataclass
-class OwnGroupBackend(TorchConfig):
-    """For `TorchTrainer`: the training function creates and destroys the process group itself."""
+class OwnGroupBackend(BackendConfig):
+    """The training function chooses its device, and creates and destroys the process group itself."""
 
     replaces_ranks: bool = False
     """Whether Ray Train replaces single ranks instead of the whole group."""
@@ -72,6 +75,30 @@ class OwnGroupBackend(TorchConfig):
     @property
     def backend_cls(self) -> type[Backend]:
         return _NoGroupReplaced if self.replaces_ranks else _NoGroup
+
+
+class LeanTrainer(DataParallelTrainer):
+    """Ray Train with as few processes and imports as a run needs.
+
+    It is no `TorchTrainer`, with which the controller would import torch, and it starts no actor for
+    datasets of Ray Data: ranks read shards themselves.
+    """
+
+    def __init__(self, *arguments: Any, outlived: bool, **options: Any) -> None:
+        """As Ray's.
+
+        Args:
+            outlived: Whether the cluster goes on when the driver dies. Where it does not, the actor that
+                would then free the group's places is left out, too.
+        """
+        self._needless = (
+            (DatasetsCallback,) if outlived else (DatasetsCallback, PlacementGroupCleanerCallback)
+        )
+        super().__init__(*arguments, **options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [callback for callback in made if not isinstance(callback, self._needless)]
 
 
 class ElasticCallback(ControllerCallback, WorkerGroupCallback):
@@ -106,6 +133,7 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         self._errors: dict[int, str] = {}
         self._actors: tuple[Any, ...] = ()
         self._training = False
+        self._without_spares = False
         self._variables: dict[str, str] = {}
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -142,12 +170,16 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         """From now on a resize has to drain the ranks first."""
         self._training = True
-        self._prestart()
+        self._without_spares = self._spares > 0
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Keeps errors: the failure hook does not receive them."""
+        """Keeps errors: the failure hook does not receive them. Starts spares after the first step."""
         for rank, error in worker_group_status.errors.items():
             self._errors.setdefault(rank, f"{type(error).__name__}: {error}")
+        # Not before: what spares import takes the CPU from ranks that start.
+        if self._without_spares and ray.get(self._coordinator.has_stepped.remote()):
+            self._without_spares = False
+            self._prestart()
 
     def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
         """Drains a live group; a group that is dead or was not started needs nothing."""

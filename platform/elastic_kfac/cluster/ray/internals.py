@@ -31,6 +31,8 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
     ENV_VARS_TO_PROPAGATE,
@@ -40,6 +42,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import default as failure_policy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,25 @@ INTERNALS: tuple[Internal, ...] = (
             "WorkerGroupCallback.after_worker_group_training_start(self,worker_group)",
             "WorkerGroupCallback.after_worker_group_poll_status(self,worker_group_status)",
         ),
+    ),
+    Internal(
+        "ray.train.v2.api.data_parallel_trainer",
+        "ray.controller",
+        "what Ray's own trainers are made of, without torch; leaves out callbacks whose actors a run "
+        "does not need",
+        "DataParallelTrainer._create_default_callbacks(self)",
+    ),
+    Internal(
+        "ray.train.v2._internal.callbacks",
+        "ray.controller",
+        "starts an actor for datasets of Ray Data even where there are none",
+        "DatasetsCallback",
+    ),
+    Internal(
+        "ray.train.v2._internal.callbacks.placement_group_callback",
+        "ray.controller",
+        "starts an actor that outlives a dead controller; needless where the cluster does not",
+        "PlacementGroupCleanerCallback",
     ),
     Internal(
         f"{_EXECUTION}.controller",

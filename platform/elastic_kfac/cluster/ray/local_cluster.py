@@ -56,6 +56,9 @@ _DETECTION = {
     "health_check_failure_threshold": 3,
 }
 
+# By default as many as CPUs, so that the actors of a run would start one after the other on the head.
+_STARTING = {"worker_maximum_startup_concurrency": 4}
+
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -69,7 +72,6 @@ _PRELOADED = (
     "torch",
     "torch.distributed",
     "ray.train",
-    "ray.train.torch",
     "elastic_kfac.cluster.run.worker",
     "elastic_kfac.cluster.run.replicas",
     "elastic_kfac.training.loop",
@@ -256,7 +258,7 @@ class LocalCluster:
                 no_monitor=True,
                 object_store_memory=size,
                 plasma_directory=self._node_options["plasma_directory"],
-                _system_config=dict(_DETECTION),
+                _system_config={**_DETECTION, **_STARTING},
             )
             self._cluster._wait_for_node(head, timeout=NODE_START_TIMEOUT_S)
         # All at once: most of a node's start is waiting.

@@ -229,6 +229,10 @@ class RunCoordinator:
         """Whether every remaining rank has returned for good."""
         return self._group is not None and self._is_over(self._group)
 
+    async def has_stepped(self) -> bool:
+        """Whether the group has committed a step."""
+        return self._group is not None and self._group.stepped
+
     async def fall_back(self, reason: str, *, timeout_s: float) -> bool:
         """Drains the members before a restart; returns whether the run is over instead."""
         self._record_event(event_row("fallback", self._last_step, reason=reason))

@@ -10,13 +10,13 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.util import remove_placement_group
 
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.controller import (
     ElasticCallback,
     InPlaceCallback,
+    LeanTrainer,
     OwnGroupBackend,
 )
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
@@ -96,6 +96,14 @@ class Launch:
             exports=cluster is None or os.environ.get("RAY_TRAIN_METRICS_ENABLED") == "1",
             log=log,
         )
+        if self._spares:
+            # While the actors below start: the controller and its helpers on this node, the first
+            # group on the others.
+            with self.environment():
+                inherited = train_environment()
+                prestart_workers(self._nodes, 1, environment=inherited)
+                here = ray.get_runtime_context().get_node_id()
+                prestart_workers({here}, 3, environment=inherited)
         home = head_node()
         self.coordinator = start_actor(
             RunCoordinator,
@@ -117,10 +125,11 @@ class Launch:
             logical_gpus=logical_gpus,
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
-        self._trainer = TorchTrainer(
+        self._trainer = LeanTrainer(
             run_worker,
+            outlived=cluster is None,
             train_loop_config=settings,
-            torch_config=OwnGroupBackend(replaces_ranks=elastic.in_place),
+            backend_config=OwnGroupBackend(replaces_ranks=elastic.in_place),
             scaling_config=ScalingConfig(
                 num_workers=(elastic.min_workers, elastic.max_workers),
                 elastic_resize_monitor_interval_s=elastic.resize_poll_s,
@@ -203,12 +212,6 @@ class Launch:
 
     def _fit(self) -> None:
         try:
-            if self._spares:
-                # The controller and its helpers on this node, the first group on the others.
-                inherited = train_environment()
-                here = ray.get_runtime_context().get_node_id()
-                prestart_workers(self._nodes, 1, environment=inherited)
-                prestart_workers({here}, 3, environment=inherited)
             self._trainer.fit()
         except BaseException as error:
             self.error = error
