@@ -294,6 +294,12 @@ class Capture:
         """Whether a batch was seen whose outputs have several positions per sample."""
         return self._shared.has_positions
 
+    @property
+    def joined(self) -> tuple[str, int, int] | None:
+        """Where the outputs of several calls of the model met in one mean loss: names of functions, the
+        number of calls and of their samples."""
+        return self._recorder.joined
+
     def drop(self) -> None:
         """Discards what was recorded."""
         self._recorder.clear()

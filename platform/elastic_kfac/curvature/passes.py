@@ -12,7 +12,7 @@ removal. The life of one forward call of a watched layer:
               passes (`retain_graph`), when those have been added: G belongs to the summed gradient
     reset     `zero_grad`, in both forms, clears what was committed
 
-Five private names of torch answer what has no public answer (`TORCH_INTERNALS`); a test fails when
+Seven private names of torch answer what has no public answer (`TORCH_INTERNALS`); a test fails when
 an upgrade changes one of them.
 """
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elastic_kfac.curvature.hooks import Activity, registry
+from elastic_kfac.curvature.joins import meeting_place, output_nodes
 
 TORCH_INTERNALS = (
     "torch._C._current_graph_task_id",
@@ -37,12 +38,17 @@ TORCH_INTERNALS = (
     "torch._C._autograd._top_saved_tensors_default_hooks",
     "torch._C._functorch.peek_interpreter_stack",
     "torch.autograd.graph.queue_callback",
+    "torch._C._FunctionBase._sequence_nr",
+    "torch._C._FunctionBase._input_metadata",
 )
 
 T = TypeVar("T")
 
 CHECK_TRIES = 10
 """A layer that starts at 0 may have no gradient for some steps."""
+
+JOIN_TRIES = 10
+"""Backward passes that are looked through for calls whose outputs meet in one mean."""
 
 CHECK_TOLERANCE = 0.05
 """Sound layers differ by rounding: up to 0.004 under bf16 autocast. Faults begin at 0.4."""
@@ -74,6 +80,8 @@ class Batch:
     has_positions: bool = False
     """Whether the model's output has several positions per sample."""
     is_folded: bool = False
+    nodes: frozenset[int] = frozenset()
+    """Of the graph, that made the model's output."""
 
     def set_length(self, length: int) -> None:
         """Counts the samples, unless somebody has given their number."""
@@ -301,6 +309,9 @@ class Recorder:
         """By graph task that runs: weights whose calls it has come to."""
         self._unchecked: dict[int, int] = {}
         """Sites whose first statistics are still to be checked, and how often that is tried."""
+        self.joined: tuple[str, int, int] | None = None
+        """Where the outputs of several calls met in one mean, how many calls, and of how many samples."""
+        self._join_tries = JOIN_TRIES
         registry.install()
         registry.roots.setdefault(id(root), []).append(weakref.ref(self))
         weakref.finalize(root, registry.forget, id(root))
@@ -377,6 +388,8 @@ class Recorder:
             _count(batch, keywords)
         first = next(_tensors(output), None)
         batch.has_positions = first is not None and first.dim() > 2
+        if not batch.is_given and batch.scale is None and self._join_tries:
+            batch.nodes = output_nodes(output)
 
     def batch_of(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
         """The batch that a call of a layer is about."""
@@ -493,9 +506,19 @@ class Recorder:
         if weights is None:
             weights = self._reached[task] = []
             torch.autograd.graph.queue_callback(lambda: self._ended(task))
+            self._look_for_joins()
         weights.append(weight)
         if weight.was_touched():
             self._reset_zeroed()
+
+    def _look_for_joins(self) -> None:
+        calls = [batch for batch in self._opened if batch.nodes]
+        if len(calls) > 1 and self._join_tries:
+            self._join_tries -= 1
+            place = meeting_place([batch.nodes for batch in calls])
+            if place:
+                self.joined = place, len(calls), sum(batch.size for batch in calls)
+                self._join_tries = 0
 
     def _ended(self, task: int) -> None:
         for weight in self._reached.get(task, ()):

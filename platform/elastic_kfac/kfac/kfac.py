@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
-from elastic_kfac.curvature.discovery import Found, clean_name, find_layers, shape_of, unwrap
+from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
@@ -50,6 +50,7 @@ from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, memory_usage, move_to, put, save
 from elastic_kfac.kfac.statistics import (
+    JOINED,
     POSITIONS,
     UNFOLLOWED,
     Captured,
@@ -179,12 +180,13 @@ class KFAC:
             sharding=self._sharding,
             tree=self._tree,
         )
-        self._watch(found)
+        self._modules = [*found.modules.values()]
+        self._capture = self._make_capture()
 
-    def _watch(self, found: Found) -> None:
-        self._capture = Capture(
+    def _make_capture(self) -> Capture:
+        return Capture(
             unwrap(self._model),
-            found.modules.values(),
+            self._modules,
             fisher=self.options.fisher,
             batch_axis=self.options.batch_axis,
             counts_positions=self.options.loss_reduction == "positions",
@@ -448,6 +450,11 @@ class KFAC:
             loss_scale = 1.0
         if loss_scale is num_samples is None and self.options.loss_reduction is None:
             self._warnings.once("positions", self._capture.has_positions, POSITIONS)
+        joined = self._capture.joined
+        if joined is not None and loss_scale is None and self.accumulation_steps == 1:
+            place, calls, samples = joined
+            text = JOINED.format(place=place, calls=calls, samples=samples)
+            self._warnings.once("joined", place != "Mul" or self.grad_scaler is None, text)
         extra = (
             1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
         )
@@ -537,6 +544,9 @@ class KFAC:
                 for layer, names in zip(self.layers, due, strict=True)
             ]
         self._due, self._new = due, set()
+        self._arm_capture()
+
+    def _arm_capture(self) -> None:
         self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
 
     def _sum_over_ranks(self, tensor: Tensor) -> None:
@@ -778,14 +788,10 @@ class KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
         self._count_discarded()
         twin = memo[id(self)] = type(self).__new__(type(self))
-        own = {name: value for name, value in vars(self).items() if name != "_capture"}
-        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in own.items()})
-        # Hooks do not travel with copies, and what the model looks like is known by identities.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the original's layers
-            twin._watch(find_layers(twin._model, twin.options))
-        twin._shape = shape_of(twin._model)
-        twin._capture.arm({x.name: due for x, due in zip(twin.layers, twin._due, strict=True)})
+        own = {name: v for name, v in vars(self).items() if name != "_capture"}
+        vars(twin).update({name: copy.deepcopy(v, memo) for name, v in own.items()})
+        twin._shape, twin._capture = shape_of(twin._model), twin._make_capture()
+        twin._arm_capture()
         return twin
 
     def __reduce__(self) -> str:

@@ -206,7 +206,8 @@ def _checked_rate(lr: Any, where: str = "") -> float:
 
 
 def check_arguments(model: object, config: object) -> None:
-    """Refuses what other libraries take in these places: parameters, an optimizer, a rate.
+    """Refuses what other libraries take in these places (parameters, an optimizer, a rate), and a model
+    that has no numbers yet.
 
     Raises:
         ConfigError: With the right call.
@@ -214,6 +215,12 @@ def check_arguments(model: object, config: object) -> None:
     right = "write KFAC(model, lr=optimizer)"
     if not isinstance(model, nn.Module):
         raise ConfigError("KFAC takes the model itself", given=type(model).__name__, change=right)
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise ConfigError(
+            "the model has parameters without numbers",
+            given=f"{empty} on the meta device",
+            change="model.to_empty(device=...) and load or initialise the weights, then build KFAC",
+        )
     if config is not None and not hasattr(type(config), "model_fields"):
         raise ConfigError(
             "the second argument of KFAC is a section of options",

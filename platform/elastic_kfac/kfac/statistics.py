@@ -18,6 +18,11 @@ POSITIONS = (
     "samples; write loss_reduction='positions' for a mean over positions (tokens, pixels), or 'mean' "
     "or 'sum'"
 )
+JOINED = (
+    "{calls} calls of the model meet in one loss ({place}), and KFAC takes the loss for a sum of one "
+    "mean per call; if it is one mean, pass loss_scale_per_sample, what one sample's loss is "
+    "multiplied by (1/{samples} for all samples of the calls)"
+)
 UNFOLLOWED = (
     "the model has changed; with tree=True (reproducible mode) K-FAC keeps to the layers that it was "
     "built with: build another KFAC over the model to cover those that are new"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kfac import KFAC
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import ConfigError, UsageError
 from support.training_loops import X, Y, assert_same_factors, loss_of, mlp, seeded, stepped
 
 Loop = Callable[[nn.Module, KFAC], Any]
@@ -175,25 +175,33 @@ def test_two_players_with_a_preconditioner_each_see_their_own_passes() -> None:
     assert_same_factors(theirs, right)
 
 
-def test_a_copied_pair_goes_on_beside_the_original() -> None:
+@pytest.mark.parametrize("first", [False, True])
+def test_a_copied_pair_goes_on_beside_the_original(first: bool) -> None:
     model = mlp()
-    kfac = KFAC(model, kl_clip=None)
+    kfac = KFAC(model, kl_clip=None, factor_update_steps=1)
 
     def step(model: nn.Module, kfac: KFAC) -> None:
         model.zero_grad()
         loss_of(model).backward()
         kfac.step()
 
-    step(model, kfac)
+    if not first:
+        step(model, kfac)
     twin, its = copy.deepcopy((model, kfac))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2):  # it follows its own model from the second pass on
-            step(twin, its)
+        step(twin, its)
     its.close()
     step(model, kfac)
     assert [s.factor_updates for s in kfac.states] == [s.factor_updates for s in its.states]
     assert_same_factors(its, kfac)
+
+
+def test_a_model_without_numbers_is_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match=r"given: 0\.weight on the meta device; model\.to_empty"):
+        KFAC(model)
 
 
 def test_pickling_is_refused_with_what_to_save() -> None:

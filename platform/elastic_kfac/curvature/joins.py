@@ -1,0 +1,91 @@
+"""Whether the outputs of several forward calls meet in one mean loss, read off a backward pass.
+
+A mean loss over samples multiplies each by one over their number. Whose number that is shows where the
+outputs meet: a sum of losses leaves every call its own mean; a loss of concatenated outputs, or a sum of
+losses that is divided, is one mean over all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+_JOINING = frozenset({"CatBackward0", "StackBackward0"})
+_ADDING = frozenset({"AddBackward0", "SubBackward0", "SumBackward0"}) | _JOINING
+"""Of these alone, a sum of losses is made."""
+_SCALING = frozenset({"DivBackward0", "MulBackward0"})
+
+
+def output_nodes(output: Any) -> frozenset[int]:
+    """Numbers of the graph's nodes that made the tensors of a call's output; holding nodes would keep the
+    graph."""
+    return frozenset(
+        tensor.grad_fn._sequence_nr() for tensor in _tensors(output) if tensor.grad_fn is not None
+    )
+
+
+def meeting_place(calls: Sequence[Collection[int]]) -> str:
+    """Where the outputs of several calls meet in one mean, by names of nodes; empty if they do not.
+
+    Call it in a backward pass.
+
+    Args:
+        calls: `output_nodes` of each.
+    """
+    known = {number: 1 << place for place, nodes in enumerate(calls) for number in nodes}
+    reached: dict[Node, int] = {}
+    """Calls that are behind a node, as bits; nothing is looked up behind an output."""
+    stack = [tensor.grad_fn for tensor in _losses() if tensor.grad_fn is not None]
+    while stack:
+        node = stack[-1]
+        behind = [child for child, _ in node.next_functions if child is not None]
+        number = node._sequence_nr()
+        if number in known:
+            reached[stack.pop()] = known[number]
+        elif node not in reached:
+            reached[node] = 0
+            stack += [child for child in behind if child not in reached]
+        else:
+            stack.pop()
+            for child in behind:
+                reached[node] |= reached[child]
+    common = [node for node, bits in reached.items() if bits & (bits - 1)]
+    names = {node.name() for node in common}
+    # A number behind a quotient is the sum of several losses.
+    met = {node.name() for node in common if node.name() in _SCALING and _is_number(node)}
+    if names & _JOINING:
+        met |= names - _ADDING
+    return ", ".join(sorted(name.removesuffix("Backward0") for name in met))
+
+
+def _is_number(node: Node) -> bool:
+    return all(not part.shape for part in node._input_metadata)
+
+
+def _losses() -> Iterator[Tensor]:
+    """What `backward` was called with; nothing where that is not known for certain."""
+    code = torch.autograd.backward.__code__
+    found = []
+    for frame in sys._current_frames().values():
+        at = frame
+        while at is not None and at.f_code is not code:
+            at = at.f_back  # type: ignore[assignment]
+        if at is not None:
+            found.append(at.f_locals["tensors"])
+    if len(found) == 1:
+        yield from _tensors(found[0])
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        for value in values:
+            yield from _tensors(value)
