@@ -81,6 +81,18 @@ def clean_name(name: str) -> str:
     return _WRAPPER_PREFIX.sub("", name).lstrip(".")
 
 
+def each_parameter(model: nn.Module) -> list[nn.Parameter]:
+    """`model.parameters()` for every step: without names, and each once."""
+    found: dict[nn.Parameter, None] = {}
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is not None:
+            found.update((p, None) for p in module._parameters.values() if p is not None)
+            stack += module._modules.values()
+    return [*found]
+
+
 def shape_of(model: nn.Module) -> list[tuple[object, ...]]:
     """What coverage depends on: which modules hold which parameters, and what those are."""
     return [

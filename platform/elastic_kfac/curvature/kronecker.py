@@ -234,6 +234,9 @@ class KroneckerLayer(Layer):
         parts = self._form.corrected(held, self.gradient(), samples, state.floor, decay)
         return replace(state, decomposition={**held, **parts})
 
+    def prepared(self, decomposition: Mapping[str, Tensor], damping: float) -> Mapping[str, Tensor]:
+        return self._form.prepared(decomposition, damping, is_small=self._is_small)
+
     def precondition(
         self,
         decomposition: Mapping[str, Tensor],
@@ -269,12 +272,14 @@ class KroneckerLayer(Layer):
     def set_gradient(self, value: Tensor, used: Tensor | None = None) -> None:
         for index, bias in enumerate(self.biases, start=self.inputs):
             if bias.grad is not None:
-                self._bias_part(bias.grad).copy_(value[..., index].reshape(-1))
+                column = value[..., index]
+                self._bias_part(bias.grad).copy_(column if column.dim() == 1 else column.flatten())
         if self.biases:
             value = value[..., : self.inputs]
         assert self.weight.grad is not None
         target = self._weight_part(self.weight.grad)
-        target.copy_(self._from_matrix(value).reshape(target.shape))
+        value = self._from_matrix(value)
+        target.copy_(value if value.shape == target.shape else value.reshape(target.shape))
 
 
 class LinearLayer(KroneckerLayer):
@@ -440,7 +445,7 @@ class EmbeddingLayer(KroneckerLayer):
             return super().precondition(decomposition, gradient, damping, used)
         # Rows of the table lie together in memory: the same from the other side.
         held = {
-            name if name[0] == "E" else _OTHER[name[0]] + name[1:]: t.mT if name[0] == "E" else t
+            _OTHER[name[0]] + name[1:] if name[0] in _OTHER else name: t.mT if name[0] == "E" else t
             for name, t in decomposition.items()
         }
         form = replace(self._form, A=self._form.G, G=self._form.A)

@@ -253,6 +253,10 @@ class Layer(ABC):
         without such (`CorrectedForm` has them). `decay` is the weight of the old ones."""
         return state
 
+    def prepared(self, decomposition: Mapping[str, Tensor], damping: float) -> Mapping[str, Tensor]:
+        """A decomposition, for `precondition` with this damping, with what follows from both."""
+        return decomposition
+
     @abstractmethod
     def precondition(
         self,

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kfac.curvature.damping import least_damping, split_damping
+from elastic_kfac.curvature.scalars import Number, divided, or_zero, root, within
 from elastic_kfac.curvature.sides import Diagonal, LowRank, Side, Whole
 
 _PIECE_ELEMENTS = 1 << 18
 """1 MiB of float32."""
+
+_LEAST = "least"
+"""Of a denominator, among what is held."""
+
+
+class _Unprepared:
+    """A form that needs nothing but its decomposition."""
+
+    def prepared(
+        self, held: Mapping[str, Tensor], damping: float, *, is_small: bool
+    ) -> Mapping[str, Tensor]:
+        """What is held."""
+        return held
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,19 @@ class EigenForm:
             result["E_reciprocal"] = product.reciprocal_()
         return result
 
+    def prepared(
+        self, held: Mapping[str, Tensor], damping: float, *, is_small: bool
+    ) -> Mapping[str, Tensor]:
+        """With the denominator, of a small layer, or with the least that it may be."""
+        if self.precompute:
+            return held
+        values = held["A_values"], held["G_values"]
+        least = self._least(*values)
+        if not is_small:
+            return {**held, _LEAST: least}
+        vectors = {name: tensor for name, tensor in held.items() if name.endswith("_vectors")}
+        return {**vectors, "E_divisor": self._denominator(*values, damping, least)}
+
     def precondition(
         self,
         held: Mapping[str, Tensor],
@@ -77,11 +104,20 @@ class EigenForm:
     ) -> Tensor:
         """P from D `[..., g, a]`, or from the `used` columns (rows) of D where the inputs of A (of G) are
         one-hot."""
-        least = None if self.precompute else self._least(held["A_values"], held["G_values"])
+        least = None
+        if not self.precompute and "E_divisor" not in held:
+            least = held.get(_LEAST)
+            if least is None:
+                least = self._least(held["A_values"], held["G_values"])
+            else:
+                held = {name: tensor for name, tensor in held.items() if name != _LEAST}
         pieces = _Pieces(self.A, self.G, held, gradient, used)
         return pieces.map(
-            lambda a, g, held, part: replace(self, A=a, G=g)._applied(held, part, damping, least)
+            lambda a, g, held, part: self._of(a, g)._applied(held, part, damping, least)
         )
+
+    def _of(self, a: Side, g: Side) -> Self:
+        return self if a is self.A and g is self.G else replace(self, A=a, G=g)
 
     def _onto(self, held: Mapping[str, Tensor], gradient: Tensor) -> Tensor:
         """A gradient in coordinates of the eigenvectors."""
@@ -103,10 +139,12 @@ class EigenForm:
         self, held: Mapping[str, Tensor], gradient: Tensor, damping: float, least: Tensor | None
     ) -> Tensor:
         x = self._onto(held, gradient)
-        if least is None:
-            x = x * held["E_reciprocal"]
-        else:
+        if least is not None:
             x = x / self._divisor(held, damping, least)
+        elif "E_divisor" in held:
+            x = x / held["E_divisor"]
+        else:
+            x = x * held["E_reciprocal"]
         return self._back(held, x, gradient)
 
     def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
@@ -206,6 +244,12 @@ class CorrectedForm(EigenForm):
         moments = self.A.pooled(moments, held["A_values"])
         return self.G.pooled(moments.mT, held["G_values"]).mT.contiguous()
 
+    def prepared(
+        self, held: Mapping[str, Tensor], damping: float, *, is_small: bool
+    ) -> Mapping[str, Tensor]:
+        """What is held: S is another in every step."""
+        return held
+
     def precondition(
         self,
         held: Mapping[str, Tensor],
@@ -217,7 +261,7 @@ class CorrectedForm(EigenForm):
         least = least_damping(moments.amax((-2, -1), keepdim=True), moments.dtype)
         needed = {n: t for n, t in held.items() if n.endswith("_vectors") or n == "E_moments"}
         return _Pieces(self.A, self.G, needed, gradient, used).map(
-            lambda a, g, held, part: replace(self, A=a, G=g)._applied(held, part, damping, least)
+            lambda a, g, held, part: self._of(a, g)._applied(held, part, damping, least)
         )
 
     def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
@@ -225,7 +269,7 @@ class CorrectedForm(EigenForm):
 
 
 @dataclass(frozen=True)
-class InputForm:
+class InputForm(_Unprepared):
     """One side: `D (A + γI)⁻¹`, as if G were the identity (Benzing 2022)."""
 
     A: Side
@@ -265,7 +309,7 @@ class InputForm:
 
 
 @dataclass(frozen=True)
-class InverseForm:
+class InverseForm(_Unprepared):
     """Inverses of the damped factors: `(G + γ_G I)⁻¹ D (A + γ_A I)⁻¹`, with `split_damping`."""
 
     A: Side
@@ -371,6 +415,8 @@ def _padded(gradient: Tensor, a: Side, g: Side) -> Tensor:
 
 
 def _cropped(x: Tensor, gradient: Tensor) -> Tensor:
+    if x.shape == gradient.shape:
+        return x
     return x[..., : gradient.shape[-2], : gradient.shape[-1]]
 
 
@@ -388,13 +434,12 @@ def _product(p: Tensor, d: Tensor) -> Tensor:
     return torch.dot(p.reshape(-1), d.reshape(-1))
 
 
-def kl_clip_scale(divergence: Tensor, kl_clip: float) -> Tensor:
-    """`ν = min(1, sqrt(κ / Σ_i lr_i² |⟨P_i, D_i⟩|))`, a float64 scalar tensor (Ba et al. 2017).
+def kl_clip_scale(divergence: Number, kl_clip: float) -> Number:
+    """`ν = min(1, sqrt(κ / Σ_i lr_i² |⟨P_i, D_i⟩|))` (Ba et al. 2017).
 
     Args:
-        divergence: The sum, float64. Where it is not finite no step is known to keep the bound, and
-            ν is 0.
+        divergence: The sum. Where it is not finite no step is known to keep the bound, and ν is 0.
         kl_clip: κ.
     """
     # Nothing to bound is nothing to scale, with κ = 0, too.
-    return ((kl_clip or 1.0) / divergence).sqrt().clamp_(max=1.0).nan_to_num_(0.0)
+    return or_zero(within(root(divided(kl_clip or 1.0, divergence)), 0.0, 1.0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from operator import is_
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,39 +12,60 @@ from torch import Tensor
 from elastic_kfac.curvature.kronecker import KroneckerLayer
 from elastic_kfac.curvature.layer import Layer
 
+Held = Mapping[str, Tensor]
+Used = Sequence[Tensor | None]
+
+_MOST_MADE = 4
+
+
+class StackTable:
+    """The stacks of some of the layers of a model, kept from step to step."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._made: dict[tuple[int, ...], Stacks] = {}
+
+    def of(self, indices: Sequence[int]) -> Stacks:
+        """Those of the layers at `indices`."""
+        key = tuple(indices)
+        if key not in self._made:
+            if len(self._made) >= _MOST_MADE:
+                self._made.clear()
+            self._made[key] = Stacks([self._layers[index] for index in key])
+        return self._made[key]
+
 
 class Stacks:
     """Layers, and which of them are worked on together; the same numbers as one by one.
 
+    What follows from decompositions alone is computed once for as long as they stay.
+
     Args:
         layers: With gradients.
-        used: Columns that their matrices hold, None for all (see `Layer.used_columns`).
     """
 
-    def __init__(self, layers: Sequence[Layer], used: Sequence[Tensor | None]) -> None:
-        self._layers, self._used = layers, used
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
         groups: dict[Hashable, list[int]] = {}
         for place, layer in enumerate(layers):
             key = layer.stack_key if isinstance(layer, KroneckerLayer) else None
             groups.setdefault(place if key is None else key, []).append(place)
-        self._groups = list(groups.values())
+        self._singles = [(g[0], layers[g[0]]) for g in groups.values() if len(g) == 1]
+        self._batches = [
+            (places, [cast(KroneckerLayer, layers[place]) for place in places])
+            for places in groups.values()
+            if len(places) > 1
+        ]
+        self._prepared: dict[int, tuple[list[Held], float, Held]] = {}
+        """By the first place of a group: the decompositions and the damping it was made from."""
 
-    def _batches(self) -> Iterator[tuple[list[int], list[KroneckerLayer]]]:
-        for places in self._groups:
-            if len(places) > 1:
-                yield places, [self._layers[place] for place in places]  # type: ignore[misc]
-
-    def _single(self) -> Iterator[tuple[int, Layer, Tensor | None]]:
-        for places in self._groups:
-            if len(places) == 1:
-                yield places[0], self._layers[places[0]], self._used[places[0]]
-
-    def gradients(self, weight_decay: float) -> list[Tensor]:
-        """`Layer.gradient` of every layer."""
+    def gradients(self, weight_decay: float, used: Used) -> list[Tensor]:
+        """`Layer.gradient` of every layer; `used` are the columns that their matrices are to hold, None
+        for all."""
         result = [torch.empty(0)] * len(self._layers)
-        for place, layer, used in self._single():
-            result[place] = layer.gradient(weight_decay, used)
-        for places, layers in self._batches():
+        for place, layer in self._singles:
+            result[place] = layer.gradient(weight_decay, used[place])
+        for places, layers in self._batches:
             first = layers[0]
             matrices = torch.stack([_grad(x.weight) for x in layers]).to(first.dtype)
             if weight_decay:
@@ -59,32 +82,44 @@ class Stacks:
 
     def precondition(
         self,
-        decompositions: Sequence[Mapping[str, Tensor]],
+        decompositions: Sequence[Held],
         gradients: Sequence[Tensor],
         damping: float,
+        used: Used,
     ) -> list[Tensor]:
         """`Layer.precondition` of every layer."""
         result = [torch.empty(0)] * len(self._layers)
-        for place, layer, used in self._single():
-            result[place] = layer.precondition(
-                decompositions[place], gradients[place], damping, used
-            )
-        for places, layers in self._batches():
-            held = {
-                name: torch.stack([decompositions[place][name] for place in places])
-                for name in decompositions[places[0]]
-            }
+        for place, layer in self._singles:
+            held = self._prepare([place], layer, decompositions, damping)
+            result[place] = layer.precondition(held, gradients[place], damping, used[place])
+        for places, layers in self._batches:
+            held = self._prepare(places, layers[0], decompositions, damping)
             matrices = torch.stack([gradients[place] for place in places])
             values = layers[0].precondition(held, matrices, damping)
             for place, value in zip(places, values.unbind(), strict=True):
                 result[place] = value
         return result
 
-    def set_gradients(self, values: Sequence[Tensor]) -> None:
+    def _prepare(
+        self, places: Sequence[int], layer: Layer, decompositions: Sequence[Held], damping: float
+    ) -> Held:
+        """`Layer.prepared` of the decompositions of one group."""
+        own = [decompositions[place] for place in places]
+        known = self._prepared.get(places[0])
+        if known is not None and known[1] == damping and all(map(is_, known[0], own)):
+            return known[2]
+        held = own[0]
+        if len(own) > 1:
+            held = {name: torch.stack([parts[name] for parts in own]) for name in own[0]}
+        prepared = layer.prepared(held, damping)
+        self._prepared[places[0]] = own, damping, prepared
+        return prepared
+
+    def set_gradients(self, values: Sequence[Tensor], used: Used) -> None:
         """`Layer.set_gradient` of every layer."""
-        for place, layer, used in self._single():
-            layer.set_gradient(values[place], used)
-        for places, layers in self._batches():
+        for place, layer in self._singles:
+            layer.set_gradient(values[place], used[place])
+        for places, layers in self._batches:
             matrices = torch.stack([values[place] for place in places])
             targets = [_grad(x.weight) for x in layers]
             parts = matrices[..., :-1] if layers[0].biases else matrices

@@ -25,9 +25,14 @@ from torch import Tensor, nn
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
-from elastic_kfac.curvature.discovery import clean_name, find_layers, shape_of, unwrap
+from elastic_kfac.curvature.discovery import (
+    clean_name,
+    each_parameter,
+    find_layers,
+    shape_of,
+    unwrap,
+)
 from elastic_kfac.curvature.layer import LayerState
-from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import (
@@ -173,6 +178,7 @@ class KFAC:
                 f"weight_sharing='reduce' does not apply to Embedding layers: {tables} use expand"
             )
             self._warnings.once(text, bool(tables), text)
+        self._continuing = [i for i, layer in enumerate(self.layers) if layer.continues]
         self.refresh = make_refresh(self.layers, self.options)
         self.distribution = make_distribution(
             (self.layers, communicator, self.options, self.calibration),
@@ -256,7 +262,8 @@ class KFAC:
             world = Communicator.world()
             if world.world_size > 1:
                 move_to(self, world)
-        if not self._gradients_are_usable():
+        parameters = each_parameter(self._model)
+        if not self._gradients_are_usable(parameters):
             self.skip_step()
             return
         self._last_damping = self.damping
@@ -277,7 +284,7 @@ class KFAC:
         with self._timed("decompositions"):
             self._decompose(refreshed)
         with self._timed("preconditioning"):
-            self._precondition()
+            self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
         self.counters["steps"] += 1
         self._arm()
@@ -347,11 +354,12 @@ class KFAC:
     def _decompose(self, refreshed: set[int]) -> None:
         """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
         damping, due = self.bound.tikhonov(self.damping), []
-        last = {i: s.decomposition for i, s in enumerate(self.states) if self.layers[i].continues}
+        last = {i: self.states[i].decomposition for i in self._continuing}
         stale = self.refresh.decompositions_due(self.steps, refreshed)
         for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
-            whole = len(state.factors) == len(layer.factor_names)
-            if not whole or not (state.inverse_step < 0 or i in stale):
+            if state.inverse_step >= 0 and i not in stale:
+                continue
+            if len(state.factors) != len(layer.factor_names):
                 continue
             due.append(i)
             names, parts = self.distribution.decomposes(i), {}
@@ -374,7 +382,7 @@ class KFAC:
                 damping = self.bound.tikhonov(self._damping_at(step))
                 self.refresh.ahead.begin(self.layers[i], state, names, damping)
 
-    def _precondition(self) -> None:
+    def _precondition(self, parameters: Sequence[nn.Parameter]) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
         active = self.distribution.preconditioned_here(self.states)
         layers = [self.layers[i] for i in active]
@@ -383,8 +391,8 @@ class KFAC:
             None if self.bound.needs_all_columns(layer) else layer.used_columns(decay)
             for layer in layers
         ]
-        stacks = Stacks(layers, used)
-        gradients = stacks.gradients(decay)
+        stacks = self.distribution.stacks.of(active)
+        gradients = stacks.gradients(decay, used)
         results = self.distribution.precondition(
             self.states, Gradients(active, gradients, used), self.bound.tikhonov(self.damping)
         )
@@ -398,11 +406,11 @@ class KFAC:
             results,
             gradients,
             used,
-            self._model.parameters(),
+            parameters,
             step=self.steps,
             total=self.distribution.total,
         )
-        stacks.set_gradients(results)
+        stacks.set_gradients(results, used)
 
     # -- around a step --------------------------------------------------------------------------
 
@@ -471,7 +479,7 @@ class KFAC:
             self._capture.last_called,
         )
 
-    def _gradients_are_usable(self) -> bool:
+    def _gradients_are_usable(self, parameters: Sequence[nn.Parameter]) -> bool:
         """False if a gradient scaler is going to skip this step.
 
         Raises:
@@ -487,13 +495,12 @@ class KFAC:
                 "join(throw_on_early_termination=True)",
             )
         # Of uncovered parameters as well: a scaler skips the step for any of them.
-        grads = (p.grad for p in self._model.parameters() if p.grad is not None)
-        if not self.sums_gradients and next(grads, None) is None:
+        if not self.sums_gradients and all(p.grad is None for p in parameters):
             raise UsageError("step() found no gradients", change="call loss.backward() first")
         if self.grad_scaler is None:
             return True
         self._rates.require_unscaled(self.grad_scaler)
-        grads = (p.grad for p in self._model.parameters() if p.grad is not None)
+        grads = (p.grad for p in parameters if p.grad is not None)
         zero = torch.zeros((), device=self.layers[0].device)
         return self.distribution.all_finite(
             torch.stack([zero, *(g.sum().float() for g in grads)]).sum()

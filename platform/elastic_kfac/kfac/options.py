@@ -8,6 +8,7 @@ import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,6 +102,11 @@ def value_at(options: KfacOptions, name: str, step: int) -> float:
 Lr = float | Callable[[int], float] | torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
+_Groups = list[dict[str, Any]]
+_Known = tuple[Sequence[Layer], _Groups, list[int], list[_Groups]]
+"""Layers, all parameter groups and their sizes, and the groups of each layer."""
+
+
 class Rates:
     """The learning rate that steps are measured by, and that of the update where K-FAC makes it."""
 
@@ -108,6 +114,7 @@ class Rates:
         self.optimizers: tuple[torch.optim.Optimizer, ...] = ()
         """Those whose parameter groups hold the rates, if any."""
         self._number: float | Callable[[int], float] = 0.0
+        self._known: _Known | None = None
         if isinstance(lr, torch.optim.Optimizer):
             self.optimizers = (lr,)
         elif isinstance(lr, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in lr):
@@ -123,11 +130,7 @@ class Rates:
         """
         if not self.optimizers:
             return [self._at(step)] * len(layers)
-        groups = self._groups()
-        for layer in layers:
-            if any(id(p) not in groups for p in layer.parameters):
-                raise _not_held(f"the weight of layer {layer.name}")
-        return [max(float(groups[id(p)]["lr"]) for p in x.parameters) for x in layers]
+        return [max(float(group["lr"]) for group in groups) for groups in self._by_layer(layers)]
 
     @property
     def are_linear(self) -> bool:
@@ -141,8 +144,7 @@ class Rates:
         """The largest momentum (β₁ of Adam) among each layer's parameters; 0 without an optimizer."""
         if not self.optimizers:
             return [0.0] * len(layers)
-        groups = self._groups()
-        return [max(_momentum(groups[id(p)]) for p in x.parameters) for x in layers]
+        return [max(_momentum(group) for group in groups) for groups in self._by_layer(layers)]
 
     def of_parameters(
         self, parameters: Iterable[nn.Parameter], step: int
@@ -165,6 +167,25 @@ class Rates:
                     "the gradients still carry the loss scale",
                     change="call scaler.unscale_(optimizer) before KFAC.step()",
                 )
+
+    def _by_layer(self, layers: Sequence[Layer]) -> list[_Groups]:
+        """The parameter groups of each layer, each group once."""
+        found = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        sizes = [len(group["params"]) for group in found]
+        if self._known is not None:
+            known, its_groups, its_sizes, result = self._known
+            if known is layers and its_sizes == sizes and all(map(is_, its_groups, found)):
+                return result
+        groups = self._groups()
+        for layer in layers:
+            if any(id(p) not in groups for p in layer.parameters):
+                raise _not_held(f"the weight of layer {layer.name}")
+        result = [
+            [*{id(groups[id(p)]): groups[id(p)] for p in layer.parameters}.values()]
+            for layer in layers
+        ]
+        self._known = layers, found, sizes, result
+        return result
 
     def _groups(self) -> dict[int, dict[str, Any]]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -83,11 +83,17 @@ class FixedRefresh(Refresh):
         self._spreads: dict[tuple[int, int], Spread] = {}
         self._rows: dict[str, int] = {}
         """Of each layer's first statistics."""
+        self._known: tuple[int, tuple[Spread | None, int, int]] | None = None
+        """The offsets and intervals of a step."""
 
     def see(self, rows: Mapping[str, int]) -> None:
         if not rows.keys() <= self._rows.keys():
             self._rows = {**rows, **self._rows}
-            self._spreads.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        self._spreads.clear()
+        self._known = None
 
     def statistics_due(self, step: int) -> list[frozenset[str]]:
         offsets, factor_steps, _ = self._at(step)
@@ -119,6 +125,11 @@ class FixedRefresh(Refresh):
 
     def _at(self, step: int) -> tuple[Spread | None, int, int]:
         """The offsets at a step, None for all layers at once, and both intervals."""
+        if self._known is None or self._known[0] != step:
+            self._known = step, self._found(step)
+        return self._known[1]
+
+    def _found(self, step: int) -> tuple[Spread | None, int, int]:
         factor_steps = int(value_at(self._options, "factor_update_steps", step))
         inverse_steps = int(value_at(self._options, "inverse_update_steps", step))
         stagger = self._options.stagger
@@ -140,7 +151,7 @@ class FixedRefresh(Refresh):
         return {name: {"rows": {"first": rows}} for name, rows in self._rows.items()}
 
     def restore_clocks(self, saved: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        self._spreads.clear()
+        self._forget()
         self._rows = {
             name: int(numbers["rows"]["first"])
             for name, numbers in saved.items()

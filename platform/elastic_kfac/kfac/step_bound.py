@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.damping import mean_eigenvalue
 from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.curvature.scalars import Number, counted
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.options import Rates, value_at
 from elastic_kfac.kfac.statistics import Statistics, WarnOnce
@@ -46,17 +47,17 @@ class StepBound:
 
     Attributes:
         trust: State of the adaptive rule; None for the fixed one.
-        scale: What it multiplied the last step by, a float64 scalar: ν, or αν of the adaptive rule.
+        scale: What it multiplied the last step by, a number: ν, or αν of the adaptive rule.
     """
 
     def __init__(self, options: KfacOptions, rates: Rates) -> None:
         self._options, self._rates = options, rates
         self.trust: TrustRegion | None = None
-        self.scale = torch.ones((), dtype=torch.float64)
-        self._product: Tensor | None = None
-        self._shortened = torch.zeros((), dtype=torch.float64)
+        self.scale: Number = 1.0
+        self._product: Number | None = None
+        self._shortened: Number = 0.0
         """Steps whose scale was below 1, of `_steps` since this object was built."""
-        self._tiny = torch.zeros((), dtype=torch.float64)
+        self._tiny: Number = 0.0
         """Those whose scale was below `TINY`."""
         self._steps = 0
         self._warnings = WarnOnce()
@@ -69,6 +70,7 @@ class StepBound:
     def cover(self, layers: Sequence[Layer]) -> None:
         """Starts the rule afresh for these layers."""
         self._layers = layers
+        self._known: tuple[tuple[int, ...], list[Layer], set[int]] | None = None
         self._output, self._residual = None, []
         if self._options.trust_region == "adaptive":
             kind = InputScale if self._options.method == "one_sided" else LossScale
@@ -172,7 +174,7 @@ class StepBound:
             step: The number of the coming step.
             total: See `Total`.
         """
-        layers = [self._layers[i] for i in active]
+        layers, covered = self._active(active)
         if self.trust is not None:
             rates = StepRates(
                 self._rates.of_layers(self._layers, step), self._rates.momenta(self._layers)
@@ -186,8 +188,7 @@ class StepBound:
                 is_linear=self._rates.are_linear,
                 total=total,
             )
-            done = {id(p) for layer in layers for p in layer.parameters}
-            plain = [p.grad for p in parameters if id(p) not in done]
+            plain = [p.grad for p in parameters if id(p) not in covered]
             self.trust.apply_plain([grad for grad in plain if grad is not None], rates)
         else:
             is_fixed = self._options.trust_region == "fixed"
@@ -196,9 +197,17 @@ class StepBound:
             self.scale, self._product = kl_clip(
                 results, gradients, lr, kappa, total, self._layers[0].device
             )
-        self._shortened = self._shortened + (self.scale < 1.0)
-        self._tiny = self._tiny + (self.scale < TINY)
+        self._shortened = self._shortened + counted(self.scale < 1.0)
+        self._tiny = self._tiny + counted(self.scale < TINY)
         self._steps += 1
+
+    def _active(self, indices: Sequence[int]) -> tuple[list[Layer], set[int]]:
+        """These layers and the identities of their parameters, kept for the next step."""
+        key = tuple(indices)
+        if self._known is None or self._known[0] != key:
+            layers = [self._layers[i] for i in key]
+            self._known = key, layers, {id(p) for layer in layers for p in layer.parameters}
+        return self._known[1:]
 
     def look(self, states: Sequence[LayerState], due: Collection[int]) -> None:
         """Warns once of settings that cannot be right; waits for the device, so call it where that is
@@ -249,7 +258,7 @@ class StepBound:
             lr = self._rates.of_layers(self._layers[:1], step)[0]
         size = lr * float(self.scale)
         if self.trust is None:
-            product = float(total(self._product))
+            product = float(total(torch.as_tensor(self._product)))
         else:  # its steps are those of the normalised loss
             product = float(self._product) * (self.trust.scale or self.trust.kind()).step
         return product * (0.5 * size * size - size)

@@ -37,6 +37,17 @@ from torch import Tensor
 
 from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.preconditioning import inner_products, kl_clip_scale
+from elastic_kfac.curvature.scalars import (
+    Number,
+    cast,
+    divided,
+    exponential,
+    numbers,
+    or_zero,
+    root,
+    where,
+    within,
+)
 
 KAPPA = 1e-3
 """κ, squared length of the whole step in the Fisher metric of the normalised loss while α = 1."""
@@ -184,7 +195,7 @@ def kl_clip(
     kappa: float | None,
     total: Callable[[Tensor], Tensor],
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Number, Tensor]:
     """The fixed rule (Ba et al. 2017): scales P of each layer, `results`, in place by one ν.
 
     Args:
@@ -196,15 +207,16 @@ def kl_clip(
         device: Of the numbers.
 
     Returns:
-        (ν, Σ ⟨P_i, D_i⟩ over these layers), float64 scalars.
+        (ν, a number, and Σ ⟨P_i, D_i⟩ over these layers, float64).
     """
     products = inner_products(results, gradients).to(device)
-    scale = torch.ones_like(products.sum())
+    scale: Number = 1.0
     if kappa is not None:
         squares = factors.on_device(lr, device).square()
-        scale = kl_clip_scale(total((products.abs() * squares).sum()), kappa)
+        (divergence,) = numbers(total((products.abs() * squares).sum()).view(1))
+        scale = kl_clip_scale(divergence, kappa)
         if results:
-            torch._foreach_mul_(results, scale.to(results[0].dtype))
+            torch._foreach_mul_(results, cast(scale, results[0].dtype))
     return scale, products.sum()
 
 
@@ -215,8 +227,8 @@ class TrustRegion:
         scale: Of the loss; None before the first statistics.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
         steps_taken: δ by layer, where this rank has P.
-        growth: α.
-        descent: The average of ρ.
+        growth: α, a number.
+        descent: The average of ρ, a number.
         squares: δᵀ(F + γI)δ by layer, float64 [layers].
     """
 
@@ -227,16 +239,19 @@ class TrustRegion:
         self.scale: LossScale | None = None
         self.largest_lr = 0.0
         self.steps_taken: dict[str, LastStep] = {}
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.growth = zero + 1.0
-        self.descent = zero
-        self.squares = zero.new_zeros(len(self.names))
+        self.squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.growth, self.descent = self._numbers(1.0, 0.0)
         self._rates: StepRates | None = None
-        self._sent = zero
-        """`_rates` on the device."""
-        self._places: tuple[tuple[int, ...], Tensor] = (), zero
+        self._sent: tuple[Tensor, ...] = ()
+        """`_rates` on the device, and what follows from them."""
+        self._scales: tuple[LossScale | None, Tensor] = None, self.squares
+        """`scale` on the device."""
+        self._places: tuple[tuple[int, ...], Tensor] = (), self.squares
         self._slopes = self._lr = self.squares
         """⟨D, δ⟩ of the last step in units of −lr, and the rates, by layer."""
+
+    def _numbers(self, *values: float) -> list[Number]:
+        return numbers(self.squares.new_tensor(values))
 
     def apply(
         self,
@@ -248,7 +263,7 @@ class TrustRegion:
         *,
         is_linear: bool,
         total: Callable[[Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Number, Number]:
         """Scales `results`, (F + γc²I)⁻¹D of the layers at `indices`, to steps of the normalised loss.
 
         Args:
@@ -263,30 +278,39 @@ class TrustRegion:
                 nothing where every rank has all layers. Collective.
 
         Returns:
-            (αν, Σ ⟨P_i, D_i⟩ of L), float64 scalars.
+            (αν, Σ ⟨P_i, D_i⟩ of L), numbers (see scalars.py).
         """
         scale = self.scale or self.kind()
         names = [self.names[index] for index in indices]
         before = [self.steps_taken.get(name) for name in names]
-        table = self._table(indices, results, gradients, before, used)
-        table = total(table)
-        raw, usable = table[0].sum(), table.abs().amax() < math.inf
-        table = torch.where(usable, table, 0.0)
-        products, slopes = (table[0] / scale.product).abs(), table[1] / scale.loss
+        table = total(self._table(indices, results, gradients, before, used))
+        raw, largest = numbers(torch.stack((table[0].sum(), table.abs().amax())))
+        usable = largest < math.inf
+        if not isinstance(usable, bool):
+            table = torch.where(usable, table, 0.0)
+        elif not usable:
+            table = torch.zeros_like(table)
+        products, slopes = (table / self._divisors(scale)).unbind()
+        products = products.abs()
         self.largest_lr = max(self.largest_lr, *rates.lr)
-        lr, momentum, whole = self._on_device(rates)
+        lr, momentum, squared_lr, squared_whole = self._on_device(rates)
+        sums = (products * squared_whole, products, squared_lr * self.squares, lr * slopes)
+        whole, product, square, slope = numbers(torch.stack([part.sum() for part in sums]))
         relative = max(rates.lr) / self.largest_lr if self.largest_lr else 1.0
-        nu = kl_clip_scale((products * whole.square()).sum(), KAPPA * relative**2)
-        cut = torch.zeros_like(nu)
+        nu = kl_clip_scale(whole, KAPPA * relative**2)
+        cut: Number = 0.0
         if is_linear:
-            cut = ((self._grow(products, slopes, lr) - BRAKE) / (1.0 - BRAKE)).clamp(min=0.0)
-        factor = torch.where(usable, nu * self.growth, 0.0)
-        momentum = momentum * (1.0 - cut)
-        grown = momentum * (momentum * self.squares + 2 * factor * slopes)
-        self.squares = (grown + factor.square() * products).clamp(min=0.0)
-        self._slopes, self._lr = momentum * slopes + factor * products, lr
+            rho = self._grow(product * square, slope)
+            cut = within((rho - BRAKE) / (1.0 - BRAKE), 0.0, 1.0)
+        factor = where(usable, nu * self.growth, 0.0)
+        if isinstance(cut, Tensor) or cut:
+            momentum = momentum * (1.0 - cut)
+        step = factor * products
+        grown = momentum * (momentum * self.squares + slopes * (2 * factor))
+        self.squares = (grown + products * (factor * factor)).clamp(min=0.0)
+        self._slopes, self._lr = momentum * slopes + step, lr
         if results:
-            torch._foreach_mul_(results, (factor * scale.step).to(results[0].dtype))
+            torch._foreach_mul_(results, cast(factor * scale.step, results[0].dtype))
         if is_linear:
             momenta = [rates.momentum[index] for index in indices]
             self._follow(names, results, used, momenta, usable, cut)
@@ -298,19 +322,19 @@ class TrustRegion:
         results: list[Tensor],
         used: list[Tensor | None],
         momenta: Sequence[float],
-        usable: Tensor,
-        cut: Tensor,
+        usable: bool | Tensor,
+        cut: Number,
     ) -> None:
         """Moves δ by what the optimizer will do with `results`, and takes `cut` of its momentum out of
         them; where nothing is usable, they do not count."""
-        on_host = factors.can_be_read(usable)
+        on_host = not isinstance(usable, Tensor)
         brakes, is_lost = not on_host or bool(cut), on_host and not usable
         whole: list[int] = []
         for place, name in enumerate(names):
             value, columns, step = results[place], used[place], self.steps_taken.get(name)
             if step is None:
                 # What is not finite must not stay in the sum.
-                self.steps_taken[name] = LastStep(torch.where(usable, value, 0.0))
+                self.steps_taken[name] = LastStep(_kept(value, usable).clone())
             elif columns is not None and not brakes:
                 step.decay(momenta[place], columns)
                 if not is_lost:
@@ -327,9 +351,9 @@ class TrustRegion:
         steps = [self.steps_taken[names[place]].matrix for place in whole]
         torch._foreach_mul_(steps, [momenta[place] for place in whole])
         values = [results[place] for place in whole]
-        taken = values if on_host else [torch.where(usable, value, 0.0) for value in values]
+        taken = values if on_host else [_kept(value, usable) for value in values]
         if brakes:
-            back = [step * cut.to(step.dtype) for step in steps]
+            back = [step * cast(cut, step.dtype) for step in steps]
             taken = [value.clone() for value in values] if on_host else taken
             torch._foreach_sub_(values, back)
             torch._foreach_sub_(steps, back)
@@ -345,20 +369,20 @@ class TrustRegion:
         used: Sequence[Tensor | None],
     ) -> Tensor:
         """⟨P, D⟩ and ⟨δ, D⟩ of the layers at `indices`, 0 for others, float64 [2, layers]."""
-        table = self.squares.new_zeros(2, len(self.names))
         if not indices:
-            return table
+            return self.squares.new_zeros(2, len(self.names))
         matrices = [
             gradient.new_zeros(gradient.shape) if step is None else step.columns_at(columns)
             for step, gradient, columns in zip(before, gradients, used, strict=True)
         ]
-        slopes = inner_products(matrices, gradients)
+        part = inner_products([*results, *matrices], [*gradients, *gradients]).view(2, -1)
         for place, step in enumerate(before):
             if step is not None and step.scale != 1.0:
-                slopes[place] *= step.scale
-        part = torch.stack((inner_products(results, gradients), slopes)).to(table.device)
+                part[1, place] *= step.scale
+        part = part.to(self.squares.device)
         if len(indices) == len(self.names):
             return part
+        table = self.squares.new_zeros(2, len(self.names))
         if self._places[0] != tuple(indices):
             self._places = (
                 tuple(indices),
@@ -383,24 +407,36 @@ class TrustRegion:
         scales = [(longest / norm).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
         torch._foreach_mul_(gradients, scales)
 
-    def _grow(self, products: Tensor, slopes: Tensor, lr: Tensor) -> Tensor:
-        """Moves α; returns ρ."""
-        norm = (products.sum() * (lr.square() * self.squares).sum()).sqrt()
-        rho = (-(lr * slopes).sum() / norm).nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+    def _grow(self, square: Number, slope: Number) -> Number:
+        """Moves α; returns ρ.
+
+        Args:
+            square: ‖D‖² ‖δ‖².
+            slope: −⟨D, δ⟩.
+        """
+        rho = within(or_zero(divided(-slope, root(square))), -1.0, 1.0)
         r = self.descent = AVERAGING * self.descent + (1.0 - AVERAGING) * rho
-        grown = self.growth * (-GAIN * torch.nn.functional.softshrink(r, BEYOND)).exp()
-        back = torch.where(r > -PROGRESS, (RETURN * grown).clamp(min=1.0), grown)
+        beyond = where(r > BEYOND, r - BEYOND, where(r < -BEYOND, r + BEYOND, 0.0))
+        grown = self.growth * exponential(-GAIN * beyond)
+        back = where(r > -PROGRESS, within(RETURN * grown, 1.0, math.inf), grown)
         regains = (r < 0.0) & (r >= -BEYOND)
-        small = torch.where(regains, (grown / REGAIN).clamp(max=1.0), grown)
-        self.growth = torch.where(grown > 1.0, back, small).clamp(SMALLEST, LARGEST)
+        small = where(regains, within(grown / REGAIN, -math.inf, 1.0), grown)
+        self.growth = within(where(grown > 1.0, back, small), SMALLEST, LARGEST)
         return rho
 
-    def _on_device(self, rates: StepRates) -> Tensor:
-        """Learning rate, momentum and lr / (1 − m) of the layers, float64 [3, layers]."""
+    def _divisors(self, scale: LossScale) -> Tensor:
+        """What brings ⟨P, D⟩ and ⟨δ, D⟩ to the normalised loss, float64 [2, 1]."""
+        if self._scales[0] != scale:
+            divisors = [[scale.product], [scale.loss]]
+            self._scales = scale, factors.on_device(divisors, self.squares.device)
+        return self._scales[1]
+
+    def _on_device(self, rates: StepRates) -> tuple[Tensor, ...]:
+        """Learning rate, momentum, lr² and (lr / (1 − m))² of the layers, float64 [layers]."""
         if rates != self._rates:
             whole = [lr / (1.0 - m) for lr, m in zip(rates.lr, rates.momentum, strict=True)]
-            self._rates = rates
-            self._sent = factors.on_device([rates.lr, rates.momentum, whole], self.squares.device)
+            sent = factors.on_device([rates.lr, rates.momentum, whole], self.squares.device)
+            self._rates, self._sent = rates, (sent[0], sent[1], sent[0].square(), sent[2].square())
         return self._sent
 
     # -- state ----------------------------------------------------------------------------------
@@ -419,8 +455,15 @@ class TrustRegion:
         self.scale = None if saved["scale"] is None else self.kind(**saved["scale"])
         self.largest_lr = float(saved["largest_lr"])
         for name in _SCALARS:
-            setattr(self, name, self.squares.new_tensor(float(saved[name])))
+            setattr(self, name, self._numbers(float(saved[name]))[0])
         self.squares = self.squares.new_tensor([saved["squares"].get(n, 0.0) for n in self.names])
 
 
 _SCALARS = ("growth", "descent")
+
+
+def _kept(value: Tensor, usable: bool | Tensor) -> Tensor:
+    """A tensor where it is usable, else zeros; perhaps itself."""
+    if isinstance(usable, Tensor):
+        return torch.where(usable, value, 0.0)
+    return value if usable else torch.zeros_like(value)

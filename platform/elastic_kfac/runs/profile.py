@@ -221,14 +221,14 @@ def _products(kfac: KFAC) -> dict[str, float]:
         if state.inverse_step < 0:
             continue
         gradient = torch.zeros(layer.gradient_shape, dtype=layer.dtype)
-        stack = Stacks([layer], [None])
+        stack = Stacks([layer])
 
         def once(
             stack: Stacks = stack,
             parts: Any = state.decomposition,
             gradient: Tensor = gradient,
         ) -> object:
-            return stack.precondition([parts], [gradient], 1e-3)
+            return stack.precondition([parts], [gradient], 1e-3, [None])
 
         seconds[layer.name] = least_seconds(once, repeats=2)
     return seconds

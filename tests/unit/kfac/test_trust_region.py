@@ -172,8 +172,7 @@ def test_growth_follows_descent_and_shrinks_on_overshoot() -> None:
         trust.squares += 1.0
         found = []
         for cosine in cosines:
-            one = torch.ones(1, dtype=torch.float64)
-            trust._grow(one, -cosine * one, one)
+            trust._grow(1.0, -cosine)
             found.append(float(trust.growth))
         return found
 

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.communication.packing import Bucketer
-from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
@@ -188,11 +187,11 @@ class KaisaGrid(Distribution):
             if not self._receive(indices[place]):
                 self._decompose_alone(states, indices[place], damping)
         self._last = {}
-        stacks = Stacks([self.layers[indices[place]] for place in own], [used[p] for p in own])
-        preconditioned = stacks.precondition(
+        preconditioned = self.stacks.of([indices[place] for place in own]).precondition(
             [states[indices[place]].decomposition for place in own],
             [values[place] for place in own],
             damping,
+            [used[place] for place in own],
         )
         for place, value in zip(own, preconditioned, strict=True):
             results[place] = value

@@ -29,7 +29,6 @@ from elastic_kfac.communication.v_collectives import (
 )
 from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
-from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
@@ -214,8 +213,8 @@ class ShardedByOwner(Distribution):
 
     def precondition(self, states: States, gradients: Gradients, damping: float) -> list[Tensor]:
         indices, values, used = gradients
-        stacks = Stacks([self.layers[index] for index in indices], used)
-        return stacks.precondition([states[i].decomposition for i in indices], values, damping)
+        held = [states[i].decomposition for i in indices]
+        return self.stacks.of(indices).precondition(held, values, damping, used)
 
     def total(self, value: Tensor) -> Tensor:
         summed = value.clone()

@@ -15,6 +15,7 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.config.kfac import ScriptOptions
 from elastic_kfac.curvature.layer import Layer, LayerState
+from elastic_kfac.curvature.stacks import StackTable
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.statistics import Captured, Statistics
@@ -87,6 +88,7 @@ class Distribution(ABC):
         calibration: Calibration | None,
     ) -> None:
         self.layers, self.options, self.calibration = tuple(layers), options, calibration
+        self.stacks = StackTable(self.layers)
         self.join(communicator)
 
     @abstractmethod
