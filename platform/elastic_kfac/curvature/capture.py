@@ -247,7 +247,13 @@ class Capture:
             for layer in layers:
                 watched = _Watched(layer, self._shared, self._watched.get(layer.name))
                 self._watched.setdefault(layer.name, watched)
-                self._recorder.watch(module, layer.parameters[0], watched, layer.weight_rows)
+                self._recorder.watch(
+                    module,
+                    layer.parameters[0],
+                    watched,
+                    layer.weight_rows,
+                    is_table=layer.uses_few_rows,
+                )
 
     @property
     def active(self) -> bool:
@@ -266,6 +272,12 @@ class Capture:
     def of(self, layer: Layer) -> Sums:
         """The sums of a layer since they were last taken."""
         return self._watched[layer.name].sums
+
+    def rows_looked_up(self, layer: Layer) -> Tensor | None:
+        """Indices of the rows that `.grad` of an embedding consists of, where that is certain."""
+        if not layer.uses_few_rows:
+            return None
+        return self._recorder.rows_looked_up(layer.parameters[0])
 
     def take(self, layers: Sequence[Layer]) -> list[Sums]:
         """The sums of every layer since the last call, in their order."""

@@ -62,6 +62,9 @@ class Site(Protocol):
     def staged_in_graph(self, gradient: Tensor, inputs: Tensor, axis: int | None) -> None:
         """A compiled backward pass has reached the output of a call with `inputs`."""
 
+    def looked_up(self, indices: Tensor) -> Callable[[Tensor | None], None]:
+        """What to call with the gradient of the table that a look-up of `indices` has made."""
+
 
 class Registry:
     """What the hooks look up: numbers of sites by the identity of modules and weights, and roots."""
@@ -73,6 +76,8 @@ class Registry:
         """Of the sites of a module: what a compiled graph can hold."""
         self.projections: dict[int, list[list[int]]] = {}
         """Of the parts of an attention's weight: three of a packed one, else one."""
+        self.tables: dict[int, list[weakref.ref[Site]]] = {}
+        """Sites of large embeddings by their module, whose look-ups are followed in every pass."""
         self.recorders = 0
         self.handles: list[RemovableHandle] = []
         self.recording = False
@@ -99,6 +104,10 @@ class Registry:
         known[part].append(number)
         weakref.finalize(parameter, self.forget, id(parameter))
 
+    def add_table(self, module: nn.Module, site: Site) -> None:
+        """Follows the look-ups of an embedding."""
+        self.tables.setdefault(id(module), []).append(weakref.ref(site))
+
     def live(self, numbers: Sequence[int]) -> Iterator[Site]:
         """The sites among `numbers` that record now."""
         for number in numbers:
@@ -108,7 +117,7 @@ class Registry:
 
     def forget(self, key: int) -> None:
         """Forgets an identity: another object may get it."""
-        for table in (self.roots, self.numbers, self.projections):
+        for table in (self.roots, self.numbers, self.projections, self.tables):
             table.pop(key, None)
 
     def prune(self) -> None:
@@ -119,6 +128,8 @@ class Registry:
             numbers[:] = [number for number in numbers if number not in dead]
         for roots in self.roots.values():
             roots[:] = [known for known in roots if known() is not None]
+        for tables in self.tables.values():
+            tables[:] = [known for known in tables if known() is not None]
 
     def install(self) -> None:
         # The extra call for the compiled wrapper is harmless: no layer is registered for it.
@@ -185,6 +196,8 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
 
 def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     # When forward raises, torch calls the hook without keyword arguments and without an output.
+    if not torch.compiler.is_compiling() and id(module) in registry.tables:
+        _follow_look_up(id(module), args, rest)
     if not registry.recording and (torch.compiler.is_compiling() or not _modes.stack):
         return None
     key = id(module)
@@ -220,6 +233,19 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     if isinstance(inputs, Tensor):
         _record(numbers, inputs, output, weight=module._parameters.get("weight"))
     return None
+
+
+def _follow_look_up(key: int, args: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+    output = rest[-1] if rest else None
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if node is None or node.name() != "EmbeddingBackward0" or not _counts():
+        return
+    indices = args[0] if args else next(iter(rest[0].values()))
+    for known in registry.tables[key]:
+        site = known()
+        if site is not None:
+            made = site.looked_up(indices)
+            node.register_hook(lambda gradients, _, made=made: made(gradients[0]))
 
 
 def _record(

@@ -27,6 +27,9 @@ from elastic_kfac.curvature.sides import Diagonal, Side, Whole, bounded
 _SMALL = 8192
 """Elements of both factors together; beyond, products cost more than calls."""
 
+_LARGE_TABLE = 1 << 17
+"""Elements of an embedding from which reading its gradient costs more than following its look-ups."""
+
 _STACKED = (
     *("gradient", "precondition", "set_gradient"),
     *("_weight_part", "_bias_part", "_to_matrix", "_from_matrix"),
@@ -376,6 +379,12 @@ class AttentionProjection(LinearLayer):
         return tensor.transpose(0, 1)
 
 
+def _nonzero_rows(grad: Tensor) -> Tensor:
+    # NaN is no zero, either. Bits are compared faster than numbers.
+    grad = grad.view(torch.int32) if grad.dtype == torch.float32 else grad
+    return ((grad.amax(1) != 0) | (grad.amin(1) != 0)).nonzero().squeeze(1)
+
+
 class EmbeddingLayer(KroneckerLayer):
     """nn.Embedding: a Linear over one-hot rows, so that A is the diagonal of token counts."""
 
@@ -419,14 +428,24 @@ class EmbeddingLayer(KroneckerLayer):
     def _from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.t()
 
-    def used_columns(self, weight_decay: float = 0.0) -> Tensor | None:
+    @property
+    def uses_few_rows(self) -> bool:
+        return not self._is_shared and self.weight.numel() >= _LARGE_TABLE
+
+    def used_columns(
+        self, weight_decay: float = 0.0, looked_up: Tensor | None = None
+    ) -> Tensor | None:
         grad = self.weight.grad
         # Finding them on a device would have the host wait for it; there the whole table is cheap.
         if weight_decay or grad is None or not factors.can_be_read(grad):
             return None
-        # NaN is no zero, either. Bits are compared faster than numbers.
-        grad = grad.view(torch.int32) if grad.dtype == torch.float32 else grad
-        return ((grad.amax(1) != 0) | (grad.amin(1) != 0)).nonzero().squeeze(1)
+        if looked_up is None:
+            return _nonzero_rows(grad)
+        used = torch.zeros(grad.shape[0], dtype=torch.bool)
+        used[looked_up.flatten()] = True
+        rows = used.nonzero().squeeze(1)
+        found = _nonzero_rows(grad.index_select(0, rows))
+        return rows if len(found) == len(rows) else rows[found]
 
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         if used is None:

@@ -273,9 +273,21 @@ class Layer(ABC):
         """Whether every parameter of the layer has a gradient."""
         return all(p.grad is not None for p in self.parameters)
 
-    def used_columns(self, weight_decay: float = 0.0) -> Tensor | None:
+    @property
+    def uses_few_rows(self) -> bool:
+        """Whether its weight is a large table of which a pass looks up few rows."""
+        return False
+
+    def used_columns(
+        self, weight_decay: float = 0.0, looked_up: Tensor | None = None
+    ) -> Tensor | None:
         """The columns of the gradient that alone need preconditioning, because the others are zero and
-        stay so; None is all of them. A function of the gradient: the same on every rank."""
+        stay so; None is all of them. A function of the gradient: the same on every rank.
+
+        Args:
+            weight_decay: Of the gradient.
+            looked_up: Indices outside of which the gradient is known to be zero.
+        """
         return None
 
     @abstractmethod

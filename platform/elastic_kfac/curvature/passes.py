@@ -173,6 +173,19 @@ class Site:
             return None
         return recorder.called(self, inputs, axis=axis)
 
+    def looked_up(self, indices: Tensor) -> Callable[[Tensor | None], None]:
+        known, version = weakref.ref(self.weight), indices._version
+
+        def made(gradient: Tensor | None) -> None:
+            weight = known()
+            if weight is not None and gradient is not None:
+                # While its memory is held, no other gradient can have the address. The tensor itself
+                # is not: autograd would copy it.
+                weight.made = gradient.untyped_storage(), gradient._version, indices, version
+                torch.autograd.graph.queue_callback(lambda: setattr(weight, "made", None))
+
+        return made
+
     def staged_in_graph(self, gradient: Tensor, inputs: Tensor, axis: int | None) -> None:
         recorder = self.weight.recorder()
         if recorder is not None:
@@ -197,6 +210,11 @@ class Weight:
     committed: bool = False
     mark: tuple[weakref.ref[Tensor], int] | None = None
     """The gradient tensor after the last commit, and its version."""
+    made: tuple[torch.UntypedStorage, int, Tensor, int] | None = None
+    """What a look-up of an embedding has made in the running backward pass: memory and version of the
+    gradient, the indices and their version."""
+    looked_up: tuple[weakref.ref[Tensor], int, Tensor, int] | None = None
+    """The same of what is in `.grad`, if nothing else is part of it."""
 
     def stage(self, call: Call, gradient: Tensor) -> None:
         """Notes an output gradient of the running graph task."""
@@ -250,8 +268,28 @@ class Weight:
             site.layer.clear()
             site.recomputed.clear()
 
+    def rows_looked_up(self) -> Tensor | None:
+        """The indices of all rows of `.grad` that may be other than zero, where that is certain."""
+        if self.looked_up is None:
+            return None
+        seen, version, indices, its_version = self.looked_up
+        parameter = self.parameter()
+        grad = None if parameter is None else parameter.grad
+        if grad is None or seen() is not grad or grad._version != version:
+            return None
+        return indices if indices._version == its_version else None
+
+    def _match(self, grad: Tensor) -> None:
+        """Has it that `.grad` is what one look-up has made. A sum with anything else, in place or not,
+        has another address or version."""
+        made, self.made, self.looked_up = self.made, None, None
+        if made is not None and made[1] == grad._version and made[0].data_ptr() == grad.data_ptr():
+            self.looked_up = weakref.ref(grad), *made[1:]
+
     def accumulated(self, parameter: Tensor) -> None:
         """Commits what the running task has staged: it is part of `parameter.grad` now."""
+        if parameter.grad is not None and (self.made is not None or self.looked_up is not None):
+            self._match(parameter.grad)
         recorder = self.recorder()
         calls = self.staged.get(torch._C._current_graph_task_id())
         if not calls or recorder is None:
@@ -328,9 +366,16 @@ class Recorder:
         self._activity.set(on)
 
     def watch(
-        self, module: nn.Module, parameter: nn.Parameter, layer: Layer, rows: slice | None = None
+        self,
+        module: nn.Module,
+        parameter: nn.Parameter,
+        layer: Layer,
+        rows: slice | None = None,
+        *,
+        is_table: bool = False,
     ) -> None:
-        """Has calls of `module` recorded for `layer`, committed with `parameter`'s gradient."""
+        """Has calls of `module` recorded for `layer`, committed with `parameter`'s gradient; with
+        `is_table`, remembers in every pass which rows of the parameter are looked up."""
         weight = self._weights.get(id(parameter))
         if weight is None:
             weight = Weight(weakref.ref(self), weakref.ref(parameter))
@@ -347,9 +392,16 @@ class Recorder:
         weight.sites.append(site)
         self._unchecked[id(site)] = CHECK_TRIES
         number = registry.add(module, site)
+        if is_table:
+            registry.add_table(module, site)
         weakref.finalize(module, registry.forget, id(module))
         if isinstance(module, nn.MultiheadAttention):
             registry.add_projection(parameter, rows, number)
+
+    def rows_looked_up(self, parameter: nn.Parameter) -> Tensor | None:
+        """See `Weight.rows_looked_up`."""
+        weight = self._weights.get(id(parameter))
+        return None if weight is None else weight.rows_looked_up()
 
     def close(self) -> None:
         """Stops watching; the model is as before."""

@@ -401,7 +401,7 @@ class _Pieces:
                 name: side.part(tensor, span) if name.startswith("GA"[axis]) else tensor
                 for name, tensor in held.items()
             }
-            for name in ("E_reciprocal", "E_moments"):
+            for name in ("E_reciprocal", "E_divisor", "E_moments"):
                 if name in held:
                     mine[name] = held[name][:, span] if axis else held[name][span]
             sides = (piece, g) if axis else (a, piece)

@@ -388,7 +388,9 @@ class KFAC:
         layers = [self.layers[i] for i in active]
         decay = self.options.weight_decay
         used = [
-            None if self.bound.needs_all_columns(layer) else layer.used_columns(decay)
+            None
+            if self.bound.needs_all_columns(layer)
+            else layer.used_columns(decay, self._capture.rows_looked_up(layer))
             for layer in layers
         ]
         stacks = self.distribution.stacks.of(active)

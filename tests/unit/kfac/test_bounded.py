@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.curvature import preconditioning
+from elastic_kfac.curvature import kronecker, preconditioning
 from elastic_kfac.curvature.sides import Blocks, Side, Whole
 from elastic_kfac.errors import ConfigError, StateError
+from support.training_loops import seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
 
@@ -311,3 +316,59 @@ def test_uses_of_a_shared_weight_keep_blocks_around_biases_of_their_own(
     for name in ("A", "G"):
         result = dense_form(layer.sides[name], kept[name])
         torch.testing.assert_close(result, kept_of(whole[name], block), **TOLERANCE)
+
+
+def _table(weight: Tensor) -> nn.Embedding:
+    return nn.Embedding(2048, 64, padding_idx=3, _weight=weight.clone())
+
+
+LOOK_UPS: dict[str, Callable[[nn.Embedding, Tensor], Tensor]] = {
+    "one look-up": lambda table, ids: table(ids).square().mean(),
+    "two look-ups": lambda table, ids: (table(ids) * table(ids + 7)).mean(),
+    "tied": lambda table, ids: F.linear(table(ids), table.weight).square().mean(),
+    "penalty": lambda table, ids: table(ids).mean() + table.weight[5].square().sum(),
+    "a function": lambda table, ids: table(ids).mean() + F.embedding(ids + 9, table.weight).sum(),
+}
+AFTERWARDS: dict[str, Callable[[nn.Embedding, Tensor], Any]] = {
+    "nothing": lambda table, ids: None,
+    "clipping": lambda table, ids: nn.utils.clip_grad_norm_(table.parameters(), 1e-3),
+    "noise": lambda table, ids: table.weight.grad.add_(0.1),
+    "another pass": lambda table, ids: table(ids + 11).mean().backward(),
+    "other indices in the buffer": lambda table, ids: ids.fill_(1),
+    "a probe": lambda table, ids: torch.autograd.grad(table(ids + 11).mean(), [table.weight]),
+    "another gradient": lambda table, ids: setattr(
+        table.weight, "grad", torch.ones_like(table.weight)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "after"),
+    [*((name, "nothing") for name in LOOK_UPS), *(("one look-up", name) for name in AFTERWARDS)],
+)
+def test_rows_of_a_table_are_those_of_its_gradient_however_it_came_about(
+    loss: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(2048, 64, generator=seeded(1))
+
+    def step() -> tuple[Tensor, bool]:
+        table = _table(weight)
+        kfac = KFAC(table, lr=0.1, loss_reduction="mean")
+        sure = False
+        for number in range(3):
+            table.zero_grad()
+            ids = torch.randint(100, (4, 6), generator=seeded(number))
+            LOOK_UPS[loss](table, ids).backward()
+            AFTERWARDS[after](table, ids)
+            sure = kfac._capture.rows_looked_up(kfac.layers[0]) is not None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                kfac.step()
+        assert table.weight.grad is not None
+        return table.weight.grad, sure
+
+    found, sure = step()
+    assert sure == (loss == "one look-up" and after in ("nothing", "a probe"))
+    monkeypatch.setattr(kronecker, "_LARGE_TABLE", 1 << 40)
+    read, never = step()
+    assert not never and torch.equal(found, read)
