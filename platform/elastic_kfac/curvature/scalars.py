@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from elastic_kfac.curvature import factors
+
 Number = float | Tensor
 
 
 def numbers(values: Tensor) -> list[Number]:
     """The entries of a float64 `[n]`."""
-    return values.tolist() if values.device.type == "cpu" else [*values.unbind()]
+    return values.tolist() if factors.can_be_read(values) else [*values.unbind()]
 
 
 def where(condition: bool | Tensor, value: Number, other: Number) -> Number:
