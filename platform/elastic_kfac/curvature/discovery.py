@@ -17,6 +17,12 @@ from elastic_kfac.curvature.convolution import (
     ConvLayer,
     ConvTransposeLayer,
 )
+from elastic_kfac.curvature.dtensors import (
+    fully_sharded,
+    is_sharded,
+    refuse_old_wrapper,
+    tensor_parallel,
+)
 from elastic_kfac.curvature.kronecker import (
     AttentionProjection,
     EmbeddingLayer,
@@ -121,14 +127,8 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
             given="nn.DataParallel",
             change="use one process per device and DistributedDataParallel",
         )
-    if any(hasattr(m, "_fsdp_wrapped_module") for m in model.modules()) or any(
-        hasattr(p, "to_local") for p in model.parameters()
-    ):
-        raise ConfigError(
-            "K-FAC needs whole weights on every rank",
-            given="FullyShardedDataParallel, fully_shard or other DTensor parameters",
-            change="use DistributedDataParallel; KFAC(sharding=...) shards K-FAC's own state",
-        )
+    refuse_old_wrapper(model)
+    cut_by_fsdp = fully_sharded(model)
     patterns = _compiled(options.skip_layers)
     found = Found()
     left_out: list[str] = []
@@ -161,6 +161,8 @@ def find_layers(model: nn.Module, options: KfacOptions) -> Found:
                 f"layer {name} has no shape yet",
                 change="run one forward pass before building the preconditioner",
             )
+        if any(is_sharded(p) and id(p) not in cut_by_fsdp for p in trainable):
+            raise tensor_parallel(name)
         layers = _layers_of(name, module, options)
         sharers = dict.fromkeys(owners[id(p)] for p in trainable if id(p) in owners)
         first = next(iter(sharers), name)

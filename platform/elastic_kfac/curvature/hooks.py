@@ -28,6 +28,8 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from elastic_kfac.curvature.dtensors import is_sharded
+
 
 class Root(Protocol):
     """Whoever wants to know about calls of a whole model."""
@@ -78,6 +80,9 @@ class Registry:
         """Of the parts of an attention's weight: three of a packed one, else one."""
         self.tables: dict[int, list[weakref.ref[Site]]] = {}
         """Sites of large embeddings by their module, whose look-ups are followed in every pass."""
+        self.in_pieces: dict[int, dict[str, int]] = {}
+        """Of an attention whose weights `fully_shard` keeps in pieces: their paths in it, and the
+        identities under which they are in `projections`."""
         self.recorders = 0
         self.handles: list[RemovableHandle] = []
         self.recording = False
@@ -96,8 +101,13 @@ class Registry:
         self.numbers.setdefault(id(module), []).append(number)
         return number
 
-    def add_projection(self, parameter: nn.Parameter, rows: slice | None, number: int) -> None:
+    def add_projection(
+        self, module: nn.Module, parameter: nn.Parameter, rows: slice | None, number: int
+    ) -> None:
         """Registers a site as a projection of an attention, by its weight and its rows in it."""
+        if is_sharded(parameter):
+            path = next(name for name, p in module.named_parameters() if p is parameter)
+            self.in_pieces.setdefault(id(module), {})[path] = id(parameter)
         parts = 1 if rows is None else 3
         part = 0 if rows is None else 3 * rows.start // parameter.shape[0]
         known = self.projections.setdefault(id(parameter), [[] for _ in range(parts)])
@@ -108,6 +118,14 @@ class Registry:
         """Follows the look-ups of an embedding."""
         self.tables.setdefault(id(module), []).append(weakref.ref(site))
 
+    def find_whole(self, module: nn.Module) -> None:
+        """Knows the projections of an attention by the whole weights that it has during a pass."""
+        for path, key in self.in_pieces.get(id(module), {}).items():
+            whole = module.get_parameter(path)
+            if id(whole) not in self.projections:
+                self.projections[id(whole)] = self.projections[key]
+                weakref.finalize(whole, self.forget, id(whole))
+
     def live(self, numbers: Sequence[int]) -> Iterator[Site]:
         """The sites among `numbers` that record now."""
         for number in numbers:
@@ -117,7 +135,8 @@ class Registry:
 
     def forget(self, key: int) -> None:
         """Forgets an identity: another object may get it."""
-        for table in (self.roots, self.numbers, self.projections, self.tables):
+        tables: tuple[dict[int, Any], ...] = (self.roots, self.numbers, self.projections)
+        for table in (*tables, self.in_pieces, self.tables):
             table.pop(key, None)
 
     def prune(self) -> None:
@@ -189,7 +208,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
             if recorder is not None and recorder.active:
                 recorder.enter_root(args)
     if isinstance(module, nn.MultiheadAttention) and key in registry.numbers:
-        mode = _SeeProjections()
+        mode = _SeeProjections(module)
         mode.__enter__()
         _modes.stack.append((id(module), mode))
 
@@ -314,6 +333,10 @@ class _SeeProjections(TorchFunctionMode):
     torch's function works on `[positions, samples, features]`.
     """
 
+    def __init__(self, module: nn.Module | None = None) -> None:
+        super().__init__()
+        self._module = module
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -323,6 +346,8 @@ class _SeeProjections(TorchFunctionMode):
     ) -> Any:
         if func is not F.multi_head_attention_forward:
             return func(*args, **(kwargs or {}))
+        if self._module is not None:
+            registry.find_whole(self._module)
         return _attention(*args, **(kwargs or {}))
 
 

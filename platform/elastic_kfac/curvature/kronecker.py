@@ -267,7 +267,7 @@ class KroneckerLayer(Layer):
             grad = grad.add(weight.to(self.dtype), alpha=weight_decay)
         columns = [self._to_matrix(grad)]
         for bias in self.biases:
-            column = torch.zeros_like(bias) if bias.grad is None else bias.grad
+            column = grad.new_zeros(bias.shape) if bias.grad is None else bias.grad
             column = self._bias_part(column).to(self.dtype)
             columns.append(column.reshape(self._grouped(self.g_dim, 1)))
         return torch.cat(columns, -1) if self.biases else columns[0]

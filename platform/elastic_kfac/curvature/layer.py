@@ -123,6 +123,10 @@ class Layer(ABC):
     def device(self) -> torch.device:
         return self.parameters[0].device
 
+    def empty(self) -> Tensor:
+        """Nothing, of the type and on the device of its statistics."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
+
     @property
     def kept(self) -> str:
         """What is kept of factors wider than `max_factor_dim`, in words."""

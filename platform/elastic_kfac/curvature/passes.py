@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from elastic_kfac.curvature.dtensors import any_nonzero, is_sharded
 from elastic_kfac.curvature.hooks import Activity, registry
 from elastic_kfac.curvature.joins import meeting_place, output_nodes
 
@@ -169,7 +170,7 @@ class Site:
     ) -> Callable[[Tensor], None] | None:
         recorder = self.weight.recorder()
         # `functional_call` swaps parameters: then the call is about other weights.
-        if recorder is None or self.weight.parameter() is not weight:
+        if recorder is None or not self.weight.is_used_as(weight):
             return None
         return recorder.called(self, inputs, axis=axis)
 
@@ -199,7 +200,11 @@ class Weight:
     recorder: weakref.ref[Recorder]
     parameter: weakref.ref[nn.Parameter]
     sites: list[Site] = field(default_factory=list)
-    handle: RemovableHandle | None = None
+    handles: list[RemovableHandle] = field(default_factory=list)
+    whole: weakref.ref[Tensor] | None = None
+    """Of a parameter that `fully_shard` keeps in pieces: what autograd accumulates into."""
+    unreduced: bool = False
+    """Whether the gradient of the whole one has not come to the pieces yet."""
     staged: dict[int, list[Call]] = field(default_factory=dict)
     """By graph task: a reentrant checkpoint runs one inside another."""
     fresh: bool = False
@@ -216,6 +221,33 @@ class Weight:
     looked_up: tuple[weakref.ref[Tensor], int, Tensor, int] | None = None
     """The same of what is in `.grad`, if nothing else is part of it."""
 
+    def is_used_as(self, used: Tensor | None) -> bool:
+        """Whether a call that used this tensor is about the weight."""
+        parameter = self.parameter()
+        if parameter is None or used is None or not is_sharded(parameter):
+            return parameter is used
+        if is_sharded(used) or used.shape != parameter.shape:
+            return False
+        if self.whole is None or self.whole() is not used:
+            # Its passes end with the whole one's gradient, also where ranks exchange none (no_sync).
+            self.whole = weakref.ref(used)
+            self.commit_with(used)
+        return True
+
+    def commit_with(self, parameter: Tensor) -> None:
+        known = weakref.ref(self)
+
+        def accumulated(parameter: Tensor) -> None:
+            its = known()
+            if its is not None:
+                its.accumulated(parameter)
+
+        self.handles.append(parameter.register_post_accumulate_grad_hook(accumulated))
+
+    def _has_no_gradient(self) -> bool:
+        holder = self.parameter() if self.whole is None else self.whole()
+        return holder is not None and holder.grad is None
+
     def stage(self, call: Call, gradient: Tensor) -> None:
         """Notes an output gradient of the running graph task."""
         recorder = self.recorder()
@@ -230,8 +262,7 @@ class Weight:
         if calls is None:
             calls = self.staged[task] = []
             recorder.reached(self, task)
-            parameter = self.parameter()
-            self.fresh = parameter is not None and parameter.grad is None
+            self.fresh = self._has_no_gradient()
         if call.task == task and call.staged is not None:
             call.staged = call.staged + detached
         else:
@@ -245,7 +276,7 @@ class Weight:
 
     def was_touched(self) -> bool:
         """Whether `.grad` has changed since the last commit. If it is gone, so are the sums."""
-        if not self.committed:
+        if not self.committed or self.unreduced:
             return False
         parameter = self.parameter()
         if parameter is None or parameter.grad is None:
@@ -263,7 +294,7 @@ class Weight:
     def clear(self) -> None:
         """Forgets everything since the last step."""
         self.epoch += 1
-        self.open, self.committed, self.mark = [], False, None
+        self.open, self.committed, self.mark, self.unreduced = [], False, None, False
         for site in self.sites:
             site.layer.clear()
             site.recomputed.clear()
@@ -291,11 +322,12 @@ class Weight:
         if parameter.grad is not None and (self.made is not None or self.looked_up is not None):
             self._match(parameter.grad)
         recorder = self.recorder()
+        self.unreduced = self.whole is not None and not is_sharded(parameter)
         calls = self.staged.get(torch._C._current_graph_task_id())
         if not calls or recorder is None:
             return
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        if self.fresh and not self.committed:
+        if self.fresh and not self.committed and not is_sharded(parameter):
             recorder.check(self, parameter, calls)
         for call in calls:
             staged, call.staged = call.staged, None
@@ -379,14 +411,7 @@ class Recorder:
         weight = self._weights.get(id(parameter))
         if weight is None:
             weight = Weight(weakref.ref(self), weakref.ref(parameter))
-            known = weakref.ref(weight)
-
-            def accumulated(parameter: Tensor) -> None:
-                its = known()
-                if its is not None:
-                    its.accumulated(parameter)
-
-            weight.handle = parameter.register_post_accumulate_grad_hook(accumulated)
+            weight.commit_with(parameter)
             self._weights[id(parameter)] = weight
         site = Site(layer, weight, rows)
         weight.sites.append(site)
@@ -396,7 +421,7 @@ class Recorder:
             registry.add_table(module, site)
         weakref.finalize(module, registry.forget, id(module))
         if isinstance(module, nn.MultiheadAttention):
-            registry.add_projection(parameter, rows, number)
+            registry.add_projection(module, parameter, rows, number)
 
     def rows_looked_up(self, parameter: nn.Parameter) -> Tensor | None:
         """See `Weight.rows_looked_up`."""
@@ -591,8 +616,7 @@ class Recorder:
         if not touched:
             return
         # Touched: clipping, unscaling and reductions leave something, `zero_grad` does not.
-        found = [w.parameter().grad.any() for w in touched]  # type: ignore[union-attr]
-        alive = torch.stack([any_.to(found[0].device) for any_ in found]).tolist()
+        alive = any_nonzero([w.parameter().grad for w in touched])  # type: ignore[union-attr,misc]
         for weight, is_alive in zip(touched, alive, strict=True):
             if is_alive:
                 weight.remember()
@@ -704,8 +728,8 @@ def _exactly(function: Callable[[Call], T], call: Call) -> T:
 def _release(weights: dict[int, Weight]) -> None:
     """Removes the hooks on the weights, and breaks the circles that would keep layers alive."""
     for weight in weights.values():
-        if weight.handle is not None:
-            weight.handle.remove()
+        for handle in weight.handles:
+            handle.remove()
         weight.sites.clear()
     weights.clear()
     registry.prune()

@@ -26,12 +26,14 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.discovery import (
+    Found,
     clean_name,
     each_parameter,
     find_layers,
     shape_of,
     unwrap,
 )
+from elastic_kfac.curvature.dtensors import local
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
@@ -73,9 +75,9 @@ Phase = Literal["factor_exchange", "factor_update", "decomposition"]
 class KFAC:
     """Kronecker-factored preconditioner (Martens and Grosse 2015), distributed as KAISA (SC'21).
 
-    Rewrites `.grad` between `backward()` and `optimizer.step()`. Works on plain and
-    DistributedDataParallel models; with several ranks, gradients must already be averaged when
-    `step()` is called (DDP does that), unless `sharding` is given.
+    Rewrites `.grad` between `backward()` and `optimizer.step()`. Works on plain,
+    DistributedDataParallel and `fully_shard`ed (FSDP2) models; with several ranks, gradients must already
+    be averaged when `step()` is called (these wrappers do that), unless `sharding` is given.
 
     Args:
         model: Its Linear, Conv1d to Conv3d, ConvTranspose1d to 3d, Embedding, MultiheadAttention,
@@ -278,6 +280,7 @@ class KFAC:
                 self._enter("factor_exchange", if_=due)
                 captured = self._captured(num_samples, loss_scale_per_sample)
                 statistics = self.distribution.reduce(captured)
+            self.distribution.bring()
             if due and statistics is not None:
                 self.bound.learn_scales(statistics, self.states, self.distribution.total)
             refreshed = self._update_factors(statistics) if due else set()
@@ -408,7 +411,7 @@ class KFAC:
             results,
             gradients,
             used,
-            parameters,
+            self.distribution.unowned(parameters),
             step=self.steps,
             total=self.distribution.total,
         )
@@ -505,7 +508,7 @@ class KFAC:
         grads = (p.grad for p in parameters if p.grad is not None)
         zero = torch.zeros((), device=self.layers[0].device)
         return self.distribution.all_finite(
-            torch.stack([zero, *(g.sum().float() for g in grads)]).sum()
+            torch.stack([zero, *(local(g).sum().float() for g in grads)]).sum()
         )
 
     def micro_batch(

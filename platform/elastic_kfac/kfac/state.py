@@ -254,7 +254,7 @@ def _collect_step(kfac: Stateful) -> dict[str, Any]:
                 distribution.decider(i),
                 own[layer.name].matrix if layer.name in own else None,
                 layer.gradient_shape,
-                layer.parameters[0].new_empty(0, dtype=layer.dtype),
+                layer.empty(),
             )
             for i in indices
             for layer in kfac.layers[i : i + 1]
@@ -274,7 +274,7 @@ def _collect_snapshots(
         lengths.update(part)
     slots, names = [], []
     for index, layer in enumerate(distribution.layers):
-        like = layer.parameters[0].new_empty(0, dtype=layer.dtype)
+        like = layer.empty()
         for factor, shape in layer.factor_shapes.items():
             key = (layer.name, factor)
             for place in range(lengths.get(key, 0)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kfac.curvature.capture import Sums
+from elastic_kfac.curvature.dtensors import local
 from elastic_kfac.curvature.factors import can_be_read, finite_sums
 from elastic_kfac.curvature.layer import Layer
 
@@ -152,7 +153,7 @@ class Verdict:
 def with_gradients(layers: Sequence[Layer]) -> list[str]:
     """Names of layers whose weight has a gradient other than 0; one transfer to the host."""
     grads = {x.name: x.parameters[0].grad for x in layers}
-    found = {name: grad.any() for name, grad in grads.items() if grad is not None}
+    found = {name: local(grad).any() for name, grad in grads.items() if grad is not None}
     flags = torch.stack([*found.values()]).tolist() if found else []
     return [name for name, flag in zip(found, flags, strict=True) if flag]
 

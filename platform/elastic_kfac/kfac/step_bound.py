@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.damping import mean_eigenvalue
+from elastic_kfac.curvature.dtensors import is_sharded
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.scalars import Number, counted
 from elastic_kfac.errors import UsageError
@@ -189,7 +190,9 @@ class StepBound:
                 total=total,
             )
             plain = [p.grad for p in parameters if id(p) not in covered]
-            self.trust.apply_plain([grad for grad in plain if grad is not None], rates)
+            for kind in (True, False):  # no operation takes both
+                grads = [g for g in plain if g is not None and is_sharded(g) is kind]
+                self.trust.apply_plain(grads, rates)
         else:
             is_fixed = self._options.trust_region == "fixed"
             kappa = value_at(self._options, "kl_clip", step) if is_fixed else None

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic_kfac import KFAC, KFACOptimizer
-from elastic_kfac.errors import ConfigError, ElasticKfacError
+from elastic_kfac.errors import ElasticKfacError
 from support.gloo import disband, run_ranks
 from support.training_loops import X, Y, loss_of, mlp
 
@@ -69,25 +66,6 @@ def test_a_state_that_one_rank_asks_for_ends_in_one_line_within_the_timeout() ->
     assert "1 of 2 ranks within 6 s" in error and "\n" not in error
     assert seconds < 12
     assert layers == others == {"0", "2"}
-
-
-def _fully_sharded() -> list[str]:
-    errors = []
-    for version in (1, 2):
-        model = mlp()
-        if version == 1:
-            model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))  # type: ignore[assignment]
-        else:
-            fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        with pytest.raises(ConfigError) as raised:
-            KFAC(model)
-        errors.append(str(raised.value))
-    return errors
-
-
-def test_fully_sharded_models_are_refused_at_construction() -> None:
-    for errors in run_ranks(2, _fully_sharded):
-        assert all("whole weights" in error and "\n" not in error for error in errors)
 
 
 def _built_before_the_group() -> tuple[list[torch.Tensor], int]:

@@ -8,8 +8,10 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
+from elastic_kfac.curvature.dtensors import is_sharded
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
+from elastic_kfac.kfac.distribution.fully_sharded import FullySharded
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
 from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, as_communicator
@@ -37,8 +39,16 @@ def make_distribution(
     """The strategy that KFAC's arguments name.
 
     Raises:
-        ConfigError: If they name two.
+        ConfigError: If they name two, or one for a fully sharded model.
     """
+    if any(is_sharded(p) for layer in common[0] for p in layer.parameters):
+        if tree or sharding is not None:
+            raise ConfigError(
+                "a fully sharded model has a distribution of its own",
+                given="tree" if tree else "sharding",
+                change="leave it out",
+            )
+        return FullySharded(*common, model=model)
     if tree and sharding is not None:
         raise ConfigError("tree and sharding both reduce the statistics", allowed="one of them")
     if sharding is not None:

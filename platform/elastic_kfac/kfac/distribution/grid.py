@@ -245,7 +245,7 @@ class KaisaGrid(Distribution):
             if states[index].inverse_step < 0:
                 continue
             holder = self.plan.gradient_workers(layer.name)[0]
-            like = layer.parameters[0].new_empty(0, dtype=layer.dtype)
+            like = layer.empty()
             for name, shape in layer.decomposition_shapes.items():
                 slots.append(Slot(holder, states[index].decomposition.get(name), shape, like))
                 names.append((index, name))

@@ -62,12 +62,15 @@ class ShardedByOwner(Distribution):
     ) -> None:
         self.sharding = sharding
         self.updates_weights = sharding.gather == "weights"
-        self.units = find_units(model, layers)
+        self.units = self._find_units(model, layers)
         self._unit_of = {index: unit for unit in self.units for index in unit.layers}
         self._unit_named = {layers[i].name: unit for i, unit in self._unit_of.items()}
         self._unit_named |= {name: unit for unit in self.units for name in unit.parameters}
         self.velocity: dict[str, Tensor] = {}
         super().__init__(layers, communicator, options, calibration)
+
+    def _find_units(self, model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
+        return find_units(model, layers)
 
     def join(
         self,
@@ -159,15 +162,18 @@ class ShardedByOwner(Distribution):
         counts: Sequence[tuple[float, float]],
     ) -> Iterator[Tensor]:
         """Gradients, then packed local shares of the global means of due statistics."""
-        dtype = next(iter(unit.parameters.values())).dtype
-        for parameter in unit.parameters.values():
+        first = next(iter(unit.parameters.values()))
+        dtype = first.dtype if self.sums_gradients else self.layers[0].dtype
+        for parameter in unit.parameters.values() if self.sums_gradients else ():
             grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
             yield grad.reshape(-1)
         for index in unit.layers:
             if not due[index]:
                 continue
             layer, (samples, rows) = self.layers[index], counts[index]
-            sums = captured.scaled(index, due[index], default_loss_scale=1.0 / samples)
+            # Local gradients of the global mean; averaged ones are of the mean on this rank.
+            scale = 1.0 / samples if self.sums_gradients else None
+            sums = captured.scaled(index, due[index], default_loss_scale=scale)
             normalizers = layer.normalizers(samples, rows)
             for name, total in sums.items():
                 mean = total.div_(normalizers[name])
@@ -178,7 +184,7 @@ class ShardedByOwner(Distribution):
         method = self.sharding.v_method
         half = _WIRE.get(self.sharding.wire)
         if half is None:
-            flat = torch.cat(parts)
+            flat = torch.cat(parts or [self.layers[0].empty()])
             return reduce_scatter_v(
                 self.communicator, flat, sizes, method=method, tag="sharded/reduce"
             )
@@ -191,7 +197,7 @@ class ShardedByOwner(Distribution):
         means: list[dict[str, Tensor]] = [{} for _ in self.layers]
         start = 0
         for unit in self.owned:
-            for parameter in unit.parameters.values():
+            for parameter in unit.parameters.values() if self.sums_gradients else ():
                 values = received[start : start + parameter.numel()].view(parameter.shape)
                 parameter.grad = values.to(parameter.dtype)
                 start += parameter.numel()
@@ -267,7 +273,7 @@ class ShardedByOwner(Distribution):
             known.update(part)
         slots, names = [], []
         for index, layer in enumerate(self.layers):
-            like = layer.parameters[0].new_empty(0, dtype=layer.dtype)
+            like = layer.empty()
             for kind, shapes in (
                 ("factors", layer.factor_shapes),
                 ("decomposition", layer.decomposition_shapes),

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_kfac.communication.agreement import require_agreement
 from elastic_kfac.communication.collectives import Communicator
@@ -126,6 +126,14 @@ class Distribution(ABC):
     @abstractmethod
     def reduce(self, captured: Captured) -> Statistics:
         """Sums statistics over all ranks (and gradients, with `sums_gradients`). Collective."""
+
+    def bring(self) -> None:  # noqa: B027 (optional)
+        """Brings whole gradients, into `.grad`, to the ranks that precondition them, where ranks hold
+        pieces. Collective."""
+
+    def unowned(self, parameters: Iterable[nn.Parameter]) -> Iterable[nn.Parameter]:
+        """Of all parameters, those that no other rank preconditions."""
+        return parameters
 
     def share(  # noqa: B027 (optional)
         self, states: States, indices: Sequence[int], last: Mapping[int, Mapping[str, Tensor]]
