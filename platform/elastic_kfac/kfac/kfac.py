@@ -26,14 +26,12 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
 from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.discovery import (
-    Found,
     clean_name,
     each_parameter,
     find_layers,
     shape_of,
     unwrap,
 )
-from elastic_kfac.curvature.dtensors import local
 from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
@@ -505,11 +503,7 @@ class KFAC:
         if self.grad_scaler is None:
             return True
         self._rates.require_unscaled(self.grad_scaler)
-        grads = (p.grad for p in parameters if p.grad is not None)
-        zero = torch.zeros((), device=self.layers[0].device)
-        return self.distribution.all_finite(
-            torch.stack([zero, *(local(g).sum().float() for g in grads)]).sum()
-        )
+        return self.distribution.all_finite(p.grad for p in parameters if p.grad is not None)
 
     def micro_batch(
         self,

@@ -8,8 +8,8 @@
 
 Factors and decompositions live at the owner only: about 1/W of the whole per rank. Between the backward
 pass and the step, the sums of statistics that are due are whole on every rank, as everywhere. A gradient
-crosses the links twice, once to its owner and once back; no rank but the owner ever holds all of it. With a
-mesh of two dimensions (HSDP) it comes from the ranks of the owner's own replica and goes to all.
+crosses the links twice, once to its owner and once back; no other rank ever holds all of it. With a mesh
+of two dimensions (HSDP) it comes from the ranks of the owner's own replica and goes to all.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from elastic_kfac.communication.agreement import require_agreement
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.config.kfac import ScriptOptions
+from elastic_kfac.curvature.dtensors import local
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.stacks import StackTable
 from elastic_kfac.errors import StateError
@@ -192,8 +193,10 @@ class Distribution(ABC):
 
     # -- for the strategies ---------------------------------------------------------------------
 
-    def all_finite(self, total: Tensor) -> bool:
-        """Whether `total` is finite on every rank. Collective."""
+    def all_finite(self, gradients: Iterable[Tensor]) -> bool:
+        """Whether the sums of gradients, or of pieces of them, are finite on every rank. Collective."""
+        zero = torch.zeros((), device=self.layers[0].device)
+        total = torch.stack([zero, *(local(g).sum().float() for g in gradients)]).sum()
         bad = (~torch.isfinite(total)).to(torch.float32)
         self.communicator.all_reduce(bad, tag="kfac/finite").wait()
         return not bool(bad)
