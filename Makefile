@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED = 1
 CODE := platform tests .ci $(wildcard jobs benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-fast lint soak chaos lock docs studies bench bench-smoke verify-claims test-tools audit clean
+.PHONY: help install train test test-fast lint test-trainers soak chaos lock docs studies bench bench-smoke verify-claims test-tools audit clean
 .DELETE_ON_ERROR:
 
 help: ## Show this list
@@ -50,6 +50,10 @@ lint: $(STAMP) ## Formatting, lint rules and types only
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
+
+test-trainers: $(STAMP) ## docs/trainers.md with Accelerate, transformers and Lightning, which this installs
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trainers]'
+	@$(BIN)/pytest tests/distributed/test_trainers.py
 
 soak: $(STAMP) ## The long-running tests that `make test` leaves out
 	@$(BIN)/pytest -m soak --timeout 7200 || test $$? -eq 5
