@@ -91,6 +91,11 @@ class PlanConfig(Section):
     calibrate: bool = False
     """Measure this kind of host (about 1 s, kept in the user's cache) and the links between workers at
     every start and resize, instead of planning with stored figures."""
+    retune: bool = False
+    """Choose `kfac.factor_update_steps`, `kfac.inverse_update_steps` and `kfac.damping` again at every
+    resize, from measured steps: intervals such that statistics and decompositions take at most a tenth
+    of a step (at most 10 times as long as configured), damping by the square root of the age of the
+    curvature over the batch. Resizes then change the trajectory. The event `retuned` has what changed."""
     margin: Annotated[float, Field(gt=0)] | None = 0.5
     """With `kfac.grad_worker_frac: auto`: how far decompositions may take longer or shorter than
     predicted, as a fraction, before the plan is made anew from what was measured; null keeps plans

@@ -9,8 +9,10 @@ section 4) overlap inverse roots with training in the same way, with results as 
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -20,13 +22,25 @@ from torch import Tensor
 from elastic_kfac.curvature.layer import Layer, LayerState
 
 Key = tuple[Any, ...]
+Timed = tuple[dict[str, Tensor], float]
+"""Parts of a decomposition, and how long they took, s."""
+
+
+@dataclass
+class Work:
+    """Decompositions that were used, wherever they were computed."""
+
+    seconds: float = 0.0
+    """Of computing alone, on this rank."""
+    done: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often each factor of each layer was decomposed here."""
 
 
 @dataclass(frozen=True)
 class _Job:
     state: LayerState
     key: Key
-    parts: Future[dict[str, Tensor]]
+    parts: Future[Timed]
     bytes: int
 
 
@@ -41,6 +55,7 @@ class Ahead:
         self._needs_damping = needs_damping
         self._jobs: dict[str, _Job] = {}
         self._thread: ThreadPoolExecutor | None = None
+        self.work = Work()
 
     def begin(
         self, layer: Layer, state: LayerState, names: tuple[str, ...], damping: float
@@ -65,8 +80,12 @@ class Ahead:
         """
         job = self._jobs.pop(layer.name, None)
         if job is not None and job.key == self._key(state, names, damping):
-            return job.parts.result()
-        return layer.decompose(state.floored, names, damping, state.decomposition)
+            parts, seconds = job.parts.result()
+        else:
+            parts, seconds = _timed(layer, state, names, damping)
+        self.work.seconds += seconds
+        self.work.done.update((layer.name, name) for name in names)
+        return parts
 
     def clear(self) -> None:
         """Forgets what is under way."""
@@ -98,7 +117,13 @@ class Ahead:
 @torch.no_grad()
 def _decompose(
     layer: Layer, state: LayerState, names: tuple[str, ...], damping: float, threads: int
-) -> dict[str, Tensor]:
+) -> Timed:
     if torch.get_num_threads() != threads:  # numbers may depend on it
         torch.set_num_threads(threads)
-    return layer.decompose(state.floored, names, damping, state.decomposition)
+    return _timed(layer, state, names, damping)
+
+
+def _timed(layer: Layer, state: LayerState, names: tuple[str, ...], damping: float) -> Timed:
+    begin = time.perf_counter()
+    parts = layer.decompose(state.floored, names, damping, state.decomposition)
+    return parts, time.perf_counter() - begin

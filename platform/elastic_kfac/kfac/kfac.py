@@ -10,11 +10,10 @@ refreshed is `refresh.py`. Nothing here depends on the world size except through
 from __future__ import annotations
 
 import copy
-import time
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -36,9 +35,11 @@ from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.errors import ConfigError, NumericalError, UsageError
 from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import (
+    PHASES,
     Calibration,
     Gradients,
     Plan,
+    Timers,
     as_communicator,
     make_distribution,
 )
@@ -120,7 +121,9 @@ class KFAC:
         **options: Any,
     ) -> None:
         check_arguments(model, config)
-        self.options = make_options(config, options)
+        self.options = self._given = make_options(config, options)
+        self.tuned: dict[str, float] = {}
+        """Options that `retune` has replaced."""
         if not (isinstance(accumulation_steps, int) and accumulation_steps >= 1):
             raise ConfigError(
                 "accumulation_steps is out of range",
@@ -133,8 +136,8 @@ class KFAC:
         self.grad_scaler = grad_scaler
         self.counters: Counter[str] = Counter()
         self._verdict: Verdict | None = None
-        self.seconds: dict[str, float] = defaultdict(float)
-        """Host time in each part of `step`, s (a device may still be busy); not part of the state."""
+        self.timers = Timers()
+        """Of the parts of `step`; not part of the state."""
         self.on_phase: Callable[[Phase], None] | None = None
         """Called right before statistics are exchanged, factors change, decompositions are exchanged."""
         self.damping_rule = damping_rule(self.options)
@@ -267,7 +270,7 @@ class KFAC:
             self.skip_step()
             return
         self._last_damping = self.damping
-        with self._timed("factors"):
+        with self.timers("factors"):
             due = self.factors_due()
             changed = due and statistics is not None and shape_of(self._model) != self._shape
             self._warnings.once("tree", changed, UNFOLLOWED)
@@ -282,9 +285,9 @@ class KFAC:
             if due and statistics is not None:
                 self.bound.learn_scales(statistics, self.states, self.distribution.total)
             refreshed = self._update_factors(statistics) if due else set()
-        with self._timed("decompositions"):
+        with self.timers("decompositions"):
             self._decompose(refreshed)
-        with self._timed("preconditioning"):
+        with self.timers("preconditioning"):
             self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
         self.counters["steps"] += 1
@@ -396,9 +399,10 @@ class KFAC:
         ]
         stacks = self.distribution.stacks.of(active)
         gradients = stacks.gradients(decay, used)
-        results = self.distribution.precondition(
-            self.states, Gradients(active, gradients, used), self.bound.tikhonov(self.damping)
-        )
+        with self.timers("products"):
+            results = self.distribution.precondition(
+                self.states, Gradients(active, gradients, used), self.bound.tikhonov(self.damping)
+            )
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[place]).all()
@@ -562,12 +566,6 @@ class KFAC:
         if if_ and self.on_phase is not None:
             self.on_phase(phase)
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[part] += time.perf_counter() - begin
-
     def sample_fisher(
         self,
         output: Tensor,
@@ -626,6 +624,11 @@ class KFAC:
         rule = self.damping_rule
         value = value_at(self.options, "damping", step) if rule is None else rule.value
         return value + self.options.weight_decay
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Host time in each part of `step` so far, s (a device may still be busy)."""
+        return {phase: self.timers.seconds[phase] for phase in PHASES}
 
     @property
     def plan(self) -> Plan:
@@ -726,6 +729,18 @@ class KFAC:
         the predicted change. Call after `optimizer.step()`. Collective with `sharding`."""
         assert self.damping_rule is not None
         return self.damping_rule.update(actual_change, self.predicted_change())
+
+    def retune(self, **values: float) -> None:
+        """Goes on with other intervals or another damping than it was built with: numbers for
+        `factor_update_steps`, `inverse_update_steps` and `damping`. Without any, with those again.
+
+        They are a part of the state. Call it on all ranks alike, between steps.
+        """
+        if values == self.tuned:
+            return
+        self.tuned, self.options = values, self._given.model_copy(update=values)
+        self.refresh.options = self.bound.options = self.distribution.options = self.options
+        self._arm()
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ class Refresh(ABC):
     """The last two statistics, newest first, of the layers this rank decides about."""
 
     def __init__(self, layers: Sequence[Layer], options: KfacOptions) -> None:
-        self._layers, self._options = layers, options
+        self._layers, self.options = layers, options
         self.snapshots = {}
         self.ahead = Ahead(needs_damping=options.method != "eigen" or options.precompute)
         """Decompositions that were begun before their step."""
@@ -83,7 +83,7 @@ class FixedRefresh(Refresh):
         self._spreads: dict[tuple[int, int], Spread] = {}
         self._rows: dict[str, int] = {}
         """Of each layer's first statistics."""
-        self._known: tuple[int, tuple[Spread | None, int, int]] | None = None
+        self._known: tuple[KfacOptions, int, tuple[Spread | None, int, int]] | None = None
         """The offsets and intervals of a step."""
 
     def see(self, rows: Mapping[str, int]) -> None:
@@ -125,14 +125,15 @@ class FixedRefresh(Refresh):
 
     def _at(self, step: int) -> tuple[Spread | None, int, int]:
         """The offsets at a step, None for all layers at once, and both intervals."""
-        if self._known is None or self._known[0] != step:
-            self._known = step, self._found(step)
-        return self._known[1]
+        known = self._known
+        if known is None or known[0] is not self.options or known[1] != step:
+            known = self._known = self.options, step, self._found(step)
+        return known[2]
 
     def _found(self, step: int) -> tuple[Spread | None, int, int]:
-        factor_steps = int(value_at(self._options, "factor_update_steps", step))
-        inverse_steps = int(value_at(self._options, "inverse_update_steps", step))
-        stagger = self._options.stagger
+        factor_steps = int(value_at(self.options, "factor_update_steps", step))
+        inverse_steps = int(value_at(self.options, "inverse_update_steps", step))
+        stagger = self.options.stagger
         if stagger is None:
             long = factor_steps > 1 and inverse_steps >= SPREAD_FROM
             stagger = long and self._layers[0].device.type == "cpu"
@@ -141,7 +142,7 @@ class FixedRefresh(Refresh):
         key = factor_steps, inverse_steps
         if key not in self._spreads:
             # Sampled labels take a backward pass of their own in every step with statistics.
-            statistics = self._options.fisher == "empirical"
+            statistics = self.options.fisher == "empirical"
             self._spreads[key] = spread(self._layers, *key, rows=self._rows, statistics=statistics)
         return self._spreads[key], factor_steps, inverse_steps
 
@@ -225,7 +226,7 @@ class AdaptiveRefresh(Refresh):
         for factor, total in sums.items():
             key, mean = (layer.name, factor), total.div(normalizers[factor])
             known = self.snapshots.get(key, ())
-            threshold = self._options.refresh_threshold
+            threshold = self.options.refresh_threshold
             self._chosen[key] = self.clocks[key].choose(mean, known, threshold)
             self.snapshots[key] = (mean, *known[:1])
 

@@ -68,7 +68,8 @@ def move(
         distribution: Joins `communicator`.
         communicator: The new ranks.
         held: What this rank has.
-        facts: Plain values; among them `steps`, how far this rank went, and `used`, names of layers.
+        facts: Plain values; among them `steps`, how far this rank went, and `used`, names of layers,
+            and `tuned`, options that all go on with.
     """
     report = {
         "facts": dict(facts),
@@ -88,6 +89,8 @@ def move(
         for other in everybody
     ]
     previous = Plan.from_dict(newest["plan"])
+    tuned = newest["facts"]["tuned"]
+    distribution.options = distribution.options.model_copy(update=tuned)
     distribution.join(communicator, previous, previous_ranks)
     ages: dict[Item, int] = {}
     for other in everybody:

@@ -38,9 +38,13 @@ class Stateful(Protocol):
     counters: Counter[str]
     covered: Coverage
     bound: StepBound
+    tuned: dict[str, float]
 
     @property
     def options(self) -> KfacOptions: ...
+
+    def retune(self, **values: float) -> None:
+        """See `KFAC.retune`."""
 
 
 def save(kfac: Stateful) -> dict[str, Any]:
@@ -66,6 +70,8 @@ def save(kfac: Stateful) -> dict[str, Any]:
     velocity = kfac.distribution.collect_velocity()
     if velocity:
         state["velocity"] = velocity
+    if kfac.tuned:
+        state["tuned"] = dict(kfac.tuned)
     return state
 
 
@@ -77,6 +83,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     """
     _check(state, {name: getattr(kfac.options, name) for name in IDENTITY}, kfac.layers)
     kfac.refresh.ahead.clear()
+    kfac.retune(**state.get("tuned", {}))
     put(kfac, state)
     kfac.covered.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
     counters = {name: int(value) for name, value in state["counters"].items()}
@@ -165,10 +172,12 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
         "counters": dict(kfac.counters),
         "clocks": kfac.refresh.saved_clocks(),
         "damping": None if kfac.damping_rule is None else kfac.damping_rule.value,
+        "tuned": kfac.tuned,
         "used": sorted(kfac.covered.used),
         "floors": {x.name: s.floor for x, s in zip(kfac.layers, kfac.states, strict=True)},
     }
     moved = move(kfac.distribution, communicator, held, facts)
+    kfac.retune(**moved.facts["tuned"])
     for index, layer in enumerate(kfac.layers):
         kept, curvature = Item("factors", layer.name), Item("decomposition", layer.name)
         floor = moved.facts["floors"][layer.name]

@@ -52,7 +52,7 @@ class StepBound:
     """
 
     def __init__(self, options: KfacOptions, rates: Rates) -> None:
-        self._options, self._rates = options, rates
+        self.options, self._rates = options, rates
         self.trust: TrustRegion | None = None
         self.scale: Number = 1.0
         self._product: Number | None = None
@@ -73,8 +73,8 @@ class StepBound:
         self._layers = layers
         self._known: tuple[tuple[int, ...], list[Layer], set[int]] | None = None
         self._output, self._residual = None, []
-        if self._options.trust_region == "adaptive":
-            kind = InputScale if self._options.method == "one_sided" else LossScale
+        if self.options.trust_region == "adaptive":
+            kind = InputScale if self.options.method == "one_sided" else LossScale
             self.trust = TrustRegion([layer.name for layer in layers], layers[0].device, kind)
 
     def tikhonov(self, damping: float) -> float:
@@ -86,7 +86,7 @@ class StepBound:
         scale = None if self.trust is None else self.trust.scale
         if scale is None:
             return damping
-        decay = self._options.weight_decay
+        decay = self.options.weight_decay
         return (damping - decay) * scale.fisher + decay * scale.step
 
     def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
@@ -103,7 +103,7 @@ class StepBound:
             self._output = called if called is not None else seen[-1] if seen else None
         if self.trust is None:
             return
-        if self._options.method == "one_sided":
+        if self.options.method == "one_sided":
             if self.trust.scale is None:
                 self.trust.scale = self._input_scale(statistics, total)
             return
@@ -194,8 +194,8 @@ class StepBound:
                 grads = [g for g in plain if g is not None and is_sharded(g) is kind]
                 self.trust.apply_plain(grads, rates)
         else:
-            is_fixed = self._options.trust_region == "fixed"
-            kappa = value_at(self._options, "kl_clip", step) if is_fixed else None
+            is_fixed = self.options.trust_region == "fixed"
+            kappa = value_at(self.options, "kl_clip", step) if is_fixed else None
             lr = self._rates.of_layers(layers, step) if is_fixed else ()
             self.scale, self._product = kl_clip(
                 results, gradients, lr, kappa, total, self._layers[0].device
@@ -220,7 +220,7 @@ class StepBound:
             states: Of all layers.
             due: Layers that were decomposed.
         """
-        if self._options.trust_region == "fixed" and self._steps >= ENOUGH:
+        if self.options.trust_region == "fixed" and self._steps >= ENOUGH:
             share, tiny = float(self._shortened) / self._steps, float(self._tiny) / self._steps
             self._warnings.once(
                 "clip",
@@ -232,7 +232,7 @@ class StepBound:
             )
         output = self._output
         held = None if output is None or output not in due else states[output].factors.get("G")
-        if held is None or self._options.ema_init == "identity":
+        if held is None or self.options.ema_init == "identity":
             return
         value = float(mean_eigenvalue(held).mean())
         first, last, count = self._residual or (value, math.inf, 0)
@@ -243,7 +243,7 @@ class StepBound:
             self._residual[2] >= 3,
             f"the loss seems to be above its start: its gradient at the output is "
             f"{math.sqrt(max(value, 0.0) / first) if first else math.inf:.2g} times as large as in the "
-            f"first batch; {ADVICE[self._options.trust_region]}",
+            f"first batch; {ADVICE[self.options.trust_region]}",
         )
 
     @property

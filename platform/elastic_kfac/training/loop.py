@@ -193,6 +193,8 @@ class RunLoop:
                     moved_bytes=continued.moved_bytes,
                 )
             )
+        if retuned := trainer.retune():
+            self._report.on_event(event_row("retuned", step, **self._world(), **retuned))
         if trainer.config.plan.calibrate and trainer.kfac is not None:
             found = trainer.kfac.calibration
             assert found is not None

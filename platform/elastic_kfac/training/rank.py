@@ -19,8 +19,8 @@ from elastic_kfac.training.callbacks import Callback, Callbacks
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
 from elastic_kfac.training.evaluation import EarlyStopping, EvalResult, evaluate_split
 from elastic_kfac.training.hooks import Hooks
-from elastic_kfac.training.planning import PlanReview
-from elastic_kfac.training.step import StepTrainer
+from elastic_kfac.training.planning import PlanReview, Retuning
+from elastic_kfac.training.step import StepResult, StepTrainer
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class RankTrainer(StepTrainer):
             self.model, self._task, config, datasets.train, self._inputs
         )
         self._review = PlanReview.of(config)
+        self._retuning = Retuning.of(config)
         self._evaluation_attack = None
         if datasets.evaluation is not None:
             self._evaluation_attack = evaluation_attack(
@@ -68,7 +69,9 @@ class RankTrainer(StepTrainer):
     def small_parts(self) -> dict[str, Any]:
         early = {} if self._early_stopping is None else {"early_stopping": self._early_stopping}
         hooks = {"hooks": self._hooks} if self._hooks.hooks else {}
-        return {**super().small_parts(), "eigenvalues": self._eigenvalues, **early, **hooks}
+        retuning = {} if self._retuning is None else {"retuning": self._retuning}
+        eigenvalues = {"eigenvalues": self._eigenvalues}
+        return {**super().small_parts(), **eigenvalues, **early, **hooks, **retuning}
 
     @property
     def metric(self) -> str:
@@ -181,6 +184,25 @@ class RankTrainer(StepTrainer):
         if self.kfac is None or self._review is None:
             return None
         return self._review.replan(self.kfac, self.progress.step)
+
+    def step(self, *, stop: bool = False, snapshot: bool = False) -> StepResult:
+        if self._retuning is None or self.kfac is None:
+            return super().step(stop=stop, snapshot=snapshot)
+        due = self.kfac.due
+        result = super().step(stop=stop, snapshot=snapshot)
+        self._retuning.saw(self.kfac, due, result.totals.count, result.step_time_s)
+        return result
+
+    def retune(self) -> dict[str, Any] | None:
+        """Chooses intervals and damping again after a resize; what came of it, for an event. None where
+        nothing changes. Collective."""
+        if self.kfac is None:
+            return None
+        if self._retuning is None:
+            self.kfac.retune()
+            return None
+        batch = self.batch.size(self.communicator.world_size, self.position)
+        return self._retuning.choose(self.kfac, batch)
 
     # -- ends of epochs --------------------------------------------------------------------------
 

@@ -9,7 +9,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+from torch import nn
 
+from elastic_kfac import KFAC as Preconditioner
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.kfac.calibration import calibration_from, with_links
 from elastic_kfac.placement.costs import CostModel
@@ -112,3 +115,24 @@ def test_a_calibrated_run_reports_what_it_measured(tmp_path: Path) -> None:
     assert "Gbit/s" in row["reason"] or "unlimited" in row["reason"]
     found = calibration_from(row["calibration"])
     assert found.costs.seconds(64) > 0 < found.seconds_per_flop
+
+
+def _newcomer_of_a_retuned_rank() -> tuple[object, ...]:
+    world = Communicator.world()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
+    options: dict[str, Any] = {**EVERY_STEP, "kfac.grad_worker_frac": "auto"}
+    options = {key.removeprefix("kfac."): value for key, value in options.items()}
+    kfac = Preconditioner(model, lr=0.1, process_group=Communicator.solo(), **options)
+    if world.rank == 0:
+        model(torch.randn(8, 6)).square().mean().backward()
+        kfac.step()
+        kfac.retune(inverse_update_steps=1000, damping=0.5)
+    kfac.resize(world)
+    return kfac.tuned, kfac.damping, kfac.plan.sha256, kfac.steps
+
+
+def test_a_newcomer_goes_on_with_the_intervals_and_damping_in_use() -> None:
+    first, second = run_ranks(2, _newcomer_of_a_retuned_rank)
+    assert first == second
+    assert first[:2] == ({"inverse_update_steps": 1000, "damping": 0.5}, 0.5)

@@ -16,14 +16,17 @@ from elastic_kfac.kfac.distribution.grid import KaisaGrid
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
 from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, as_communicator
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
+from elastic_kfac.kfac.timers import PHASES, Timers
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
 
 __all__ = [
+    "PHASES",
     "Calibration",
     "Distribution",
     "Gradients",
     "Plan",
+    "Timers",
     "as_communicator",
     "make_distribution",
 ]
