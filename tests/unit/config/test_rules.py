@@ -153,6 +153,12 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         "batch.eigenvalue=kfac needs kfac.method other than one_sided",
         {**ABS, "batch.eigenvalue": "kfac", "kfac.method": "one_sided"},
     ),
+    ("plan.retune=true needs kfac.enabled", {"plan.retune": True, "kfac.enabled": False}),
+    ("plan.retune=true needs kfac.refresh", {"plan.retune": True, "kfac.refresh": "adaptive"}),
+    (
+        "plan.retune=true needs elastic.reproducible=false",
+        {"plan.retune": True, "elastic.reproducible": True},
+    ),
     ("adversarial.data_range must be [low, high]", {"adversarial.data_range": (1.0, 0.0)}),
     (
         "the radius of fgsm and pgd must be at most",

@@ -13,7 +13,6 @@ from torch import nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac import ahead
 from elastic_kfac.kfac.refresh import FixedRefresh
 from elastic_kfac.kfac.shapes import layer_shape
@@ -24,7 +23,7 @@ from elastic_kfac.training.planning import PlanReview, Retuning
 from support.training_problems import (
     KFAC as OPTIONS,
 )
-from support.training_problems import RecordingCallback, small_config, states_differ_in, train_here
+from support.training_problems import RecordingCallback, states_differ_in, train_here
 
 
 class _Twins:
@@ -156,8 +155,3 @@ def test_without_retune_configured_intervals_hold_again(tmp_path: Path) -> None:
     state = CheckpointStore(tmp_path).load_latest()
     assert state is not None
     assert "tuned" not in state.part("kfac")
-
-
-def test_retune_is_refused_where_bits_must_not_depend_on_resizes() -> None:
-    with pytest.raises(ConfigError, match=r"plan.retune=true needs elastic.reproducible=false"):
-        small_config({**RETUNED, "elastic.reproducible": True, "elastic.logical_shards": 8})
