@@ -22,7 +22,6 @@ Model = TypeVar("Model", bound=BaseModel)
 REMOVED = {
     "sharded.refresh": "write kfac.refresh",
     "sharded.refresh_threshold": "write kfac.refresh_threshold",
-    "plan.retune": "delete it; a resize keeps intervals and damping",
     "batch.power_iterations": "delete it; power iteration takes at most 10 iterations",
     "batch.power_tolerance": "delete it; power iteration stops at a relative change of 1e-2",
     "mixing.erasing_area": "delete it; erased boxes cover 2 to 25 % of an image",
