@@ -71,7 +71,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     def taken(self: Ahead, layer: Any, state: Any, names: Any, damping: float) -> dict[str, Tensor]:
         was = self._jobs.get(layer.name)
         parts = key(self, layer, state, names, damping)
-        seen["taken"] += was is not None and parts is was.parts.result()
+        seen["taken"] += was is not None and parts is was.parts.result()[0]
         return parts
 
     monkeypatch.setattr(Ahead, "begin", counted)
