@@ -51,6 +51,11 @@ def shards_of_rank(rank: int, world_size: int, num_shards: int) -> range:
     return range(first, first + count)
 
 
+def shards_of_ranks(world_size: int, num_shards: int) -> list[range]:
+    """`shards_of_rank` of every rank."""
+    return [shards_of_rank(rank, world_size, num_shards) for rank in range(world_size)]
+
+
 def maximal_subtrees(leaves: range) -> list[Node]:
     """The maximal aligned subtrees inside of a range of leaves, from left to right."""
     nodes: list[Node] = []
@@ -144,17 +149,19 @@ def exchange_partials(
     num_shards: int,
     num_filled: int,
     tag: str,
+    ranges: Sequence[range] | None = None,
     small_bytes: int = SMALL_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Finishes the tree over all ranks. Collective.
 
     Args:
-        communicator: Ranks that each pushed the leaves of `shards_of_rank`.
+        communicator: Ranks that each pushed the leaves of their range.
         partials: What this rank's `PartialSums` left.
         flags: [k]: numbers that are summed over the ranks in the ordinary way, on the same trip;
             small integers, because their sum is exact in any order.
         num_shards: Leaves of the tree, a power of two.
         num_filled: Leaves that hold samples (the first ones).
+        ranges: The leaves of every rank, in order; None for `shards_of_ranks`.
         small_bytes: Up to this size an all-gather of whole partial sums is used.
 
     Returns:
@@ -166,7 +173,8 @@ def exchange_partials(
     if world_size == 1:
         total = finish_tree(dict(partials), num_shards)
         return (flags.new_zeros(size) if total is None else total), flags
-    filled = [_filled(rank, world_size, num_shards, num_filled) for rank in range(world_size)]
+    ranges = ranges or shards_of_ranks(world_size, num_shards)
+    filled = [_filled(leaves, num_filled) for leaves in ranges]
     most = max(len(nodes) for nodes in filled)
     if most * size * flags.element_size() <= small_bytes:
         message = flags.new_zeros(most * size + len(flags))
@@ -179,7 +187,7 @@ def exchange_partials(
             for rank, known in enumerate(filled)
             for index, node in enumerate(known)
         }
-        total = finish_tree(_with_empty(nodes, world_size, num_shards, num_filled), num_shards)
+        total = finish_tree(_with_empty(nodes, ranges), num_shards)
         flags = torch.stack([part[most * size :] for part in received]).sum(0)
         return (flags.new_zeros(size) if total is None else total), flags
     part = -(-size // (world_size * _ALIGNMENT)) * _ALIGNMENT
@@ -197,7 +205,7 @@ def exchange_partials(
     )
     rows = iter(arrived.unbind(0))
     nodes = {node: next(rows) for known in filled for node in known}
-    total = finish_tree(_with_empty(nodes, world_size, num_shards, num_filled), num_shards)
+    total = finish_tree(_with_empty(nodes, ranges), num_shards)
     message = flags.new_zeros(part + len(flags))
     if total is not None:
         message[:part] = total
@@ -206,17 +214,14 @@ def exchange_partials(
     return parts[:, :part].reshape(-1)[:size], parts[:, part:].sum(0)
 
 
-def _filled(rank: int, world_size: int, num_shards: int, num_filled: int) -> list[Node]:
+def _filled(leaves: range, num_filled: int) -> list[Node]:
     """The subtrees of a rank that hold samples: what it has to send."""
-    nodes = maximal_subtrees(shards_of_rank(rank, world_size, num_shards))
-    return [node for node in nodes if node.leaves.start < num_filled]
+    return [node for node in maximal_subtrees(leaves) if node.leaves.start < num_filled]
 
 
-def _with_empty(
-    nodes: Mapping[Node, Tensor], world_size: int, num_shards: int, num_filled: int
-) -> dict[Node, Tensor | None]:
+def _with_empty(nodes: Mapping[Node, Tensor], ranges: Sequence[range]) -> dict[Node, Tensor | None]:
     complete: dict[Node, Tensor | None] = dict(nodes)
-    for rank in range(world_size):
-        for node in maximal_subtrees(shards_of_rank(rank, world_size, num_shards)):
+    for leaves in ranges:
+        for node in maximal_subtrees(leaves):
             complete.setdefault(node, None)
     return complete

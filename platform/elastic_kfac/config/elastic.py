@@ -91,6 +91,10 @@ class PlanConfig(Section):
     calibrate: bool = False
     """Measure this kind of host (about 1 s, kept in the user's cache) and the links between workers at
     every start and resize, instead of planning with stored figures."""
+    unequal_shares: bool = False
+    """Give workers on faster kinds of hosts more samples of each batch, and more decompositions, in
+    proportion to what `plan.calibrate` measures there; hosts of one kind count as equally fast. The mean
+    over a batch stays exact."""
     retune: bool = False
     """Choose `kfac.factor_update_steps`, `kfac.inverse_update_steps` and `kfac.damping` again at every
     resize, from measured steps: intervals such that statistics and decompositions take at most a tenth

@@ -28,7 +28,7 @@ from elastic_kfac.curvature import inverses
 from elastic_kfac.paths import user_cache
 from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
 from elastic_kfac.placement.devices import NETWORK
-from elastic_kfac.placement.simulator import Calibration, Line, all_reduce_rounds
+from elastic_kfac.placement.simulator import Calibration, Line, RankSpeed, all_reduce_rounds
 
 DIMENSIONS = (16, 64, 128, 256, 512)
 _CPU = torch.device("cpu")
@@ -139,6 +139,7 @@ def calibration_from(values: dict[str, Any]) -> Calibration:
             "costs": CostModel(**values["costs"]),
             "network": Line(**values["network"]),
             "inside_node": None if inside is None else Line(**inside),
+            "speeds": tuple(RankSpeed(*speed) for speed in values.get("speeds", ())),
         }
     )
 
@@ -149,11 +150,35 @@ def shared_calibration(
     *,
     device: torch.device = _CPU,
     dtype: torch.dtype = torch.float32,
+    speeds: bool = False,
 ) -> Calibration:
-    """Rank 0's costs and the links between all ranks, equal on every rank. Collective."""
-    own = measured(method, device=device, dtype=dtype) if communicator.rank == 0 else None
-    shared: Calibration = communicator.broadcast_object(own, 0, tag="plan/calibration")
-    return with_links(shared, communicator, device=device)
+    """Rank 0's costs and the links between all ranks, equal on every rank; with `speeds`, how fast the
+    others are beside it. Collective.
+
+    The lowest rank of each kind of host measures, so that equal hosts have equal speeds.
+    """
+    kinds: list[object] = [None] * communicator.world_size
+    if speeds:
+        kind = host_kind(device, dtype)
+        kinds = communicator.all_gather_object(kind, tag="plan/calibration")
+    measures = kinds.index(kinds[communicator.rank]) == communicator.rank
+    own = measured(method, device=device, dtype=dtype) if measures else None
+    known: list[Any] = communicator.all_gather_object(own, tag="plan/calibration")
+    shared = with_links(known[0], communicator, device=device)
+    if not speeds:
+        return shared
+    return replace(
+        shared, speeds=tuple(_speed(known[0], known[kinds.index(kind)]) for kind in kinds)
+    )
+
+
+def _speed(one: Calibration, other: Calibration) -> RankSpeed:
+    """Of another host beside one."""
+    width = DIMENSIONS[-2]
+    return RankSpeed(
+        one.seconds_per_flop / other.seconds_per_flop,
+        one.costs.seconds(width) / other.costs.seconds(width),
+    )
 
 
 def with_links(

@@ -172,6 +172,7 @@ def plan_of(
         fraction,
         colocate=sharded or options.colocate,
         costs=calibration.costs,
+        speeds=calibration.decomposition_speeds(world_size),
         previous=previous,
         previous_ranks=previous_ranks,
     )

@@ -96,6 +96,7 @@ def choose_plan(
             1.0 / columns,
             colocate=workload.colocate,
             costs=calibration.costs,
+            speeds=calibration.decomposition_speeds(world_size),
             previous=None if current is None else current.plan,
         )
         fixed = device_bytes(replace(workload, least_bytes=0.0), plan, 0)
@@ -204,6 +205,7 @@ def auto_fraction(
             1.0 / columns,
             colocate=workload.colocate,
             costs=calibration.costs,
+            speeds=calibration.decomposition_speeds(world_size),
         )
         if s + max_second_order_elements(plan, layers, **options) > budget:  # type: ignore[arg-type]
             continue

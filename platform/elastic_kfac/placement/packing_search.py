@@ -32,8 +32,11 @@ class Packing:
         g_units: Sequence[int],
         *,
         colocate: bool,
+        slowness: Sequence[int] = (),
     ) -> None:
+        """`slowness`: time per unit, by rank; empty where all ranks are equally fast."""
         self.columns = columns
+        self.slowness = slowness
         self.a_units = a_units
         self.g_units = g_units
         self.colocate = colocate
@@ -44,11 +47,20 @@ class Packing:
         self.loads = np.zeros((rows, num_columns), dtype=np.int64)
         for column, ranks in enumerate(columns):
             self.loads[len(ranks) :, column] = np.iinfo(np.int64).max // 4
+        self.slow = np.ones_like(self.loads)
+        for rank, units in enumerate(slowness):
+            self.slow[divmod(rank, num_columns)] = units
         self.column_loads = np.zeros(num_columns, dtype=np.int64)
 
     def copy_empty(self) -> Packing:
         """The same problem without placed layers."""
-        return Packing(self.columns, self.a_units, self.g_units, colocate=self.colocate)
+        return Packing(
+            self.columns,
+            self.a_units,
+            self.g_units,
+            colocate=self.colocate,
+            slowness=self.slowness,
+        )
 
     @property
     def makespan(self) -> int:
@@ -75,8 +87,9 @@ class Packing:
     def _change(self, index: int, place: Place, sign: int) -> None:
         column, a_rank, g_rank = place
         a, g = self.a_units[index], self.g_units[index]
-        self.loads[divmod(a_rank, len(self.columns))] += sign * a
-        self.loads[divmod(g_rank, len(self.columns))] += sign * g
+        for rank, units in ((a_rank, a), (g_rank, g)):
+            place_of = divmod(rank, len(self.columns))
+            self.loads[place_of] += sign * units * self.slow[place_of]
         self.column_loads[column] += sign * (a + g)
 
     def place_least_loaded(self, index: int) -> None:
@@ -86,39 +99,40 @@ class Packing:
     def _least_loaded(self, index: int) -> Place:
         num_columns = len(self.columns)
         if self.colocate or self.loads.shape[0] == 1:
-            flat = self.loads.reshape(-1)
+            both = self.a_units[index] + self.g_units[index]
+            flat = (self.loads + both * self.slow).reshape(-1)
             candidates = np.flatnonzero(flat == flat.min())
             ends = self.column_loads[candidates % num_columns]
             rank = int(candidates[ends == ends.min()][0])
             return rank % num_columns, rank, rank
         larger = max(self.a_units[index], self.g_units[index])
         smaller = min(self.a_units[index], self.g_units[index])
-        lowest = np.partition(self.loads, 1, axis=0)[:2]
+        first, second = self.loads + larger * self.slow, self.loads + smaller * self.slow
+        least = first.argmin(axis=0)
+        every = np.arange(num_columns)
+        second[least, every] = np.iinfo(np.int64).max // 2
         # A column of one rank takes both factors.
         alone = np.array([len(ranks) == 1 for ranks in self.columns])
-        ends = np.maximum(lowest[0] + larger, lowest[1] + smaller)
-        ends = np.where(alone, lowest[0] + larger + smaller, ends)
+        ends = np.maximum(first[least, every], second.min(axis=0))
+        together = first[least, every] + smaller * self.slow[least, every]
+        ends = np.where(alone, together, ends)
         candidates = np.flatnonzero(ends == ends.min())
         totals = self.column_loads[candidates]
         return self.best_place(index, int(candidates[totals == totals.min()][0]))
 
     def best_place(self, index: int, column: int) -> Place:
-        """The least loaded rank (or two) of a column for layer `index`."""
+        """The rank (or two) of a column where layer `index` ends first."""
         ranks = self.columns[column]
-        loads = self.loads[: len(ranks), column]
-        least = int(loads.argmin())
-        first = ranks[least]
+        loads, slow = self.loads[: len(ranks), column], self.slow[: len(ranks), column]
+        a, g = self.a_units[index], self.g_units[index]
         if self.colocate or len(ranks) == 1:
-            return column, first, first
-        above = int(loads[:least].argmin()) if least else -1
-        below = least + 1 + int(loads[least + 1 :].argmin()) if least + 1 < len(ranks) else -1
-        if above < 0 or (below >= 0 and loads[below] < loads[above]):
-            second = ranks[below]
-        else:
-            second = ranks[above]
-        if self.a_units[index] >= self.g_units[index]:
-            return column, first, second
-        return column, second, first
+            rank = ranks[int((loads + (a + g) * slow).argmin())]
+            return column, rank, rank
+        first = int((loads + max(a, g) * slow).argmin())
+        ends = loads + min(a, g) * slow
+        ends[first] = np.iinfo(np.int64).max // 2
+        larger, smaller = ranks[first], ranks[int(ends.argmin())]
+        return (column, larger, smaller) if a >= g else (column, smaller, larger)
 
     def places(self) -> list[Place]:
         """All places of a layer."""
@@ -133,7 +147,10 @@ class Packing:
     def fits(self, index: int, place: Place, limit: int) -> bool:
         """Whether the loads stay within `limit` with layer `index` at `place`."""
         _, a_rank, g_rank = place
-        a, g = self.a_units[index], self.g_units[index]
+        a, g = (
+            units[index] * int(self.slow[divmod(rank, len(self.columns))])
+            for units, rank in ((self.a_units, a_rank), (self.g_units, g_rank))
+        )
         if a_rank == g_rank:
             return self.load(a_rank) + a + g <= limit
         return self.load(a_rank) + a <= limit and self.load(g_rank) + g <= limit
@@ -142,6 +159,53 @@ class Packing:
         """Whether a place follows `colocate`."""
         column, a_rank, g_rank = place
         return (a_rank == g_rank) == (self.colocate or len(self.columns[column]) == 1)
+
+
+def level(packing: Packing, order: Sequence[int]) -> None:
+    """Lowers the makespan of a complete packing over ranks of different speeds, by local search.
+
+    Longest-processing-time-first is within 4/3 of the optimum where ranks are equally fast, and not
+    otherwise. Layers of the fullest rank move, or change places with another one, while that helps.
+    """
+    if len(order) > _SWAP_LAYERS:
+        return
+    for _ in range(_SWAP_ROUNDS * len(order)):
+        before = packing.makespan
+        fullest = int(np.where(packing.loads == before)[0][0]) * len(packing.columns)
+        fullest += int(np.where(packing.loads == before)[1][0])
+        stuck = [i for i in order if fullest in packing.placed[i][1:]]
+        others = [None, *(i for i in order if i not in stuck)]
+        if not any(_relieves(packing, i, j, before) for i in stuck for j in others):
+            return
+
+
+def _relieves(packing: Packing, index: int, other: int | None, before: int) -> bool:
+    """Places a layer (and another) anew if the makespan then is lower than `before`."""
+    pair = [index] if other is None else [index, other]
+    places = [packing.remove(i) for i in pair]
+    for i in reversed(pair):  # the layer of the fullest rank last: it has to go elsewhere
+        packing.place_least_loaded(i)
+    if packing.makespan < before:
+        return True
+    for i in pair:
+        packing.remove(i)
+    for i, place in zip(pair, places, strict=True):
+        packing.add(i, place)
+    return _exchanged(packing, pair, places, before) if other is not None else False
+
+
+def _exchanged(packing: Packing, pair: Sequence[int], places: Sequence[Place], before: int) -> bool:
+    for i in pair:
+        packing.remove(i)
+    for i, place in zip(pair, reversed(places), strict=True):
+        packing.add(i, place)
+    if packing.makespan < before:
+        return True
+    for i in pair:
+        packing.remove(i)
+    for i, place in zip(pair, places, strict=True):
+        packing.add(i, place)
+    return False
 
 
 def settle(
@@ -165,7 +229,7 @@ def settle(
         return []
     # Each cost was rounded by at most half a unit (2e-10 of the largest), so makespans that differ by
     # less than this are equal.
-    limit = balanced.makespan + 2 * len(order)
+    limit = balanced.makespan + 2 * len(order) * int(balanced.slow.max())
     best = _sticky(balanced, order, moves, stay, limit)
     if best is None or _moved(best, moves) > _moved(balanced, moves):
         best = balanced

@@ -1,9 +1,10 @@
 """Makes plans: balanced, equal on every rank, and close to the previous plan.
 
-Longest processing time first: layers by decreasing cost (ties by name), each to the least loaded rank,
-whose column becomes the layer's column. Ties go to the column with the least load, then to the lowest
-rank. With the two factors of a layer on different ranks (`colocate=False`) the column is the one whose
-two least loaded ranks end lowest. The makespan is within 4/3 of the optimum (Graham 1969).
+Longest processing time first: layers by decreasing cost (ties by name), each to the rank where it
+ends first, whose column becomes the layer's column. Ties go to the column with the least load, then to
+the lowest rank. With the two factors of a layer on different ranks (`colocate=False`) the column is the
+one whose two ranks end first. The makespan of equally fast ranks is within 4/3 of the optimum (Graham
+1969); for ranks of different speeds local search follows.
 
 Costs are rounded to whole units first: loads are exact sums, and the result depends neither on the order
 of additions nor on the machine.
@@ -23,13 +24,14 @@ from elastic_kfac.placement.costs import (
     default_costs,
     second_order_elements,
 )
-from elastic_kfac.placement.packing_search import Packing, Place, settle
+from elastic_kfac.placement.packing_search import Packing, Place, level, settle
 from elastic_kfac.placement.plan import (
     LayerPlacement,
     Plan,
     columns_for_fraction,
     grid_columns,
 )
+from elastic_kfac.placement.shares import slowness
 
 _COST_UNITS = 1 << 32
 
@@ -41,6 +43,7 @@ def make_plan(
     *,
     colocate: bool = True,
     costs: CostModel | None = None,
+    speeds: Sequence[float] = (),
     previous: Plan | None = None,
     previous_ranks: Sequence[int | None] | None = None,
 ) -> Plan:
@@ -50,6 +53,7 @@ def make_plan(
         grad_worker_frac: Share of ranks that precondition a layer; see `columns_for_fraction`.
         colocate: Whether one rank decomposes both factors of a layer; otherwise two ranks of a column do.
         costs: Seconds per factor, equal on all ranks; by default the stored measurement.
+        speeds: How many times as fast as `costs` each rank decomposes; empty for equal ranks.
         previous: The plan in use. The new plan moves few elements of decompositions without a larger
             makespan (the fewest for few layers and ranks, otherwise by local search).
         previous_ranks: The rank in `previous` of every rank, None for a joiner. By default ranks keep
@@ -67,9 +71,12 @@ def make_plan(
     columns = grid_columns(world_size, num_columns)
     a_units, g_units = _units(layers, costs or default_costs("eigen"))
     order = sorted(range(len(layers)), key=lambda i: (-a_units[i] - g_units[i], layers[i].name))
-    packing = Packing(columns, a_units, g_units, colocate=colocate)
+    slow = slowness(speeds) if speeds else []
+    packing = Packing(columns, a_units, g_units, colocate=colocate, slowness=slow)
     for index in order:
         packing.place_least_loaded(index)
+    if len(set(slow)) > 1:
+        level(packing, order)
     places = packing.placed
     if previous is not None:
         old_ranks = _old_ranks(world_size, previous, previous_ranks)
@@ -83,14 +90,16 @@ def make_plan(
     return Plan(world_size, 1.0 / num_columns, columns, placed)
 
 
-def rank_loads(plan: Plan, layers: Sequence[LayerShape], costs: CostModel) -> list[float]:
+def rank_loads(
+    plan: Plan, layers: Sequence[LayerShape], costs: CostModel, speeds: Sequence[float] = ()
+) -> list[float]:
     """Seconds of decompositions per inverse update, by rank; the largest is the makespan."""
     loads = [0.0] * plan.world_size
     for layer in layers:
         placement = plan.placement(layer.name)
         loads[placement.a_worker] += costs.a_seconds(layer)
         loads[placement.g_worker] += costs.g_seconds(layer)
-    return loads
+    return [load / speed for load, speed in zip(loads, speeds, strict=True)] if speeds else loads
 
 
 def max_second_order_elements(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from elastic_kfac.errors import UsageError
 from elastic_kfac.placement.costs import CostModel, LayerShape, Method, precondition_flops
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import rank_loads
+from elastic_kfac.placement.shares import shares
 from elastic_kfac.placement.traffic import memory_elements, traffic_per_step
 
 
@@ -55,6 +57,14 @@ def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     return Line(fixed, slope)
 
 
+class RankSpeed(NamedTuple):
+    """How many times as fast as the calibrated host a rank is."""
+
+    passes: float = 1.0
+    """At matrix products: passes and preconditioning."""
+    decompositions: float = 1.0
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Measured costs of a kind of host and its network."""
@@ -77,6 +87,17 @@ class Calibration:
     """The same for a byte of a packed triangle."""
     seconds_per_call: float = 0.0
     """Time that the host computes for one collective, however small it is."""
+    speeds: tuple[RankSpeed, ...] = ()
+    """Of the ranks of one world, where they get unequal shares; empty where all count as equal."""
+
+    def decomposition_speeds(self, world_size: int) -> list[float]:
+        """What `make_plan` takes of them."""
+        return [speed.decompositions for speed in self.speeds_of(world_size)]
+
+    def speeds_of(self, world_size: int) -> tuple[RankSpeed, ...]:
+        """Speeds of all ranks of that world; empty where none are known, or all are the same."""
+        known = self.speeds if len(self.speeds) == world_size else ()
+        return known if len(set(known)) > 1 else ()
 
     def precondition_seconds(self, layer: LayerShape, method: Method) -> float:
         """Estimated time to precondition one gradient."""
@@ -198,9 +219,20 @@ def predict_step(
 ) -> StepTime:
     """Seconds of the average step under a plan; the slowest rank determines each phase."""
     n = plan.world_size
-    share = -(-global_batch_size // n)
-    passes = -(-share // micro_batch_size)
-    samples = min(micro_batch_size, share)
+    known = calibration.speeds_of(n)
+    speeds = known or (RankSpeed(),) * n
+    own = [-(-global_batch_size // n)] * n
+    if known:
+        own = [len(part) for part in shares(global_batch_size, [speed.passes for speed in known])]
+
+    def passes_s(line: Line) -> float:
+        """Of the slowest rank's share."""
+        return max(
+            -(-share // micro_batch_size) * line.at(min(micro_batch_size, share)) / speed.passes
+            for share, speed in zip(own, speeds, strict=True)
+            if share
+        )
+
     layers, size = workload.layers, workload.element_bytes
     traffic = traffic_per_step(
         plan,
@@ -233,14 +265,17 @@ def predict_step(
     receivers = -(-n // workers)
     both_ways = (n - 1) / n * 2 if n > 1 else 1.0
     return StepTime(
-        forward_backward=passes * workload.forward_backward.at(samples),
-        factor_statistics=(
-            passes * workload.factor_statistics.at(samples) + workload.factor_update_s
-        )
+        forward_backward=passes_s(workload.forward_backward),
+        factor_statistics=(passes_s(workload.factor_statistics) + workload.factor_update_s)
         / workload.factor_update_steps,
-        decompositions=max(rank_loads(plan, layers, calibration.costs))
+        decompositions=max(
+            rank_loads(plan, layers, calibration.costs, calibration.decomposition_speeds(n))
+        )
         / workload.inverse_update_steps,
-        precondition=max(products),
+        precondition=max(
+            seconds / min(speeds[rank].passes for rank in ranks)
+            for seconds, ranks in zip(products, plan.columns, strict=True)
+        ),
         bound=workload.bound_s,
         optimizer=workload.optimizer_s,
         packing=calls * calibration.seconds_per_call

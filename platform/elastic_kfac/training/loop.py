@@ -201,6 +201,8 @@ class RunLoop:
             reason = f"links of {found.network}"
             if found.inside_node is not None:
                 reason += f", inside a node {found.inside_node}"
+            if trainer.config.plan.unequal_shares:
+                reason += f"; {_shares_in_words(trainer)}"
             details = {"reason": reason, "calibration": asdict(found)}
             self._report.on_event(event_row("calibrated", step, **self._world(), **details))
         if changes:
@@ -406,6 +408,15 @@ class RunLoop:
 
     def _world(self) -> dict[str, int]:
         return {"world_size": self._trainer.communicator.world_size}
+
+
+def _shares_in_words(trainer: RankTrainer) -> str:
+    """What ranks of different speeds get of a batch."""
+    size = trainer.batch.size(trainer.communicator.world_size, trainer.position)
+    sizes = trainer.sync.share_sizes(size)
+    if not sizes:
+        return "all ranks are equally fast and get equal shares"
+    return f"shares of {size} samples by speed: {', '.join(map(str, sizes))}"
 
 
 def _plan_summary(trainer: RankTrainer) -> str | None:

@@ -19,7 +19,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.config.elastic import PlanConfig
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.kfac.ahead import Work
-from elastic_kfac.kfac.calibration import with_links
+from elastic_kfac.kfac.calibration import shared_calibration, with_links
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.options import value_at
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
@@ -47,7 +47,13 @@ _KEPT = 16
 def calibrate(
     kfac: KFAC, config: PlanConfig, communicator: Communicator, device: torch.device
 ) -> None:
-    """Gives K-FAC the costs of rank 0, and measures the links anew with `plan.calibrate`. Collective."""
+    """Gives K-FAC the costs of rank 0, and measures the links anew with `plan.calibrate`, and speeds with
+    `plan.unequal_shares`. Collective."""
+    if config.unequal_shares:
+        # Other ranks are at other speeds, and rank 0 may be on another kind of host.
+        method = kfac.options.method
+        kfac.calibration = shared_calibration(communicator, method, device=device, speeds=True)
+        return
     known = communicator.broadcast_object(kfac.calibration, 0, tag="plan/calibration")
     if config.calibrate and known is not None:
         known = with_links(known, communicator, device=device)
@@ -201,7 +207,7 @@ class Retuning:
         n = kfac.communicator.world_size
         share = (batch_size / n) / max(1.0, self._samples / self._world_size)
         loads = [
-            max(rank_loads(plan, shapes, known.costs))
+            max(rank_loads(plan, shapes, known.costs, known.decomposition_speeds(plan.world_size)))
             for plan in (
                 plan_of(shapes, self._world_size, self._given, calibration=known),
                 kfac.plan,

@@ -31,7 +31,9 @@ def make_preconditioner(
     calibration = None
     if config.plan.calibrate:
         device = next(model.parameters()).device
-        calibration = shared_calibration(communicator, config.kfac.method, device=device)
+        calibration = shared_calibration(
+            communicator, config.kfac.method, device=device, speeds=config.plan.unequal_shares
+        )
     changes: dict[str, Any] = {"memory_budget_bytes": None if budget is None else budget * 2**30}
     if sharded:
         # Owners decompose whatever was refreshed.

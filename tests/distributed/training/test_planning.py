@@ -136,3 +136,49 @@ def test_a_newcomer_goes_on_with_the_intervals_and_damping_in_use() -> None:
     first, second = run_ranks(2, _newcomer_of_a_retuned_rank)
     assert first == second
     assert first[:2] == ({"inverse_update_steps": 1000, "damping": 0.5}, 0.5)
+
+
+SPEEDS = (1.0, 0.5, 0.25)
+UNEQUAL = {
+    **KFAC,
+    "kfac.grad_worker_frac": 0.5,
+    "plan.calibrate": True,
+    "plan.unequal_shares": True,
+    "train.epochs": 1.5,
+}
+TREE = {**UNEQUAL, "elastic.reproducible": True, "elastic.logical_shards": 8}
+
+
+def _on_unlike_hosts(folder: str) -> list[list[dict[str, Any]]]:
+    """Two runs on ranks whose hosts are half as fast each as the one before."""
+    world = Communicator.world()
+    stored = stored_calibration("eigen")
+    speed = SPEEDS[world.rank]
+    costs = CostModel(stored.costs.c0 / speed, stored.costs.c1 / speed, stored.costs.p)
+    own = replace(stored, costs=costs, seconds_per_flop=stored.seconds_per_flop / speed)
+    events = []
+
+    with (
+        mock.patch("elastic_kfac.kfac.calibration.host_kind", lambda *_: {"rank": world.rank}),
+        mock.patch("elastic_kfac.kfac.calibration.measured", lambda *_, **__: own),
+    ):
+        for name, changes in (("plain", UNEQUAL), ("tree", TREE)):
+            callback = RecordingCallback()
+            train_here(f"{folder}/{name}", changes, world, callback=callback)
+            events.append([row for row in callback.events if row["kind"] == "calibrated"])
+    return events
+
+
+def test_unlike_hosts_get_unequal_shares_and_the_run_of_one_process(tmp_path: Path) -> None:
+    plain, tree = run_ranks(3, _on_unlike_hosts, str(tmp_path))[0]
+    assert "shares of 16 samples by speed: 10, 4, 2" in plain[0]["reason"]
+    assert "shares of 16 samples by speed: 10, 4, 2" in tree[0]["reason"]  # 5, 2 and 1 shards
+    assert [speed[0] for speed in plain[0]["calibration"]["speeds"]] == list(SPEEDS)
+    for name, changes in (("plain", UNEQUAL), ("tree", TREE)):
+        changes = {**changes, "plan.calibrate": False, "plan.unequal_shares": False}
+        alone = in_one_process(tmp_path / "alone" / name, changes)
+        state = CheckpointStore(tmp_path / name).load_latest()
+        assert state is not None
+        assert states_differ_in(alone, state) == []
+        if name == "tree":
+            assert state.sha256() == alone.sha256()

@@ -158,6 +158,10 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     (
         "plan.retune=true needs elastic.reproducible=false",
         {"plan.retune": True, "elastic.reproducible": True},
+    ("plan.unequal_shares=true needs plan.calibrate", {"plan.unequal_shares": True}),
+    (
+        "plan.unequal_shares=true needs kfac.enabled",
+        {"plan.unequal_shares": True, "plan.calibrate": True, "kfac.enabled": False},
     ),
     ("adversarial.data_range must be [low, high]", {"adversarial.data_range": (1.0, 0.0)}),
     (

@@ -24,11 +24,12 @@ from elastic_kfac.communication.summation_tree import (
     PartialSums,
     exchange_partials,
     shard_range,
-    shards_of_rank,
+    shards_of_ranks,
 )
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.order import id_hash
 from elastic_kfac.errors import StateError
+from elastic_kfac.placement.shares import shares
 from elastic_kfac.state.identity import machine_type
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 from elastic_kfac.training.sync.synchronisation import Passes, Span, Synchronisation
@@ -115,6 +116,8 @@ class ShardVector(Exchange):
         self._layout: StatisticsLayout | None = None
         self._partials: PartialSums | None = None
         self._global_count = 0
+        self.ranges = [range(num_shards)]
+        """The logical shards of every rank."""
 
     def begin(self, kfac: KFAC | None, global_count: int) -> None:
         """Starts the tree of a batch."""
@@ -193,6 +196,7 @@ class ShardVector(Exchange):
             num_shards=self.num_shards,
             num_filled=min(self._global_count, self.num_shards),
             tag="gradients",
+            ranges=self.ranges,
         )
         self.flat.copy_(total[:size])
         totals = self._read_counters(torch.isfinite(self.flat[self._gradient_part].sum()))
@@ -225,6 +229,10 @@ class CanonicalTree(Synchronisation):
 
     def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
         super().join(communicator, kfac)
+        if self.speeds:
+            self.vector.ranges = shares(self._num_shards, self.speeds)
+        else:
+            self.vector.ranges = shards_of_ranks(communicator.world_size, self._num_shards)
         if communicator.world_size > 1:
             agree_on_conditions(communicator, self.state_dict())
 
@@ -236,15 +244,18 @@ class CanonicalTree(Synchronisation):
         return 1  # dividing first would round what the tree adds
 
     def slice(self, first: int, count: int) -> tuple[int, int]:
-        shards = self._own_shards()
+        shards = self.vector.ranges[self.communicator.rank]
         ends = [*shards, shards.stop]
         begins = [min(shard_range(count, self._num_shards, shard)[0], count) for shard in ends]
         return first + begins[0], begins[-1] - begins[0]
 
-    def _own_shards(self) -> range:
-        return shards_of_rank(
-            self.communicator.rank, self.communicator.world_size, self._num_shards
-        )
+    def share_sizes(self, count: int) -> list[int]:
+        if not self.speeds:
+            return []
+        sizes = [
+            shard_range(count, self._num_shards, shard)[1] for shard in range(self._num_shards)
+        ]
+        return [sum(sizes[own.start : own.stop]) for own in self.vector.ranges]
 
     def accumulate(
         self, passes: Passes, samples: Batch | None, span: Span, loss_scale: float
@@ -252,7 +263,7 @@ class CanonicalTree(Synchronisation):
         self.vector.begin_step()
         self.vector.begin(self.kfac, span.count)
         begin = 0
-        for shard in self._own_shards():
+        for shard in self.vector.ranges[self.communicator.rank]:
             _, count = shard_range(span.count, self._num_shards, shard)
             if not count:
                 self.vector.push_empty(shard)

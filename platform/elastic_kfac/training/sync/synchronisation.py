@@ -21,6 +21,7 @@ from torch import Tensor
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.data.batch import Batch, Value
 from elastic_kfac.data.dataset import rank_slice
+from elastic_kfac.placement.shares import shares
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 
 if TYPE_CHECKING:
@@ -98,10 +99,15 @@ class Synchronisation(ABC):
         self.vector = vector
         self.communicator = Communicator.solo()
         self.kfac: KFAC | None = None
+        self.speeds: list[float] = []
+        """Of all ranks at passes, where they get unequal shares; else empty."""
 
     def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
         """Works with these ranks and their preconditioner from now on. Collective."""
-        self.communicator, self.kfac = communicator, kfac
+        self.communicator, self.kfac, self.speeds = communicator, kfac, []
+        if kfac is not None and kfac.calibration is not None:
+            speeds = kfac.calibration.speeds_of(communicator.world_size)
+            self.speeds = [speed.passes for speed in speeds]
 
     def close(self) -> None:
         """Drops every reference to the present ranks."""
@@ -116,7 +122,14 @@ class Synchronisation(ABC):
 
     def slice(self, first: int, count: int) -> tuple[int, int]:
         """(first position, count) of this rank's slice of a batch."""
+        if self.speeds:
+            own = shares(count, self.speeds)[self.communicator.rank]
+            return first + own.start, len(own)
         return rank_slice(first, count, self.communicator.rank, self.communicator.world_size)
+
+    def share_sizes(self, count: int) -> list[int]:
+        """Samples of a batch by rank, where shares are unequal."""
+        return [len(part) for part in shares(count, self.speeds)] if self.speeds else []
 
     def loss_divisor(self, count: int) -> int:
         """What losses, sums over samples, are divided by before the backward pass."""
