@@ -13,6 +13,12 @@ from elastic_kfac.observability.metric_names import METRICS
 from elastic_kfac.observability.quality import quality_of, shown_quality
 from elastic_kfac.reports.analysis import analysis_section
 from elastic_kfac.reports.pages import Cell, Table, code, page, write_page, yaml_text
+from elastic_kfac.reports.run_card import (
+    batch_figure,
+    cost_tables,
+    plan_changes,
+    robustness_figure,
+)
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
 from elastic_kfac.runs.history import Run, number, read_run
 from elastic_kfac.runs.summary import duration, headline, moved_text
@@ -55,8 +61,14 @@ def render_report(run: Run) -> str:
         throughput=throughput_figure(run) if run.steps else "",
         curvature=curvature_figure(run) if run.steps and kfac else "",
         figure_note=note,
+        batch=batch_figure(run),
+        robustness=robustness_figure(run),
+        costs=cost_tables(run),
+        plans=plan_changes(run),
         analysis=analysis_section(run),
-        events=_events([event for event in run.events if "provenance" not in event]),
+        events=_events(
+            [e for e in run.events if "provenance" not in e and e.get("kind") != "costs"]
+        ),
         torn=f"{run.torn_lines} torn line(s) left out." if run.torn_lines else "",
         configuration=yaml_text(run.config),
         result=result or {"status": "no result yet"},

@@ -179,6 +179,7 @@ class RunLoop:
         self._saved_at_train_time_s = trainer.progress.train_time_s
         step = trainer.progress.step
         lost = max(0, self._report.last_step() - step)
+        trainer.costs.enter()
         if continued.state is not None or continued.resized or lost:
             self._report.on_rollback(step, lost)
             self._report.on_event(
@@ -304,9 +305,12 @@ class RunLoop:
         if self._is_rank_zero and save:
             self._store.wait()
             self._store.save(state)
+        costs = trainer.cost_row()
         # No rank returns before the state is safe: a node may leave once its rank has ended.
         trainer.communicator.barrier(tag="end")
         step = trainer.progress.step
+        if costs is not None:
+            self._report.on_event(event_row("costs", step, **self._world(), **costs))
         details: dict[str, Any] = {"reason": "; ".join(reasons)} if reasons else {}
         self._report.on_event(event_row(status, step, **self._world(), **details))
         return Outcome(

@@ -19,6 +19,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import NumericalError
+from elastic_kfac.kfac.timers import Timers
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
     Progress,
@@ -30,6 +31,7 @@ from elastic_kfac.state.state import (
 from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
+from elastic_kfac.training.costs import StepCosts
 from elastic_kfac.training.first_order import RateControl, Rates
 from elastic_kfac.training.identity import check_identity
 from elastic_kfac.training.planning import calibrate
@@ -75,6 +77,8 @@ class StepTrainer:
         self.rates = RateControl(config)
         self.ledger = Ledger()
         self.progress = Progress()
+        self.timers = Timers()
+        self.costs = StepCosts(self.timers)
         self._zero: float | None = None
         """When the wall time was 0 on the clock of this process; None before it is known."""
         self.communicator = communicator
@@ -124,19 +128,22 @@ class StepTrainer:
         self.callback.on_point("step_begin", number)
         span = self._next_span()
         try:
-            samples, data_wait_s = self._read(span)
+            with self.timers("data"):
+                samples, data_wait_s = self._read(span)
 
             divisor = self.sync.loss_divisor(span.count)
             loss_scale = self.scaler.scale / divisor
             adapts = self.kfac is not None and self.kfac.reduction_due()
             self._parts.passes.record(adapts)
-            local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
+            with self.timers("passes"):
+                local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
             self.callback.on_point("backward_done", number)
 
             if self.sync.carries_statistics:
                 self._on_phase("factor_exchange")
             local = replace(local, stop=int(stop), snapshot=int(snapshot))
-            totals = self.sync.reduce(local, span.step)
+            with self.timers("gradients"):
+                totals = self.sync.reduce(local, span.step)
             self.callback.on_point("gradients_exchanged", number)
 
             rates = self._rates_of(span)
@@ -159,6 +166,7 @@ class StepTrainer:
         elapsed = time.perf_counter() - begin
         waited_s = self.communicator.counters.waited_s - waited_s
         self._commit(span, totals, elapsed, data_wait_s, waited_s)
+        self.costs.saw(self.communicator, self.kfac, elapsed)
         if self.sync.committed(span, rates.lr):
             self.settle()
         self.is_committed = True
@@ -223,7 +231,8 @@ class StepTrainer:
             self.kfac.step(samples, loss_scale, statistics=self.sync.statistics)
         self.is_committed = False
         if self.kfac is None or not self.kfac.updates_weights:
-            self.optimizer.step()
+            with self.timers("optimizer"):
+                self.optimizer.step()
         if self._parts.rescaling is not None:
             self._parts.rescaling.apply()
         if self._parts.average is not None:
@@ -282,6 +291,11 @@ class StepTrainer:
             worker_seconds=self.progress.worker_seconds + cost,
             gpu_seconds=self.progress.gpu_seconds + (cost if self.device.type == "cuda" else 0.0),
         )
+
+    def cost_row(self) -> dict[str, Any] | None:
+        """What the steps of this world cost, as fields of an event; None without steps. Collective."""
+        elements = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return self.costs.row(self.communicator, self.kfac, elements, self.device)
 
     def settle(self) -> None:
         """Gives all ranks one model before it is evaluated, saved or handed over. Collective."""

@@ -158,6 +158,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     (
         "plan.retune=true needs elastic.reproducible=false",
         {"plan.retune": True, "elastic.reproducible": True},
+    ),
     ("plan.unequal_shares=true needs plan.calibrate", {"plan.unequal_shares": True}),
     (
         "plan.unequal_shares=true needs kfac.enabled",

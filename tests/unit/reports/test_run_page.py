@@ -264,3 +264,94 @@ def test_metric_names_are_unique_and_carry_their_unit() -> None:
     assert metric("world_size").exported_name == "kfac_elastic_world_size"
     with pytest.raises(KeyError):
         metric("wrold_size")
+
+
+COSTS = {
+    "time": 1003.0,
+    "kind": "costs",
+    "step": 210,
+    "world_size": 2,
+    "steps": 79,
+    "step_s": 0.1,
+    "seconds": {"passes": 0.06, "gradients": 0.01, "decompositions": 0.02, "optimizer": 0.002},
+    "bytes": {"gradients": 3 * 2.0**20, "decompositions": 2.0**20},
+    "memory": {
+        "factors": 2.0**20,
+        "second_order": 2.0**20,
+        "total": 2.0**21,
+        "process peak": 2.0**28,
+    },
+    "model": {
+        "seconds": {"decompositions": 0.01},
+        "bytes": {"gradients": 3 * 2.0**20},
+        "memory": {"factors and decompositions": 2.0**21},
+    },
+}
+RETUNED = {
+    "time": 1001.0,
+    "kind": "retuned",
+    "step": 130,
+    "world_size": 2,
+    "factor_update_steps": 5,
+    "inverse_update_steps": 20,
+    "damping": 0.02,
+    "predicted_gain": 0.25,
+    "reason": "because",
+}
+REPLANNED = {
+    "time": 1002.0,
+    "kind": "replanned",
+    "step": 140,
+    "world_size": 2,
+    "reason": "slow",
+    "changes": ["columns: 1 -> 2 (grad_worker_frac 1 -> 0.5)", "a: x -> y", "b: x -> y"],
+    "way": "resize",
+    "moved_bytes": 2**20,
+}
+
+
+def _cells(text: str, caption: str) -> list[list[str]]:
+    [table] = re.findall(rf'<table aria-label="{caption}".*?</table>', text, re.DOTALL)
+    rows = re.findall(r"<tr.*?</tr>", table, re.DOTALL)[1:]
+    return [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
+        for row in rows
+    ]
+
+
+def test_run_card_has_costs_beside_the_model_and_plans_in_words(make_run: MakeRun) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in (COSTS, RETUNED, REPLANNED))
+    text = page_of(make_run(events__jsonl=lines))
+    assert Page(text).open == []
+    rows = {cells[0]: cells[1:] for cells in _cells(text, "Costs of a step on 2 workers")}
+    assert rows["forward and backward"] == ["60 ms", "–", "–", "60%"]
+    assert rows["decompositions"] == ["20 ms", "10 ms", "2.00", "20%"]
+    assert rows["other"][0] == "8 ms"
+    assert rows["received: gradients"] == ["3 MiB", "3 MiB", "1.00", "75%"]
+    assert rows["held: factors and decompositions"][:3] == ["2 MiB", "2 MiB", "1.00"]
+    assert rows["process peak"][0] == "256 MiB"
+    first, second = _cells(text, "Plans")
+    assert first == [
+        "step 130",
+        "2",
+        "statistics every 5 and decompositions every 20 steps, damping 0.02",
+        "because; predicted gain 25%",
+    ]
+    assert second[2] == "columns: 1 -&gt; 2 (grad_worker_frac 1 -&gt; 0.5); 2 layers at other ranks"
+    assert second[3] == "slow; state kept, 1.0 MiB moved"
+    assert "Batch size and workers" not in text and "clean and on attacked" not in text
+
+
+def test_run_card_draws_a_growing_batch_and_the_robustness(make_run: MakeRun) -> None:
+    rows: list[dict[str, object]] = [
+        {"step": s, "epoch": s / 4, "loss": 1.0, "wall_time_s": s / 9, "world_size": 1 + s // 9}
+        | {"global_batch_size": 8 * (1 + s // 7), "wanted_workers": 1 + s // 7}
+        for s in range(1, 20)
+    ]
+    rows.append(
+        {"step": 19, "eval_accuracy": 0.9, "eval_adversarial_accuracy": 0.4, "eval_loss": 0.1}
+    )
+    text = page_of(make_run(metrics__jsonl="".join(json.dumps(row) + "\n" for row in rows)))
+    assert Page(text).open == []
+    assert "workers wanted" in text and "Batch size and workers by epoch" in text
+    assert "Test accuracy, clean and attacked" in text
