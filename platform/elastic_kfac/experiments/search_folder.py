@@ -17,14 +17,14 @@ One process writes, and it replaces every file as a whole; a search that was kil
 `trials.csv`
     One row per trial: `trial_id`, `stage` (`reference | search | confirm`), `point` (number of the
     searched point, or name of the reference), `status` (`running | finished | stopped | failed |
-    refused | pending`), `reason`, `seed`, one column per parameter (`section.key`), `objective`,
+    refused | shared | pending`), `reason`, `seed`, one column per parameter (`section.key`), `objective`,
     `reached` (`true`/`false`/empty), `train_time_to_accuracy_s`, `time_to_accuracy_s`, `steps`,
     `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_value`, `peak_memory_bytes`, `started`,
     `ended` (Unix time), `run_folder` (relative to the experiment's folder), `parent` (trial whose
-    state a PB2 clone continued from). Unknown values are empty.
+    state a PB2 clone continued from, or whose training this one shares). Unknown values are empty.
 `trials/<trial_id>/`
     An ordinary run folder: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `result.json`, …; absent
-    for refused and pending trials.
+    for refused, shared and pending trials.
 `best_config.yaml`
     A configuration for `elastic-kfac train`; there once a search trial has finished.
 `tune/`

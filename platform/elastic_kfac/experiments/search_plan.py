@@ -1,21 +1,40 @@
 """The trials of a search: references, points, further seeds of points, and the confirmation.
 
-A trial that cannot run here is rejected with a reason before it costs anything.
+A trial that cannot run here is rejected with a reason before it costs anything. Of searched trials that
+differ in placement only, the one that the model gives the shortest steps trains for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from elastic_kfac.errors import ConfigError
+from elastic_kfac.experiments.emulation import (
+    PLACEMENT,
+    Emulator,
+    placed_step_seconds,
+    trajectory,
+)
 from elastic_kfac.experiments.search_folder import SearchFolder
 from elastic_kfac.experiments.searcher import Assignment, planned_points
-from elastic_kfac.experiments.trials import FINISHED, PENDING, REFUSED, Trial
+from elastic_kfac.experiments.trials import (
+    FINISHED,
+    PENDING,
+    REFUSED,
+    RUNNING,
+    SHARED,
+    STOPPED,
+    Trial,
+)
 from elastic_kfac.runs.feasibility import why_infeasible
 
 CONFIRMATION_SEED = 1000
 """Distance of the confirmation's seeds from those of the search."""
+
+
+_TRAINED = (PENDING, RUNNING, FINISHED, STOPPED)
 
 
 class SearchPlan:
@@ -28,6 +47,9 @@ class SearchPlan:
         self._table = folder.trials
         self._room = room
         self._say = say
+        emulated = self._space.objective.metric == "emulated_time_to_accuracy_s"
+        self.emulator = Emulator(self._space.links) if emulated else None
+        """Where seconds are those of links that are not there."""
 
     def begin(self) -> None:
         """Adds every trial that is known before the search begins.
@@ -43,7 +65,9 @@ class SearchPlan:
                 seed = space.base.train.seed + repeat
                 self._admit(Trial(f"{name}-s{repeat}", name, seed, "reference", shown))
         if space.searcher.name != "optuna":
-            found = [self.add_point(n, point) for n, point in enumerate(planned_points(space))]
+            points = enumerate(planned_points(space))
+            found = [self._admit(self._trial_of(n, point)) for n, point in points]
+            self._share(found)
             if all(trial.status == REFUSED for trial in found):
                 raise ConfigError(
                     "no point of the search space can run here", given=found[0].reason
@@ -52,9 +76,14 @@ class SearchPlan:
 
     def add_point(self, number: int, values: Mapping[str, Any], repeat: int = 0) -> Trial:
         """Adds one seed of a point."""
+        trial = self._admit(self._trial_of(number, values, repeat))
+        self._share([trial])
+        return trial
+
+    def _trial_of(self, number: int, values: Mapping[str, Any], repeat: int = 0) -> Trial:
         name = f"t{number:03d}" + (f"-s{repeat}" if self._space.repeats > 1 else "")
         seed = self._space.base.train.seed + repeat
-        return self._admit(Trial(name, str(number), seed, "search", dict(values)))
+        return Trial(name, str(number), seed, "search", dict(values))
 
     def add_repeats(self) -> list[Trial]:
         """Adds the other seeds of points whose first has finished."""
@@ -120,3 +149,70 @@ class SearchPlan:
             trial.status, trial.reason = REFUSED, reason
             self._say(f"{trial.id} rejected: {reason}")
         return trial
+
+    # ---- one training for points that differ in placement only ------------------------------
+
+    def _share(self, added: Sequence[Trial]) -> None:
+        """Leaves one trial of each trajectory to train: one that has begun, or else the fastest."""
+        if self._space.perturbed or not set(PLACEMENT) & self._space.parameters.keys():
+            return
+        news = {self._trajectory(trial) for trial in added if trial.status == PENDING}
+        groups: dict[str, list[Trial]] = defaultdict(list)
+        for trial in self._table.values():
+            counts = trial.stage == "search" and trial.status in _TRAINED and not trial.parent
+            if counts and (key := self._trajectory(trial)) in news:
+                groups[key].append(trial)
+        for alike in groups.values():
+            if len(alike) < 2:
+                continue
+            seconds = {trial.id: self._step_seconds(trial) for trial in alike}
+            begun = [trial for trial in alike if trial.status != PENDING] or alike
+            trained = min(begun, key=lambda trial: seconds[trial.id])
+            for trial in alike:
+                if trial.status == PENDING and trial is not trained:
+                    self._leave_to(trained, trial, seconds)
+
+    def _leave_to(self, trained: Trial, trial: Trial, seconds: Mapping[str, float]) -> None:
+        other = trained.parameters
+        changed = [key for key, value in trial.parameters.items() if other[key] != value]
+        trial.status, trial.parent = SHARED, trained.id
+        trial.reason = (
+            f"same point as {trained.id}"
+            if not changed
+            else (
+                f"same training as {trained.id}: {', '.join(changed)} changes only seconds, by the model "
+                f"{seconds[trial.id] * 1e3:.3g} ms a step against {seconds[trained.id] * 1e3:.3g} ms"
+            )
+        )
+        self._say(f"{trial.id} not trained: {trial.reason}")
+        if trained.status == FINISHED:
+            self.settle_shared(trained)
+
+    def settle_shared(self, trained: Trial) -> None:
+        """Gives trials that share a training what it tells about them.
+
+        On emulated links that is all: the steps are the same, and seconds come from the model for every
+        placement. Measured seconds are those of the one placement that was trained.
+        """
+        for trial in self._table.values():
+            if trial.parent != trained.id or trial.status != SHARED:
+                continue
+            trial.note(trained.numbers, "best_value", "steps")
+            if self.emulator is None or trained.status != FINISHED:
+                continue
+            trial.status, trial.reached = FINISHED, trained.reached
+            trial.run_folder = trained.run_folder
+            if trained.reached:
+                step_s = self.emulator.step_seconds(self._folder.config_of(trial))
+                trial.numbers["objective"] = trained.numbers["steps"] * step_s
+
+    def _trajectory(self, trial: Trial) -> str:
+        return trajectory(self._folder.config_of(trial))
+
+    def _step_seconds(self, trial: Trial) -> float:
+        config = self._folder.config_of(trial)
+        if self.emulator is not None:
+            return self.emulator.step_seconds(config)
+        if not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
+            return 0.0
+        return placed_step_seconds(config, min(config.elastic.max_workers, self._room))

@@ -12,7 +12,6 @@ from ray.tune import Stopper
 from ray.tune.stopper import NoopStopper
 
 from elastic_kfac.errors import RunError
-from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_folder import SearchFolder
 from elastic_kfac.experiments.search_plan import SearchPlan
 from elastic_kfac.experiments.search_trial import read_extras
@@ -51,8 +50,6 @@ class SearchRecord:
         self._broker = broker
         self._say = say
         self._problem: OSError | None = None
-        emulated = self._space.objective.metric == "emulated_time_to_accuracy_s"
-        self._emulator = Emulator(self._space.links) if emulated else None
         self._on_change = on_change
 
     def on_start(self, trial_id: str) -> None:
@@ -173,12 +170,13 @@ class SearchRecord:
             # It reached the target before the scheduler's decision came.
             trial.status, trial.reason = FINISHED, ""
         known = {**result, "cpu_seconds": trial.numbers.get("cpu_seconds")}
-        if self._emulator is not None:
-            known["emulated_step_s"] = self._emulator.step_seconds(self._folder.config_of(trial))
+        if (emulator := self._plan.emulator) is not None:
+            known["emulated_step_s"] = emulator.step_seconds(self._folder.config_of(trial))
         trial.numbers.pop("objective", None)
         trial.note({"objective": self._space.objective.value_of(known)}, "objective")
         if trial.status == FAILED:
             trial.reached = False
+        self._plan.settle_shared(trial)
 
     def _line(self, trial: Trial) -> str:
         objective, best = self._space.objective, trial.numbers.get("best_value")

@@ -39,7 +39,7 @@ from elastic_kfac.experiments.searcher import (
     make_scheduler,
     param_space,
 )
-from elastic_kfac.experiments.trials import REFUSED, Trial
+from elastic_kfac.experiments.trials import REFUSED, SHARED, Trial
 
 STOP_TIMEOUT_S = 120.0
 """How long a stop signal waits for the trials to save their states."""
@@ -274,7 +274,8 @@ class _Search:
         evaluated = [
             (first.parameters, score)
             for first in self._folder.first_seeds()
-            if first.status != REFUSED and (score := self._folder.score_of(first)) is not None
+            if first.status not in (REFUSED, SHARED)
+            and (score := self._folder.score_of(first)) is not None
         ]
         return TrialSearcher(self._space, self, planned, evaluated, points)
 

@@ -26,13 +26,15 @@ FAILED: Final = "failed"
 REFUSED: Final = "refused"
 DIVERGED: Final = "diverged"
 """Training met a loss or a matrix that is not finite: a result, which a study does not try again."""
+SHARED: Final = "shared"
+"""Another trial, its `parent`, has the same training."""
 WAITING: Final = "waiting"
 """A cell of a study that has not been trained yet."""
 
 WORDS = {REFUSED: "rejected"}
 """States that people read under another name than the files have."""
 
-ENDED = (FINISHED, STOPPED, FAILED, REFUSED)
+ENDED = (FINISHED, STOPPED, FAILED, REFUSED, SHARED)
 """States of trials that a search does not run again."""
 TRIED = (FINISHED, STOPPED)
 """States of trials whose outcome depends on their configuration."""
@@ -94,7 +96,7 @@ class Trial:
     """Measured values by column."""
     run_folder: str = ""
     parent: str = ""
-    """The trial whose state a PB2 clone continued from."""
+    """The trial whose state a PB2 clone continued from, or whose training this one shares."""
     index: int = field(default=0, compare=False)
     """Position in the table."""
     fraction: float = field(default=0.0, compare=False)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from elastic_kfac.experiments.importance import Importance
-from elastic_kfac.experiments.search_folder import Experiment
+from elastic_kfac.experiments.search_folder import Experiment, mapping
 from elastic_kfac.experiments.trials import Point, Trial, is_real
 from elastic_kfac.observability.quality import quality_of
 from elastic_kfac.reports.figures import (
@@ -94,14 +94,31 @@ def curves_figure(experiment: Experiment, axis: Axis) -> Markup:
     return titled(drawn(f"curves-{axis}", draw, _SIZE), titles)
 
 
-def pareto_figure(experiment: Experiment) -> Markup:
-    """Peak memory over the objective, with the front; empty if no point has both."""
+def hours_name(experiment: Experiment) -> str:
+    """What the time of all workers together is called."""
+    resources = mapping(mapping(experiment.space.get("base")).get("resources"))
+    return "GPU-hours" if resources.get("use_gpu") else "worker-hours"
+
+
+def hours_of(point: Point) -> float | None:
+    """Time of all workers together, h; the median of the seeds."""
+    seconds = point.median("worker_seconds")
+    return None if seconds is None else seconds / 3600
+
+
+def pareto_figure(experiment: Experiment, against: Literal["memory", "hours"]) -> Markup:
+    """Peak memory or the workers' hours over the objective, with the front; empty if no point has
+    both."""
+    is_memory = against == "memory"
     named = [(point, "") for point in experiment.points if point.tried]
     named += [(p, name) for name, p in experiment.references.items() if p.tried]
-    both = [(*at, p, name) for p, name in named if (at := _cost(p)) is not None]
+    both = [(*at, p, name) for p, name in named if (at := _cost(p, against)) is not None]
     if not both:
         return Markup("")
     titles: Titles = {}
+    name_of = "pareto" if is_memory else "hours"
+    unit = "MiB" if is_memory else hours_name(experiment)
+    form = ",.0f" if is_memory else ".3g"
     front = pareto_front([(x, y) for x, y, _, _ in both])
 
     def draw(figure: Figure) -> None:
@@ -109,7 +126,7 @@ def pareto_figure(experiment: Experiment) -> Markup:
         axes.step(*zip(*front, strict=True), where="post", color=EVALUATION, lw=1.4, label="front")
         for x, y, point, name in both:
             trial, is_best = point.representative, point is experiment.best
-            mark = f"pareto-{trial.index}"
+            mark = f"{name_of}-{trial.index}"
             colour = ACCENT if is_best else INK if name else TRAINING
             if (x, y) in front and not (is_best or name):
                 colour = EVALUATION
@@ -117,7 +134,7 @@ def pareto_figure(experiment: Experiment) -> Markup:
             (dot,) = axes.plot(x, y, marker, color=colour, ms=12 if is_best else 6, zorder=3)
             dot.set_gid(mark)
             label = "best" if is_best else name
-            titles[mark] = (trial.index, f"{label or trial.id}: {x:,.4g}, {y:,.0f} MiB")
+            titles[mark] = (trial.index, f"{label or trial.id}: {x:,.4g}, {y:{form}} {unit}")
             if label:
                 # Away from the nearest side, so that the text stays inside.
                 axes.annotate(
@@ -128,12 +145,12 @@ def pareto_figure(experiment: Experiment) -> Markup:
             horizontal_log_scale(axes)
         axes.margins(0.14)
         axes.set_xlabel(f"{experiment.unit} to the target (median of the seeds)")
-        axes.set_title("Peak memory, MiB")
+        axes.set_title("Peak memory, MiB" if is_memory else unit[0].upper() + unit[1:])
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
         axes.legend(loc="best")
 
-    return titled(drawn("pareto", draw, _SIZE), titles)
+    return titled(drawn(name_of, draw, _SIZE), titles)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -330,9 +347,10 @@ def _curve(
     return 1
 
 
-def _cost(point: Point) -> tuple[float, float] | None:
+def _cost(point: Point, against: str) -> tuple[float, float] | None:
     memory = point.median("peak_memory_bytes")
-    return None if memory is None or point.value is None else (point.value, memory / MIB)
+    cost = hours_of(point) if against == "hours" else None if memory is None else memory / MIB
+    return None if cost is None or point.value is None else (point.value, cost)
 
 
 def _axis(values: Sequence[Any], censored: bool) -> tuple[list[float], list[tuple[float, str]]]:

@@ -31,6 +31,8 @@ from elastic_kfac.reports.search_figures import (
     MOST_AXES,
     MOST_OTHERS,
     curves_figure,
+    hours_name,
+    hours_of,
     importance_figure,
     parallel_figure,
     pareto_figure,
@@ -41,7 +43,7 @@ from elastic_kfac.runs.summary import duration
 
 SECTIONS = {
     "result": "Result",
-    "failures": "Failed, rejected and stopped trials",
+    "failures": "Failed, rejected, shared and stopped trials",
     "best": "Configuration to use",
     "curves": "Time to accuracy",
     "pareto": "Memory against time",
@@ -62,6 +64,11 @@ _FAILURES = (
         "refused",
         "Rejected before the start",
         "Their configuration cannot run here; they cost no time.",
+    ),
+    (
+        "shared",
+        "Not trained, because another trial has the same training",
+        "Placement changes only seconds: the fastest by the model was trained.",
     ),
     ("stopped", "Stopped early", "The scheduler gave their time to better ones."),
 )
@@ -100,7 +107,9 @@ def render_search(experiment: Experiment) -> str:
         by_seconds=curves_figure(experiment, "seconds"),
         by_step=curves_figure(experiment, "step"),
         most_others=MOST_OTHERS,
-        pareto=pareto_figure(experiment),
+        pareto=pareto_figure(experiment, "memory"),
+        hours=pareto_figure(experiment, "hours"),
+        hours_name=hours_name(experiment),
         missed=sum(p.tried and p.value is None for p in experiment.points),
         parallel=parallel_figure(experiment, order[:MOST_AXES]),
         axes=order[:MOST_AXES],
@@ -113,7 +122,8 @@ def render_search(experiment: Experiment) -> str:
         reliable=RELIABLE,
         timeline=timeline_figure(experiment),
         resizes=_resizes(experiment),
-        clones=[f"{t.id} from {t.parent}" for t in experiment.trials.values() if t.parent],
+        clones=[f"{t.id} from {t.parent}" for t in _children(experiment) if not _shares(t)],
+        shared=[f"{t.id} with {t.parent}" for t in _children(experiment) if _shares(t)],
         trials=_trials(experiment),
         csv=experiment.csv if len(experiment.csv) <= LARGEST_CSV else None,
         facts=_facts(experiment),
@@ -173,7 +183,7 @@ def progress_line(experiment: Experiment) -> str:
     text = f"· {experiment.done} of {experiment.total} trials done"
     if running := experiment.trials.count("running"):
         text += f", {running} running"
-    states = ("failed", "refused", "stopped")
+    states = ("failed", "refused", "shared", "stopped")
     lost = [f"{n} {WORDS.get(s, s)}" for s in states if (n := experiment.trials.count(s))]
     return text + (f" ({', '.join(lost)})" if lost else "")
 
@@ -212,6 +222,15 @@ def _against(experiment: Experiment, value: float, name: str, point: Point) -> s
             f"{1 / ratio:.2f} times {'more steps' if is_steps else 'slower'} than {label} ({other})"
         )
     return f"no different from {label} ({other})"
+
+
+def _children(experiment: Experiment) -> list[Trial]:
+    return [trial for trial in experiment.trials.values() if trial.parent]
+
+
+def _shares(trial: Trial) -> bool:
+    """Whether a trial shares the training of its parent, instead of continuing its state."""
+    return trial.status == "shared" or trial.run_folder == f"trials/{trial.parent}"
 
 
 def _resizes(experiment: Experiment) -> list[str]:
@@ -285,6 +304,7 @@ def _point_columns(experiment: Experiment, names: Sequence[str]) -> list[Column]
         ),
         Column("steps", is_number=True, help="median of the seeds"),
         Column("CPU seconds", is_number=True, help="all processes of the trial; median"),
+        Column(hours_name(experiment), is_number=True, help="median of the seeds"),
         Column("peak memory", is_number=True, help="median of the seeds"),
     ]
 
@@ -308,6 +328,7 @@ def _point_row(
         _number(point.median("best_value"), _format(experiment)),
         _number(point.median("steps"), ",.0f"),
         _number(point.median("cpu_seconds"), ",.1f"),
+        _number(hours_of(point), ".3g"),
         Cell("–" if memory is None else f"{memory / MIB:,.0f} MiB", memory),
     ]
     return Row(cells, point.representative.index, chosen)

@@ -12,9 +12,10 @@ import pytest
 from ray import cloudpickle
 from ray.tune.search import Searcher
 
-from elastic_kfac.config import read_config
+from elastic_kfac.config import parse_config, read_config
 from elastic_kfac.data import make_shards
 from elastic_kfac.errors import RunError, UsageError
+from elastic_kfac.experiments.emulation import placed_step_seconds, trajectory
 from elastic_kfac.experiments.search_folder import (
     SearchFolder,
     claimed_search,
@@ -62,8 +63,8 @@ class Story:
         self.search = SearchFolder(folder, "story", space)
         self.trials = self.search.trials
         self.said: list[str] = []
-        plan = SearchPlan(self.search, 8, self.said.append)
-        self.record = SearchRecord(self.search, plan, _Broker(), self.said.append)
+        self.plan = SearchPlan(self.search, 8, self.said.append)
+        self.record = SearchRecord(self.search, self.plan, _Broker(), self.said.append)
 
     def point(self, number: int, damping: float) -> None:
         values = {"kfac.damping": damping, "kfac.kl_clip": None, "kfac.grad_worker_frac": "auto"}
@@ -328,7 +329,12 @@ def test_more_trials_under_the_same_name_continue(tmp_path: Path) -> None:
     base = {"data": {"shards": str(tmp_path / "digits")}}
 
     def plan_of(num_trials: int) -> tuple[SearchFolder, SearchPlan]:
-        space = make_space(base=base, searcher={"name": "random"}, num_trials=num_trials, repeats=1)
+        space = make_space(
+            base=base,
+            parameters={"kfac.damping": {"loguniform": [1e-3, 1e-1]}},
+            num_trials=num_trials,
+            repeats=1,
+        )
         search = SearchFolder(tmp_path / "story", "story", space)
         plan = SearchPlan(search, 8, print)
         plan.begin()
@@ -343,6 +349,92 @@ def test_more_trials_under_the_same_name_continue(tmp_path: Path) -> None:
     assert [t.id for t in more.trials.values() if not t.ended] == ["t002", "t003", "t004"]
     assert {name: more.trials[name].parameters for name in known} == known
     assert plan_of(2)[1].points_left() == 0
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    make_shards("digits", folder)
+    return str(folder)
+
+
+def _placement_search(folder: Path, digits: str, metric: str, **changes: Any) -> Story:
+    space = make_space(
+        base={"data": {"shards": digits}, "elastic": {"max_workers": 4}},
+        parameters={
+            "kfac.damping": {"grid": [0.01, 0.1]},
+            "kfac.grad_worker_frac": {"grid": [0.25, 1.0]},
+        },
+        objective={"target_accuracy": 0.9, "metric": metric},
+        searcher={"name": "grid"},
+        references={},
+        repeats=1,
+        **changes,
+    )
+    return Story(folder, space)
+
+
+def _begun(story: Story) -> dict[str, str]:
+    story.plan.begin()
+    return {name: trial.status for name, trial in story.trials.items()}
+
+
+def test_points_that_differ_in_placement_share_the_training_of_the_fastest(
+    tmp_path: Path, digits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {0.25: 0.002, 1.0: 0.003}
+    monkeypatch.setattr(
+        "elastic_kfac.experiments.search_plan.placed_step_seconds",
+        lambda config, ranks: seconds[config.kfac.grad_worker_frac] * (ranks == 4),
+    )
+    story = _placement_search(tmp_path / "story", digits, "train_time_to_accuracy_s")
+    assert list(_begun(story).values()) == ["pending", "shared", "pending", "shared"]
+    reason = story.trials["t001"].reason
+    assert reason == (
+        "same training as t000: kfac.grad_worker_frac changes only seconds, by the model 3 ms a step "
+        "against 2 ms"
+    )
+    assert f"t001 not trained: {reason}" in story.said
+    story.end("t000", 4.0, "target", accuracy=0.95)
+    shared = story.trials["t001"]
+    # A time that was not measured is not made up.
+    assert (shared.status, shared.value, shared.numbers["steps"]) == ("shared", None, 10.0)
+    assert story.search.best() is story.trials["t000"]
+    again = _placement_search(tmp_path / "story", digits, "train_time_to_accuracy_s")
+    assert again.plan.points_left() == 0
+    seconds[0.25] = 0.004
+    other = _placement_search(tmp_path / "other", digits, "train_time_to_accuracy_s")
+    assert list(_begun(other).values()) == ["shared", "pending", "shared", "pending"]
+
+
+def test_on_emulated_links_a_shared_training_decides_every_placement(
+    tmp_path: Path, digits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "elastic_kfac.experiments.emulation.Emulator.step_seconds",
+        lambda self, config: 0.5 * config.kfac.grad_worker_frac,
+    )
+    story = _placement_search(tmp_path / "story", digits, "emulated_time_to_accuracy_s")
+    _begun(story)
+    story.end("t000", 4.0, "target", accuracy=0.95)
+    story.end("t002", None, "budget", accuracy=0.5)
+    objectives = {name: trial.value for name, trial in story.trials.items()}
+    assert objectives == {"t000": 1.25, "t001": 5.0, "t002": None, "t003": None}
+    assert {trial.status for trial in story.trials.values()} == {"finished"}
+    assert [trial.reached for trial in story.trials.values()] == [True, True, False, False]
+
+
+def test_real_models_of_placements_find_a_difference(digits: str) -> None:
+    config = parse_config({"data": {"shards": digits}, "kfac": {"grad_worker_frac": 0.25}})
+    other = config.model_copy(
+        update={"kfac": config.kfac.model_copy(update={"grad_worker_frac": 1.0})}
+    )
+    assert trajectory(config) == trajectory(other)
+    assert trajectory(config) != trajectory(
+        config.model_copy(update={"kfac": config.kfac.model_copy(update={"damping": 0.5})})
+    )
+    assert placed_step_seconds(config, 1) == placed_step_seconds(other, 1) > 0
+    assert placed_step_seconds(config, 4) != placed_step_seconds(other, 4)
 
 
 def test_optuna_gets_more_points_and_never_fewer_than_none(story: Story) -> None:
