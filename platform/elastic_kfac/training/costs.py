@@ -34,12 +34,12 @@ Numbers = dict[str, float]
 class StepCosts:
     """Sums over the steps of one world, but its first, which warms up.
 
-    Args:
+    Attributes:
         timers: Of the parts of a step outside K-FAC.
     """
 
-    def __init__(self, timers: Timers) -> None:
-        self._timers = timers
+    def __init__(self) -> None:
+        self.timers = Timers()
         self._steps, self._elapsed = -1, 0.0
         self._seconds: Numbers = {}
         self._bytes: Numbers = {}
@@ -58,7 +58,7 @@ class StepCosts:
             self._elapsed += seconds
 
     def _spent(self, kfac: KFAC | None) -> Numbers:
-        return {**self._timers.seconds, **({} if kfac is None else kfac.seconds)}
+        return {**self.timers.seconds, **({} if kfac is None else kfac.seconds)}
 
     def row(
         self,

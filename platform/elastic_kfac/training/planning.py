@@ -12,14 +12,9 @@ from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
-import torch
-
-from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
-from elastic_kfac.config.elastic import PlanConfig
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.kfac.ahead import Work
-from elastic_kfac.kfac.calibration import shared_calibration, with_links
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.options import value_at
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
@@ -42,22 +37,6 @@ _WARM_UP = 2
 """Steps of a world whose time means nothing."""
 _KEPT = 16
 """Newest steps of each kind whose time counts."""
-
-
-def calibrate(
-    kfac: KFAC, config: PlanConfig, communicator: Communicator, device: torch.device
-) -> None:
-    """Gives K-FAC the costs of rank 0, and measures the links anew with `plan.calibrate`, and speeds with
-    `plan.unequal_shares`. Collective."""
-    if config.unequal_shares:
-        # Other ranks are at other speeds, and rank 0 may be on another kind of host.
-        method = kfac.options.method
-        kfac.calibration = shared_calibration(communicator, method, device=device, speeds=True)
-        return
-    known = communicator.broadcast_object(kfac.calibration, 0, tag="plan/calibration")
-    if config.calibrate and known is not None:
-        known = with_links(known, communicator, device=device)
-    kfac.calibration = known
 
 
 class PlanReview:

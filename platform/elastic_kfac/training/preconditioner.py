@@ -1,4 +1,4 @@
-"""Builds the preconditioner that a configuration asks for."""
+"""Builds the preconditioner that a configuration asks for, and renews what it is planned from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
+from elastic_kfac.config.elastic import PlanConfig
 
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
@@ -50,3 +51,21 @@ def make_preconditioner(
         calibration=calibration,
         **changes,
     )
+
+
+def calibrate(
+    kfac: KFAC, config: PlanConfig, communicator: Communicator, device: torch.device
+) -> None:
+    """Gives K-FAC the costs of rank 0, and measures the links anew with `plan.calibrate`, and speeds with
+    `plan.unequal_shares`. Collective."""
+    from elastic_kfac.kfac.calibration import shared_calibration, with_links
+
+    if config.unequal_shares:
+        # Other ranks are at other speeds, and rank 0 may be on another kind of host.
+        method = kfac.options.method
+        kfac.calibration = shared_calibration(communicator, method, device=device, speeds=True)
+        return
+    known = communicator.broadcast_object(kfac.calibration, 0, tag="plan/calibration")
+    if config.calibrate and known is not None:
+        known = with_links(known, communicator, device=device)
+    kfac.calibration = known

@@ -19,7 +19,6 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import NumericalError
-from elastic_kfac.kfac.timers import Timers
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
     Progress,
@@ -34,8 +33,7 @@ from elastic_kfac.training.callbacks import Callback, Point
 from elastic_kfac.training.costs import StepCosts
 from elastic_kfac.training.first_order import RateControl, Rates
 from elastic_kfac.training.identity import check_identity
-from elastic_kfac.training.planning import calibrate
-from elastic_kfac.training.preconditioner import make_preconditioner
+from elastic_kfac.training.preconditioner import calibrate, make_preconditioner
 from elastic_kfac.training.sync.synchronisation import Span, Totals
 
 
@@ -77,8 +75,7 @@ class StepTrainer:
         self.rates = RateControl(config)
         self.ledger = Ledger()
         self.progress = Progress()
-        self.timers = Timers()
-        self.costs = StepCosts(self.timers)
+        self.costs = StepCosts()
         self._zero: float | None = None
         """When the wall time was 0 on the clock of this process; None before it is known."""
         self.communicator = communicator
@@ -128,21 +125,21 @@ class StepTrainer:
         self.callback.on_point("step_begin", number)
         span = self._next_span()
         try:
-            with self.timers("data"):
+            with self.costs.timers("data"):
                 samples, data_wait_s = self._read(span)
 
             divisor = self.sync.loss_divisor(span.count)
             loss_scale = self.scaler.scale / divisor
             adapts = self.kfac is not None and self.kfac.reduction_due()
             self._parts.passes.record(adapts)
-            with self.timers("passes"):
+            with self.costs.timers("passes"):
                 local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
             self.callback.on_point("backward_done", number)
 
             if self.sync.carries_statistics:
                 self._on_phase("factor_exchange")
             local = replace(local, stop=int(stop), snapshot=int(snapshot))
-            with self.timers("gradients"):
+            with self.costs.timers("gradients"):
                 totals = self.sync.reduce(local, span.step)
             self.callback.on_point("gradients_exchanged", number)
 
@@ -231,7 +228,7 @@ class StepTrainer:
             self.kfac.step(samples, loss_scale, statistics=self.sync.statistics)
         self.is_committed = False
         if self.kfac is None or not self.kfac.updates_weights:
-            with self.timers("optimizer"):
+            with self.costs.timers("optimizer"):
                 self.optimizer.step()
         if self._parts.rescaling is not None:
             self._parts.rescaling.apply()
