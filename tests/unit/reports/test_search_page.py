@@ -31,7 +31,7 @@ from support.search_folders import BEGAN, HOSTILE, PARAMETERS, TARGET, row, rows
 VOID = {"meta", "link", "br", "input"}
 ORDER = (
     "Result",
-    "Failed, rejected and stopped trials",
+    "Failed, rejected, shared and stopped trials",
     "Configuration to use",
     "Time to accuracy",
     "Memory against time",
@@ -138,7 +138,7 @@ def test_page_is_well_formed_and_can_load_nothing(page: Page, text: str) -> None
     assert not re.findall(r"url\((?!#)|@import", text)
     assert "default-src 'none'" in text
     images = [name for tag, name, _ in page.attributes if tag == "svg"]
-    assert images.count("aria-label") == images.count("role") == text.count("<svg") == 6
+    assert images.count("aria-label") == images.count("role") == text.count("<svg") == 7
 
 
 def test_page_ids_and_figures_are_valid(page: Page, text: str) -> None:
