@@ -83,7 +83,10 @@ class StepCosts:
             "step_s": self._elapsed / self._steps,
             "seconds": seconds,
             "bytes": {n: sum(b[n] for b in bytes_) / len(bytes_) for n in own},
-            "memory": {name: max(m[name] for m in memory) for name in memory[0]},
+            "memory": {
+                name: max(part.get(name, 0.0) for part in memory)
+                for name in sorted({name for part in memory for name in part})
+            },
             "model": {} if kfac is None else _model(kfac, parameter_elements),
         }
 

@@ -165,10 +165,13 @@ class Retuning:
             details["predicted_gain"] = 1 - after / before
             texts.append(
                 f"statistics every {best[0]} and decompositions every {best[1]} steps take "
-                f"{cost.refresh(best) / after:.0%} of a step instead of "
-                f"{cost.refresh(current) / before:.0%} (every {current[0]} and {current[1]}): "
-                f"{after * 1e3:.3g} ms a step instead of {before * 1e3:.3g} ms"
+                f"{cost.refresh(best) / after:.0%} of a step"
             )
+            if best != current:
+                texts[-1] += (
+                    f" instead of {cost.refresh(current) / before:.0%} (every {current[0]} and "
+                    f"{current[1]}): {after * 1e3:.3g} ms a step instead of {before * 1e3:.3g} ms"
+                )
         else:
             texts.append("intervals follow their schedule")
         if isinstance(given.damping, float):
