@@ -11,14 +11,12 @@ stays sees it; for a kill also from the signal on. Steps that a kill interrupted
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import platform
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -97,12 +95,9 @@ class StopKey:
 def member(slot: int, port: int, folder: str, model: str) -> None:
     """Body of a process: a founder at once, a newcomer when it is asked."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     torch.set_num_threads(1)
-    from support.departure import Departed, DepartingMembership
-
     store = dist.TCPStore("127.0.0.1", port, None, False)
-    membership = DepartingMembership(store, slot)
+    membership = Membership(store, slot)
     config = parse_config(
         {
             "model": {"name": model},
@@ -127,15 +122,14 @@ def member(slot: int, port: int, folder: str, model: str) -> None:
         if store.check(["stop"]):
             return
         time.sleep(0.02)
-    with contextlib.suppress(Departed):
-        run_member(
-            config,
-            membership,
-            store=CheckpointStore(f"{folder}/checkpoints"),
-            callback=Commits(RunFolder(Path(folder, "run"))),
-            control=StopKey(store),
-            datasets=Datasets(RandomDataset(), None),
-        )
+    run_member(
+        config,
+        membership,
+        store=CheckpointStore(f"{folder}/checkpoints"),
+        callback=Commits(RunFolder(Path(folder, "run"))),
+        control=StopKey(store),
+        datasets=Datasets(RandomDataset(), None),
+    )
 
 
 class Members:

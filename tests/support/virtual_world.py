@@ -18,8 +18,9 @@ from greenlet import getcurrent, greenlet
 
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training import membership as protocol
-from elastic_kfac.training.membership import Membership, World
-from support.departure import Departed, DepartingMembership
+from elastic_kfac.training.membership import Departed, Membership, World
+
+SUPERVISOR = -2
 
 LIMIT_S = 3600.0
 """Virtual time after which a schedule hangs."""
@@ -137,6 +138,8 @@ class Schedule:
     deaths: dict[int, float]
     leaves: dict[int, float]
     steps: int
+    notices_after_s: float | None = None
+    """When the supervisor of the processes hears of a death; None without a supervisor."""
 
     @classmethod
     def draw(cls, seed: int) -> Schedule:
@@ -150,7 +153,8 @@ class Schedule:
         joins = {slot: pick.uniform(0, 4) for slot in joiners}
         deaths = {s: joins.get(s, 0.0) + pick.uniform(0, 4) for s in mortal if pick.random() < 0.5}
         leaves = {s: pick.uniform(0, 4) for s in mortal if s not in deaths and pick.random() < 0.2}
-        return cls(founders, joins, deaths, leaves, pick.randint(5, 40))
+        notices_after_s = pick.uniform(0, 0.5) if pick.random() < 0.7 else None
+        return cls(founders, joins, deaths, leaves, pick.randint(5, 40), notices_after_s)
 
 
 @dataclass
@@ -164,6 +168,9 @@ class Played:
     newest: int = 0
     restored: list[tuple[int, int]] = field(default_factory=list)
     """(generation, step) that each world began with."""
+    longest_gap_s: float = 0.0
+    """Virtual time between two commits, whoever made them."""
+    committed_at: float | None = None
 
 
 @contextmanager
@@ -205,7 +212,7 @@ def play(seed: int, schedule: Schedule) -> Played:
                 if played.finished:
                     raise CommunicationError("the run is over")
 
-            mine = DepartingMembership(
+            mine = Membership(
                 store,  # type: ignore[arg-type]
                 slot,
                 settle_s=0.3,
@@ -214,6 +221,17 @@ def play(seed: int, schedule: Schedule) -> Played:
             )
             _Member(slot, mine, clock, groups, schedule, played).run()
 
+        def supervisor() -> None:
+            dead = dict(schedule.deaths)
+            while dead and not played.finished:
+                for slot, at in list(dead.items()):
+                    if clock.now > at + (schedule.notices_after_s or 0.0):
+                        Membership.bury(store, slot)  # type: ignore[arg-type]
+                        del dead[slot]
+                clock.sleep(0.02)
+
+        if schedule.notices_after_s is not None:
+            clock.spawn(SUPERVISOR, supervisor, at=0.0, dies_at=float("inf"))
         for slot in (*schedule.founders, *schedule.joins):
             begin = schedule.joins.get(slot, 0.0)
             # The founder of the store is a safe node, not a member: it must not die before that.
@@ -229,7 +247,7 @@ class _Member:
     def __init__(
         self,
         slot: int,
-        membership: DepartingMembership,
+        membership: Membership,
         clock: Clock,
         groups: dict[int, Group],
         schedule: Schedule,
@@ -265,6 +283,8 @@ class _Member:
                 return
 
     def _train(self, world: World, group: Group) -> bool:
+        self.membership.await_members(world)
+        self._connect(group)
         states = self._exchange(group, "state", 0, self.state)
         self.state = max(states.values(), key=len)
         self.played.restored.append((world.generation, len(self.state)))
@@ -276,12 +296,29 @@ class _Member:
             self.clock.sleep(self.clock.random.uniform(0.01, 0.1))
             flags = self._exchange(group, "step", step, wants)
             self.state = (*self.state, step)
-            self.played.commits.append((world.generation, step, self.slot))
+            self._commit(world.generation, step)
             if any(flags.values()):
                 self._exchange(group, "end", step, None)
                 return False
         self._exchange(group, "end", len(self.state), None)
         return True
+
+    def _connect(self, group: Group) -> None:
+        # The rendezvous waits for everybody, dead or alive.
+        here = group.arrived.setdefault(("connect", 0), {})
+        here[self.slot] = None
+        deadline = self.clock.now + protocol.CONNECT_S
+        while len(here) < len(group.members):
+            if self.clock.now > deadline:
+                raise CommunicationError("the members did not connect in time")
+            self.clock.sleep(0.01)
+
+    def _commit(self, generation: int, step: int) -> None:
+        played, now = self.played, self.clock.now
+        played.commits.append((generation, step, self.slot))
+        if played.committed_at is not None:
+            played.longest_gap_s = max(played.longest_gap_s, now - played.committed_at)
+        played.committed_at = now
 
     def _exchange(self, group: Group, tag: str, step: int, value: Any) -> dict[int, Any]:
         here = group.arrived.setdefault((tag, step), {})

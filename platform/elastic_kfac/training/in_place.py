@@ -20,7 +20,7 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
-from elastic_kfac.training.membership import Membership, leave
+from elastic_kfac.training.membership import Departed, Membership, leave
 from elastic_kfac.training.rank import RankTrainer
 
 _CHANGE = "the world changes"
@@ -38,6 +38,8 @@ def run_member(
     repeat_rows: bool = False,
 ) -> Outcome:
     """Trains as a member of a world that changes, until the run ends or drains.
+
+    A member that leaves (`Membership.leave_at_next_boundary`) returns with the status `left`.
 
     Every member passes its own `store` and `callback`, since any of them may become rank 0; all stores
     write to the same place. With `repeat_rows` a new rank 0 reports the newest rows again, in case the
@@ -80,7 +82,10 @@ def run_member(
                 return outcome
             trainer.leave()
             leave()
-            world = membership.next_world(world)
+            try:
+                world = membership.next_world(world)
+            except Departed:
+                return loop.departed()
     finally:
         leave()
         gc.unfreeze()

@@ -35,7 +35,8 @@ from elastic_kfac.training.step import StepResult
 class Outcome:
     """Result of `run_rank`; equal on all ranks except for clocks."""
 
-    status: Literal["finished", "parked"]
+    status: Literal["finished", "parked", "left"]
+    """`left`: the others continue without this rank."""
     reasons: tuple[str, ...]
     """The distinct stop reasons of the ranks' controls."""
     progress: Progress
@@ -322,6 +323,12 @@ class RunLoop:
             world_sizes=tuple(trainer.ledger.world_sizes()),
             metric=trainer.metric,
         )
+
+    def departed(self) -> Outcome:
+        """The outcome of a rank that leaves the others."""
+        trainer = self._trainer
+        sizes = tuple(trainer.ledger.world_sizes())
+        return Outcome("left", (), trainer.progress, trainer.fractional_epoch, "", sizes)
 
     def _report_step(self, result: StepResult) -> None:
         self._last_step_time_s = result.step_time_s

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from elastic_kfac.errors import CommunicationError
 from elastic_kfac.runs.audit import audit_rows
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.state.state import TrainingState
 from elastic_kfac.training.callbacks import Callbacks, KeepGoing, Point
 from elastic_kfac.training.in_place import run_member
-from elastic_kfac.training.membership import Membership
-from support.departure import Departed, DepartingMembership
+from elastic_kfac.training.membership import Membership, World, regroup
 from support.faults import Faults
 from support.gloo import disband, run_ranks
 from support.reproducible_problems import REPRODUCIBLE, final_sha256, play_schedules
@@ -42,10 +42,19 @@ REPRODUCIBLE_SCRIPTS: dict[str, Script] = {
 EVERY_STEP = {"elastic.snapshot_interval_s": 1e-9}
 
 
-def member(folder: str, script: Script) -> Seen:
+class DiesBeforeTheRendezvous(Membership):
+    """Of a process that dies once the plan counts on it; whoever supervises it says so."""
+
+    def await_members(self, world: World) -> None:
+        self.bury(self._groups, self._slot)
+        os._exit(1)
+
+
+def member(folder: str, script: Script, dying: int = -1) -> Seen:
     slot = dist.get_rank()
     store = disband()
-    membership = DepartingMembership(store, slot, settle_s=2, timeout_s=60)
+    kind = DiesBeforeTheRendezvous if slot == dying else Membership
+    membership = kind(store, slot, settle_s=2, timeout_s=60)
     if slot == min(script.founders):
         Membership.found(store, script.founders)
     store.wait(["membership/generation"])
@@ -68,15 +77,14 @@ def member(folder: str, script: Script) -> Seen:
     if slot in script.joins:
         while not store.check(["reached"]) or int(store.get("reached")) < script.joins[slot]:
             time.sleep(0.005)
-    with contextlib.suppress(Departed):
-        seen.outcome = run_member(
-            small_config({**EVERY_STEP, **script.changes}),
-            membership,
-            store=CheckpointStore(folder),
-            callback=Callbacks(faults, AtPoints(at_point), recorded),
-            control=KeepGoing(),
-            datasets=memory_datasets(),
-        )
+    seen.outcome = run_member(
+        small_config({**EVERY_STEP, **script.changes}),
+        membership,
+        store=CheckpointStore(folder),
+        callback=Callbacks(faults, AtPoints(at_point), recorded),
+        control=KeepGoing(),
+        datasets=memory_datasets(),
+    )
     seen.rewinds = recorded.rewinds
     seen.continued = [
         (row["world_size"], row["way"], row["moved_bytes"])
@@ -86,9 +94,17 @@ def member(folder: str, script: Script) -> Seen:
     return seen
 
 
-def play(folder: Path, world_size: int, script: Script) -> tuple[list[Seen], TrainingState]:
+def play(
+    folder: Path, world_size: int, script: Script, dying: int = -1
+) -> tuple[list[Seen], TrainingState]:
     seen = run_ranks(
-        world_size, member, str(folder), script, expect_death=tuple(script.kills), timeout_s=200
+        world_size,
+        member,
+        str(folder),
+        script,
+        dying,
+        expect_death=(*script.kills, *([dying] if dying >= 0 else [])),
+        timeout_s=200,
     )
     state = CheckpointStore(folder).load_latest()
     assert state is not None
@@ -242,7 +258,8 @@ def test_departure_and_newcomer_end_as_one_process_without_a_step_redone(
     (_, shrunk, grown) = [(1, "", 0), *seen[0].continued]
     assert shrunk == (1, "resize", 0)
     assert grown == (2, "resize", sum(t.nbytes for t in state.tensors.values()))
-    assert seen[1].outcome is None and seen[1].steps == [1, 2, 3, 4, 5]
+    assert seen[1].outcome is not None and seen[1].outcome.status == "left"
+    assert seen[1].steps == [1, 2, 3, 4, 5]
     outcomes = [seen[0].outcome, seen[2].outcome]
     assert {o.state_sha256 for o in outcomes if o is not None} == {state.sha256()}
 
@@ -274,3 +291,29 @@ def test_newcomer_into_a_world_of_one_receives_the_state_of_a_peer_not_of_a_file
     assert seen[0].continued == [(2, "resize", size)]
     # Asked after step 3 was committed, admitted at the boundary of step 4.
     assert seen[1].steps == list(range(5, 13))
+
+
+def test_newcomer_that_dies_before_the_rendezvous_is_left_out_of_the_next_world(
+    tmp_path: Path,
+) -> None:
+    # Its place is taken over by the next newcomer: nobody's group has been spoilt meanwhile.
+    script = Script((0, 1), KFAC, joins={2: 3, 3: 7})
+    seen, state = play(tmp_path / "run", 4, script, dying=2)
+    assert state.ledger.world_sizes == (2, 3)
+    assert seen[0].steps == seen[1].steps == list(range(1, 13))
+    assert [size for size, _, _ in seen[0].continued] == [2, 3]
+
+
+def joins_after_a_failure() -> float:
+    rank, store = dist.get_rank(), disband()
+    if rank == 0:
+        with pytest.raises(CommunicationError, match="could not join generation 1"):
+            regroup(1, 0, 2, store, connect_s=0.2)
+        store.set("failed", "")
+    store.wait(["failed"])
+    communicator = regroup(2, rank, 2, store, connect_s=20.0)
+    return sum(communicator.all_gather_object(1.0 + rank, tag="test"))
+
+
+def test_process_joins_a_group_after_it_failed_to_join_another_one() -> None:
+    assert run_ranks(2, joins_after_a_failure) == [3.0, 3.0]
