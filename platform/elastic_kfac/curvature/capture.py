@@ -312,6 +312,11 @@ class Capture:
         number of calls and of their samples."""
         return self._recorder.joined
 
+    @property
+    def divides(self) -> bool:
+        """Whether several passes before a step divided their losses by a number."""
+        return self._recorder.divides
+
     def drop(self) -> None:
         """Discards what was recorded."""
         self._recorder.clear()

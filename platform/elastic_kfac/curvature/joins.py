@@ -1,15 +1,16 @@
-"""Whether the outputs of several forward calls meet in one mean loss, read off a backward pass.
+"""How the losses of several forward calls are put together, read off the graph of a backward pass.
 
 A mean loss over samples multiplies each by one over their number. Whose number that is shows where the
 outputs meet: a sum of losses leaves every call its own mean; a loss of concatenated outputs, or a sum of
-losses that is divided, is one mean over all of them.
+losses that is divided, is one mean over all of them. So are losses that are divided and propagated one
+after the other.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,10 +30,17 @@ def output_nodes(output: Any) -> frozenset[int]:
     )
 
 
-def meeting_place(calls: Sequence[Collection[int]]) -> str:
-    """Where the outputs of several calls meet in one mean, by names of nodes; empty if they do not.
+class Joined(NamedTuple):
+    """What the graph of a backward pass shows about the calls that it goes through."""
 
-    Call it in a backward pass.
+    place: str
+    """Where the outputs of several calls meet in one mean, by names of nodes; empty if they do not."""
+    is_divided: bool
+    """Whether a loss is divided by a number."""
+
+
+def look(calls: Sequence[Collection[int]]) -> Joined:
+    """Looks at the graph of the backward pass that is running.
 
     Args:
         calls: `output_nodes` of each.
@@ -60,7 +68,11 @@ def meeting_place(calls: Sequence[Collection[int]]) -> str:
     met = {node.name() for node in common if node.name() in _SCALING and _is_number(node)}
     if names & _JOINING:
         met |= names - _ADDING
-    return ", ".join(sorted(name.removesuffix("Backward0") for name in met))
+    divided = any(
+        bits and node.name() == "DivBackward0" and _is_number(node)
+        for node, bits in reached.items()
+    )
+    return Joined(", ".join(sorted(name.removesuffix("Backward0") for name in met)), divided)
 
 
 def _is_number(node: Node) -> bool:

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from elastic_kfac.curvature.dtensors import any_nonzero, is_sharded
 from elastic_kfac.curvature.hooks import Activity, registry
-from elastic_kfac.curvature.joins import meeting_place, output_nodes
+from elastic_kfac.curvature.joins import look, output_nodes
 
 TORCH_INTERNALS = (
     "torch._C._current_graph_task_id",
@@ -381,6 +381,8 @@ class Recorder:
         """Sites whose first statistics are still to be checked, and how often that is tried."""
         self.joined: tuple[str, int, int] | None = None
         """Where the outputs of several calls met in one mean, how many calls, and of how many samples."""
+        self.divides = False
+        """Whether several passes before a step divided their losses by a number."""
         self._join_tries = JOIN_TRIES
         registry.install()
         registry.roots.setdefault(id(root), []).append(weakref.ref(self))
@@ -583,19 +585,24 @@ class Recorder:
         if weights is None:
             weights = self._reached[task] = []
             torch.autograd.graph.queue_callback(lambda: self._ended(task))
-            self._look_for_joins()
         weights.append(weight)
         if weight.was_touched():
             self._reset_zeroed()
+        if len(weights) == 1:
+            self._look_at_graph(is_further=weight.committed)
 
-    def _look_for_joins(self) -> None:
+    def _look_at_graph(self, *, is_further: bool) -> None:
+        """Notes how the losses of several calls are put together; `is_further` passes add to others."""
         calls = [batch for batch in self._opened if batch.nodes]
-        if len(calls) > 1 and self._join_tries:
-            self._join_tries -= 1
-            place = meeting_place([batch.nodes for batch in calls])
-            if place:
-                self.joined = place, len(calls), sum(batch.size for batch in calls)
-                self._join_tries = 0
+        if not calls or not self._join_tries or not (is_further or len(calls) > 1):
+            return
+        self._join_tries -= 1
+        found = look([batch.nodes for batch in calls])
+        self.divides = self.divides or (is_further and found.is_divided)
+        if found.place:
+            self.joined = found.place, len(calls), sum(batch.size for batch in calls)
+        if found.place or self.divides:
+            self._join_tries = 0
 
     def _ended(self, task: int) -> None:
         for weight in self._reached.get(task, ()):

@@ -442,4 +442,4 @@ def kl_clip_scale(divergence: Number, kl_clip: float) -> Number:
         kl_clip: κ.
     """
     # Nothing to bound is nothing to scale, with κ = 0, too.
-    return or_zero(within(root(divided(kl_clip or 1.0, divergence)), 0.0, 1.0))
+    return or_zero(within(root(divided(1.0, divergence) * (kl_clip or 1.0)), 0.0, 1.0))

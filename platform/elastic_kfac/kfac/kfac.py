@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -56,6 +57,8 @@ from elastic_kfac.kfac.refresh import make_refresh
 from elastic_kfac.kfac.resize import ResizeReport
 from elastic_kfac.kfac.state import leave, load, memory_usage, move_to, put, save
 from elastic_kfac.kfac.statistics import (
+    AGAIN,
+    DIVIDED,
     JOINED,
     POSITIONS,
     UNFOLLOWED,
@@ -152,6 +155,8 @@ class KFAC:
         self._awaits_group = process_group is None
         """Whether a default process group that is made later is to be joined."""
         self._build(as_communicator(process_group))
+        self._left: list[tuple[nn.Parameter, weakref.ref[Tensor], int]] = []
+        """Weights, and their gradients as the last step left them."""
         self._last_damping = self.damping
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
@@ -269,6 +274,7 @@ class KFAC:
         if not self._gradients_are_usable(parameters):
             self.skip_step()
             return
+        self._warnings.once("again", self._are_untouched(), AGAIN)
         self._last_damping = self.damping
         with self.timers("factors"):
             due = self.factors_due()
@@ -291,6 +297,7 @@ class KFAC:
             self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
         self.counters["steps"] += 1
+        self._leave_mark()
         self._arm()
 
     def _update_factors(self, statistics: Statistics | None) -> set[int]:
@@ -465,11 +472,12 @@ class KFAC:
             loss_scale = 1.0
         if loss_scale is num_samples is None and self.options.loss_reduction is None:
             self._warnings.once("positions", self._capture.has_positions, POSITIONS)
-        joined = self._capture.joined
-        if joined is not None and loss_scale is None and self.accumulation_steps == 1:
-            place, calls, samples = joined
-            text = JOINED.format(place=place, calls=calls, samples=samples)
-            self._warnings.once("joined", place != "Mul" or self.grad_scaler is None, text)
+        if loss_scale is None and self.accumulation_steps == 1 and not self.sums_gradients:
+            self._warnings.once("divided", self._capture.divides, DIVIDED)
+            if (joined := self._capture.joined) is not None:
+                place, calls, samples = joined
+                text = JOINED.format(place=place, calls=calls, samples=samples)
+                self._warnings.once("joined", place != "Mul" or self.grad_scaler is None, text)
         extra = (
             1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
         )
@@ -539,6 +547,20 @@ class KFAC:
             n = int(mask.sum()) if positions or mask.dim() == 1 else mask.shape[axis]
         return self._capture.micro_batch(
             Batch(0 if n is None else n, axis, mask, scale, is_given=n is not None)
+        )
+
+    def _leave_mark(self) -> None:
+        """Notes the gradients of the first and the last layer that have one."""
+        weights = (self.layers[i].parameters[0] for i in {0, len(self.layers) - 1})
+        self._left = [
+            (w, weakref.ref(w.grad), w.grad._version) for w in weights if w.grad is not None
+        ]
+
+    def _are_untouched(self) -> bool:
+        """Whether gradients are those that the last step left."""
+        return bool(self._left) and all(
+            w.grad is not None and seen() is w.grad and w.grad._version == version
+            for w, seen, version in self._left
         )
 
     def _arm(self) -> None:

@@ -24,6 +24,14 @@ JOINED = (
     "mean per call; if it is one mean, pass loss_scale_per_sample, what one sample's loss is "
     "multiplied by (1/{samples} for all samples of the calls)"
 )
+DIVIDED = (
+    "several backward passes before a step divide their losses, and KFAC takes each for a mean loss of "
+    "its own; if the step is about their mean, pass accumulation_steps, the number of passes"
+)
+AGAIN = (
+    "step() was called again without a backward pass in between: gradients that are preconditioned "
+    "already were preconditioned once more; call it once, before optimizer.step()"
+)
 UNFOLLOWED = (
     "the model has changed; with tree=True (reproducible mode) K-FAC keeps to the layers that it was "
     "built with: build another KFAC over the model to cover those that are new"

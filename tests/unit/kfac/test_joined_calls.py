@@ -80,6 +80,39 @@ def test_passes_one_after_the_other_do_not_meet() -> None:
     assert _warned(loss, passes=2, accumulation_steps=2) == []
 
 
+@pytest.mark.parametrize(
+    ("divisor", "zeroes", "named"), [(2, False, True), (1, False, False), (2, True, False)]
+)
+def test_divided_passes_are_named_unless_their_number_is_given(
+    divisor: int, zeroes: bool, named: bool
+) -> None:
+    def loss(model: nn.Module) -> Tensor:
+        if zeroes:
+            model.zero_grad()
+        value = F.cross_entropy(model(X), Y)
+        return value / divisor if divisor > 1 else value
+
+    texts = _warned(loss, passes=2)
+    assert ["pass accumulation_steps" in text for text in texts] == [True] * named
+    assert _warned(loss, passes=2, accumulation_steps=2) == []
+
+
+def test_a_second_step_on_the_same_gradients_is_named_once() -> None:
+    model = mlp()
+    kfac = KFAC(model)
+    F.cross_entropy(model(X), Y).backward()
+    kfac.step()
+    with pytest.warns(UserWarning, match="called again without a backward pass"):
+        kfac.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for zeroes in (True, False):
+            if zeroes:
+                model.zero_grad()
+            F.cross_entropy(model(X), Y).backward()
+            kfac.step()
+
+
 def test_one_mean_with_its_scale_is_that_of_one_call() -> None:
     one, two = mlp(), mlp()
     whole, joined = KFAC(one), KFAC(two, loss_scale_per_sample=1 / 8)
