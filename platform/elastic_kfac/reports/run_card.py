@@ -69,7 +69,7 @@ def _cost_table(size: int, event: Row) -> Table:
         row = _cost_row("held: factors and decompositions", both, expected_bytes, 2.0**20, "MiB")
         rows.append([*row, ""])
     for name, value in memory.items():
-        if name in ("total", "factors", "second_order"):
+        if name in ("total", "factors", "second_order") or not value:
             continue
         title = _MEMORY.get(name, name)
         text = title if "peak" in name else f"held: {title}"
@@ -144,7 +144,7 @@ def batch_figure(run: Run) -> Markup:
     def draw(figure: Figure) -> bool:
         names = ("global_batch_size", "wanted_workers", "world_size")
         points = {name: _by_epoch(run, name) for name in names}
-        # The last batch of an epoch may be smaller than the others.
+        points["global_batch_size"] = _without_remainders(points["global_batch_size"])
         sizes = {y for _, y in points["global_batch_size"]}
         grows = run.config.get("batch", {}).get("policy", "constant") != "constant"
         if not points["wanted_workers"] and not (grows and len(sizes) > 1):
@@ -196,6 +196,17 @@ def robustness_figure(run: Run) -> Markup:
         return True
 
     return drawn("robustness", draw, _HALF)
+
+
+def _without_remainders(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Without the last batches of epochs, which are smaller than those before and after."""
+    kept: list[tuple[float, float]] = []
+    for place, (epoch, size) in enumerate(points):
+        after = points[place + 1][1] if place + 1 < len(points) else size
+        last = place + 1 == len(points)
+        if not (kept and size < kept[-1][1] and (last or size < after)):
+            kept.append((epoch, size))
+    return kept
 
 
 def _by_epoch(run: Run, name: str) -> list[tuple[float, float]]:
