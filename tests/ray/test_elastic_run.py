@@ -99,6 +99,21 @@ def test_run_interrupted_ends_parked_and_the_same_name_continues(story: Story) -
     assert story.finished.values["best_accuracy"] >= 0.9
 
 
+def test_run_with_decompositions_on_a_free_cpu_has_the_hash_of_one_without(
+    run: Run, config: Make, tmp_path: Path
+) -> None:
+    changes = [("elastic.max_workers", 1), ("kfac.stagger", True), ("kfac.factor_update_steps", 4)]
+    base = apply_overrides(config(4).model_dump(mode="json"), changes)
+    alone = train_in_process(
+        parse_config(base), name="alone", storage=str(tmp_path), progress=Display()
+    )
+    values = apply_overrides(base, [("plan.decomposers", 1)])
+    result = run(parse_config(values), tmp_path / "run")
+    assert result.values["final_state_sha256"] == alone.values["final_state_sha256"]
+    [costs] = [row for row in RunFolder(tmp_path / "run").events() if row["kind"] == "costs"]
+    assert costs["decomposed_elsewhere"] > 0
+
+
 def test_run_workers_killed_recovers_each_time(run: Run, config: Make, tmp_path: Path) -> None:
     recovered: list[Any] = []
 

@@ -91,6 +91,11 @@ class PlanConfig(Section):
     calibrate: bool = False
     """Measure this kind of host (about 1 s, kept in the user's cache) and the links between workers at
     every start and resize, instead of planning with stored figures."""
+    decomposers: Annotated[int, Field(ge=0)] = 0
+    """Processes per worker, one CPU each, that compute large decompositions while the worker trains:
+    actors on CPUs that are free under Ray, processes of this host with `--local`. Results are used in
+    the fixed later step that `kfac.stagger` gives them, and are those of a run without; while no CPU is
+    free, the worker computes them itself."""
     unequal_shares: bool = False
     """Give workers on faster kinds of hosts more samples of each batch, and more decompositions, in
     proportion to what `plan.calibrate` measures there; hosts of one kind count as equally fast. The mean

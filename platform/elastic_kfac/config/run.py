@@ -104,6 +104,7 @@ _NEEDS = {
     "batch.policy=gg": "optimizer.lr_schedule=step optimizer.decay_epochs",
     "batch.policy=fb": "optimizer.warmup_epochs=0",  # it has batch.warmup_epochs
     "batch.policy=abs": "adversarial.attack=none",
+    "plan.decomposers>0": "kfac.enabled=true kfac.stagger=true elastic.in_place=false",
     "plan.unequal_shares=true": "plan.calibrate=true kfac.enabled=true",
     "plan.retune=true": "kfac.enabled=true kfac.refresh=fixed elastic.reproducible=false",
     "batch.eigenvalue=kfac": "kfac.method!=one_sided",
@@ -174,6 +175,15 @@ def _largest_shard(config: Config) -> int:
     return -(-config.train.global_batch_size // config.elastic.logical_shards)
 
 
+def _has_no_time_between(config: Config) -> bool:
+    factor_steps, inverse_steps = config.kfac.factor_update_steps, config.kfac.inverse_update_steps
+    if not config.plan.decomposers or not (
+        isinstance(factor_steps, int) and isinstance(inverse_steps, int)
+    ):
+        return False
+    return factor_steps == 1 or bool(inverse_steps % factor_steps)
+
+
 def _stages_fall(config: Config) -> bool:
     epochs = [epoch for epoch, _ in config.batch.stages]
     sizes = [config.train.global_batch_size, *(size for _, size in config.batch.stages)]
@@ -192,6 +202,13 @@ def _leaves_the_data(config: Config) -> bool:
 
 
 _ORDER = (
+    Rule(
+        "plan.decomposers needs statistics in some steps only, and decompositions in some of those: "
+        "kfac.factor_update_steps of 2 or more that divides kfac.inverse_update_steps",
+        ("plan.decomposers", "kfac.factor_update_steps", "kfac.inverse_update_steps"),
+        _has_no_time_between,
+        "raise kfac.factor_update_steps, or set plan.decomposers=0",
+    ),
     Rule(
         "train.target_accuracy is short for train.target",
         ("train.target_accuracy", "train.target"),

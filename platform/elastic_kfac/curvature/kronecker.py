@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Self
 
@@ -220,6 +220,10 @@ class KroneckerLayer(Layer):
         if self.options.factor_scale == "kaisa":
             return {"A": rows, "G": rows}
         return {"A": samples, "G": rows}
+
+    @property
+    def decomposer(self) -> Callable[..., dict[str, Tensor]]:
+        return self._form.decompose
 
     def decompose(
         self,

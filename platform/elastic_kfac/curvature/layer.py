@@ -8,7 +8,7 @@ How sums and states travel between processes is not its business.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -237,6 +237,11 @@ class Layer(ABC):
         return torch.eye(shape[-1], dtype=self.dtype, device=self.device).expand(shape)
 
     # -- curvature ------------------------------------------------------------------------------
+
+    @property
+    def decomposer(self) -> Callable[..., dict[str, Tensor]] | None:
+        """`decompose` without the module, for another process; None where there is no such thing."""
+        return None
 
     @abstractmethod
     def decompose(

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
@@ -150,6 +151,7 @@ class KFAC:
         self._warnings = WarnOnce()
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
+        self._pool: Executor | None = None
         self._new: set[str] = set()
         """Layers whose first statistics are due at once."""
         self._awaits_group = process_group is None
@@ -188,6 +190,7 @@ class KFAC:
             self._warnings.once(text, bool(tables), text)
         self._continuing = [i for i, layer in enumerate(self.layers) if layer.continues]
         self.refresh = make_refresh(self.layers, self.options)
+        self.refresh.ahead.pool = self._pool
         self.distribution = make_distribution(
             (self.layers, communicator, self.options, self.calibration),
             model=self._model,
@@ -752,6 +755,15 @@ class KFAC:
         assert self.damping_rule is not None
         return self.damping_rule.update(actual_change, self.predicted_change())
 
+    def decompose_in(self, pool: Executor | None) -> None:
+        """Where large decompositions are computed between the statistics and the step that uses them,
+        with `stagger`: any `concurrent.futures.Executor` over processes, a thread with None.
+
+        The results are those of the step itself; only where they are computed changes. The pool stays
+        yours to shut down.
+        """
+        self._pool = self.refresh.ahead.pool = pool
+
     def retune(self, **values: float) -> None:
         """Goes on with other intervals or another damping than it was built with: numbers for
         `factor_update_steps`, `inverse_update_steps` and `damping`. Without any, with those again.
@@ -831,8 +843,10 @@ class KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
         self._count_discarded()
         twin = memo[id(self)] = type(self).__new__(type(self))
-        own = {name: v for name, v in vars(self).items() if name != "_capture"}
+        apart = ("_capture", "_pool")
+        own = {name: v for name, v in vars(self).items() if name not in apart}
         vars(twin).update({name: copy.deepcopy(v, memo) for name, v in own.items()})
+        twin._pool = None
         twin._shape, twin._capture = shape_of(twin._model), twin._make_capture()
         twin._arm_capture()
         return twin

@@ -58,6 +58,8 @@ def _cost_table(size: int, event: Row) -> Table:
         rows[-1].append(Cell(f"{value / step:.0%}", value / step))
     rows.append([*_cost_row("whole step", step, None, 1e-3, "ms"), Cell("100%", 1.0)])
     received, by_model = _numbers(event, "bytes"), _numbers(expected, "bytes")
+    if elsewhere := number(event, "decomposed_elsewhere"):
+        rows.append(["decompositions in other processes", f"{elsewhere:,.0f} in all", "", "", ""])
     whole = sum(received.values())
     for name, value in received.items() if whole else ():
         row = _cost_row(f"received: {name}", value, by_model.get(name), 2.0**20, "MiB")

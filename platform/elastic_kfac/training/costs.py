@@ -82,6 +82,7 @@ class StepCosts:
             "steps": self._steps,
             "step_s": self._elapsed / self._steps,
             "seconds": seconds,
+            "decomposed_elsewhere": 0 if kfac is None else kfac.refresh.ahead.work.elsewhere,
             "bytes": {n: sum(b[n] for b in bytes_) / len(bytes_) for n in own},
             "memory": {
                 name: max(part.get(name, 0.0) for part in memory)

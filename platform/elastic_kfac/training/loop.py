@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -69,11 +69,13 @@ def run_rank(
     device: torch.device | None = None,
     datasets: Datasets | None = None,
     save_survivor: SaveSurvivor | None = None,
+    pool: Executor | None = None,
 ) -> Outcome:
     """Trains as one rank until the run ends or the control of any rank requests a stop. Collective.
 
     Rank 0 loads the latest state from `store`, reports rows to `callback` and saves; the stores of other
-    ranks are not used. After the loss of a peer, `save_survivor` receives the last committed state.
+    ranks are not used. Decompositions run in `pool` (`KFAC.decompose_in`). After the loss of a peer,
+    `save_survivor` receives the last committed state.
 
     Raises:
         ElasticKfacError: `CommunicationError` if a peer left, `NumericalError` if the loss is not finite,
@@ -81,7 +83,9 @@ def run_rank(
     """
     opened = datasets or open_datasets(config)
     try:
-        trainer = RankTrainer(config, communicator, opened, device=device, callback=callback)
+        trainer = RankTrainer(
+            config, communicator, opened, device=device, callback=callback, pool=pool
+        )
         loop = RunLoop(trainer, store)
         try:
             loop.continue_from_newest()

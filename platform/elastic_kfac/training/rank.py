@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -43,10 +44,13 @@ class RankTrainer(StepTrainer):
         *,
         device: torch.device | None = None,
         callback: Callback | None = None,
+        pool: Executor | None = None,
     ) -> None:
         self._hooks = Hooks.of(config)
         followers = Callbacks(callback or Callback(), *self._hooks.hooks)
-        super().__init__(config, communicator, datasets, device=device, callback=followers)
+        super().__init__(
+            config, communicator, datasets, device=device, callback=followers, pool=pool
+        )
         self._task, self._inputs = self._parts.task, self._parts.passes.preprocess
         if self._hooks.hooks:
             self._hooks.check(self._inputs(datasets.train.read(0, 0, min(4, self.total_samples))))

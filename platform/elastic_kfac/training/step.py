@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,8 +61,9 @@ class StepTrainer:
         *,
         device: torch.device | None = None,
         callback: Callback | None = None,
+        pool: Executor | None = None,
     ) -> None:
-        self.config = config
+        self.config, self._pool = config, pool
         self.callback = callback or Callback()
         self.datasets = datasets
         self.device = device or torch.device("cpu")
@@ -87,6 +89,7 @@ class StepTrainer:
         self.kfac = make_preconditioner(self.model, self.optimizer, self.config, communicator)
         if self.kfac is not None:
             self.kfac.on_phase = self._on_phase
+            self.kfac.decompose_in(self._pool)
         self.sync.join(communicator, self.kfac)
 
     def _on_phase(self, phase: Point) -> None:

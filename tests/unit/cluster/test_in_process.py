@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -133,3 +134,28 @@ def test_parts_that_do_not_fit_are_found_before_a_cluster_starts(
         return
     with pytest.raises(ConfigError, match=line):
         check_parts(config)
+
+
+@pytest.mark.slow
+def test_decompositions_in_another_process_give_the_same_run(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kfac = {"stagger": True, "factor_update_steps": 2, "inverse_update_steps": 4}
+    jobs: list[object] = []
+    submit = ProcessPoolExecutor.submit
+
+    def counted(self: ProcessPoolExecutor, *arguments: Any) -> Future[Any]:
+        jobs.append(submit(self, *arguments))
+        return cast("Future[Any]", jobs[-1])
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", counted)
+    hashes = []
+    for count in (0, 1):
+        config = _config(digits, kfac=kfac, plan={"decomposers": count})
+        result = train_in_process(
+            config, name=f"{count}", storage=str(tmp_path), progress=Display()
+        )
+        hashes.append(result.values["final_state_sha256"])
+        assert bool(jobs) == bool(count)
+    assert hashes[0] == hashes[1]
+    assert all(cast("Future[Any]", job).exception() is None for job in jobs)

@@ -15,6 +15,7 @@ LOCAL = {"kfac.enabled": False}
 ABS = {"batch.policy": "abs", "batch.max_batch_size": 64, "train.global_batch_size": 32}
 ABSA = {**ABS, "batch.policy": "absa", "adversarial.attack": "fgsm"}
 VELOCITY = {"optimizer.name": "velocity_sgd", "optimizer.momentum_rule": "ratio0"}
+POOL: dict[str, Any] = {"plan.decomposers": 1, "kfac.stagger": True}
 BROKEN: list[tuple[str, dict[str, Any]]] = [
     (
         "train.sync_batch_norm_group needs train.sync_batch_norm=true",
@@ -163,6 +164,16 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     (
         "plan.unequal_shares=true needs kfac.enabled",
         {"plan.unequal_shares": True, "plan.calibrate": True, "kfac.enabled": False},
+    ),
+    ("plan.decomposers > 0 needs kfac.stagger=true", {"plan.decomposers": 1}),
+    (
+        "plan.decomposers > 0 needs kfac.enabled=true",
+        {**POOL, "kfac.enabled": False},
+    ),
+    ("plan.decomposers > 0 needs elastic.in_place=false", {**POOL, "elastic.in_place": True}),
+    (
+        "plan.decomposers needs statistics in some steps only",
+        {**POOL, "kfac.factor_update_steps": 1},
     ),
     ("adversarial.data_range must be [low, high]", {"adversarial.data_range": (1.0, 0.0)}),
     (

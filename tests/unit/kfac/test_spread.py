@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from itertools import pairwise
 from typing import Any
 
@@ -101,6 +103,58 @@ def test_another_thread_does_not_change_a_bit(
     monkeypatch.setattr(Ahead, "begin", lambda *_: None)
     for one, other in zip(with_thread, Run(**OPTIONS[name]).until(20), strict=True):
         assert torch.equal(one, other)
+
+
+class OtherProcess(Executor):
+    """What a pool of processes does to arguments and results, and what a lost process does."""
+
+    def __init__(self, *, lost_after: int = 1000) -> None:
+        self.calls, self._lost_after = 0, lost_after
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        self.calls += 1
+        if self.calls > self._lost_after + 2:
+            raise RuntimeError("the pool is broken")
+        future: Future[Any] = Future()
+        if self.calls > self._lost_after:
+            future.set_exception(EOFError("the process died"))
+        else:
+            there = pickle.loads(pickle.dumps((function, arguments, named)))
+            future.set_result(pickle.loads(pickle.dumps(there[0](*there[1], **there[2]))))
+        return future
+
+
+RANK = {"max_factor_dim": 128, "factor_rank": 20}
+
+
+@pytest.mark.filterwarnings("ignore:factors wider than")
+@pytest.mark.usefixtures("every_layer_apart")
+@pytest.mark.parametrize("name", [*OPTIONS, "ekfac", "factor_rank"])
+def test_a_pool_of_processes_does_not_change_a_bit(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more: dict[str, Any] = {"ekfac": {"method": "ekfac"}, "factor_rank": RANK}
+    options, pool = {**OPTIONS, **more}[name], OtherProcess()
+    run = Run(**options)
+    run.kfac.decompose_in(pool)
+    elsewhere = run.until(20)
+    assert run.kfac.refresh.ahead.work.elsewhere >= 6 and run.kfac.refresh.ahead.failures == 0
+    monkeypatch.setattr(Ahead, "begin", lambda *_: None)
+    for one, other in zip(elsewhere, Run(**options).until(20), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("every_layer_apart")
+def test_what_a_lost_process_leaves_is_computed_here_with_one_warning() -> None:
+    run = Run()
+    run.kfac.decompose_in(OtherProcess(lost_after=3))
+    with pytest.warns(UserWarning, match="computed here: EOFError") as warned:
+        parameters = run.until(30)
+    assert len([w for w in warned if "computed here" in str(w.message)]) == 1
+    assert run.kfac.refresh.ahead.failures > 3
+    for one, other in zip(parameters, Run().until(30), strict=True):
+        assert torch.equal(one, other)
+    copy.deepcopy(run)  # a pool has locks, which cannot be copied
 
 
 @pytest.mark.usefixtures("every_layer_apart")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -72,6 +74,11 @@ def train_in_process(
         )
         stack.callback(store.close)
         torch.set_num_threads(config.train.torch_threads)
+        pool = None
+        if config.plan.decomposers:
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(config.plan.decomposers, spawn)
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         error: RankError | None = None
         try:
             outcome = run_rank(
@@ -81,6 +88,7 @@ def train_in_process(
                 callback=record,
                 control=record,
                 device=device,
+                pool=pool,
             )
             record.left({**result_row(config, outcome), "reasons": list(outcome.reasons)})
         except Exception as exception:

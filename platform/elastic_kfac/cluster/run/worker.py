@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
@@ -124,6 +125,7 @@ def _run(
     )
     control = CoordinatorControl(coordinator, attempt, joined["stop_reason"])
     backend = backend_of(config, device)
+    stack = contextlib.ExitStack()
     try:
         if settings.membership_host is not None:
             outcome = run_member(
@@ -136,6 +138,11 @@ def _run(
                 repeat_rows=True,
             )
         else:
+            seams: dict[str, Any] = {}
+            if config.plan.decomposers:
+                from elastic_kfac.cluster.ray.decomposers import Decomposers
+
+                seams["pool"] = stack.enter_context(Decomposers(config.plan.decomposers))
             module, _, function = settings.rank_function.partition(":")
             run = getattr(importlib.import_module(module), function)
             with process_group(
@@ -154,9 +161,11 @@ def _run(
                     control=control,
                     device=device,
                     save_survivor=store.save_survivor,
+                    **seams,
                 )
         store.close()
     finally:
+        stack.close()
         if export is not None:
             export.export()
         if rows is not None:
