@@ -418,6 +418,7 @@ COMMANDS: dict[str, str] = {
     "kfac_vs_sgd": "elastic-kfac compare benchmarks/studies/kfac_vs_sgd.yaml",
     "membership_schedules": "pytest -m soak tests/unit/training/test_membership_schedules.py",
     "plan_time": "python benchmarks/plan_time.py",
+    "planner_decomposers": "python benchmarks/planner/decomposers.py",
     "planner_accuracy": "python benchmarks/planner/accuracy.py",
     "planner_figures": "python benchmarks/planner/figures.py",
     "reproducible_cost": "python benchmarks/reproducible_cost.py",

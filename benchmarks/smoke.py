@@ -42,6 +42,7 @@ SMOKES = (
     Smoke("row_log_cost.py", "--out OUT", {"ROWS": (20, 40)}),
     Smoke("wide_layers.py", "--part time --steps 1 --seeds 1 --out OUT"),
     Smoke("planner/accuracy.py", "--models mlp --ranks 1 2 --cycles 1 --out OUT"),
+    Smoke("planner/decomposers.py", "--width 160 --steps 10 --out OUT"),
     Smoke("planner/figures.py", "--out OUT", writes="OUT/planner_figures.json"),
     Smoke("reproducible_cost.py", "--ranks 2 --rounds 1 --out OUT"),
     Smoke("data/bench_data.py", "--rounds 1 --long-seconds 1 --out OUT"),

@@ -51,7 +51,7 @@ def main() -> None:
             print(way, json.dumps(rows[way]), flush=True)
     apart = list(WAYS)[1:]
     result = {
-        "benchmark": "decomposers",
+        "benchmark": "planner_decomposers",
         "what": f"MLP of width {arguments.width}, intervals (5, 50), {arguments.steps} steps",
         "rows": rows,
         "equal_bits": all(
