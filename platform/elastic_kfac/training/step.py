@@ -20,6 +20,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import NumericalError
+from elastic_kfac.kfac.step_costs import StepCosts
 from elastic_kfac.state.ledger import Ledger
 from elastic_kfac.state.state import (
     Progress,
@@ -31,7 +32,6 @@ from elastic_kfac.state.state import (
 from elastic_kfac.training.assembly import assemble, join_batch_norm
 from elastic_kfac.training.batch_control import BatchControl
 from elastic_kfac.training.callbacks import Callback, Point
-from elastic_kfac.training.costs import StepCosts
 from elastic_kfac.training.first_order import RateControl, Rates
 from elastic_kfac.training.identity import check_identity
 from elastic_kfac.training.preconditioner import calibrate, make_preconditioner
