@@ -78,15 +78,16 @@ def advice(run: Run) -> str:
 
 def clip_text(run: Run) -> str:
     """What the bound on steps did to the learning rate; empty where that is nothing to change."""
-    rows = [row for row in run.steps if number(row, "clipped_share") is not None]
-    if not rows:
+    # Of all attempts: `clipped_share` counts since the last start of the process. Of a step that was made
+    # twice the second counts.
+    found = {row["step"]: number(row, "kl_clip_scale") for row in run.steps if "step" in row}
+    scales = sorted(scale for scale in found.values() if scale is not None)
+    if not scales:
         return ""
-    share = f"{rows[-1]['clipped_share']:.0%} of the steps were shortened"
-    scales = sorted(number(row, "kl_clip_scale") or 0.0 for row in rows)
-    if (
-        run.config.get("kfac", {}).get("trust_region") != "fixed"
-        or rows[-1]["clipped_share"] < 0.95
-    ):
+    part = sum(scale < 1.0 for scale in scales) / len(scales)
+    logged = "" if len(scales) == run.last_step else f" {len(scales):,} logged"
+    share = f"{part:.0%} of the{logged} steps were shortened"
+    if run.config.get("kfac", {}).get("trust_region") != "fixed" or part < 0.95:
         return share
     if scales[len(scales) // 2] < 0.01:
         return (

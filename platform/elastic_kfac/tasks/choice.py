@@ -8,7 +8,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.tasks.detection import Detection
-from elastic_kfac.tasks.imports import is_reference, load_reference
+from elastic_kfac.tasks.imports import is_reference, load_reference, made_by
 from elastic_kfac.tasks.language import CausalLM, MaskedLM, SequenceClassification
 from elastic_kfac.tasks.losses import classification
 from elastic_kfac.tasks.regression import Autoencoding, Regression
@@ -67,12 +67,13 @@ def _made(config: Config, columns: Sequence[Column]) -> Task:
             allowed=", ".join(["classification", *factories]) + ", or package.module:factory",
         )
     factory = load_reference(name, key="task.name") if is_reference(name) else factories[name]
-    try:
-        task = factory(tuple(columns), **arguments)
-    except TypeError as error:
-        raise ConfigError(
-            f"task.arguments do not fit: {error}", given=f"{name} with {arguments}"
-        ) from error
+    task = made_by(
+        *(factory, tuple(columns)),
+        key="task.name",
+        given=name,
+        options=arguments,
+        options_key="task.arguments",
+    )
     if not isinstance(task, Task):
         raise ConfigError(
             "task.name: the factory returned no elastic_kfac.tasks.task.Task",

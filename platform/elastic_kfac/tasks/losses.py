@@ -14,7 +14,7 @@ from elastic_kfac.config import TrainConfig
 from elastic_kfac.data.batch import Batch, Fields, outputs_for
 from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.tasks.imports import is_reference, load_reference
+from elastic_kfac.tasks.imports import is_reference, load_reference, made_by
 from elastic_kfac.tasks.task import Task
 
 
@@ -106,7 +106,8 @@ def classification(train: TrainConfig, columns: Sequence[Column]) -> Task:
         )
     target = classes[0] if classes else None
     if is_reference(train.loss):
-        own = load_reference(train.loss, key="train.loss")(train)
+        factory = load_reference(train.loss, key="train.loss")
+        own = made_by(factory, train, key="train.loss", given=train.loss)
         for method in ("loss", "correct"):
             if not callable(getattr(own, method, None)):
                 raise ConfigError(

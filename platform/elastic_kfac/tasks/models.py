@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from elastic_kfac.config import ModelConfig
 from elastic_kfac.data.batch import Fields, Value
 from elastic_kfac.data.columns import Column
 from elastic_kfac.errors import ConfigError
-from elastic_kfac.tasks.imports import is_reference, load_reference
+from elastic_kfac.tasks.imports import is_reference, load_reference, made_by
 from elastic_kfac.zoo import MODELS
 from elastic_kfac.zoo.torchvision_models import from_library
 
@@ -52,20 +52,28 @@ def create_model(
                 + ", torchvision:NAME, timm:NAME or package.module:factory",
             )
         factory = MODELS[name].factory
-    if "columns" in inspect.signature(factory).parameters:
+    if "columns" in _parameters(factory):
         arguments = {"columns": {column.name: column for column in columns}, **arguments}
-    try:
-        model = factory(num_outputs, input_shape, **arguments)
-    except TypeError as error:
-        raise ConfigError(
-            f"model.arguments do not fit: {error}", given=f"{name} with {arguments}"
-        ) from error
+    model = made_by(
+        *(factory, num_outputs, input_shape),
+        key="model.name",
+        given=name,
+        options=arguments,
+        options_key="model.arguments",
+    )
     if not isinstance(model, nn.Module):
         raise ConfigError(
             "model.name: the factory returned no torch.nn.Module",
             given=f"{name} -> {type(model).__name__}",
         )
     return model
+
+
+def _parameters(factory: Callable[..., Any]) -> Collection[str]:
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # Callables that are written in C may tell nothing.
+        return ()
 
 
 def build_model(

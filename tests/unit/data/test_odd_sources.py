@@ -20,6 +20,7 @@ from elastic_kfac.config import parse_config
 from elastic_kfac.data import ShardSet, make_shards, verify_shards
 from elastic_kfac.data.dataset import check_splits
 from elastic_kfac.data.shards import BadImages
+from elastic_kfac.data.sources import open_source
 from elastic_kfac.errors import DataError
 
 Photo = Callable[..., bytes]
@@ -543,3 +544,30 @@ def test_train_split_smaller_in_classes_than_named_is_fine(tmp_path: Path) -> No
     write(tmp_path / "s" / "test.parquet", np.array([1, 1]))
     made(f"parquet:{tmp_path / 's'}", tmp_path / "out")
     check_splits(config_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("set", "imagefolder:set"),
+        ("rows.parquet", "parquet:rows.parquet"),
+        ("boxes.json", "coco:boxes.json"),
+        ("rows.csv", None),
+        ("Digits", "digits"),
+        ("mnist", "torchvision:MNIST"),
+        ("cifar-10", None),
+        ("image_folder:set", "imagefolder"),
+        ("torchvision:Cifar10", "CIFAR10"),
+        ("s3://bucket/set", None),
+    ],
+)
+def test_unknown_source_names_the_one_that_was_meant(
+    source: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    for name in ("rows.parquet", "boxes.json", "rows.csv"):
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as caught:
+        open_source(source)
+    assert caught.value.change == (meant and f"did you mean {meant}?")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from elastic_kfac.data.sources.embedded import digit_scenes, sklearn_table, stdlib_text
 from elastic_kfac.data.sources.generated import clusters10, digits
 from elastic_kfac.data.sources.ilsvrc import ilsvrc
-from elastic_kfac.data.sources.image_files import TORCHVISION_ROOT, image_folder, torchvision_data
+from elastic_kfac.data.sources.image_files import (
+    TORCHVISION_ROOT,
+    image_folder,
+    torchvision_data,
+    torchvision_names,
+)
 from elastic_kfac.data.sources.options import absolute
 from elastic_kfac.data.sources.own import own_dataset
 from elastic_kfac.data.sources.parquet import parquet
@@ -82,7 +88,25 @@ def _open(named: str, split: str | None) -> Source:
         return own_dataset(rest, split)
     if kind == "ilsvrc" and rest:
         return ilsvrc(user_path(rest))
-    raise DataError("unknown data source", given=named, allowed=KNOWN_SOURCES)
+    raise DataError(
+        "unknown data source", given=named, allowed=KNOWN_SOURCES, change=_suggestion(kind, named)
+    )
+
+
+def _suggestion(kind: str, named: str) -> str | None:
+    """The source that was probably meant: a path without its kind, a name without its library."""
+    path = user_path(named)
+    if path.is_dir():
+        return f"did you mean imagefolder:{named}?"
+    if path.is_file():
+        kinds = {".parquet": "parquet:", ".json": "coco:", ".txt": "text:", ".md": "text:"}
+        return f"did you mean {kinds[path.suffix]}{named}?" if path.suffix in kinds else None
+    known = [source.partition(":")[0].partition("[")[0] for source in KNOWN_SOURCES.split(", ")]
+    names = {name.lower(): name for name in torchvision_names()}
+    if kind.lower() in names:
+        return f"did you mean torchvision:{names[kind.lower()]}?"
+    close = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else None
 
 
 def is_inside(source: str, folder: str) -> bool:

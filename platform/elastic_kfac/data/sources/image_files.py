@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import io
@@ -155,6 +156,15 @@ def _images_below(folder: Path, others: Counter[str]) -> Iterator[Path]:
                 others[Path(name).suffix.lower() or name] += 1
 
 
+def torchvision_names() -> list[str]:
+    """Classes of `torchvision.datasets`; none where torchvision is not installed."""
+    try:
+        import torchvision.datasets
+    except ImportError:
+        return []
+    return sorted(name for name in dir(torchvision.datasets) if name[0].isupper())
+
+
 def torchvision_data(text: str) -> Source:
     """`NAME[:ROOT]`: a class of `torchvision.datasets`, kept in (or downloaded to) ROOT.
 
@@ -166,8 +176,15 @@ def torchvision_data(text: str) -> Source:
     name, _, root = text.partition(":")
     kind = getattr(torchvision.datasets, name, None)
     if not inspect.isclass(kind):
-        known = sorted(n for n in dir(torchvision.datasets) if n[0].isupper())
-        raise DataError("no such torchvision data set", given=name, allowed=", ".join(known))
+        known = torchvision_names()
+        close = [each for each in known if each.lower() == name.lower()]
+        close = close or difflib.get_close_matches(name, known, n=1)
+        raise DataError(
+            "no such torchvision data set",
+            given=name,
+            allowed=", ".join(known),
+            change=f"did you mean {close[0]}?" if close else None,
+        )
     parameters = inspect.signature(kind).parameters
     if "train" in parameters:
         choices: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
