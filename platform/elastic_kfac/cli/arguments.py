@@ -411,7 +411,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
             argument, or a value of the wrong form.
     """
     _refuse_unknown_words(argv)
-    return build_parser().parse_args(argv)
+    parsed = build_parser().parse_args(argv)
+    for name, value in vars(parsed).items():
+        # What an unset variable of a shell script leaves; as a folder it would be the root.
+        if value == "":
+            option = f"--{name.replace('_', '-')}"
+            named = any(word.partition("=")[0] == option for word in argv)
+            raise UsageError(f"{option if named else name.upper()} is empty", given='""')
+    return parsed
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,6 +26,12 @@ def make(arguments: argparse.Namespace) -> int:
     """Writes a source as shards, on a cluster if there is one; continues an interrupted call."""
     address = arguments.address or os.environ.get(ADDRESS_VARIABLE)
     from elastic_kfac.data.shards import BadImages
+    from elastic_kfac.state.run_folder import METRICS, RunFolder
+
+    if RunFolder(arguments.out).storage.exists(METRICS):
+        raise UsageError(
+            "--out is the folder of a run", given=arguments.out, change="name another folder"
+        )
 
     bad_images = BadImages(
         arguments.bad_records, arguments.max_bad_records, arguments.max_image_pixels

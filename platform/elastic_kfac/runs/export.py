@@ -12,7 +12,8 @@ from safetensors.torch import save
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import open_split
 from elastic_kfac.data.storage import write_named_file
-from elastic_kfac.errors import DataError
+from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.paths import user_path
 from elastic_kfac.runs.checkpoints import choose_state, newest_state, weights_to_use
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.choice import make_task
@@ -36,9 +37,10 @@ def export_run(folder: RunFolder, out: str | Path, *, step: int | None = None) -
         The number of tensors.
 
     Raises:
-        UsageError: If the run has no such checkpoint.
+        UsageError: If the run has no such checkpoint, or `out` is a file of another kind.
         StateError: If it is damaged.
     """
+    _refuse_other_file(out)
     if step is None:
         state = newest_state(folder, allow_older=False)
     else:
@@ -64,6 +66,20 @@ def export_run(folder: RunFolder, out: str | Path, *, step: int | None = None) -
     }
     write_named_file(out, save(tensors, metadata=metadata))
     return len(tensors)
+
+
+def _refuse_other_file(out: str | Path) -> None:
+    path = user_path(out).resolve()
+    if path.suffix == ".safetensors" or not path.is_file() or path.stat().st_size == 0:
+        return
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] != b"{":
+        raise UsageError(
+            "this file holds no weights and would be overwritten",
+            given=out,
+            change="name another file, or delete this one",
+        )
 
 
 def _data_card(config: Config) -> dict[str, Any]:

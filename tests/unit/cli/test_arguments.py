@@ -44,6 +44,10 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "x.yaml", "--kill-at", "0:1"], "step >= 1"),
         (["plan", "x.yaml", "--world-size", "2,0"], "given: 2,0"),
         (["plan", "x.yaml"], "--world-size"),
+        (["train", "x.yaml", "--storage", ""], '--storage is empty; given: ""'),
+        (["train", "x.yaml", "--storage="], "--storage is empty"),
+        (["evaluate", ""], "RUN is empty"),
+        (["shards", "make", "--source", "digits", "--out", ""], "--out is empty"),
     ],
 )
 def test_main_with_bad_usage_prints_one_line_and_returns_2(

@@ -187,6 +187,22 @@ def test_export_writes_through_and_follows(kind: str, place: Path) -> None:
         assert len(load_file(place / ("n" if kind == "file" else "real.safetensors"))) > 3
 
 
+def test_export_over_a_file_of_another_kind_is_refused(place: Path, capsys: Any) -> None:
+    kept = (place / "runs/r/config.yaml").read_bytes()
+    assert main(["export", "runs/r", "--out", "runs/r/config.yaml"]) == 2
+    assert "holds no weights and would be overwritten" in capsys.readouterr().err
+    assert (place / "runs/r/config.yaml").read_bytes() == kept
+    (place / "empty").touch()
+    for out in ("empty", "new.safetensors", "new.safetensors"):
+        assert main(["export", "runs/r", "--out", out]) == 0
+
+
+def test_shards_into_the_folder_of_a_run_are_refused(place: Path, capsys: Any) -> None:
+    assert main(["shards", "make", "--source", "digits", "--out", "runs/r"]) == 2
+    assert "--out is the folder of a run" in capsys.readouterr().err
+    assert not (place / "runs/r/train").exists()
+
+
 def test_export_to_a_folder_is_refused(place: Path, capsys: Any) -> None:
     assert "cannot write the file" in refused(["export", "runs/r", "--out", "data"], capsys)
 
