@@ -423,6 +423,7 @@ COMMANDS: dict[str, str] = {
     "planner_figures": "python benchmarks/planner/figures.py",
     "reproducible_cost": "python benchmarks/reproducible_cost.py",
     "row_log_cost": "python benchmarks/row_log_cost.py",
+    "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
     "telemetry_cost": "python benchmarks/telemetry_cost.py",
     "tuned_against_tuned": "python benchmarks/tuned_against_tuned.py",
     "vault_cost": "python benchmarks/vault_cost.py",

@@ -56,6 +56,7 @@ SMOKES = (
         "time_to_accuracy/run.py",
         "--workloads digits --methods sgd kfac --points 1 --studies 1 --scale 0.05 --jobs 1 --out OUT",
     ),
+    Smoke("start_up.py", "--repeats 1 --out OUT"),
     Smoke("suggested.py", "--minutes 0.1 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
     Smoke("telemetry_cost.py", "--epochs 2 --repeats 1", {"RESULT": "OUT"}),

@@ -3,13 +3,14 @@
 python benchmarks/start_up.py [--repeats 5] [--out benchmarks/results/start_up.json]
 
 Wall-clock time counts on a quiet machine only; the CPU time of all processes, read from /proc until the
-first row of metrics.jsonl is there, is what a change of imports or processes moves. `--package` measures
-another checkout's `platform/` in the same way.
+first row of metrics.jsonl is there, is what a change of imports or processes moves. `--against` measures
+another checkout's `platform/` in turn with this one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -155,13 +156,30 @@ def summary(rows: list[dict[str, Any]], key: str, *names: str) -> dict[str, floa
     }
 
 
+def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summaries of all runs of one package."""
+    kinds = sorted({name for row in rows for name in row["cpu_by_process_s"]})
+    return {
+        "n": len(rows),
+        "wall_s": summary(rows, "wall_s"),
+        "parts_s": {name: summary(rows, "parts_s", name) for name in PARTS},
+        "cpu_s": summary(rows, "cpu_s"),
+        "processes": summary(rows, "processes"),
+        "cpu_by_process_s": {name: summary(rows, "cpu_by_process_s", name) for name in kinds},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--package", type=Path, default=ROOT / "platform")
+    parser.add_argument("--against", type=Path, help="platform/ of another checkout")
     arguments = parser.parse_args()
-    rows = []
+    packages = {"here": ROOT / "platform"}
+    if arguments.against:
+        packages["against"] = arguments.against
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in packages}
+    loads = []
     with tempfile.TemporaryDirectory(prefix="start-up-") as folder:
         shards = Path(folder) / "digits"
         # Not part of it: the shards of a first run.
@@ -170,31 +188,28 @@ def main() -> None:
                 *(sys.executable, "-m", "elastic_kfac", "shards", "make"),
                 *("--source", "digits", "--out", str(shards)),
             ],
-            env={**os.environ, "PYTHONPATH": str(arguments.package)},
+            env={**os.environ, "PYTHONPATH": str(packages["here"])},
             check=True,
             stdout=subprocess.DEVNULL,
         )
-        for number in range(arguments.repeats):
-            storage = Path(folder) / f"{os.getpid()}-{number}"
+        for number, (name, package) in itertools.product(
+            range(arguments.repeats), packages.items()
+        ):
+            storage = Path(folder) / f"{os.getpid()}-{number}-{name}"
             storage.mkdir()
-            row = start(shards, storage, arguments.package)
-            rows.append(row)
-            parts = "  ".join(f"{name} {value:.1f}" for name, value in row["parts_s"].items())
+            row = start(shards, storage, package)
+            rows[name].append(row)
+            loads.append(os.getloadavg()[0])
+            parts = "  ".join(f"{part} {value:.1f}" for part, value in row["parts_s"].items())
             print(
-                f"first step after {row['wall_s']:.1f} s ({parts}); "
-                f"{row['cpu_s']:.1f} CPU s in {row['processes']} processes; load {os.getloadavg()[0]:.1f}"
+                f"{name}: first step after {row['wall_s']:.1f} s ({parts}); "
+                f"{row['cpu_s']:.1f} CPU s in {row['processes']} processes; load {loads[-1]:.1f}"
             )
-    kinds = sorted({name for row in rows for name in row["cpu_by_process_s"]})
     result = {
         "benchmark": "start_up",
         "what": "elastic-kfac train jobs/configs/digits.yaml until the first committed step",
-        "n": len(rows),
-        "wall_s": summary(rows, "wall_s"),
-        "parts_s": {name: summary(rows, "parts_s", name) for name in PARTS},
-        "cpu_s": summary(rows, "cpu_s"),
-        "processes": summary(rows, "processes"),
-        "cpu_by_process_s": {name: summary(rows, "cpu_by_process_s", name) for name in kinds},
-        "load_average": round(os.getloadavg()[0], 1),
+        "results": {name: measured(found) for name, found in rows.items()},
+        "load_average": round(statistics.median(loads), 1),
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
