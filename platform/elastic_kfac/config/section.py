@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+MOST = 2**63 - 1
+"""The largest whole number that torch, NumPy and Arrow take."""
 
 
 class Section(BaseModel):
@@ -11,3 +16,10 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _fits_into_64_bits(cls, value: Any) -> Any:
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"whole numbers up to {MOST}")
+        return value

@@ -254,6 +254,7 @@ def test_warmup_stages_out_of_order_or_above_the_maximum_are_refused(stages: obj
         {**VELOCITY},
         {**LOCAL, "elastic.merge": "distnewton"},
         {"optimizer.decay_start_epoch": 10},
+        {"train.seed": 2**63 - 1, "train.epochs": 1e30},
     ],
 )
 def test_settings_at_the_edge_of_the_rules_are_accepted(changes: dict[str, Any]) -> None:
@@ -287,6 +288,10 @@ def test_settings_at_the_edge_of_the_rules_are_accepted(changes: dict[str, Any])
         (
             {"optimizer.decay_epochs": [1, "x"]},
             "bad value for optimizer.decay_epochs.1; given: 'x'",
+        ),
+        (
+            {"train.seed": 2**63},
+            f"bad value for train.seed; given: {2**63}; allowed: whole numbers up to {2**63 - 1}",
         ),
         ({"kfac.dampin": 1}, "unknown key kfac.dampin in the configuration; allowed: bn_"),
         ({"kfca.damping": 1}, "unknown key kfca in the configuration; allowed: adversarial"),
