@@ -1,6 +1,6 @@
 """DistNewton's own experiment: training loss over epochs by number of workers (Arnold and Wang 2017).
 
-    python benchmarks/studies/dist_newton.py [--data FOLDER] [--epochs 10] [--seeds 3] [--out FILE]
+    python benchmarks/studies/dist_newton.py [--data FOLDER] [--epochs 15] [--seeds 3] [--out FILE]
 
 The convnet of five layers and about 16,000 parameters, tanh and ReLU, a batch of 256 split over m
 workers. A round: every worker takes one SGD step on its part, then the workers are merged. `paper`
@@ -35,7 +35,7 @@ from machine import facts, write_result
 BATCH = 256
 WORKERS = (2, 4, 8)
 METHODS = ("sgd", "sgd 2", *(f"{kind} m={m}" for kind in ("paper", "split") for m in WORKERS))
-RATES = (0.05, 0.5)
+RATES = (0.3, 1.0)
 """A moderate and a large one."""
 
 
@@ -158,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with mnist_train.parquet")
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=3)
     out = Path(__file__).parents[1] / "results" / "dist_newton.json"
     parser.add_argument("--out", type=Path, default=out)
