@@ -284,7 +284,7 @@ def main() -> int:
             "ours": lambda at: ours(at, config(), arguments.cycles, nodes=True),
             "ours_in_place": lambda at: ours(
                 at,
-                config(in_place=True, in_place_wait_s=600),
+                config(in_place=True),
                 arguments.cycles_in_place,
                 nodes=False,
             ),

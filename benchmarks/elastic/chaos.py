@@ -242,7 +242,6 @@ def main() -> int:
                         "snapshot_interval_s": 0.5,
                         "reproducible": True,
                         "in_place": arguments.in_place,
-                        "in_place_wait_s": 600,
                     },
                 }
             )

@@ -1,4 +1,4 @@
-"""Survivors that keep process and state while Ray Train replaces a lost rank, on real nodes."""
+"""A world that grows, hands over, loses members and takes them back, in living processes."""
 
 from __future__ import annotations
 
@@ -15,64 +15,89 @@ from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.state.run_folder import RunFolder
+from support.preemption import drain_node
 
 
-def test_run_in_place_survivors_step_on_and_take_the_replacement_in(
+def test_run_in_place_survivors_step_on_whoever_comes_leaves_or_dies(
     run: Callable[..., RunResult],
     config: Callable[[int], Config],
     cluster: LocalCluster,
     tmp_path: Path,
 ) -> None:
-    changes = [("elastic.in_place", True), ("elastic.in_place_wait_s", 600)]
-    display = _KillOneAfterTheOther(cluster)
+    changes = [("elastic.in_place", True), ("elastic.max_workers", 3)]
+    display = _OneChangeAfterTheOther(cluster)
     result = run(
         parse_config(apply_overrides(config(5000).model_dump(), changes)),
         tmp_path / "run",
         progress=display,
     )
 
-    assert result.status == "interrupted"
-    assert result.values["world_sizes"] == [2, 1, 2, 1, 2]
+    assert result.status == "interrupted" and result.is_safe
+    assert result.values["world_sizes"] == [2, 3, 2, 1, 2, 1]
     folder = RunFolder(tmp_path / "run")
     events = folder.events()
     changes_of_world = [row for row in events if row["kind"] in ("recovery", "resize")]
-    assert [row["kind"] for row in changes_of_world] == ["recovery", "resize"] * 2
+    assert [row["kind"] for row in changes_of_world] == [
+        *("resize", "resize"),
+        *("recovery", "resize", "recovery"),
+    ]
     assert all(row["in_place"] for row in changes_of_world)
-    # Whoever joins receives the state of that boundary; nothing is computed again for it.
-    assert [row["steps_redone"] for row in changes_of_world][1::2] == [0, 0]
-    grown = changes_of_world[1::2]
-    assert [(row["way"], row["moved_bytes"] > 0) for row in grown] == [("resize", True)] * 2
+    planned = [row for row in changes_of_world if row["kind"] == "resize"]
+    # Whoever joins receives the state of that boundary, whoever leaves hands over at one.
+    assert [(row["steps_redone"], row["way"]) for row in planned] == [(0, "resize")] * 3
+    assert [row["moved_bytes"] > 0 for row in planned] == [True, False, True]
+    assert "node being drained" in planned[1]["reason"]
+    failures = [row["reason"] for row in events if row["kind"] == "failure" and row["in_place"]]
+    assert failures[0] == "worker process of rank 0 died"
     assert not [row for row in events if row["kind"] == "fallback"]
-    # The survivor of the first loss, rank 0, was the process that was killed second.
-    assert display.pids[0][0] == display.pids[1][0]
-    assert display.pids[0][1] != display.pids[1][1]
-    assert display.pids[1][1] == display.pids[2][1]
+    # One process was there all the time.
+    assert set.intersection(*(set(pids.values()) for pids in display.pids))
     steps = [row["step"] for row in folder.metrics() if "loss" in row]
     assert steps == list(range(1, result.values["steps"] + 1))
     assert audit_run(folder).problems == ()
 
 
-class _KillOneAfterTheOther(Display):
-    """Kills rank 1, then rank 0, each once the world is whole; then presses Ctrl-C."""
+class _OneChangeAfterTheOther(Display):
+    """Adds a node, drains one, kills a rank, and loses a node, each some steps after the change before;
+    then presses Ctrl-C. One process is never touched."""
 
-    def __init__(self, cluster: LocalCluster, steps: int = 30) -> None:
+    def __init__(self, cluster: LocalCluster, steps: int = 20) -> None:
         self._cluster = cluster
         self._steps = steps
-        self._since: dict[int, int] = {}
+        self._worlds, self._since = 0, 0
         self.pids: list[dict[int, int]] = []
-        """Process of every rank, whenever the world was whole."""
+        """Process of every rank before each change."""
 
     def update(self, view: RunView) -> None:
-        changes = len(view.world_sizes)
-        # Odd numbers of worlds: 2, 2-1-2 and 2-1-2-1-2.
-        if changes % 2 == 0 or changes != 2 * len(self.pids) + 1:
-            return
         step = int(view.progress.get("step", 0))
-        if step < self._since.setdefault(changes, step) + self._steps:
+        if len(view.world_sizes) > self._worlds:
+            self._worlds, self._since = len(view.world_sizes), step
+        world_size = view.world_sizes[-1] if view.world_sizes else 0
+        if step < self._since + self._steps or len(view.pids) != world_size:
             return
-        self.pids.append(dict(view.pids))
-        if changes == 5:
-            # From another thread, so that the main thread meets it wherever it happens to be.
-            threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-        else:
-            self._cluster.kill_worker(view.pids[1 if changes == 1 else 0])
+        # Ours alone is not enough: the replacement comes of itself.
+        actions = {1: self._grow, 2: self._drain, 3: self._kill, 5: self._lose, 6: self._stop}
+        action = actions.pop(self._worlds, None)
+        if action is not None and len(self.pids) < self._worlds:
+            self.pids += [dict(view.pids)] * (self._worlds - len(self.pids))
+            action(view)
+
+    def _grow(self, view: RunView) -> None:
+        self._cluster.add_node(wait=False)
+
+    def _drain(self, view: RunView) -> None:
+        drain_node(self._cluster, self._index(view.rank_nodes[2]), deadline_s=600)
+
+    def _kill(self, view: RunView) -> None:
+        # Rank 0: another one takes over.
+        self._cluster.kill_worker(view.pids[0])
+
+    def _lose(self, view: RunView) -> None:
+        self._cluster.remove_node(self._index(view.rank_nodes[1]))
+
+    def _stop(self, view: RunView) -> None:
+        # From another thread, so that the main thread meets it wherever it happens to be.
+        threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def _index(self, node_id: str) -> int:
+        return next(i for i in self._cluster.nodes if self._cluster.node_id(i) == node_id)

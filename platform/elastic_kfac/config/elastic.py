@@ -35,10 +35,8 @@ class ElasticConfig(Section):
     resize_poll_s: Annotated[float, Field(gt=0)] = 1.0
     """Seconds between looks for capacity to grow into."""
     in_place: bool = False
-    """After a loss, survivors keep their processes and continue training while lost workers are
-    replaced."""
-    in_place_wait_s: Annotated[float, Field(gt=0)] = 30.0
-    """Seconds for which survivors continue without capacity for the lost workers; then all restart."""
+    """Workers keep their processes when others come, leave or are lost: each is placed for itself, and
+    a change costs tenths of a second. Without it every change restarts all of them."""
     reproducible: bool = False
     """Make every bit of the final state independent of the number of workers, resizes and kills (CPUs
     of one type)."""

@@ -58,8 +58,8 @@ class Membership:
         store: For example a TCPStore on a node that is not preempted.
         slot: Number of this process; never reused after its death.
         settle_s: Seconds that survivors wait for one more survivor before they continue without it.
-        timeout_s: Timeout in seconds for joining, for the founders to be ready, and for the collectives
-            of the groups.
+        timeout_s: Timeout in seconds for joining and for the collectives of the groups; founders wait
+            for each other half as long.
         ready_s: Seconds that the members of a later world wait for each other before they connect.
         while_joining: Called repeatedly while this process waits for admission; raise to give up.
     """
@@ -184,8 +184,8 @@ class Membership:
         begins = f"begins/{world.generation}"
         ready = [f"ready/{world.generation}/{slot}" for slot in members]
         self._store.set(f"ready/{world.generation}/{self._slot}", "")
-        # Founders load their data first.
-        patience_s = self._ready_s if world.generation else self._timeout_s
+        # Founders load their data first. Who joins meanwhile must be admitted in time.
+        patience_s = self._ready_s if world.generation else self._timeout_s / 2
         deadline = time.monotonic() + patience_s
         while not self._store.check(ready) and not self._store.check([begins]):
             if time.monotonic() > deadline or any(map(self._is_gone, members)):

@@ -13,7 +13,6 @@ from ray.train import ScalingConfig
 from elastic_kfac.cluster.ray import controller
 from elastic_kfac.cluster.ray.controller import (
     ElasticCallback,
-    InPlaceCallback,
     LeanTrainer,
     OwnGroupBackend,
     RunIsOver,
@@ -46,45 +45,23 @@ class Coordinator:
 
 
 class Group:
-    """A worker group of Ray Train with a replica group per rank."""
-
-    def __init__(self, size: int = 2) -> None:
-        self.failing: list[int] = []
-        self.shut_down: list[int] = []
-        self.replicas = [self._replica(rank) for rank in range(size)]
-
-    def _replica(self, rank: int) -> Any:
-        worker = SimpleNamespace(
-            actor=SimpleNamespace(get_metadata=SimpleNamespace(remote=lambda: f"ping {rank}")),
-            metadata=SimpleNamespace(pid=10 + rank, node_id=NODE_IDS[rank]),
-            distributed_context=SimpleNamespace(world_rank=rank),
-        )
-        return SimpleNamespace(
-            get_workers=lambda: [worker],
-            is_active=lambda: rank not in self.shut_down,
-            shutdown=lambda: self.shut_down.append(rank),
-        )
+    """A worker group of Ray Train."""
 
     def get_workers(self) -> list[Any]:
-        return [worker for replica in self.replicas for worker in replica.get_workers()]
+        return [self._worker(rank, node) for rank, node in enumerate(NODE_IDS)]
 
-    def get_replica_groups(self) -> list[Any]:
-        return self.replicas
-
-    def poll_status(self, timeout: float) -> None:
-        return None
-
-    def get_latest_poll_status(self) -> Any:
-        return SimpleNamespace(failing_replica_group_indices=self.failing)
-
-    def get_worker_group_state(self) -> Any:
-        return SimpleNamespace(placement_group_handle=SimpleNamespace(placement_group=None))
+    def _worker(self, rank: int, node: str) -> Any:
+        return SimpleNamespace(
+            actor=SimpleNamespace(get_metadata=SimpleNamespace(remote=lambda: f"ping {rank}")),
+            metadata=SimpleNamespace(pid=10 + rank, node_id=node),
+            distributed_context=SimpleNamespace(world_rank=rank),
+        )
 
 
 @pytest.fixture(autouse=True)
 def stand_in_for_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Answers at once; `dead` are ranks whose ping fails, `places` is the placement group's state."""
-    stand_in = SimpleNamespace(dead=set(), places="CREATED", refreshed=0)
+    """Answers at once; `dead` are ranks whose ping fails."""
+    stand_in = SimpleNamespace(dead=set(), refreshed=0)
 
     def get(answer: Any) -> Any:
         if isinstance(answer, str) and int(answer.removeprefix("ping ")) in stand_in.dead:
@@ -98,7 +75,6 @@ def stand_in_for_ray(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         get=get,
         wait=lambda answers, timeout=None, num_returns=1: (list(answers), []),
         exceptions=ray.exceptions,
-        util=SimpleNamespace(placement_group_table=lambda group: {"state": stand_in.places}),
     )
     monkeypatch.setattr(controller, "ray", fake)
     monkeypatch.setattr(controller, "refresh_capacity", refresh)
@@ -116,10 +92,6 @@ def training(callback: ElasticCallback, group: Group) -> None:
 
 def resized_to(workers: int) -> Any:
     return SimpleNamespace(num_workers=workers)
-
-
-def in_place(coordinator: Coordinator, min_workers: int = 1) -> InPlaceCallback:
-    return InPlaceCallback(coordinator, wait_s=0.0, min_workers=min_workers)
 
 
 def test_resize_drains_a_training_group_and_says_which_nodes_leave(
@@ -185,14 +157,12 @@ def test_resize_of_a_finished_run_ends_it() -> None:
         callback.before_controller_execute_resize_decision(resized_to(3))
 
 
-@pytest.mark.parametrize("make", [ElasticCallback, in_place])
 def test_failure_of_the_group_goes_on_or_ends_as_the_coordinator_decides(
-    make: Any, stand_in_for_ray: SimpleNamespace
+    stand_in_for_ray: SimpleNamespace,
 ) -> None:
     group = Group()
-    group.failing = [0, 1]
     coordinator = Coordinator()
-    callback = make(coordinator)
+    callback = ElasticCallback(coordinator)
     training(callback, group)
     stand_in_for_ray.dead = {1}
     callback.before_controller_execute_failure_decision(None)
@@ -200,59 +170,7 @@ def test_failure_of_the_group_goes_on_or_ends_as_the_coordinator_decides(
     assert stand_in_for_ray.refreshed == 1
 
     coordinator = Coordinator(group_failed=RankError(0, "ValueError", "ValueError: no"))
-    callback = make(coordinator)
+    callback = ElasticCallback(coordinator)
     training(callback, group)
     with pytest.raises(RuntimeError, match="ValueError: no"):
         callback.before_controller_execute_failure_decision(None)
-
-
-def test_survivors_run_on_once_the_lost_rank_has_a_place_and_no_drain_follows() -> None:
-    group, coordinator = Group(), Coordinator(is_over=False)
-    callback = in_place(coordinator)
-    training(callback, group)
-    group.failing = [1]
-    callback.after_worker_group_poll_status(SimpleNamespace(errors={1: ValueError("gone")}))
-    callback.before_controller_execute_failure_decision(None)
-    assert group.shut_down == [1]
-    assert ("members_lost", ({1: "ValueError: gone"}, []), {}) in coordinator.calls
-    callback.before_controller_execute_resize_decision(resized_to(2))
-    assert coordinator.names() == ["group_started", "members_lost", "is_over"]
-
-
-@pytest.mark.parametrize(
-    ("min_workers", "places", "reason"),
-    [
-        (2, "CREATED", "1 of at least 2 workers are left"),
-        (1, "PENDING", "no node replaced the lost one within 0 s"),
-    ],
-)
-def test_survivors_fall_back_to_a_restart(
-    stand_in_for_ray: SimpleNamespace, min_workers: int, places: str, reason: str
-) -> None:
-    group, coordinator = Group(), Coordinator(is_over=False, fall_back=False)
-    callback = in_place(coordinator, min_workers)
-    training(callback, group)
-    group.failing = [1]
-    stand_in_for_ray.places = places
-    callback.before_controller_execute_failure_decision(None)
-    name, arguments, _ = coordinator.calls[-1]
-    assert (name, arguments) == ("fall_back", (reason,))
-    assert set(group.shut_down) == {0, 1}
-
-
-def test_survivors_of_a_run_that_is_over_end_it(stand_in_for_ray: SimpleNamespace) -> None:
-    group = Group()
-    callback = in_place(Coordinator(is_over=True))
-    training(callback, group)
-    group.failing = [1]
-    with pytest.raises(RunIsOver):
-        callback.before_controller_execute_failure_decision(None)
-
-
-def test_loss_that_only_the_plan_has_noticed_is_a_failure_and_not_a_resize() -> None:
-    group = Group()
-    callback = in_place(Coordinator())
-    training(callback, group)
-    group.failing = [1]
-    with pytest.raises(controller.WorkerGroupStartupFailedError):
-        callback.before_controller_execute_resize_decision(resized_to(1))

@@ -49,7 +49,7 @@ def test_coordinator_node_lost_writes_failure_and_recovery_with_redone_steps(
         assert await failing is None
         await coordinator.group_started({0: 10}, {0: "127.0.0.3"})
         joined = await coordinator.join(0)
-        assert (joined["attempt"], joined["stop_reason"], joined["over"]) == (2, None, False)
+        assert joined == {"attempt": 2, "stop_reason": None}
         assert await coordinator.last_step() == 4
         await coordinator.record(2, [("rollback", {"step": 2, "lost_steps": 2}), *_steps(3, 4, 5)])
 
@@ -274,60 +274,88 @@ def test_coordinator_passes_through_the_states_and_refuses_to_leave_the_last(
     ]
 
 
-def test_coordinator_in_place_follows_the_worlds_of_one_group(tmp_path: Path) -> None:
+def _restored(step: int, world_size: int, way: str = "resize", lost: int = 0) -> list[Any]:
+    """What rank 0 reports at the beginning of a world."""
+    row = {"kind": "restored", "step": step, "world_size": world_size, "way": way}
+    return [
+        ("rollback", {"step": step, "lost_steps": lost}),
+        ("event", {**row, "moved_bytes": 4096 if way == "resize" else 0}),
+    ]
+
+
+def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) -> None:
     async def scenario() -> None:
         coordinator = RunCoordinator(str(tmp_path), in_place=True)
-        await coordinator.group_started(PIDS, NODES)
-        slots = [(await coordinator.join(rank))["slot"] for rank in PIDS]
+        assert await coordinator.supervisor_started() is None
+        assert await coordinator.group_started(PIDS, NODES) == 1
         await coordinator.record(1, _steps(1, 2))
-        assert await coordinator.members_lost({1: "ActorDied"}, []) is None
+        assert await coordinator.members_lost({1: "ActorDied"}, [], 1) is None
         # Both worlds begin in the middle of a batch of rows.
-        restored = {"kind": "restored", "step": 2, "way": "restore", "moved_bytes": 0}
-        await coordinator.record(
-            1,
-            [
-                *_steps(3),
-                ("rollback", {"step": 2, "lost_steps": 1}),
-                ("event", {**restored, "world_size": 1}),
-                *_steps(3),
-            ],
-        )
-        slots.append((await coordinator.join(1, pid=12, node_id="n"))["slot"])
-        assert slots == [0, 1, 2]
-        await coordinator.record(
-            1,
-            [
-                ("rollback", {"step": 3, "lost_steps": 0}),
-                (
-                    "event",
-                    {"kind": "restored", "step": 3, "world_size": 2}
-                    | {"way": "resize", "moved_bytes": 4096},
-                ),
-                *_steps(4),
-            ],
-        )
+        await coordinator.record(1, [*_steps(3), *_restored(2, 1, "restore", 1), *_steps(3)])
+        await coordinator.world_formed(1, {0: 10, 1: 12}, {0: "a", 1: "n"})
+        await coordinator.record(1, [*_restored(3, 2), *_steps(4)])
         view = await coordinator.view(0)
         assert (view.world_sizes, view.pids[1], view.state) == ([2, 1, 2], 12, "running")
-        assert not await coordinator.is_over()
-        for rank in PIDS:
-            await coordinator.rank_left(1, rank, {"status": "finished", "steps": 4})
-        assert await coordinator.is_over()
+        await coordinator.member_leaves("1 node being drained (n)")
+        await coordinator.record(1, [*_restored(4, 1), *_steps(5)])
+        for slot in (0, 2):
+            await coordinator.rank_left(1, slot, {"status": "finished", "steps": 5})
+        assert (await coordinator.close()).outcome == {"status": "finished", "steps": 5}
 
     asyncio.run(scenario())
     rows = [row for row in RunFolder(tmp_path).events() if "downtime_s" in row]
-    assert [(r["kind"], r["to_world_size"], r["steps_redone"]) for r in rows] == [
-        ("start", 2, 0),
-        ("failure", 1, None),
-        ("recovery", 1, 1),
-        ("resize", 2, 0),
+    assert [(r["kind"], r["to_world_size"], r["steps_redone"], r["reason"]) for r in rows] == [
+        ("start", 2, 0, "the run began"),
+        ("failure", 1, None, "worker process of rank 1 died"),
+        ("recovery", 1, 1, "worker process of rank 1 died"),
+        ("resize", 2, 0, "a worker joined the others"),
+        ("resize", 1, 0, "1 node being drained (n)"),
     ]
-    assert [(r.get("way"), r.get("moved_bytes")) for r in rows] == [
-        (None, None),
-        (None, None),
-        ("restore", 0),
-        ("resize", 4096),
+    changes = [row for row in rows if "way" in row]
+    assert [(r["way"], r["moved_bytes"], r["in_place"]) for r in changes] == [
+        ("restore", 0, True),
+        ("resize", 4096, True),
+        ("resize", 4096, True),
     ]
-    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4]
+    assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_coordinator_of_an_attempt_without_members_begins_another_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        assert await coordinator.supervisor_started() is None
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1, 2))
+        assert await coordinator.members_lost({0: "died", 1: "died"}, [], 0) is None
+        await coordinator.attempt_over()
+        assert (await coordinator.view(0)).state == "waiting"
+        assert await coordinator.group_started({0: 20}, {0: "b"}) == 2
+        await coordinator.record(2, [*_restored(1, 1, "restore", 1), *_steps(2)])
+        # The process that supervises is lost, and the members with it.
+        assert await coordinator.supervisor_started() is None
+        assert (await coordinator.view(0)).state == "waiting"
+
+    asyncio.run(scenario())
+    rows = [r for r in RunFolder(tmp_path).events() if r["kind"] in ("recovery", "failure")]
+    assert [(r["kind"], r["reason"], bool(r.get("in_place"))) for r in rows] == [
+        ("failure", "worker processes of rank 0, 1 died", False),
+        ("recovery", "worker processes of rank 0, 1 died", False),
+        ("failure", "the supervisor of the workers was lost", False),
+    ]
+
+
+def test_coordinator_ends_a_run_whose_supervisor_fails_again_and_again(tmp_path: Path) -> None:
+    async def scenario() -> list[Any]:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        verdicts = []
+        for _ in range(4):
+            verdicts.append(await coordinator.supervisor_started())
+            await coordinator.supervisor_failed(RankError(-1, "TypeError", "TypeError: no"))
+        return verdicts
+
+    *goes_on, verdict = asyncio.run(scenario())
+    assert goes_on == [None] * 3
+    assert verdict.line == "TypeError: no"
 
 
 def test_coordinator_restart_that_is_retried_reports_the_bytes_of_its_last_attempt(

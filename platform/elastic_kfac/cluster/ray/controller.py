@@ -1,14 +1,8 @@
-"""Callbacks in Ray Train's controller: around planned resizes and losses, and to replace single ranks.
+"""Callbacks in Ray Train's controller.
 
-`ElasticCallback` drains a live group before Ray Train resizes it, and has the next group planned
-without the nodes that were lost. `InPlaceCallback` leaves the survivors of a loss running while Ray
-Train replaces the lost ranks. `LeanTrainer` starts the controller with no other actors than a run needs.
-Replacing ranks needs a backend with `has_replica_groups` and, beyond it:
-
-* a second dead worker makes the replacement fail with an `ActorDiedError`, which would end the run: all
-  dead replica groups are shut down first, and the error is made a retryable one;
-* a replacement without a place would block: the callback waits until the placement group is whole again;
-* when the place stays away, the survivors drain and the whole group is restarted.
+`StartCallback` registers the controller and keeps its settings from the workers. `ElasticCallback` also
+drains a live group before Ray Train resizes it, and has the next group planned without the nodes that
+were lost. `LeanTrainer` starts the controller with no other actors than a run needs.
 """
 
 from __future__ import annotations
@@ -30,8 +24,6 @@ from elastic_kfac.cluster.ray.internals import (
     DatasetsCallback,
     PlacementGroupCleanerCallback,
     WorkerGroupCallback,
-    WorkerGroupStartupFailedError,
-    failure_policy,
 )
 from elastic_kfac.cluster.ray.nodes import (
     alive_worker_nodes,
@@ -59,22 +51,13 @@ class _NoGroup(Backend):
     """Leaves the process group to the training function."""
 
 
-class _NoGroupReplaced(Backend):
-    """Also makes Ray Train replace failed ranks one by one."""
-
-    has_replica_groups = True
-
-
 @dataclass
 class OwnGroupBackend(BackendConfig):
     """The training function chooses its device, and creates and destroys the process group itself."""
 
-    replaces_ranks: bool = False
-    """Whether Ray Train replaces single ranks instead of the whole group."""
-
     @property
     def backend_cls(self) -> type[Backend]:
-        return _NoGroupReplaced if self.replaces_ranks else _NoGroup
+        return _NoGroup
 
 
 class LeanTrainer(DataParallelTrainer):
@@ -101,7 +84,33 @@ class LeanTrainer(DataParallelTrainer):
         return [callback for callback in made if not isinstance(callback, self._needless)]
 
 
-class ElasticCallback(ControllerCallback, WorkerGroupCallback):
+class StartCallback(ControllerCallback, WorkerGroupCallback):
+    """Registers the controller and gives workers an environment in which they find idle processes."""
+
+    def __init__(self, coordinator: Any) -> None:
+        """Created by the driver, runs in Ray Train's controller."""
+        self._coordinator = coordinator
+        self._variables: dict[str, str] = {}
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Registers the controller."""
+        this = ray.get_runtime_context().current_actor
+        ray.get(self._coordinator.controller_started.remote(this))
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
+        """Restores the settings that a new group reads from the environment."""
+        os.environ.update(self._variables)
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        """Hides the settings from the workers: the group has read them already.
+
+        Workers with a runtime environment of their own could not use idle processes.
+        """
+        found = [name for name in ENV_VARS_TO_PROPAGATE if name in os.environ]
+        self._variables.update({name: os.environ.pop(name) for name in found})
+
+
+class ElasticCallback(StartCallback):
     """Drains the ranks before a planned resize and clears the way after a loss."""
 
     def __init__(
@@ -123,7 +132,7 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
                 maximum otherwise.
             share: How many workers this run may use; None leaves that to Ray.
         """
-        self._coordinator = coordinator
+        super().__init__(coordinator)
         self._spares = spare_processes
         self._head_start_s = head_start_s
         self._requests_wanted_workers = requests_wanted_workers
@@ -134,10 +143,9 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
         self._actors: tuple[Any, ...] = ()
         self._training = False
         self._without_spares = False
-        self._variables: dict[str, str] = {}
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Registers the controller and patches its scaling policy."""
+        """Also patches the controller's scaling policy."""
         plan_with_staying_nodes()
         if self._requests_wanted_workers:
             request_wanted_workers(lambda: ray.get(self._coordinator.wanted_workers.remote()))
@@ -145,20 +153,11 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             plan_within(self._share)
         # The coordinator outlives runs: its view may be older than this cluster's newest node.
         refresh_capacity()
-        this = ray.get_runtime_context().current_actor
-        ray.get(self._coordinator.controller_started.remote(this))
-
-    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
-        """Restores the settings that a new group reads from the environment."""
-        os.environ.update(self._variables)
+        super().after_controller_start(train_run_context)
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Hides the settings from the workers: the group has read them already.
-
-        Workers with a runtime environment of their own could not use idle processes.
-        """
-        found = [name for name in ENV_VARS_TO_PROPAGATE if name in os.environ]
-        self._variables.update({name: os.environ.pop(name) for name in found})
+        """Also reports how large the next group will be."""
+        super().before_worker_group_start(worker_group_context)
         self._coordinator.group_planned.remote(worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
@@ -247,124 +246,6 @@ class ElasticCallback(ControllerCallback, WorkerGroupCallback):
             except ray.exceptions.RayError as error:
                 found[pings.index(ping)] = type(error).__name__
         return found
-
-
-class InPlaceCallback(ElasticCallback):
-    """Lets survivors run on while a lost rank is replaced; otherwise an `ElasticCallback`."""
-
-    def __init__(
-        self, coordinator: Any, *, wait_s: float, min_workers: int, **options: Any
-    ) -> None:
-        """Created by the driver, runs in Ray Train's controller.
-
-        Args:
-            wait_s: How long survivors run on without a place for the lost ranks.
-            min_workers: With fewer survivors the group drains at once.
-        """
-        super().__init__(coordinator, **options)
-        self._wait_s = wait_s
-        self._min_workers = min_workers
-        self._group: Any = None
-        self._replacing = False
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Also makes the death of a worker during a replacement a retryable failure."""
-        super().after_controller_start(train_run_context)
-        retryable = failure_policy.RETRYABLE_CONTROLLER_ERRORS
-        if ray.exceptions.RayActorError not in retryable:
-            failure_policy.RETRYABLE_CONTROLLER_ERRORS = (
-                *retryable,
-                ray.exceptions.RayActorError,
-            )
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Also keeps the group: its workers change."""
-        super().after_worker_group_start(worker_group)
-        self._group = worker_group
-        self._replacing = False
-
-    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Also finds the processes of replacements."""
-        super().after_worker_group_poll_status(worker_group_status)
-        if self._replacing and not worker_group_status.errors:
-            self._replacing = False
-            self._locate_workers(self._group)
-            self._prestart()
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        """Keeps the survivors running until there is a place for the lost ranks."""
-        survivors = self._survivors() if self._training else []
-        if not survivors:
-            self._replacing = False
-            super().before_controller_execute_failure_decision(failure_decision)
-            return
-        errors, self._errors = self._errors, {}
-        lost = await_lost_nodes(set(self._nodes.values()))
-        _end_run_if(self._coordinator.members_lost.remote(errors, lost))
-        doubt = self._wait_for_room(len(survivors))
-        if doubt is None:
-            self._replacing = True
-        else:
-            self._fall_back(doubt)
-        refresh_capacity()
-        time.sleep(POLICY_CACHE_S)
-
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Replacing ranks needs no drain; a change of the number of workers does."""
-        if self._replacing and self._group is not None:
-            if resize_decision.num_workers == len(self._group.get_workers()):
-                return
-            self._fall_back(f"Ray now plans {resize_decision.num_workers} workers")
-        elif self._training and len(self._survivors()) < len(self._group.get_workers()):
-            # The plan is smaller because a worker was lost, which Ray Train has not noticed yet.
-            raise WorkerGroupStartupFailedError("a worker was lost before the group was resized")
-        super().before_controller_execute_resize_decision(resize_decision)
-
-    # ---- inside ----------------------------------------------------------------------------
-
-    def _survivors(self) -> list[Any]:
-        """Polls all workers now; shuts down the replica groups of those that are gone."""
-        self._group.poll_status(timeout=2.0)
-        failing = self._group.get_latest_poll_status().failing_replica_group_indices
-        replicas = self._group.get_replica_groups()
-        for index in failing:
-            replicas[index].shutdown()
-        alive = [
-            worker
-            for index, replica in enumerate(replicas)
-            if index not in failing and replica.is_active()
-            for worker in replica.get_workers()
-        ]
-        self._actors = tuple(worker.actor for worker in alive)
-        return alive
-
-    def _wait_for_room(self, survivors: int) -> str | None:
-        """Returns None once the lost ranks have places, or why waiting longer is pointless."""
-        if survivors < self._min_workers:
-            return f"{survivors} of at least {self._min_workers} workers are left"
-        handle = self._group.get_worker_group_state().placement_group_handle
-        deadline = time.monotonic() + self._wait_s
-        while True:
-            if ray.get(self._coordinator.is_over.remote()):
-                raise RunIsOver
-            state = ray.util.placement_group_table(handle.placement_group).get("state")
-            if state == "CREATED":
-                return None
-            if time.monotonic() > deadline:
-                return f"no node replaced the lost one within {self._wait_s:g} s"
-            if len(self._survivors()) < survivors:
-                return "another worker was lost before the first one was replaced"
-            time.sleep(0.2)
-
-    def _fall_back(self, reason: str) -> None:
-        if ray.get(self._coordinator.fall_back.remote(reason, timeout_s=DRAIN_TIMEOUT_S)):
-            raise RunIsOver
-        for replica in self._group.get_replica_groups():
-            replica.shutdown()
-        # Now all of them are failing, so that Ray restarts the whole group.
-        self._group.poll_status(timeout=5.0)
-        self._training = self._replacing = False
-        self._errors = {}
 
 
 def _end_run_if(answer: Any) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.device:
-    """The device of this process, a worker of Ray Train; a GPU becomes the current one.
+    """The device of this process, a rank; a GPU becomes the current one.
 
     Raises:
         UsageError: If a GPU is required and torch sees none on this node.
@@ -28,9 +28,12 @@ def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.devic
     if not config.resources.use_gpu or logical_gpus:
         return torch.device("cpu")
     _require_cuda()
-    import ray.train.torch
+    device = torch.device("cuda", 0)
+    if not config.elastic.in_place:
+        # Workers of Ray Train see the GPUs of all workers of their node.
+        import ray.train.torch
 
-    device: torch.device = ray.train.torch.get_device()
+        device = ray.train.torch.get_device()
     torch.cuda.set_device(device)
     return device
 

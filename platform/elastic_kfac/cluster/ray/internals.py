@@ -38,9 +38,7 @@ from ray.train.v2._internal.constants import (
     ENV_VARS_TO_PROPAGATE,
     get_env_vars_to_propagate,
 )
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.failure_handling import default as failure_policy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -111,28 +109,14 @@ INTERNALS: tuple[Internal, ...] = (
     Internal(
         f"{_EXECUTION}.worker_group",
         "ray.controller",
-        "finds survivors, and ends the replica groups of dead workers before Ray replaces them",
-        "WorkerGroup.poll_status(self,timeout) WorkerGroup.get_latest_poll_status(self) "
-        "WorkerGroup.get_replica_groups(self) WorkerGroup.get_worker_group_state(self) "
+        "locates the ranks",
         "WorkerGroup.get_workers(self)",
-    ),
-    Internal(
-        f"{_EXECUTION}.worker_group.execution_group",
-        "ray.controller",
-        "the unit that Ray Train replaces while other workers run on",
-        "ReplicaGroup.shutdown(self) ReplicaGroup.is_active(self) ReplicaGroup.get_workers(self)",
-    ),
-    Internal(
-        f"{_EXECUTION}.worker_group.state",
-        "ray.controller",
-        "shows whether there is a place for a lost worker",
-        "WorkerGroupState.placement_group_handle",
     ),
     Internal(
         f"{_EXECUTION}.worker_group.poll",
         "ray.controller",
         "names the workers that failed",
-        "WorkerGroupPollStatus.errors WorkerGroupPollStatus.failing_replica_group_indices",
+        "WorkerGroupPollStatus.errors",
     ),
     Internal(
         f"{_EXECUTION}.worker_group.worker",
@@ -140,24 +124,6 @@ INTERNALS: tuple[Internal, ...] = (
         "locates a rank's process; `get_metadata` fails only where it is dead",
         "Worker.actor Worker.metadata Worker.distributed_context ActorMetadata.pid "
         "ActorMetadata.node_id RayTrainWorker.get_metadata(self)",
-    ),
-    Internal(
-        f"{_EXECUTION}.failure_handling.default",
-        "ray.controller",
-        "patched: a worker that dies while another is replaced is one more failure to retry",
-        "RETRYABLE_CONTROLLER_ERRORS",
-    ),
-    Internal(
-        "ray.train.v2._internal.exceptions",
-        "ray.controller",
-        "raised instead of resizing a group that has just lost a worker; the controller retries",
-        "WorkerGroupStartupFailedError",
-    ),
-    Internal(
-        "ray.train.backend",
-        "ray.controller",
-        "makes Ray Train replace single workers",
-        "Backend.has_replica_groups",
     ),
     # ---- capacity --------------------------------------------------------------------------
     Internal(

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from elastic_kfac.cluster.run.replicas import Places
     from elastic_kfac.config import Config
 
+MEMBER = "a member"
+"""Source of the state after a change in place."""
 LOST = "a member of the world was lost"
-RETURNED = "a replacement joined the world"
+JOINED = "a worker joined the others"
 
 REPLICAS_INTERVAL_S = 5.0
 """Between two measurements of what the replica actors hold."""
@@ -87,7 +89,7 @@ class RunCoordinator:
         """Opens the run's folder.
 
         Args:
-            in_place: Whether Ray replaces failed ranks while the others run on.
+            in_place: Whether ranks are members of worlds that change while the others run on.
             breaker: Decides when a run that keeps failing has to end.
             survivors_timeout_s: How long survivors have to save their state after processes died.
             telemetry: Settings of the exporter; None exports nothing.
@@ -115,6 +117,7 @@ class RunCoordinator:
             (r["wanted_workers"] for r in rows[:-9:-1] if "wanted_workers" in r), None
         )
         self._group: Group | None = None
+        self._is_supervised = False
         self._change: Change | None = None
         self._stop_reason: str | None = None
         self._run = RunView()
@@ -140,17 +143,19 @@ class RunCoordinator:
         self._mark("planned")
         self._enter(RunState.STARTING, f"{world_size} worker{'s' if world_size != 1 else ''}")
 
-    async def group_started(self, pids: Mapping[int, int], nodes: Mapping[int, str]) -> None:
-        """All processes of the next group are up; they are the founders of its first world."""
+    async def group_started(self, pids: Mapping[int, int], nodes: Mapping[int, str]) -> int:
+        """All processes of the next group are up; in place, those of its first world.
+
+        Returns:
+            The number of the attempt.
+        """
         self._enter(RunState.STARTING, self._run.reason)
         self._mark("started")
         self._close_group()
         self._run.attempt += 1
-        size = len(pids)
-        self._group = Group(
-            self._run.attempt, size, dict(pids), dict(nodes), time.monotonic(), size, size
-        )
+        self._group = Group(self._run.attempt, len(pids), dict(pids), dict(nodes), time.monotonic())
         self._group.store_address = asyncio.get_running_loop().create_future()
+        return self._run.attempt
 
     async def drain(self, reason: str, *, timeout_s: float, notice_s: float | None = None) -> bool:
         """Asks all ranks to stop at the same boundary and waits until they have exited.
@@ -164,6 +169,23 @@ class RunCoordinator:
         group = self._group
         if group is None:
             return self._run.outcome is not None
+        await self.park(reason, notice_s)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and "failed" not in group.ended.values():
+            if group.has_left:
+                break
+            await asyncio.sleep(0.005)
+        ends = set(group.ended.values()) if group.has_left else set()
+        if ends == {"parked"}:
+            self._change = self._change or group.next_change
+            self._mark("parked")
+        return ends == {"finished"}
+
+    async def park(self, reason: str, notice_s: float | None = None) -> None:
+        """Asks all ranks to save the state and stop at the same boundary; does not wait for it."""
+        group = self._group
+        if group is None:
+            return
         self._begin_change("resize", reason)
         if notice_s is not None:
             change = group.next_change or self._change
@@ -175,16 +197,6 @@ class RunCoordinator:
         self._enter(RunState.DRAINING, reason)
         group.drain_reason = reason
         group.changed.set()
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and "failed" not in group.ended.values():
-            if group.has_left:
-                break
-            await asyncio.sleep(0.005)
-        ends = set(group.ended.values()) if group.has_left else set()
-        if ends == {"parked"}:
-            self._change = self._change or group.next_change
-            self._mark("parked")
-        return ends == {"finished"}
 
     async def group_failed(
         self, errors: Mapping[int, str], lost_nodes: Sequence[str]
@@ -205,72 +217,88 @@ class RunCoordinator:
         self._enter(RunState.WAITING, reason)
         return self._run.error
 
-    async def members_lost(
-        self, errors: Mapping[int, str], lost_nodes: Sequence[str]
-    ) -> RankError | None:
-        """Ranks are gone while others run on; returns why the run must end, or None."""
-        group = self._group
-        if group is None:
-            return None
-        silent = sorted(set(errors) - self._breaker.reported_ranks)
-        group.away.update(rank for rank in errors if rank in group.pids)
-        for rank in group.away:
-            group.ended.pop(rank, None)
-        self._run.error = self._breaker.judge(
-            step=self._last_step, died=silent, errors=errors, lost_nodes=len(lost_nodes)
-        )
-        if self._change is not None and self._change.reason == LOST:
-            self._change.reason = self._breaker.last_reason
-        size = len(group.pids)
-        self._record_failure(size, size - len(group.away), in_place=True)
-        return self._run.error
-
-    async def is_over(self) -> bool:
-        """Whether every remaining rank has returned for good."""
-        return self._group is not None and self._is_over(self._group)
-
     async def has_stepped(self) -> bool:
         """Whether the group has committed a step."""
         return self._group is not None and self._group.stepped
-
-    async def fall_back(self, reason: str, *, timeout_s: float) -> bool:
-        """Drains the members before a restart; returns whether the run is over instead."""
-        self._record_event(event_row("fallback", self._last_step, reason=reason))
-        over = await self.drain(reason, timeout_s=timeout_s)
-        self._close_group()
-        self._enter(RunState.WAITING, reason)
-        return over
 
     async def wanted_workers(self) -> int | None:
         """How many workers the batch keeps busy; None before the first step."""
         return self._wanted_workers
 
+    # ---- called by the supervisor of members -------------------------------------------------
+
+    async def supervisor_started(self) -> RankError | None:
+        """A supervisor begins; if one was lost, its members are, and the run may have to end."""
+        if not self._is_supervised:
+            self._is_supervised = True
+            self._enter(RunState.STARTING, "")
+            return None
+        return await self.group_failed({-1: "the supervisor of the workers was lost"}, [])
+
+    async def supervisor_failed(self, error: RankError) -> None:
+        """The supervisor raised; Ray Train starts it again."""
+        self._breaker.reported(error)
+
+    async def supervision(self) -> dict[str, Any]:
+        """Why the run has to stop, if it has to, and how many workers its batch keeps busy."""
+        return {"stop_reason": self._stop_reason, "wanted_workers": self._wanted_workers}
+
+    async def world_formed(
+        self, attempt: int, pids: Mapping[int, int], nodes: Mapping[int, str]
+    ) -> None:
+        """The members have agreed on another world: the process and node of every rank."""
+        group = self._group
+        if group is not None and group.attempt == attempt:
+            group.pids, group.nodes = dict(pids), dict(nodes)
+
+    async def member_leaves(self, reason: str) -> None:
+        """A member has been asked to leave at the next boundary."""
+        self._begin_change("resize", reason)
+        group, change = self._group, self._change
+        change = group.next_change if group is not None and not group.stepped else change
+        if change is not None:
+            change.in_place, change.restored_from = True, MEMBER
+
+    async def members_lost(
+        self, errors: Mapping[int, str], lost_nodes: Sequence[str], left: int
+    ) -> RankError | None:
+        """These ranks are gone while `left` run on; returns why the run must end, or None."""
+        error = self._judge(errors, lost_nodes)
+        reason, group = self._breaker.last_reason, self._group
+        if group is not None:
+            if self._change is not None and self._change.reason == LOST:
+                self._change.reason = reason
+            group.loss = reason
+            self._record_failure(group.world_size, left, in_place=left > 0)
+        return error
+
+    async def newcomer_lost(self, error: str) -> RankError | None:
+        """A process ended before it became a member; returns why the run must end, or None."""
+        return self._judge({-1: error}, [])
+
+    async def attempt_over(self) -> None:
+        """No member is left: the next attempt restores the newest state that was kept."""
+        group = self._group
+        if group is None:
+            return
+        if group.drain_reason is None:
+            self._change = None if self._change is None or self._change.in_place else self._change
+            self._begin_change("failure", self._breaker.last_reason)
+        reason = group.drain_reason or self._breaker.last_reason
+        self._record_event(event_row("fallback", self._last_step, reason=reason))
+        self._close_group()
+        self._enter(RunState.WAITING, reason)
+
     # ---- called by ranks -------------------------------------------------------------------
 
-    async def join(
-        self, rank: int, pid: int = 0, node_id: str = "", places: Any = None
-    ) -> dict[str, Any]:
-        """Registers a rank whose training function begins; returns its place in the group."""
+    async def join(self, rank: int, places: Any = None) -> dict[str, Any]:
+        """Registers a rank whose training function begins; returns its place in the run."""
         self._mark("joined")
         self._run.placement_group = places
         group = self._group
         if group is None:
             raise RuntimeError(f"rank {rank} joined before its group was started")
-        slot = rank
-        if rank in group.joined:
-            # Another process in the place of one that was lost: a slot is not used again.
-            slot, group.next_slot = group.next_slot, group.next_slot + 1
-            group.pids[rank], group.nodes[rank] = pid, node_id
-        over = self._is_over(group)
-        group.joined.add(rank)
-        group.away.discard(rank)
-        return {
-            "attempt": group.attempt,
-            "stop_reason": self._stop_reason_of(group),
-            "slot": slot,
-            "founders": group.founders,
-            "over": over,
-        }
+        return {"attempt": group.attempt, "stop_reason": self._stop_reason_of(group)}
 
     async def last_step(self) -> int:
         """The newest committed step that was reported."""
@@ -349,7 +377,7 @@ class RunCoordinator:
             return
         group.ended[rank] = str(outcome.get("status", ""))
         is_last = outcome.get("status") != "parked" or self._stop_reason is not None
-        # In place, rank 0 may be a process that was never taken into the world.
+        # In place, a process may never have been taken into the world.
         knows = "steps" in outcome and (rank == 0 or self._in_place)
         if is_last and (knows or (rank == 0 and self._run.outcome is None)):
             self._run.outcome = dict(outcome)
@@ -359,11 +387,7 @@ class RunCoordinator:
         group = self._group
         if group is None or group.attempt != attempt:
             return
-        if self._in_place:
-            # Ray replaces its process.
-            group.away.add(error.rank)
-        else:
-            group.ended[error.rank] = "failed"
+        group.ended[error.rank] = "failed"
         self._breaker.reported(error)
         self._telemetry.rank_failed(error.kind)
 
@@ -426,9 +450,12 @@ class RunCoordinator:
     def _stop_reason_of(self, group: Group) -> str | None:
         return self._stop_reason or group.drain_reason
 
-    def _is_over(self, group: Group) -> bool:
-        present = set(group.pids) - group.away
-        return self._run.outcome is not None and bool(present) and set(group.ended) >= present
+    def _judge(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> RankError | None:
+        died = sorted(set(errors) - self._breaker.reported_ranks)
+        self._run.error = self._breaker.judge(
+            step=self._last_step, died=died, errors=errors, lost_nodes=len(lost_nodes)
+        )
+        return self._run.error
 
     def _begin_change(self, kind: Literal["resize", "failure"], reason: str) -> None:
         change, group = self._change, self._group
@@ -445,10 +472,10 @@ class RunCoordinator:
 
     def _begin_world(self, group: Group) -> None:
         """Survivors of this group have formed another world."""
-        # The controller may have heard of the loss before the survivors stepped on.
-        reason = self._breaker.last_reason if group.away else LOST
+        # The supervisor may have heard of the loss before the survivors stepped on.
+        reason, group.loss = group.loss or LOST, ""
         self._change = self._change or Change(
-            "failure", reason, group.world_size, restored_from="a member", in_place=True
+            "failure", reason, group.world_size, restored_from=MEMBER, in_place=True
         )
         self._mark("noticed")
         group.stepped = False
@@ -459,14 +486,14 @@ class RunCoordinator:
         group.began = now
         change = self._change
         if change is not None and change.in_place and world_size > group.world_size:
-            change.kind, change.reason = "resize", RETURNED
+            change.kind, change.reason = "resize", JOINED
         group.world_size = world_size
 
     async def _await_survivors(self, group: Group, *, gone: set[int]) -> None:
         # Ray ends them as soon as the failure is handled; a rank reports after its state is safe.
         deadline = time.monotonic() + self._survivors_timeout_s
         waiting_for = set(group.pids) - gone
-        while waiting_for - set(group.ended) - group.away and time.monotonic() < deadline:
+        while waiting_for - set(group.ended) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     def _mark(self, name: str) -> None:

@@ -121,7 +121,7 @@ class _Record(Reporter):
         self._seen_events = 0
         self._shown_at = float("-inf")
         self._call(self._coordinator.group_started({0: os.getpid()}, {0: ""}))
-        self._attempt = self._call(self._coordinator.join(0, os.getpid()))["attempt"]
+        self._attempt = self._call(self._coordinator.join(0))["attempt"]
 
     def send(self, message: Message) -> None:
         self._folder.check_claim()

@@ -15,18 +15,18 @@ from ray.util import remove_placement_group
 from elastic_kfac.cluster.ray.connection import environment
 from elastic_kfac.cluster.ray.controller import (
     ElasticCallback,
-    InPlaceCallback,
     LeanTrainer,
     OwnGroupBackend,
+    StartCallback,
 )
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node, start_actor
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
-from elastic_kfac.cluster.run.membership import MembershipHost
 from elastic_kfac.cluster.run.replicas import ReplicaActors
 from elastic_kfac.cluster.run.states import RunState
+from elastic_kfac.cluster.run.supervisor import supervise
 from elastic_kfac.cluster.run.worker import WorkerSettings, run_worker
 from elastic_kfac.config import Config
 from elastic_kfac.observability.telemetry import TelemetryOptions
@@ -49,6 +49,20 @@ _TRAIN_ENVIRONMENT = {
 
 # The embedded cluster is not scraped: one process fewer per group.
 _EMBEDDED_TRAIN_ENVIRONMENT = {"RAY_TRAIN_METRICS_ENABLED": "0"}
+
+
+_SUPERVISOR = ScalingConfig(num_workers=1, resources_per_worker={"node:__internal_head__": 0.001})
+"""In place: beside the head, the most stable node there is, and without a CPU."""
+
+
+def _workers(config: Config) -> ScalingConfig:
+    elastic = config.elastic
+    return ScalingConfig(
+        num_workers=(elastic.min_workers, elastic.max_workers),
+        elastic_resize_monitor_interval_s=elastic.resize_poll_s,
+        use_gpu=config.resources.use_gpu,
+        resources_per_worker=dict(config.resources.per_worker),
+    )
 
 
 def run_label(run_uri: str) -> str:
@@ -114,28 +128,23 @@ class Launch:
         )
         self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
         ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
-        member_host = start_actor(MembershipHost, node_id=home) if elastic.in_place else None
         settings = WorkerSettings(
             config,
             run_uri,
             self.coordinator,
             rank_function,
             telemetry=telemetry,
-            membership_host=member_host,
             logical_gpus=logical_gpus,
+            share=share,
+            spare_processes=self._spares,
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         self._trainer = LeanTrainer(
-            run_worker,
+            supervise if elastic.in_place else run_worker,
             outlived=cluster is None,
             train_loop_config=settings,
-            backend_config=OwnGroupBackend(replaces_ranks=elastic.in_place),
-            scaling_config=ScalingConfig(
-                num_workers=(elastic.min_workers, elastic.max_workers),
-                elastic_resize_monitor_interval_s=elastic.resize_poll_s,
-                use_gpu=config.resources.use_gpu,
-                resources_per_worker=dict(config.resources.per_worker),
-            ),
+            backend_config=OwnGroupBackend(),
+            scaling_config=_SUPERVISOR if elastic.in_place else _workers(config),
             run_config=RunConfig(
                 name=run_uri.rpartition("/")[2],
                 storage_path=scratch,
@@ -191,23 +200,20 @@ class Launch:
                 remove_placement_group(view.placement_group)
         if (view.outcome or {}).get("status") == "finished":
             self.error = None
+        elif view.error is not None and self.error is None:
+            self.error = RuntimeError(view.error.line)
         return view
 
-    def _callback(self, config: Config, share: Callable[[], int] | None) -> ElasticCallback:
+    def _callback(self, config: Config, share: Callable[[], int] | None) -> StartCallback:
         elastic = config.elastic
-        options: dict[str, Any] = {
-            "spare_processes": self._spares,
-            "requests_wanted_workers": elastic.batch_policy == "abs"
-            and config.batch.policy != "constant",
-            "share": share,
-        }
-        if not elastic.in_place:
-            return ElasticCallback(self.coordinator, **options)
-        return InPlaceCallback(
+        if elastic.in_place:
+            return StartCallback(self.coordinator)
+        return ElasticCallback(
             self.coordinator,
-            wait_s=elastic.in_place_wait_s,
-            min_workers=elastic.min_workers,
-            **options,
+            spare_processes=self._spares,
+            requests_wanted_workers=elastic.batch_policy == "abs"
+            and config.batch.policy != "constant",
+            share=share,
         )
 
     def _fit(self) -> None:

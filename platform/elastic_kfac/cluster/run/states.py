@@ -2,8 +2,8 @@
 
 A *group* is what Ray Train starts together, one process per rank; its *attempt* is its number in the
 run, from 1. The *world* is the set of ranks that step together. Without `elastic.in_place` it is the
-whole group and lives as long; with it the world shrinks and grows inside one group, and
-`training/membership.py` numbers such worlds by *generation*.
+whole group and lives as long; with it the members of an attempt come and go (`supervisor.py`), and
+`training/membership.py` numbers their worlds by *generation*.
 """
 
 from __future__ import annotations
@@ -103,16 +103,10 @@ class Group:
     nodes: dict[int, str]
     began: float
     """Start of the present world (monotonic clock of the coordinator)."""
-    founders: int = 0
-    """Ranks at the start, the members of the first world."""
-    next_slot: int = 0
-    """Number of the next replacement in the membership of the group's worlds."""
-    joined: set[int] = field(default_factory=set)
-    """Ranks whose training function has begun at least once."""
     ended: dict[int, str] = field(default_factory=dict)
     """How each rank left the training function: a status, or `failed`."""
-    away: set[int] = field(default_factory=set)
-    """Ranks that are gone while the others run on."""
+    loss: str = ""
+    """In place, why a member is gone, until the others step on."""
     drain_reason: str | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when ranks have to look at the stop reason, or when the group is over."""
@@ -125,4 +119,4 @@ class Group:
     @property
     def has_left(self) -> bool:
         """Whether the training function of every rank that is there has returned."""
-        return set(self.ended) >= set(self.pids) - self.away
+        return set(self.ended) >= set(self.pids)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 import ray.train
@@ -16,7 +15,7 @@ from ray.util.metrics import Gauge
 
 from elastic_kfac.cluster.ray.devices import backend_of, device_of_rank
 from elastic_kfac.cluster.run.crash_loop import RankError
-from elastic_kfac.cluster.run.membership import NeverAMember, membership_of, process_group
+from elastic_kfac.cluster.run.membership import process_group
 from elastic_kfac.cluster.run.replicas import ReplicatedStore
 from elastic_kfac.cluster.run.reporting import (
     CoordinatorControl,
@@ -31,6 +30,7 @@ from elastic_kfac.training.callbacks import Callback, Callbacks
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
+    from elastic_kfac.training.loop import Outcome
 
 RANK_FUNCTION = "elastic_kfac.training.loop:run_rank"
 
@@ -48,8 +48,10 @@ class WorkerSettings:
     collective_timeout_s: float = 120.0
     telemetry: TelemetryOptions | None = None
     """None exports and logs nothing."""
-    membership_host: Any = None
-    """Handle of the actor where members meet; None restarts the group at every change."""
+    share: Callable[[], int] | None = None
+    """How many workers the run may use, where ranks are members of worlds that change in place."""
+    spare_processes: int = 0
+    """Idle worker processes to keep ready on every node of a member."""
     logical_gpus: bool = False
     """Whether the GPUs of `resources.use_gpu` are only Ray's numbers, and ranks use the CPU."""
 
@@ -63,86 +65,21 @@ def run_worker(settings: WorkerSettings) -> str:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     coordinator = settings.coordinator
-    node_id = ray.get_runtime_context().get_node_id()
     places = get_current_placement_group()
-    joined = ray.get(coordinator.join.remote(rank, os.getpid(), node_id, places))
+    joined = ray.get(coordinator.join.remote(rank, places))
     attempt = int(joined["attempt"])
-    if joined["over"]:
-        return "finished"
+    log_context = LogContext(settings.run_uri.rpartition("/")[2], rank)
     try:
-        outcome = _run(settings, rank, world_size, joined)
-    except NeverAMember:
-        outcome = {"status": "parked"}
-    except BaseException as error:
-        description = RankError.of(rank, error)
-        log_of("run").error(description.line, exc_info=True)
-        ray.get(coordinator.rank_failed.remote(attempt, description))
-        raise
-    ray.get(coordinator.rank_left.remote(attempt, rank, outcome))
-    return str(outcome["status"])
-
-
-def _run(
-    settings: WorkerSettings, rank: int, world_size: int, joined: Mapping[str, Any]
-) -> dict[str, Any]:
-    import torch
-
-    from elastic_kfac.runs.final_record import result_row
-    from elastic_kfac.state.checkpoint import CheckpointStore
-    from elastic_kfac.training.in_place import run_member
-    from elastic_kfac.training.measurement import RankProbe
-
-    config, coordinator, attempt = settings.config, settings.coordinator, int(joined["attempt"])
-    options, log_context = settings.telemetry, LogContext(settings.run_uri.rpartition("/")[2], rank)
-    if options is not None:
-        begin_log(log_context, options.log)
-    torch.set_num_threads(config.train.torch_threads)
-    device = device_of_rank(config, logical_gpus=settings.logical_gpus)
-    # In place, any process may become rank 0 of a later world.
-    reports = rank == 0 or settings.membership_host is not None
-    rows = RankReporter(coordinator, attempt) if reports else None
-    probe, export = RankProbe(), None
-    followers: list[Callback] = [LogPosition(log_context)]
-    if options is not None and options.exports:
-        with probe.own_cpu():
-            telemetry = RankTelemetry(options, rank, Gauge)
-        export = MetricsExport(probe, telemetry, rows.measured if rows else lambda values: None)
-        followers += [probe, export]
-    callback = Callbacks(*followers, *([rows] if rows else []))
-    store_reports = StoreReporter(coordinator, attempt, rows or Callback(), probe)
-    durable = CheckpointStore(
-        settings.run_uri,
-        keep=config.elastic.keep_checkpoints,
-        on_warning=store_reports.on_warning,
-    )
-    durable.after_save = store_reports.on_checkpoint
-    store = ReplicatedStore(
-        durable,
-        lambda: ray.get(coordinator.replica_places.remote()),
-        attempt=attempt,
-        checkpoint_interval_s=config.elastic.checkpoint_interval_s,
-        callback=store_reports,
-    )
-    control = CoordinatorControl(coordinator, attempt, joined["stop_reason"])
-    backend = backend_of(config, device)
-    stack = contextlib.ExitStack()
-    try:
-        if settings.membership_host is not None:
-            outcome = run_member(
-                config,
-                membership_of(settings.membership_host, joined, control, backend=backend),
-                store=store,
-                callback=callback,
-                control=control,
-                device=device,
-                repeat_rows=True,
-            )
-        else:
-            seams: dict[str, Any] = {}
-            if config.plan.decomposers:
+        stop_reason = joined["stop_reason"]
+        with (
+            RankSeams(settings, attempt, log_context, rank == 0, stop_reason) as seams,
+            contextlib.ExitStack() as stack,
+        ):
+            pool: dict[str, Any] = {}
+            if settings.config.plan.decomposers:
                 from elastic_kfac.cluster.ray.decomposers import Decomposers
 
-                seams["pool"] = stack.enter_context(Decomposers(config.plan.decomposers))
+                pool["pool"] = stack.enter_context(Decomposers(settings.config.plan.decomposers))
             module, _, function = settings.rank_function.partition(":")
             run = getattr(importlib.import_module(module), function)
             with process_group(
@@ -150,24 +87,101 @@ def _run(
                 rank,
                 world_size,
                 attempt,
-                backend=backend,
+                backend=seams.backend,
                 timeout_s=settings.collective_timeout_s,
             ) as communicator:
                 outcome = run(
-                    config,
+                    settings.config,
                     communicator,
-                    store=store,
-                    callback=callback,
-                    control=control,
-                    device=device,
-                    save_survivor=store.save_survivor,
-                    **seams,
+                    store=seams.store,
+                    callback=seams.callback,
+                    control=seams.control,
+                    device=seams.device,
+                    save_survivor=seams.store.save_survivor,
+                    **pool,
                 )
-        store.close()
-    finally:
-        stack.close()
-        if export is not None:
-            export.export()
-        if rows is not None:
-            rows.close()
-    return {**result_row(config, outcome), "reasons": list(outcome.reasons)}
+            row = seams.end(outcome)
+    except BaseException as error:
+        description = RankError.of(rank, error)
+        log_of("run").error(description.line, exc_info=True)
+        ray.get(coordinator.rank_failed.remote(attempt, description))
+        raise
+    ray.get(coordinator.rank_left.remote(attempt, rank, row))
+    return str(row["status"])
+
+
+class RankSeams:
+    """What the loop of a rank needs from its cluster: store, callback, control, device, backend.
+
+    A context manager that sends what is left to be reported.
+    """
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        attempt: int,
+        log_context: LogContext,
+        reports: bool = True,
+        stop_reason: str | None = None,
+    ) -> None:
+        """Opens the run's folder and connects to the coordinator.
+
+        Args:
+            log_context: Names this rank in its log.
+            reports: Whether this process is or may become rank 0.
+            stop_reason: Why the run has to stop already.
+        """
+        import torch
+
+        from elastic_kfac.state.checkpoint import CheckpointStore
+        from elastic_kfac.training.measurement import RankProbe
+
+        self._config = config = settings.config
+        coordinator, options = settings.coordinator, settings.telemetry
+        if options is not None:
+            begin_log(log_context, options.log)
+        torch.set_num_threads(config.train.torch_threads)
+        self.device = device_of_rank(config, logical_gpus=settings.logical_gpus)
+        self.backend = backend_of(config, self.device)
+        self._rows = rows = RankReporter(coordinator, attempt) if reports else None
+        probe = RankProbe()
+        self._export: MetricsExport | None = None
+        followers: list[Callback] = [LogPosition(log_context)]
+        if options is not None and options.exports:
+            with probe.own_cpu():
+                telemetry = RankTelemetry(options, log_context.rank or 0, Gauge)
+            measured = rows.measured if rows else lambda values: None
+            self._export = MetricsExport(probe, telemetry, measured)
+            followers += [probe, self._export]
+        self.callback = Callbacks(*followers, *([rows] if rows else []))
+        store_reports = StoreReporter(coordinator, attempt, rows or Callback(), probe)
+        durable = CheckpointStore(
+            settings.run_uri,
+            keep=config.elastic.keep_checkpoints,
+            on_warning=store_reports.on_warning,
+        )
+        durable.after_save = store_reports.on_checkpoint
+        self.store = ReplicatedStore(
+            durable,
+            lambda: ray.get(coordinator.replica_places.remote()),
+            attempt=attempt,
+            checkpoint_interval_s=config.elastic.checkpoint_interval_s,
+            callback=store_reports,
+        )
+        self.control = CoordinatorControl(coordinator, attempt, stop_reason)
+
+    def end(self, outcome: Outcome) -> dict[str, Any]:
+        """Waits for the store; returns the outcome as the columns of the run's result."""
+        from elastic_kfac.runs.final_record import result_row
+
+        self.store.close()
+        return {**result_row(self._config, outcome), "reasons": list(outcome.reasons)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._export is not None:
+            self._export.export()
+        if self._rows is not None:
+            self._rows.close()
