@@ -405,6 +405,7 @@ GIVEN: dict[str, dict[str, str]] = {
 """Numbers with units that are no results of a benchmark: words around each, and why."""
 
 COMMANDS: dict[str, str] = {
+    "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
     "chaos": "make chaos",
     "clusters10": "elastic-kfac compare benchmarks/studies/clusters10.yaml",
     "damping_rules": "python benchmarks/defaults/run.py (candidates.yaml)",

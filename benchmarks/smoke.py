@@ -59,6 +59,7 @@ SMOKES = (
     Smoke("start_up.py", "--repeats 1 --out OUT"),
     Smoke("suggested.py", "--minutes 0.1 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
+    Smoke("elastic/changes_in_place.py", "--cycles 1 --out OUT"),
     Smoke("telemetry_cost.py", "--epochs 2 --repeats 1", {"RESULT": "OUT"}),
     Smoke("vault_cost.py", "--out OUT", {"SIZES": (100_000,), "SNAPSHOTS": 4}),
     Smoke("elastic/chaos.py", "--phases 0.5:15 --out OUT"),

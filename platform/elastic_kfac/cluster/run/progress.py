@@ -111,6 +111,7 @@ def event_line(event: Mapping[str, Any]) -> str | None:
     if kind in ("resize", "recovery"):
         before, after = event["from_world_size"], event["to_world_size"]
         change = f"{before} -> {workers(after)}" if before != after else f"still {workers(after)}"
+        change += " in place" if event.get("in_place") else ""
         line = (
             f"[step {step}] {change}: {event['reason']}; down {event['downtime_s']:.1f} s, "
             f"{event['steps_redone']} steps redone"
