@@ -104,5 +104,5 @@ def completion(arguments: argparse.Namespace) -> int:
         return 0
     import shtab
 
-    print(shtab.complete(build_parser(), shell=arguments.shell))
+    print(shtab.complete(build_parser(), arguments.shell))
     return 0

@@ -176,7 +176,7 @@ def test_target_accuracy_is_timed_and_can_end_the_run(tmp_path: Path) -> None:
     assert progress.time_to_target_s is not None
     assert progress.train_time_to_target_s is not None
     assert progress.train_time_to_target_s <= progress.time_to_target_s
-    assert [event["kind"] for event in recorded.events] == ["target_reached", "finished"]
+    assert [event["kind"] for event in recorded.events] == ["target_reached", "costs", "finished"]
 
 
 def test_nan_batch_is_an_error_that_names_the_step(tmp_path: Path) -> None:
@@ -291,6 +291,7 @@ def test_folder_of_a_run_evaluates_exports_and_compacts(tmp_path: Path) -> None:
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     run(tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
+    folder.write_config(small_config())
     export_run(folder, tmp_path / "weights.safetensors")
     changes = {
         "model.name": "mlp",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.summation_tree import shard_range
+from elastic_kfac.communication.summation_tree import shard_range, shards_of_ranks
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.errors import StateError
 from elastic_kfac.training.rank import RankTrainer
@@ -156,6 +156,7 @@ def test_slices_of_the_ranks_follow_each_other_without_gap(world_size: int, coun
     position = 100
     for rank in range(world_size):
         tree.communicator = cast(Any, SimpleNamespace(rank=rank, world_size=world_size))
+        tree.vector.ranges = shards_of_ranks(world_size, 8)
         first, size = tree.slice(100, count)
         assert first == position
         position += size
