@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -350,6 +351,65 @@ def planning() -> Iterator[Row]:
         yield Row(document, label, (ours, theirs))
 
 
+def studies() -> Iterator[Row]:
+    """Published trends."""
+    document = "docs/studies.md"
+    runs = load("robust_spectra")["runs"]
+    for kind in ("plain", "robust"):
+        for size in (64, 1024):
+            chosen = [v for k, v in runs.items() if k.startswith(f"{kind} | {size} | ")]
+            ends = [run["epochs"][-1] for run in chosen]
+            largest = mean(end["largest"] for end in ends)
+            cells = (
+                n(largest, ".2f"),
+                n(mean(sum(end["top"]) for end in ends), ".1f"),
+                share(mean(-end["smallest"] / end["largest"] for end in ends), 1),
+                share(mean(run["end"]["attacked_accuracy"] for run in chosen), 1),
+            )
+            yield Row(document, f"{kind}, B = {size:,}", cells)
+    ends = load("dist_newton")["claims"]["end"]
+    for title, activation in (("tanh", "tanh"), ("ReLU", "relu")):
+        for rate in ("0.3", "1"):
+            found = ends[f"{activation} | {rate}"]
+            merged = (
+                " / ".join(n(found[f"{kind} m={m}"], ".3f") for m in (2, 4, 8))
+                for kind in ("paper", "split")
+            )
+            yield Row(
+                document,
+                f"{title}, rate {rate}",
+                (n(found["sgd"], ".3f"), n(found["sgd 2"], ".3f"), *merged),
+            )
+    schedules = load("schedules")
+    for name, row in schedules["cost table, B = 1024"].items():
+        eigenvalue = row.get("cpu ms per eigenvalue")
+        yield Row(
+            document,
+            name,
+            (
+                n(row["updates"], ",.0f"),
+                n(row["cpu ms per update"], ".1f"),
+                n(eigenvalue, ".0f") if eigenvalue else "–",
+                n(row["total cpu s"], ".1f"),
+                f"{n(row['speed-up'], '.1f')} ×",
+                share(row["accuracy"], 1),
+            ),
+        )
+    for size, row in schedules["large batch, accuracy by seed"].items():
+        label = f"accuracy, B = {int(size):,}"
+        yield Row(document, label, tuple(share(mean(v), 1) for v in row.values()))
+    for task, row in load("workloads")["summary"].items():
+        cells = (_epochs(found) for found in row.values())
+        yield Row(document, f"`{task}`", tuple(cells))
+
+
+def _epochs(found: Mapping[str, Any]) -> str:
+    """The median of epochs to a target, and how many seeds reached it."""
+    reached = [each for each in found["epochs_to_target"] if each is not None]
+    middle = "–" if found["median"] is None else n(found["median"], ".2f")
+    return f"{middle} ({n(len(reached))} of {n(len(found['epochs_to_target']))})"
+
+
 def _zero(text: str) -> str:
     return text.replace("-0 ", "0 ")
 
@@ -412,7 +472,9 @@ COMMANDS: dict[str, str] = {
     "data": "python benchmarks/data/bench_data.py",
     "defaults": "python benchmarks/defaults/run.py",
     "defaults_variants": "python benchmarks/defaults/run.py (ekfac, one_sided, rare)",
+    "dist_newton": "python benchmarks/studies/dist_newton.py",
     "elastic_recovery": "python benchmarks/elastic_recovery.py",
+    "fisher": "python benchmarks/studies/fisher.py",
     "hessian_cost": "python benchmarks/hessian_cost.py",
     "in_place_gaps": "python benchmarks/in_place_gaps.py",
     "kfac_step": "python benchmarks/kfac_step.py",
@@ -423,12 +485,15 @@ COMMANDS: dict[str, str] = {
     "planner_accuracy": "python benchmarks/planner/accuracy.py",
     "planner_figures": "python benchmarks/planner/figures.py",
     "reproducible_cost": "python benchmarks/reproducible_cost.py",
+    "robust_spectra": "python benchmarks/studies/robust_spectra.py",
     "row_log_cost": "python benchmarks/row_log_cost.py",
+    "schedules": "python benchmarks/studies/schedules.py",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
     "telemetry_cost": "python benchmarks/telemetry_cost.py",
     "tuned_against_tuned": "python benchmarks/tuned_against_tuned.py",
     "vault_cost": "python benchmarks/vault_cost.py",
     "wide_layers": "python benchmarks/wide_layers.py",
+    "workloads": "python benchmarks/workloads.py",
     "wire_formats": "python benchmarks/studies/wire_formats.py",
 }
 """What wrote each file."""
@@ -436,7 +501,7 @@ COMMANDS: dict[str, str] = {
 
 def rows() -> list[Row]:
     """Every row."""
-    return [*readme(), *damping(), *variants(), *planning()]
+    return [*readme(), *damping(), *variants(), *planning(), *studies()]
 
 
 def unfounded(row: Row) -> list[str]:

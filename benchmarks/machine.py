@@ -40,7 +40,8 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     runs = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in clean["runs"].items())
     head = json.dumps({k: v for k, v in clean.items() if k != "runs"}, indent=1)
     part = path.with_suffix(".part")
-    part.write_text(head.removesuffix("\n}") + f',\n "runs": {{\n{runs}\n }}\n}}\n')
+    begin = head.removesuffix("\n}") + "," if len(clean) > 1 else "{"
+    part.write_text(f'{begin}\n "runs": {{\n{runs}\n }}\n}}\n')
     part.replace(path)
 
 

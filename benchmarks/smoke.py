@@ -47,6 +47,18 @@ SMOKES = (
     Smoke("reproducible_cost.py", "--ranks 2 --rounds 1 --out OUT"),
     Smoke("data/bench_data.py", "--rounds 1 --long-seconds 1 --out OUT"),
     Smoke("gpu/run.py", "--tiny --device cpu --out OUT"),
+    Smoke("studies/dist_newton.py", "--samples 256 --epochs 1 --seeds 1 --out OUT"),
+    Smoke("studies/fisher.py", "--steps 2 --seeds 1 --out OUT", {"SAMPLES": 30}),
+    Smoke(
+        "studies/robust_spectra.py", "--seeds 1 --data OUT-data --out OUT", {"SIZES": (1024, 2048)}
+    ),
+    Smoke(
+        "studies/schedules.py",
+        "--seeds 1 --pairs 2 --data OUT-data --out OUT",
+        {"LARGE": 64, "SIZES": (4096,), "EPOCHS": 2},
+    ),
+    Smoke("studies/recipes.py", "--seeds 1 --data OUT-data --out OUT", {"BATCHES": {131072: 512}}),
+    Smoke("workloads.py", "--tasks regression --seeds 1 --data OUT-data --out OUT"),
     Smoke("studies/wire_formats.py", "--seeds 1 --epochs 1 --out OUT"),
     Smoke(
         "defaults/run.py",
@@ -70,6 +82,7 @@ LEFT_OUT = {
     "tuned_against_tuned.py": "reads Fashion-MNIST",
     "studies/cifar10_jpeg.py": "reads CIFAR-10",
     "smoke.py": "this script",
+    "studies/loop.py": "what studies share",
 }
 """Scripts that need data from elsewhere."""
 

@@ -32,6 +32,7 @@ from elastic_kfac.training.rank import RankTrainer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from machine import facts, write_result
 
+EPOCHS = 45
 LARGE = 1024
 SIZES = (1024, 4096)
 POLICIES: dict[str, dict[str, Any]] = {
@@ -48,7 +49,7 @@ RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 ATTACK = {"adversarial.eval_attack": "fgsm", "adversarial.eval_radius": 0.1066}
 TUNING_SEED = 100
-STUDENT_95 = {2: 12.71, 3: 4.303, 5: 2.776, 10: 2.262, 15: 2.145, 20: 2.093, 30: 2.045}
+STUDENT_95 = {2: 12.71, 3: 4.303, 5: 2.776, 10: 2.262, 12: 2.201, 15: 2.145, 20: 2.093, 30: 2.045}
 
 
 def at_epoch(trainer: RankTrainer) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class Study:
 
     def run(self, key: str, changes: dict[str, Any]) -> dict[str, Any]:
         if key not in self.runs:
-            given = {"train.eval_every_epochs": 45, **ATTACK, **changes}
+            given = {"train.epochs": EPOCHS, "train.eval_every_epochs": EPOCHS, **ATTACK, **changes}
             found = train(configured(self.base, given), at_epoch)
             rows = found.pop("epochs")
             found |= {name: [row[name] for row in rows] for name in ("batch", "lr")}
