@@ -132,23 +132,38 @@ class StepRates:
     """By layer."""
 
 
-@dataclass(eq=False)
 class LastStep:
-    """δ of a layer in units of −lr: `scale` times `matrix`.
+    """δ of a layer in units of −lr.
 
-    Where few columns have a gradient, momentum moves the scale alone: a step costs no more than they do.
+    Where few columns have a gradient, a step costs no more than they do: momentum moves a scale alone,
+    and without momentum δ is a part of the columns.
     """
 
-    matrix: Tensor
-    scale: float = 1.0
-    columns: Tensor | None = None
-    """Those that may be other than zero; None for all."""
+    def __init__(self, matrix: Tensor, scale: float = 1.0) -> None:
+        self._matrix = matrix
+        self.scale = scale
+        """δ is this times `matrix`."""
+        self._part: tuple[Tensor, Tensor] | None = None
+        """The columns that are other than zero, and which they are; None: they are in `_matrix`."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> LastStep:
         """From `tensors()`."""
         scale = tensors.get("scale")
         return cls(tensors[""], 1.0 if scale is None else float(scale))
+
+    @property
+    def matrix(self) -> Tensor:
+        """All columns, which may be changed in place."""
+        if self._part is not None:
+            values, columns = self._part
+            self._matrix, self._part = self._by_columns().zero_(), None
+            self._matrix.mT.index_copy_(0, columns, values.mT)
+        return self._matrix
+
+    def _by_columns(self) -> Tensor:
+        # Columns are read and added to where each lies together in memory.
+        return self._matrix.mT.contiguous().mT
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it."""
@@ -161,31 +176,41 @@ class LastStep:
         """`used` columns of the matrix; None for all."""
         if used is None:
             return self.matrix
-        # Columns are read and added to where each lies together in memory.
-        self.matrix = self.matrix.mT.contiguous().mT
-        return self.matrix.mT.index_select(0, used).mT
+        if self._part is None:
+            self._matrix = self._by_columns()
+            return self._matrix.mT.index_select(0, used).mT
+        values, columns = self._part
+        places = torch.full((self._matrix.shape[1],), -1)
+        places[columns] = torch.arange(len(columns))
+        found = places.index_select(0, used)
+        common = (found >= 0).nonzero().squeeze(1)
+        rows = values.new_zeros(len(used), len(values))
+        rows.index_copy_(0, common, values.mT.index_select(0, found.index_select(0, common)))
+        return rows.mT
 
-    def decay(self, momentum: float, used: Tensor | None = None) -> None:
-        """Multiplies δ by `momentum`; with `used`, for `add_columns` of those to follow."""
-        if used is None:
-            if self.scale * momentum != 1.0:
-                self.matrix.mul_(self.scale * momentum)
-            self.scale, self.columns = 1.0, None
-        elif momentum:
-            self.scale, self.columns = self.scale * momentum, None
-            if abs(self.scale) < _SMALLEST_SCALE:
-                self.decay(1.0)
-        else:
-            if self.columns is None:
+    def decay(self, momentum: float) -> None:
+        """Multiplies δ by `momentum`, in the matrix."""
+        matrix = self.matrix
+        if self.scale * momentum != 1.0:
+            matrix.mul_(self.scale * momentum)
+        self.scale = 1.0
+
+    def move(self, momentum: float, values: Tensor | None, columns: Tensor) -> None:
+        """Multiplies δ by `momentum` and adds `values` to some columns; None adds nothing."""
+        if not momentum:
+            self.scale = 1.0
+            if values is None:
                 self.matrix.zero_()
             else:
-                self.matrix.mT.index_fill_(0, self.columns, 0.0)
-            self.scale, self.columns = 1.0, used
-
-    def add_columns(self, values: Tensor, columns: Tensor) -> None:
-        """Adds to some columns of δ."""
-        values = values if self.scale == 1.0 else values / self.scale
-        self.matrix.mT.index_add_(0, columns, values.mT)
+                self._part = values, columns
+            return
+        self._matrix = self.matrix
+        self.scale *= momentum
+        if abs(self.scale) < _SMALLEST_SCALE:
+            self.decay(1.0)
+        if values is not None:
+            values = values if self.scale == 1.0 else values / self.scale
+            self._matrix.mT.index_add_(0, columns, values.mT)
 
 
 def kl_clip(
@@ -336,9 +361,7 @@ class TrustRegion:
                 # What is not finite must not stay in the sum.
                 self.steps_taken[name] = LastStep(_kept(value, usable).clone())
             elif columns is not None and not brakes:
-                step.decay(momenta[place], columns)
-                if not is_lost:
-                    step.add_columns(value, columns)
+                step.move(momenta[place], None if is_lost else value, columns)
             else:
                 step.decay(1.0)
                 if columns is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.config.kfac import KfacOptions
+from elastic_kfac.curvature.kronecker import EmbeddingLayer
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac import trust_region
 
@@ -322,3 +323,26 @@ def test_levenberg_marquardt_from_its_default_start_trains_a_regression() -> Non
         values.add(kfac.damping)
     assert len(values) > 2
     assert sum(losses[-8:]) < 0.2 * sum(losses[:8])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_of_a_few_rows_equal_steps_of_the_whole_table(
+    momentum: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained() -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(60, 4), nn.Linear(4, 5)).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        kfac = KFAC(model, lr=optimizer, loss_reduction="mean", factor_update_steps=2)
+        for seed in range(8):
+            rows = torch.randint(30, (8, 2), generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(rows).square().mean().backward()
+            kfac.step()
+            optimizer.step()
+        table: Tensor = model[0].weight.detach()
+        return table
+
+    few = trained()
+    monkeypatch.setattr(EmbeddingLayer, "used_columns", lambda *a, **k: None)
+    torch.testing.assert_close(few, trained(), rtol=1e-12, atol=1e-14)
