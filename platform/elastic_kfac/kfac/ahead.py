@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,13 +120,11 @@ class Ahead:
                 raise
             self._failed(error)
             return _timed(layer, state, names, damping)
-        self.work.elsewhere += isinstance(next(iter(parts.values()), None), np.ndarray)
-        return {
-            name: (torch.from_numpy(part) if isinstance(part, np.ndarray) else part).to(
-                layer.device
-            )
-            for name, part in parts.items()
-        }, seconds
+        if any(isinstance(part, Tensor) for part in parts.values()):
+            return parts, seconds  # this process made it
+        self.work.elsewhere += 1
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        return {name: tensor.to(layer.device) for name, tensor in tensors.items()}, seconds
 
     def _failed(self, error: Exception) -> None:
         """A process or its node is gone; the numbers are those of any other place."""
