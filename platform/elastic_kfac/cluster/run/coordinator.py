@@ -285,7 +285,9 @@ class RunCoordinator:
             self._change = None if self._change is None or self._change.in_place else self._change
             self._begin_change("failure", self._breaker.last_reason)
         reason = group.drain_reason or self._breaker.last_reason
-        self._record_event(event_row("fallback", self._last_step, reason=reason))
+        if group.drain_reason is not None:
+            # A failure has been recorded as such.
+            self._record_event(event_row("fallback", self._last_step, reason=reason))
         self._close_group()
         self._enter(RunState.WAITING, reason)
 
