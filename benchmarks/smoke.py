@@ -29,23 +29,36 @@ class Smoke:
     arguments: str = ""
     """`OUT` is a file of its own in the temporary folder."""
     sizes: dict[str, Any] = field(default_factory=dict)
-    """Constants of the module to replace; `OUT` as above."""
+    """Constants of the module to replace, by a value or by a function of theirs; `OUT` as above."""
     writes: str = "OUT"
     """The file that must exist afterwards; empty if it prints only."""
+
+
+def _one(cases: dict[str, Any]) -> dict[str, Any]:
+    """One of the cases."""
+    name = next(name for name in cases if name.startswith("linear 2048"))
+    return {name: cases[name]}
 
 
 SMOKES = (
     Smoke("claims.py", writes=""),
     Smoke("cost_table.py", "--json", writes=""),
-    Smoke("kfac_step.py", "--cases mlp256 --out OUT"),
+    Smoke("kfac_step.py", "--cases mlp256 --out OUT", {"INTERVALS": ((1, 2),)}),
     Smoke("plan_time.py", "--out OUT"),
     Smoke("row_log_cost.py", "--out OUT", {"ROWS": (20, 40)}),
-    Smoke("wide_layers.py", "--part time --steps 1 --seeds 1 --out OUT"),
-    Smoke("planner/accuracy.py", "--models mlp --ranks 1 2 --cycles 1 --out OUT"),
-    Smoke("planner/decomposers.py", "--width 160 --steps 10 --out OUT"),
+    Smoke("wide_layers.py", "--part time --steps 1 --seeds 1 --out OUT", {"TIMED": _one}),
+    Smoke(
+        "planner/accuracy.py",
+        "--models mlp --ranks 1 2 --cycles 1 --out OUT",
+        {"INTERVALS": ((1, 2),)},
+    ),
     Smoke("planner/figures.py", "--out OUT", writes="OUT/planner_figures.json"),
-    Smoke("reproducible_cost.py", "--ranks 2 --rounds 1 --out OUT"),
-    Smoke("data/bench_data.py", "--rounds 1 --long-seconds 1 --out OUT"),
+    Smoke("reproducible_cost.py", "--ranks 2 --rounds 1 --out OUT", {"BATCH": 16}),
+    Smoke(
+        "data/bench_data.py",
+        "--rounds 1 --long-seconds 1 --out OUT",
+        {"PHOTOS": 16, "RAW_IMAGES": 512, "BATCH": 8, "SIDE": 64},
+    ),
     Smoke("gpu/run.py", "--tiny --device cpu --out OUT"),
     Smoke("studies/dist_newton.py", "--samples 256 --epochs 1 --seeds 1 --out OUT"),
     Smoke("studies/fisher.py", "--steps 2 --seeds 1 --out OUT", {"SAMPLES": 30}),
@@ -96,6 +109,8 @@ def run_here(script: str, sizes: dict[str, str], arguments: list[str]) -> None:
     for name, value in smoke.sizes.items():
         if not hasattr(module, name):
             sys.exit(f"{script} has no constant {name}")
+        if callable(value):
+            value = value(getattr(module, name))
         setattr(module, name, Path(sizes["OUT"]) if value == "OUT" else value)
     sys.argv = [script, *arguments]
     sys.exit(module.main() or 0)
