@@ -229,7 +229,7 @@ def test_every_rule_has_a_unit_test() -> None:
 
 
 def test_installed_rules_are_the_tested_ones() -> None:
-    path = ROOT / "k8s" / "components" / "monitoring" / "prometheus-rule.yaml"
+    path = ROOT / "k8s" / "monitoring" / "prometheus-rule.yaml"
     installed = documents(path)[0]["spec"]["groups"]
     written = [
         group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -146,6 +147,59 @@ def test_rendered_overlay_fits_schema_and_rules(overlay: str) -> None:
     for document in workloads:
         assert problems(document) == []
         assert broken_rules(document) == []
+    assert {document["metadata"]["namespace"] for document in found} == {"elastic-kfac"}
+
+
+def contained(folder: Path) -> set[tuple[str, str]]:
+    """(kind, name) of everything that a kustomization applies, bases and components included."""
+    content = documents(folder / "kustomization.yaml")[0]
+    found: set[tuple[str, str]] = set()
+    for name in (*content.get("resources", []), *content.get("components", [])):
+        path = folder / name
+        if path.is_dir():
+            found |= contained(path)
+        else:
+            found |= {(each["kind"], each["metadata"]["name"]) for each in documents(path)}
+    return found
+
+
+def test_deleting_an_overlay_leaves_what_others_use() -> None:
+    once = {name: contained(K8S / name) for name in ("foundation", "storage", "monitoring")}
+    assert {kind for kind, _ in set().union(*once.values())} == {
+        *("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim"),
+        *("PodMonitor", "PrometheusRule"),
+    }
+    bases = {base.name: contained(base) for base in (K8S / "base").iterdir()}
+    for name, objects in bases.items():
+        others = [held for other, held in (bases | once).items() if other != name]
+        assert objects.isdisjoint(set().union(*others)), name
+    for overlay in OVERLAYS:
+        held = contained(K8S / "overlays" / overlay)
+        assert held and held.isdisjoint(set().union(*once.values())), overlay
+
+
+def test_runbook_names_every_alert() -> None:
+    (rules,) = documents(K8S / "monitoring" / "prometheus-rule.yaml")
+    alerts = [r["alert"] for g in rules["spec"]["groups"] for r in g["rules"] if "alert" in r]
+    readme = (K8S / "README.md").read_text(encoding="utf-8")
+    assert len(alerts) > 3
+    assert [alert for alert in alerts if f"| `{alert}` |" not in readme] == []
+
+
+def test_image_of_ones_own_code_is_made_from_the_pinned_one() -> None:
+    text = (K8S / "own-code" / "Dockerfile").read_text(encoding="utf-8")
+    assert text.count(f"elastic-kfac:{image_tag()}") == 2
+    assert "FROM ${BASE}" in text
+    base = (K8S / "Dockerfile").read_text(encoding="utf-8")
+    (path,) = re.findall(r"PYTHONPATH=(\S+)", base)
+    assert f"PYTHONPATH={path}:/srv/project" in text
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize("part", ["foundation", "storage", "monitoring"])
+def test_rendered_part_is_in_the_namespace(part: str) -> None:
+    found = rendered(K8S / part)
+    assert {(d["kind"], d["metadata"]["name"]) for d in found} == contained(K8S / part)
     assert {document["metadata"]["namespace"] for document in found} == {"elastic-kfac"}
 
 
