@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,14 @@ def _one(cases: dict[str, Any]) -> dict[str, Any]:
     return {name: cases[name]}
 
 
+def _one_rate(grids: dict[str, Any]) -> dict[str, Any]:
+    return {name: (settings, rates[:1]) for name, (settings, rates) in grids.items()}
+
+
+def _of_resnet18(profile: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda name, *intervals: profile("resnet18", *intervals)
+
+
 SMOKES = (
     Smoke("claims.py", writes=""),
     Smoke("cost_table.py", "--json", writes=""),
@@ -52,7 +62,9 @@ SMOKES = (
         "--models mlp --ranks 1 2 --cycles 1 --out OUT",
         {"INTERVALS": ((1, 2),)},
     ),
-    Smoke("planner/figures.py", "--out OUT", writes="OUT/planner_figures.json"),
+    Smoke(
+        "planner/figures.py", "--out OUT", {"_profile": _of_resnet18}, "OUT/planner_figures.json"
+    ),
     Smoke("reproducible_cost.py", "--ranks 2 --rounds 1 --out OUT", {"BATCH": 16}),
     Smoke(
         "data/bench_data.py",
@@ -79,10 +91,16 @@ SMOKES = (
     ),
     Smoke(
         "time_to_accuracy/run.py",
-        "--workloads digits --methods sgd kfac --points 1 --studies 1 --scale 0.05 --jobs 1 --out OUT",
+        "--workloads digits --methods SGD 'ours, default' --points 1 --studies 1 --scale 0.05 "
+        "--jobs 1 --out OUT",
+    ),
+    Smoke(
+        "workloads.py",
+        "--tasks regression --seeds 1 --data OUT.data --out OUT",
+        {"GRIDS": _one_rate},
     ),
     Smoke("start_up.py", "--repeats 1 --out OUT"),
-    Smoke("suggested.py", "--minutes 0.1 --seeds 1 --out OUT"),
+    Smoke("suggested.py", "--minutes 1 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
     Smoke("elastic/changes_in_place.py", "--cycles 1 --out OUT"),
     Smoke("telemetry_cost.py", "--epochs 2 --repeats 1", {"RESULT": "OUT"}),
@@ -121,7 +139,7 @@ def run(smoke: Smoke, folder: Path) -> str:
     out = folder / f"{smoke.script.replace('/', '-')}.json"
     if smoke.writes.startswith("OUT/"):
         out.mkdir()
-    words = smoke.arguments.replace("OUT", str(out)).split()
+    words = shlex.split(smoke.arguments.replace("OUT", str(out)))
     command = [sys.executable, str(HERE / "smoke.py"), "--here", smoke.script, str(out), *words]
     try:
         done = subprocess.run(
