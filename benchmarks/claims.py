@@ -502,6 +502,8 @@ GIVEN: dict[str, dict[str, str]] = {
 COMMANDS: dict[str, str] = {
     "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
     "chaos": "make chaos",
+    "schedules": "python benchmarks/studies/schedules.py",
+    "recipes": "python benchmarks/studies/recipes.py",
     "fisher": "python benchmarks/studies/fisher.py",
     "robust_spectra": "python benchmarks/studies/robust_spectra.py",
     "dist_newton": "python benchmarks/studies/dist_newton.py",
