@@ -12,7 +12,8 @@ from safetensors.torch import save
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import open_split
 from elastic_kfac.data.storage import write_named_file
-from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.paths import user_path
 from elastic_kfac.runs.checkpoints import choose_state, newest_state, weights_to_use
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.tasks.choice import make_task
@@ -44,21 +45,18 @@ def export_run(folder: RunFolder, out: str | Path, *, step: int | None = None) -
         state = newest_state(folder, allow_older=False)
     else:
         state = choose_state(folder, step=step)
-    card: dict[str, Any] = {
+    config = folder.located_config()
+    card = {
+        "model": config.model.name,
+        "arguments": config.model.arguments,
+        "task": config.task.name,
         "averaged": state.part("average") is not None,
         "step": state.progress.step,
     }
     try:
-        config = folder.located_config()
-        card |= {
-            "model": config.model.name,
-            "arguments": config.model.arguments,
-            "task": config.task.name,
-        }
         card |= _data_card(config)
-    except (ElasticKfacError, OSError) as error:
-        problem = error.line() if isinstance(error, ElasticKfacError) else str(error)
-        line = f"without classes and normalisation, as the shards cannot be read: {problem}"
+    except DataError as error:
+        line = f"without classes and normalisation, as the shards cannot be read: {error.line()}"
         print(f"warning: {line}", file=sys.stderr)
     tensors = weights_to_use(state)
     metadata = {
