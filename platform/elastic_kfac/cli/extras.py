@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 from elastic_kfac.errors import UsageError
 
-EXTRAS = ("train", "tune", "vision", "text", "trackers")
+EXTRAS = ("train", "tune", "vision", "text", "trackers", "hub")
 """The extras for users; each is named before those that contain it."""
 _DISTRIBUTIONS = {
     "PIL": "pillow",
     "annotated_types": "annotated-types",
     "grpc": "grpcio",
+    "huggingface_hub": "huggingface-hub",
     "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

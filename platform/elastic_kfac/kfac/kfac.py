@@ -800,6 +800,11 @@ class KFAC:
         self._count_discarded()
         return save(self)
 
+    def flush(self) -> None:
+        """Waits for what the device still has to tell about the last update, so that counters are
+        final."""
+        self._count_discarded()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()` of any world size; keeps only what this rank needs.
 

@@ -51,10 +51,7 @@ def save(kfac: Stateful) -> dict[str, Any]:
     """Everything, equal on every rank. Collective."""
     states = kfac.distribution.collect(kfac.states)
     state: dict[str, Any] = {
-        "version": STATE_VERSION,
-        "options": {name: getattr(kfac.options, name) for name in IDENTITY},
-        "counters": _total(kfac),
-        "damping": None if kfac.damping_rule is None else {"value": kfac.damping_rule.value},
+        **numbers(kfac),
         "layers": {
             layer.name: layer.saved(state) for layer, state in zip(kfac.layers, states, strict=True)
         },
@@ -73,6 +70,16 @@ def save(kfac: Stateful) -> dict[str, Any]:
     if kfac.tuned:
         state["tuned"] = dict(kfac.tuned)
     return state
+
+
+def numbers(kfac: Stateful) -> dict[str, Any]:
+    """What is not about one layer, as plain values. Collective."""
+    return {
+        "version": STATE_VERSION,
+        "options": {name: getattr(kfac.options, name) for name in IDENTITY},
+        "counters": _total(kfac),
+        "damping": None if kfac.damping_rule is None else {"value": kfac.damping_rule.value},
+    }
 
 
 def load(kfac: Stateful, state: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
     ("training.sync",),
     ("training",),
-    ("elastic", "runs"),
+    ("elastic", "checkpoints", "runs"),
     ("cluster.ray",),
     ("cluster.run",),
     ("cluster",),
@@ -45,7 +45,7 @@ FORBIDDEN_PACKAGES = {
     "data": {"ray"},
     **{room: {"ray"} for room in ("kfac", "optimizers", "state", "tasks", "zoo", "analysis")},
     **{room: {"ray"} for room in ("training", "runs", "observability")},
-    "elastic": {"ray"},
+    **{room: {"ray"} for room in ("elastic", "checkpoints")},
     "reports": {"torch", "torchvision", "ray"},
 }
 CORE = ("curvature", "communication", "placement", "data", "kfac", "optimizers", "state", "tasks")

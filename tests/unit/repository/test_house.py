@@ -68,7 +68,12 @@ def test_wide_constructor_is_found() -> None:
 
 def test_product_is_reached_from_its_entry_points() -> None:
     trees = product()
-    entries = {"", "elastic", *(name for name in trees if name.split(".")[0] == "cli")}
+    entries = {
+        "",
+        "elastic",
+        "checkpoints",
+        *(name for name in trees if name.split(".")[0] == "cli"),
+    }
     outside: set[str] = set()
     for pattern in ("jobs/*.py", "docs/examples/*.py"):
         for script in ROOT.glob(pattern):

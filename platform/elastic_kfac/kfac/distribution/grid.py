@@ -231,13 +231,16 @@ class KaisaGrid(Distribution):
 
     # -- state ----------------------------------------------------------------------------------
 
-    def collect(self, states: States) -> States:
-        """Decompositions from one gradient worker each, unless every rank is one."""
+    def settle(self) -> None:
         for index in list(self._arriving):
             self._receive(index)
         if self._lost:
             name = self.layers[min(self._lost)].name
             raise CommunicationError(f"no decomposition of {name}: its peer was lost")
+
+    def collect(self, states: States) -> States:
+        """Decompositions from one gradient worker each, unless every rank is one."""
+        self.settle()
         if len(self.plan.columns) == 1:
             return states
         slots, names = [], []

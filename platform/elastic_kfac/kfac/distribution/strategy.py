@@ -163,6 +163,13 @@ class Distribution(ABC):
         self.communicator = Communicator.solo()
         return set()
 
+    def settle(self) -> None:  # noqa: B027 (optional)
+        """Waits for decompositions that are under way.
+
+        Raises:
+            CommunicationError: If one was lost with a peer.
+        """
+
     @abstractmethod
     def collect(self, states: States) -> States:
         """All states, whole, on every rank. Collective."""
