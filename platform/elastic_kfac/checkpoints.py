@@ -5,6 +5,9 @@ what it holds and reads what it keeps, at any number of ranks, in any wrapper. `
 `load_folder` write safetensors in the layout of the Hugging Face Hub, `config.json` and
 `model.safetensors`; beside them `optimizer.safetensors` and `kfac.safetensors`.
 
+`save_curvature` and `load_curvature` are about the curvature itself, for influence functions or a Laplace
+approximation (docs/curvature.md).
+
 K-FAC's part holds no pickled objects. `optimizer` is a KFACOptimizer, or any other with its KFAC beside
 it.
 """
@@ -31,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from elastic_kfac.errors import StateError, UsageError
+from elastic_kfac.kfac.exported import Curvature, curvature_of
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.optimizer import KFACOptimizer
 from elastic_kfac.kfac.parts import assembled, kept_here, own_parts
@@ -225,6 +229,28 @@ def load_folder(
     set_model_state_dict(model, weights, options=whole)
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, states["optimizer"], options=whole)
+
+
+def save_curvature(path: str | Path, model: nn.Module, kfac: KFAC) -> None:
+    """Writes factors, eigenbases and eigenvalues as one safetensors file (docs/curvature.md). Collective;
+    the first rank writes.
+
+    Raises:
+        ConfigError: For one-sided K-FAC.
+        StateError: If there are no factors yet.
+    """
+    tree = curvature_of(model, kfac.options, kfac.state_dict())
+    if kfac.communicator.rank == 0:
+        write_tree(Path(path), tree)
+
+
+def load_curvature(path: str | Path, model: nn.Module) -> Curvature:
+    """The curvature in a file, for a model with the weights that it belongs to.
+
+    Raises:
+        StateError: If it is another file, or belongs to another model.
+    """
+    return Curvature(model, read_tree(Path(path)))
 
 
 def _read_weights(folder: Path) -> dict[str, Any]:

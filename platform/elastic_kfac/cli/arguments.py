@@ -298,6 +298,12 @@ COMMANDS: dict[str, Command] = {
         "RUN --storage --checkpoint",
         {"--out": _of("file to write (default: RUN/model.safetensors)", metavar="FILE")},
     ),
+    "curvature": Command(
+        "runs:curvature",
+        "Write a checkpoint's factors, eigenbases and eigenvalues as safetensors.",
+        "RUN --storage --shards --checkpoint",
+        {"--out": _of("file to write (default: RUN/curvature.safetensors)", metavar="FILE")},
+    ),
     "plan": Command(
         "plan:plan",
         "Predict step time, traffic and memory at given numbers of workers, and suggest a plan.",
