@@ -2,10 +2,10 @@
 
     python docs/examples/influence.py
 
-Trains a small network on scikit-learn's digits, exports its curvature, and reads it again: the influence
-of a training image z on the loss of a test image t is `-∇L(t)ᵀ (F + γI)⁻¹ ∇L(z)` (Koh and Liang 2017), with
-F from the file, without a pass over the data. Then the same with the exact Fisher, a dense matrix from
-all training images and all classes.
+Trains a small network on scikit-learn's digits, exports its curvature, and reads it again: the
+influence of a training image z on the loss of a test image t is `-∇L(t)ᵀ (F + γI)⁻¹ ∇L(z)` (Koh and
+Liang 2017), with F from the file, without a pass over the data. Then the same with the exact Fisher, a
+dense matrix from all training images and all classes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 from elastic_kfac import KFACOptimizer
 from elastic_kfac.checkpoints import load_curvature, save_curvature
@@ -57,12 +58,13 @@ def trained(images: Tensor, labels: Tensor, file: Path) -> nn.Module:
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """The gradient of each image's loss `[n, parameters]`."""
-    rows = []
-    for image, label in zip(images, labels, strict=True):
-        model.zero_grad()
-        F.cross_entropy(model(image[None]), label[None]).backward()
-        rows.append(flat(model))
-    return torch.stack(rows)
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (image[None],)), label[None])
+
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    rows = vmap(grad(loss), (None, 0, 0))(weights, images, labels)
+    return torch.cat([part.flatten(1) for part in rows.values()], 1)
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from elastic_kfac.checkpoints import load_curvature
 from elastic_kfac.cli import main
 from elastic_kfac.data.sources.generated import digit_images
 from elastic_kfac.tasks.models import create_model
@@ -98,3 +99,19 @@ def test_export_without_shards_says_what_is_missing(
     finally:
         away.rename(shards)
     assert "warning: without classes and normalisation" in capsys.readouterr().err
+
+
+def test_curvature_of_a_run_belongs_to_its_model(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "curvature.safetensors"
+    assert main(["curvature", str(run), "--out", str(out)]) == 0
+    assert re.search(r"\d+ layers at step \d+", capsys.readouterr().out)
+    model = create_model("small_cnn", 10, (1, 8, 8))
+    curvature = load_curvature(out, model)
+    model(torch.zeros(2, 1, 8, 8)).sum().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    curvature.precondition(1e-3)
+    assert not any(map(torch.equal, before, (p.grad for p in model.parameters())))
+    assert main(["curvature", str(run), "--checkpoint", "7"]) == 2
+    assert "no such checkpoint" in capsys.readouterr().err
