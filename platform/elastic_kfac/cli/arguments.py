@@ -299,7 +299,7 @@ COMMANDS: dict[str, Command] = {
         {"--out": _of("file to write (default: RUN/model.safetensors)", metavar="FILE")},
     ),
     "curvature": Command(
-        "runs:curvature",
+        "curvature:curvature",
         "Write a checkpoint's factors, eigenbases and eigenvalues as safetensors.",
         "RUN --storage --shards --checkpoint",
         {"--out": _of("file to write (default: RUN/curvature.safetensors)", metavar="FILE")},

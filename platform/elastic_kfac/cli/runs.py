@@ -206,28 +206,6 @@ def track(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def curvature(arguments: argparse.Namespace) -> int:
-    """Writes factors, eigenbases and eigenvalues of a checkpoint as safetensors."""
-    from elastic_kfac.checkpoints import write_tree
-    from elastic_kfac.kfac.exported import curvature_of
-    from elastic_kfac.runs.checkpoints import restored
-
-    uri = locate_run(arguments.run, arguments.storage)
-    if arguments.out is None and local_folder(uri) is None:
-        raise UsageError("exporting from a remote run needs a local file", change="add --out FILE")
-    out = Path(arguments.out or join_uri(uri, "curvature.safetensors"))
-    folder = open_run(uri, arguments.shards)
-    with restored(folder, step=arguments.checkpoint) as here:
-        state = here.state.part("kfac")
-        if state is None:
-            raise UsageError("the run was trained without K-FAC", given=uri)
-        tree = curvature_of(here.model, here.config.kfac, state)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_tree(out, tree)
-    print(f"{len(tree['layers'])} layers at step {tree['step']}: {out}")
-    return 0
-
-
 def device_of(folder: RunFolder) -> torch.device:
     """The device on which a run's checkpoints are looked at."""
     import torch
