@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -419,40 +418,6 @@ def _kfac_setups(setups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [s for s in setups if "1/64" in s["method"] or "1/2" in s["method"]]
 
 
-def studies() -> Iterator[Row]:
-    """Published trends."""
-    document = "docs/studies.md"
-    spectra = load("robust_spectra")["runs"]
-    for kind, size in (("plain", 64), ("robust", 64), ("plain", 1024), ("robust", 1024)):
-        ours = [run for name, run in spectra.items() if name.startswith(f"{kind} | {size} | ")]
-        ends = [run["epochs"][-1] for run in ours]
-        largest = mean(end["largest"] for end in ends)
-        ratio = mean(abs(end["smallest"]) / end["largest"] for end in ends)
-        attacked = mean(run["end"]["attacked_accuracy"] for run in ours)
-        cells = (n(largest, ".2g"), n(mean(sum(end["top"]) for end in ends), ".2g"))
-        yield Row(document, f"{kind}, B = {size:,}", (*cells, share(ratio, 1), share(attacked, 1)))
-    losses = load("dist_newton")["runs"]
-
-    def end_of(layer: str, rate: str, method: str) -> str:
-        prefix = f"{layer} | {rate} | {method} | "
-        value = mean(run[-1] for name, run in losses.items() if name.startswith(prefix))
-        return n(value, ".2f" if value >= 0.095 else ".3f")
-
-    for layer, label in (("tanh", "tanh"), ("relu", "ReLU")):
-        for rate in ("0.3", "1"):
-            merges = (
-                " / ".join(end_of(layer, rate, f"{kind} m={m}") for m in (2, 4, 8))
-                for kind in ("paper", "split")
-            )
-            plain = (end_of(layer, rate, method) for method in ("sgd", "sgd 2"))
-            yield Row(document, f"{label}, rate {float(rate):g}", (*plain, *merges))
-
-
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean."""
-    return statistics.fmean(values)
-
-
 def texts() -> Iterator[tuple[str, str]]:
     """(document, words with their numbers)."""
     rows = load("vault_cost")["rows"]
@@ -502,11 +467,6 @@ GIVEN: dict[str, dict[str, str]] = {
 COMMANDS: dict[str, str] = {
     "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
     "chaos": "make chaos",
-    "schedules": "python benchmarks/studies/schedules.py",
-    "recipes": "python benchmarks/studies/recipes.py",
-    "fisher": "python benchmarks/studies/fisher.py",
-    "robust_spectra": "python benchmarks/studies/robust_spectra.py",
-    "dist_newton": "python benchmarks/studies/dist_newton.py",
     "clusters10": "elastic-kfac compare benchmarks/studies/clusters10.yaml",
     "damping_rules": "python benchmarks/defaults/run.py (candidates.yaml)",
     "data": "python benchmarks/data/bench_data.py",
@@ -521,9 +481,10 @@ COMMANDS: dict[str, str] = {
     "kfac_vs_sgd": "elastic-kfac compare benchmarks/studies/kfac_vs_sgd.yaml",
     "membership_schedules": "pytest -m soak tests/unit/training/test_membership_schedules.py",
     "plan_time": "python benchmarks/plan_time.py",
-    "planner_decomposers": "python benchmarks/planner/decomposers.py",
     "planner_accuracy": "python benchmarks/planner/accuracy.py",
+    "planner_decomposers": "python benchmarks/planner/decomposers.py",
     "planner_figures": "python benchmarks/planner/figures.py",
+    "recipes": "python benchmarks/studies/recipes.py",
     "reproducible_cost": "python benchmarks/reproducible_cost.py",
     "robust_spectra": "python benchmarks/studies/robust_spectra.py",
     "row_log_cost": "python benchmarks/row_log_cost.py",
@@ -533,8 +494,8 @@ COMMANDS: dict[str, str] = {
     "tuned_against_tuned": "python benchmarks/tuned_against_tuned.py",
     "vault_cost": "python benchmarks/vault_cost.py",
     "wide_layers": "python benchmarks/wide_layers.py",
-    "workloads": "python benchmarks/workloads.py",
     "wire_formats": "python benchmarks/studies/wire_formats.py",
+    "workloads": "python benchmarks/workloads.py",
 }
 """What wrote each file."""
 
