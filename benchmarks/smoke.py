@@ -101,14 +101,6 @@ SMOKES = (
     ),
     Smoke("start_up.py", "--repeats 1 --out OUT"),
     Smoke("planner/decomposers.py", "--width 160 --steps 10 --out OUT"),
-    Smoke(
-        "studies/dist_newton.py", "--samples 256 --epochs 1 --seeds 1 --out OUT", {"WORKERS": (2,)}
-    ),
-    Smoke(
-        "studies/fisher.py",
-        "--steps 2 --seeds 1 --out OUT",
-        {"RATES": (0.3,), "GRADIENT_RATES": (0.1,), "DAMPINGS": (1e-2,), "TUNING_SEEDS": (100,)},
-    ),
     Smoke("suggested.py", "--minutes 1 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
     Smoke("elastic/changes_in_place.py", "--cycles 1 --out OUT"),
@@ -118,14 +110,10 @@ SMOKES = (
     Smoke("elastic_recovery.py", "--cycles 1 --cycles-in-place 1 --out OUT"),
 )
 LEFT_OUT = {
-    "studies/recipes.py": "trains whole recipes",
-    "studies/schedules.py": "trains whole schedules",
-    "studies/robust_spectra.py": "trains 12 models; its parts run in the tests of the analysis",
     "hessian_cost.py": "reads Fashion-MNIST",
     "tuned_against_tuned.py": "reads Fashion-MNIST",
     "studies/cifar10_jpeg.py": "reads CIFAR-10",
     "smoke.py": "this script",
-    "studies/loop.py": "what studies share",
 }
 """Scripts that need data from elsewhere."""
 
