@@ -144,7 +144,7 @@ def exchange_large_and_small() -> list[bool]:
         results = []
         for group, small in ((Communicator.solo(), 0), (communicator, 0), (communicator, 10**9)):
             sums = reproducible.PartialSums(size, dtype=torch.float32, device=torch.device("cpu"))
-            for shard in reproducible.shards_of_rank(group.rank, group.world_size, num_shards):
+            for shard in reproducible.shards_of_ranks(group.world_size, num_shards)[group.rank]:
                 filled = shard < num_filled
                 sums.push(shard, sums.buffer().copy_(leaves[shard]) if filled else None)
             total, flags = reproducible.exchange_partials(

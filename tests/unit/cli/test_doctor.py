@@ -208,7 +208,7 @@ def test_doctor_exit_code_tells_whether_something_must_be_solved(
         for level in levels
     ]
     monkeypatch.setattr(room, "examine", lambda storage, address: iter(findings))
-    assert room.doctor(argparse.Namespace(storage="./runs", address=None)) == code
+    assert room.doctor(argparse.Namespace(storage="./runs", address=None, json=False)) == code
     out = capsys.readouterr().out
     assert "-> do this" in out
     assert re.search(r"^elastic-kfac \d", out)
