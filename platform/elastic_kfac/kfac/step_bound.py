@@ -91,7 +91,7 @@ class StepBound:
 
     def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
         """With the adaptive rule, takes the scale of the loss and, into `states`, that of each layer's
-        output gradients from the first statistics. Collective."""
+        output gradients from the first statistics, and the size of batches from all. Collective."""
         layers = self._layers
         if self._output is None:
             seen = [
@@ -103,6 +103,8 @@ class StepBound:
             self._output = called if called is not None else seen[-1] if seen else None
         if self.trust is None:
             return
+        if self._output is not None:
+            self.trust.rows = max(self.trust.rows, int(statistics.counts[self._output][1]))
         if self.options.method == "one_sided":
             if self.trust.scale is None:
                 self.trust.scale = self._input_scale(statistics, total)

@@ -8,7 +8,9 @@ depends on the units of the loss. P = (F/c² + γI)⁻¹ D/c.
              batch. F of the training loss vanishes as samples are fitted; a metric that does allows any
              step, and the next sample that is wrong takes it.
     bound    ν = min(1, sqrt(κ) (1 − m) lr_t/lr_max / sqrt(Σ lr_i² ⟨P_i, D_i⟩)): momentum m adds up to
-             1/(1 − m) steps, and together they are at most sqrt(κ) long in the metric of F + γI.
+             1/(1 − m) steps, and together they are at most sqrt(κ) long in the metric of F + γI. The part
+             of P that is noise falls with the number N of samples (of positions, where a sample has
+             many) in a batch, and a step can be as much longer: κ is N times `PER_ROW`, within limits.
     growth   ρ = ⟨D_t, δ⟩ / (‖D_t‖ ‖δ‖), with δ the last step and norms in the metric of F + γI: the
              cosine between the new gradient, of other samples, and the step. On a quadratic it is 0 where
              the step went to the minimum along its direction, in noise it is about 0 on average, and −1
@@ -49,8 +51,11 @@ from elastic_kfac.curvature.scalars import (
     within,
 )
 
-KAPPA = 1e-3
-"""κ, squared length of the whole step in the Fisher metric of the normalised loss while α = 1."""
+PER_ROW = 1e-5
+"""κ, squared length of the whole step in the Fisher metric of the normalised loss while α = 1, for each
+row of a batch at the output."""
+LEAST, MOST = 1e-3, 1e-2
+"""Range of κ."""
 AVERAGING = 0.9
 """Weight of the old value in the average of ρ."""
 GAIN = 0.5
@@ -250,6 +255,7 @@ class TrustRegion:
 
     Attributes:
         scale: Of the loss; None before the first statistics.
+        rows: Of the largest batch so far, positions counted, at the layer that is called last.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
         steps_taken: δ by layer, where this rank has P.
         growth: α, a number.
@@ -262,6 +268,7 @@ class TrustRegion:
     ) -> None:
         self.names, self.kind = tuple(names), kind
         self.scale: LossScale | None = None
+        self.rows = 0
         self.largest_lr = 0.0
         self.steps_taken: dict[str, LastStep] = {}
         self.squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
@@ -274,6 +281,11 @@ class TrustRegion:
         self._places: tuple[tuple[int, ...], Tensor] = (), self.squares
         self._slopes = self._lr = self.squares
         """⟨D, δ⟩ of the last step in units of −lr, and the rates, by layer."""
+
+    @property
+    def kappa(self) -> float:
+        """κ for batches of this size."""
+        return min(max(PER_ROW * self.rows, LEAST), MOST)
 
     def _numbers(self, *values: float) -> list[Number]:
         return numbers(self.squares.new_tensor(values))
@@ -322,7 +334,7 @@ class TrustRegion:
         sums = (products * squared_whole, products, squared_lr * self.squares, lr * slopes)
         whole, product, square, slope = numbers(torch.stack([part.sum() for part in sums]))
         relative = max(rates.lr) / self.largest_lr if self.largest_lr else 1.0
-        nu = kl_clip_scale(whole, KAPPA * relative**2)
+        nu = kl_clip_scale(whole, self.kappa * relative**2)
         cut: Number = 0.0
         if is_linear:
             rho = self._grow(product * square, slope)
@@ -468,6 +480,7 @@ class TrustRegion:
         """Everything but `steps_taken`, as plain numbers."""
         return {
             "scale": None if self.scale is None else asdict(self.scale),
+            "rows": self.rows,
             "largest_lr": self.largest_lr,
             **{name: float(getattr(self, name)) for name in _SCALARS},
             "squares": dict(zip(self.names, self.squares.tolist(), strict=True)),
@@ -476,6 +489,7 @@ class TrustRegion:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continues from `saved()`; layers that it does not have start afresh."""
         self.scale = None if saved["scale"] is None else self.kind(**saved["scale"])
+        self.rows = int(saved.get("rows", 0))  # not in states of earlier versions
         self.largest_lr = float(saved["largest_lr"])
         for name in _SCALARS:
             setattr(self, name, self._numbers(float(saved[name]))[0])

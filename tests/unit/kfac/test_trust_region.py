@@ -106,9 +106,9 @@ def test_the_whole_step_is_measured_exactly_and_bounded() -> None:
         ]
         for measured, dense in zip(trust.squares.tolist(), squares, strict=True):
             assert 0.1**2 * measured == pytest.approx(dense, rel=1e-9)
-        assert sum(squares) <= float(trust.growth) ** 2 * trust_region.KAPPA * (1 + 1e-9)
+        assert sum(squares) <= float(trust.growth) ** 2 * trust.kappa * (1 + 1e-9)
         longest = max(longest, sum(squares))
-    assert longest > 0.3 * trust_region.KAPPA
+    assert longest > 0.3 * trust.kappa
 
 
 def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> None:
@@ -130,6 +130,35 @@ def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> Non
     expected = math.sqrt(float((output.grad * len(x)).square().sum(1).mean()))
     assert kfac.bound.trust is not None and kfac.bound.trust.scale is not None
     assert kfac.bound.trust.scale.loss == pytest.approx(expected)
+
+
+def test_the_bound_follows_the_rows_of_the_largest_batch() -> None:
+    def step(rows: int) -> None:
+        x = torch.randn(rows, 5, dtype=torch.double)
+        F.cross_entropy(model(x), x[:, :3].argmax(1)).backward()
+        kfac.step()
+
+    model = network()
+    kfac = KFAC(model, lr=0.1, factor_update_steps=1)
+    trust = kfac.bound.trust
+    assert trust is not None
+    found = []
+    for rows in (50, 600, 200, 5000):
+        step(rows)
+        found.append(trust.kappa)
+    assert found == pytest.approx([1e-3, 6e-3, 6e-3, 1e-2])
+    twin = KFAC(network(), lr=0.1, factor_update_steps=1)
+    twin.load_state_dict(kfac.state_dict())
+    assert twin.bound.trust is not None and twin.bound.trust.rows == 5000
+
+
+def test_positions_count_as_rows_of_a_batch() -> None:
+    model = network()
+    kfac = KFAC(model, lr=0.1, loss_reduction="positions")
+    x = torch.randn(8, 40, 5, dtype=torch.double)
+    F.cross_entropy(model(x).flatten(0, 1), x[..., :3].argmax(-1).flatten()).backward()
+    kfac.step()
+    assert kfac.bound.trust is not None and kfac.bound.trust.kappa == pytest.approx(3.2e-3)
 
 
 def test_momentum_is_cut_where_the_step_met_rising_ground() -> None:
@@ -198,7 +227,7 @@ def test_the_course_of_the_rate_counts_from_its_largest_value() -> None:
             found.append(rate * length / float(run.kfac.bound.trust.growth))
         return found
 
-    root = math.sqrt(trust_region.KAPPA)
+    root = math.sqrt(trust_region.LEAST)
     assert lengths([1.0, 2.0, 1.0, 0.2]) == pytest.approx(
         [root, root, root / 2, root / 10], rel=1e-9
     )
