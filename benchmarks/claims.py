@@ -172,8 +172,8 @@ def readme() -> Iterator[Row]:
     )
     judged = load("defaults")["summary"]["default, judged, 3 seeds"]
     yield row(
-        "Defaults on the judged half of the problems (18), 3 seeds; two bounds were set after an "
-        "earlier judging",
+        "Defaults on the judged half of the problems (18), 3 seeds; bounds on the step were set "
+        "after earlier judgings",
         f"training loss lower in {of(judged['train_better'], True)}, test loss within 2 % in "
         f"{of(judged['test_within_2_percent'], True)}, fewer steps to the target in "
         f"{of(judged['fewer_steps_to_target'], True)}, less CPU time in "
