@@ -98,13 +98,16 @@ def readme() -> Iterator[Row]:
     )
     wide = {r["layer"]: n(r["eigen_plain_over_sgd"], ".1f") for r in load("wide_layers")["time"]}
 
+    table = "embedding 30000 x 64, 2048 tokens"
+
     def times(start: str) -> str:
         return f"{next(value for layer, value in wide.items() if layer.startswith(start))} ×"
 
     yield row(
         "Plain K-FAC step, Linear 2,048 / 4,096 wide, 128 rows",
         f"{times('linear 2048')} / {times('linear 4096')} the CPU time; a head of 50,000 outputs "
-        f"{times('head 512')}, a table of 30,000 × 64 {times('embedding 30000')}",
+        f"{times('head 512')}, a table of 30,000 × 64 {wide[table]} × "
+        f"({wide[f'{table}, momentum 0.9']} × with momentum)",
         "SGD",
         file_of("wide_layers"),
         "50,000",

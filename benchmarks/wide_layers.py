@@ -83,6 +83,10 @@ TIMED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Embedding(30000, 64),
         lambda: torch.randint(30000, (64, 32)),
     ),
+    "embedding 30000 x 64, 2048 tokens, momentum 0.9": (
+        lambda: nn.Embedding(30000, 64),
+        lambda: torch.randint(30000, (64, 32)),
+    ),
 }
 
 
@@ -103,7 +107,8 @@ def _timed(name: str, steps: int) -> dict[str, object]:
     def stepper(options: dict[str, Any] | None) -> tuple[Callable[[], float], KFAC | None]:
         model = make_model()
         model.load_state_dict(state)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        momentum = 0.9 if "momentum" in name else 0.0
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
         kfac = None
         if options is not None:
             intervals = {"factor_update_steps": steps + 2, "inverse_update_steps": 2 * (steps + 2)}
