@@ -39,6 +39,15 @@ from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.optimizer import KFACOptimizer
 from elastic_kfac.kfac.parts import assembled, kept_here, own_parts
 
+__all__ = [
+    "load_curvature",
+    "load_distributed",
+    "load_folder",
+    "save_curvature",
+    "save_distributed",
+    "save_folder",
+]
+
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _NUMBERS, _SHARED = "numbers/", "numbers"
 """Names of JSON texts, as bytes, of a layer and of what is shared."""
