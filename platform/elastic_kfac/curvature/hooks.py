@@ -193,6 +193,13 @@ def _counts() -> bool:
     return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
 
 
+def _key(module: nn.Module) -> int:
+    """The id of the module, or of what it is the compiled form of."""
+    if "_orig_mod" in module._modules:  # no dict in a ScriptModule: it has no `get`
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    return id(module)
+
+
 def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
     if not registry.recording:
         return
@@ -200,8 +207,7 @@ def _before_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(module, nn.MultiheadAttention) and id(module) in registry.numbers:
             _traced_mode.__enter__()
         return
-    compiled = module._modules.get("_orig_mod")
-    key = id(module if compiled is None else compiled)
+    key = _key(module)
     if key in registry.roots and _counts():
         for known in registry.roots[key]:
             recorder = known()
@@ -238,8 +244,7 @@ def _after_forward(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
     if len(rest) < 2:
         return None
     kwargs, output = rest
-    compiled = module._modules.get("_orig_mod")
-    for known in registry.roots.get(key if compiled is None else id(compiled), ()):
+    for known in registry.roots.get(_key(module), ()):
         recorder = known()
         if recorder is not None and recorder.active and _counts():
             recorder.leave_root(kwargs, output)

@@ -84,6 +84,15 @@ def evaluation(model: nn.Module) -> None:
     model.train()
 
 
+def compiled_teachers(model: nn.Module) -> None:
+    """Modules of TorchScript, which are no ordinary modules, are called while KFAC's hooks are alive."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        teachers = torch.jit.script(mlp()), torch.jit.trace(mlp(), X)
+    for teacher in teachers:
+        teacher(X).sum().backward()
+
+
 ASIDE = [
     saliency,
     generator_through_frozen,
@@ -96,6 +105,7 @@ ASIDE = [
     task_norms,
     hessian_product,
     evaluation,
+    compiled_teachers,
 ]
 
 
