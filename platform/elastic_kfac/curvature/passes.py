@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -81,6 +81,8 @@ class Batch:
     has_positions: bool = False
     """Whether the model's output has several positions per sample."""
     is_folded: bool = False
+    newest_pass: object = None
+    """The call of the model about it that began last."""
     nodes: frozenset[int] = frozenset()
     """Of the graph, that made the model's output."""
 
@@ -112,6 +114,9 @@ class Layer(Protocol):
 
     def condense(self, call: Call) -> Any:
         """What the layer needs of `call.inputs`, where the tensor itself should not be kept."""
+
+    def note(self) -> Any:
+        """What the module alone knows about the call that it has just made."""
 
     def fold(self, call: Call) -> None:
         """Adds a call to the layer's sums: `call.inputs`, as it was given or condensed, and
@@ -147,6 +152,18 @@ class Call:
     epoch: int = -1
     of_parameter: bool = False
     """Whether the input is a parameter itself, and so the same for all samples."""
+    of_pass: object = None
+    """The call of the model, among those about the same batch, that it was a part of."""
+    note: Any = None
+    """What the layer's module knew about it."""
+
+    @property
+    def samples(self) -> Hashable:
+        """What calls about the same samples have in common: a batch, unless its size says that every
+        call of the model is about a part of it."""
+        batch = self.batch
+        is_whole = not batch.is_given or batch.size == batch.extent or batch.real is not None
+        return batch if is_whole else (batch, self.of_pass)
 
 
 @dataclass(eq=False)
@@ -455,7 +472,7 @@ class Recorder:
             self._opened.append(self._newest)
         batch = self._explicit or self._newest
         assert batch is not None
-        batch.length, batch.is_guessed = None, True
+        batch.length, batch.is_guessed, batch.newest_pass = None, True, object()
         _count(batch, arguments)
 
     def leave_root(self, keywords: Mapping[str, Any], output: Any) -> None:
@@ -541,7 +558,11 @@ class Recorder:
             samples = site.layer.samples_in(inputs)
             if samples is not None:
                 batch.set_length(samples)
-        return Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
+        call = Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
+        in_backward = torch._C._current_graph_task_id() != -1
+        call.of_pass = object() if in_backward else batch.newest_pass
+        call.note = site.layer.note()
+        return call
 
     def _is_due(self, site: Site) -> bool:
         """Whether the layer's first statistics are still to be checked."""

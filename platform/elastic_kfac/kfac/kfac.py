@@ -62,6 +62,7 @@ from elastic_kfac.kfac.statistics import (
     DIVIDED,
     JOINED,
     POSITIONS,
+    REPEATED,
     UNFOLLOWED,
     Captured,
     Statistics,
@@ -462,6 +463,8 @@ class KFAC:
             if num_samples is not None and 0 < part.rows < num_samples:
                 faults.setdefault(layer.name, shared_by_all(part.rows, num_samples))
         self.covered.left_out |= faults
+        again = self._capture.take_called_again()
+        self._warnings.once("repeated", bool(again), REPEATED.format(names=again))
         if num_samples is None:
             counted = {
                 part.samples: layer.name

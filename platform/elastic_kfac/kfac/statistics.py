@@ -32,6 +32,10 @@ AGAIN = (
     "step() was called again without a backward pass in between: gradients that are preconditioned "
     "already were preconditioned once more; call it once, before optimizer.step()"
 )
+REPEATED = (
+    "weight_sharing='reduce' makes one row of the positions that a layer sees in one call; the calls of "
+    "{names} for the same samples count as further rows, as all positions do with 'expand'"
+)
 UNFOLLOWED = (
     "the model has changed; with tree=True (reproducible mode) K-FAC keeps to the layers that it was "
     "built with: build another KFAC over the model to cover those that are new"

@@ -46,6 +46,9 @@ class Sums:
     def samples_in(self, inputs: Tensor) -> int | None:
         return None
 
+    def note(self) -> None:
+        """Nothing that the inputs do not tell."""
+
     def condense(self, call: Call) -> Tensor:
         rows = call.inputs.reshape(-1, call.inputs.shape[-1])
         return rows.t() @ rows
