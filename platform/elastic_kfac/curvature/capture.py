@@ -1,6 +1,6 @@
 """Capture: the sums that a layer's passes add up to, for as long as they are part of its gradient.
 
-Which passes count is decided in passes.py. Here a call's input and output gradient become sums, by
+Which passes count is decided in passes/. Here a call's input and output gradient become sums, by
 batch: a batch knows how many samples it holds, on which axis they are, which rows are real, and what
 a sample's loss was multiplied by.
 """
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from elastic_kfac.curvature.fisher import fisher_losses
 from elastic_kfac.curvature.kronecker import LinearLayer
 from elastic_kfac.curvature.layer import Layer, Observation
-from elastic_kfac.curvature.passes import Batch, Call, Recorder
+from elastic_kfac.curvature.passes.batches import Batch
+from elastic_kfac.curvature.passes.recorder import Call, Recorder
 
 # Key of output sums that already are at per-sample scale.
 _SAMPLED = 0
@@ -375,12 +376,12 @@ class Capture:
     def joined(self) -> tuple[str, int, int] | None:
         """Where the outputs of several calls of the model met in one mean loss: names of functions, the
         number of calls and of their samples."""
-        return self._recorder.joined
+        return self._recorder.joins.joined
 
     @property
     def divides(self) -> bool:
         """Whether several passes before a step divided their losses by a number."""
-        return self._recorder.divides
+        return self._recorder.joins.divides
 
     def drop(self) -> None:
         """Discards what was recorded."""

@@ -360,7 +360,7 @@ def test_rows_of_a_table_are_those_of_its_gradient_however_it_came_about(
             ids = torch.randint(100, (4, 6), generator=seeded(number))
             LOOK_UPS[loss](table, ids).backward()
             AFTERWARDS[after](table, ids)
-            sure = kfac._capture.rows_looked_up(kfac.layers[0]) is not None
+            sure = kfac._recording.rows_looked_up(kfac.layers[0]) is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 kfac.step()
