@@ -333,6 +333,7 @@ AFTERWARDS: dict[str, Callable[[nn.Embedding, Tensor], Any]] = {
     "nothing": lambda table, ids: None,
     "clipping": lambda table, ids: nn.utils.clip_grad_norm_(table.parameters(), 1e-3),
     "noise": lambda table, ids: table.weight.grad.add_(0.1),
+    "decay in the data": lambda table, ids: table.weight.grad.data.add_(table.weight.data),
     "another pass": lambda table, ids: table(ids + 11).mean().backward(),
     "other indices in the buffer": lambda table, ids: ids.fill_(1),
     "a probe": lambda table, ids: torch.autograd.grad(table(ids + 11).mean(), [table.weight]),

@@ -6,7 +6,10 @@ import weakref
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from elastic_kfac.curvature.factors import can_be_read
 
 
 class LookUps:
@@ -45,9 +48,26 @@ class LookUps:
 
     def rows(self, grad: Tensor | None) -> Tensor | None:
         """Indices of all rows of `.grad` that may be other than zero; None where they are not known."""
-        if self._known is None or grad is None:
+        if self._known is None or grad is None or not can_be_read(grad) or _have_company():
             return None
         seen, version, indices, its_version = self._known
         if seen() is not grad or grad._version != version or indices._version != its_version:
             return None
-        return indices
+        return None if _was_filled(grad, indices) else indices
+
+
+def _was_filled(grad: Tensor, indices: Tensor) -> bool:
+    """Whether others of a few rows than those looked up are not zero: what is done to `.grad.data`, as
+    adding a decay, leaves the version as it was."""
+    every = max(1, len(grad) // _PROBES)
+    rows = grad[::every].any(1).nonzero() * every
+    return not bool(torch.isin(rows, indices).all())
+
+
+_PROBES = 32
+
+
+def _have_company() -> bool:
+    """Whether there are other ranks: a collective may have added their rows, and leaves the version of a
+    gradient as it was."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
