@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,3 +64,62 @@ def assert_rows(model: nn.Module, inputs: tuple[Tensor, ...], positions: dict[st
         width = plain[name].shape[1]
         torch.testing.assert_close((g.t() @ x)[:, :width] / N, plain[name], **TOLERANCE)
     return kfac
+
+
+def kronecker_rows(
+    first: Any,
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, int]:
+    """Σ a aᵀ `[groups, a, a]` and Σ g gᵀ `[groups, g, g]` over all output rows of uses of one weight, and
+    the number of rows, by autograd.
+
+    The derivative of an output with respect to the weight is a row of inputs, one of them its bias's.
+
+    Args:
+        first: A module with the weight.
+        outputs: Of every use.
+        gradients: With respect to them.
+        biases: Of all uses.
+    """
+    a: Any = 0
+    g: Any = 0
+    groups, count = getattr(first, "groups", 1), 0
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if hasattr(first, "groups"):
+            output, gradient = (
+                v.flatten(2).transpose(1, 2).flatten(0, 1) for v in (output, gradient)
+            )
+        else:
+            output, gradient = (v.reshape(-1, v.shape[-1]) for v in (output, gradient))
+        size = output.shape[1] // groups
+        for value, one in zip(output, gradient, strict=True):
+            x = []
+            for group in range(groups):
+                weight, *columns = torch.autograd.grad(
+                    value[group * size],
+                    [first.weight, *biases],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                x.append(as_matrix(first, weight, columns, biases)[group, 0])
+            patch, parts = torch.stack(x), one.view(groups, size)
+            a = a + patch[:, :, None] * patch[:, None]
+            g = g + parts[:, :, None] * parts[:, None]
+            count += 1
+    return a, g, count
+
+
+def as_matrix(
+    first: Any, weight: Tensor, columns: Sequence[Tensor | None], biases: Sequence[Tensor]
+) -> Tensor:
+    """A gradient as `[groups, g, a]`, zeros for biases without one."""
+    groups = getattr(first, "groups", 1)
+    if getattr(first, "transposed", False):
+        weight = weight.transpose(0, 1)
+    if isinstance(first, nn.Embedding):
+        weight = weight.t()
+    rows = weight.reshape(groups, weight.shape[0] // groups, -1)
+    found = [torch.zeros_like(b) if c is None else c for b, c in zip(biases, columns, strict=True)]
+    return torch.cat((rows, *(z.view(*rows.shape[:2], 1) for z in found)), -1)

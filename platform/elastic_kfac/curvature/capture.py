@@ -1,6 +1,6 @@
 """Capture: the sums that a layer's passes add up to, for as long as they are part of its gradient.
 
-Which passes count is decided in passes.py. Here a call's input and output gradient become sums, by
+Which passes count is decided in passes/. Here a call's input and output gradient become sums, by
 batch: a batch knows how many samples it holds, on which axis they are, which rows are real, and what
 a sample's loss was multiplied by.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from elastic_kfac.curvature.fisher import fisher_losses
 from elastic_kfac.curvature.kronecker import LinearLayer
 from elastic_kfac.curvature.layer import Layer, Observation
-from elastic_kfac.curvature.passes import Batch, Call, Recorder
+from elastic_kfac.curvature.passes.batches import Batch
+from elastic_kfac.curvature.passes.recorder import Call, Recorder
 
 # Key of output sums that already are at per-sample scale.
 _SAMPLED = 0
@@ -34,6 +36,10 @@ class Sums:
     certain only at the step."""
     batches: dict[Batch, None] = field(default_factory=dict)
     rows: int = 0
+    open: dict[Hashable, tuple[float, Tensor]] = field(default_factory=dict)
+    """Gradients of samples that further calls may add to, and their key in `outputs`, by samples."""
+    seen: set[Hashable] = field(default_factory=set)
+    """The samples of a layer that has one row of each per call."""
 
     @property
     def samples(self) -> int:
@@ -74,7 +80,8 @@ class Sums:
         return result
 
     def tensors(self) -> list[Tensor]:
-        return [*self.outputs.values(), *(() if self.inputs is None else (self.inputs,))]
+        sums = [*self.outputs.values(), *(() if self.inputs is None else (self.inputs,))]
+        return [*sums, *(rows for _, rows in self.open.values())]
 
     def add_inputs(self, part: Tensor | None) -> None:
         if part is not None:
@@ -82,6 +89,23 @@ class Sums:
 
     def add_outputs(self, key: float, part: Tensor) -> None:
         self.outputs[key] = self.outputs[key].add_(part) if key in self.outputs else part
+
+    def add_samples(self, samples: Hashable, key: float, rows: Tensor) -> str:
+        """Adds gradients of samples to those of other calls; returns why that cannot be, if it cannot."""
+        if samples in self.open:
+            key, known = self.open[samples]
+            if known.shape != rows.shape:
+                return _other_rows(len(known), len(rows))
+            rows = known + rows
+        self.open[samples] = key, rows
+        return ""
+
+    def close(self, layer: Layer) -> Sums:
+        """Squares the gradients of samples: no further call adds to them."""
+        for key, rows in self.open.values():
+            self.add_outputs(key, layer.squared(rows))
+        self.open.clear()
+        return self
 
 
 @dataclass
@@ -98,6 +122,10 @@ class _Shared:
     """Whether a batch was seen whose outputs have several positions per sample."""
     last_called: str | None = None
     """Name of the layer with a G that was called last in the first pass."""
+    drawn: dict[tuple[_Watched, Hashable], tuple[Call, Tensor]] = field(default_factory=dict)
+    """Gradients of samples in the pass over sampled labels that runs, and a call to count them for."""
+    called_again: set[str] = field(default_factory=set)
+    """Layers with one row per sample and call that were called several times for the same samples."""
 
     def due_of(self, layer: Layer) -> frozenset[str]:
         """The factors of a layer that the coming passes are for."""
@@ -107,6 +135,13 @@ class _Shared:
 def shared_by_all(rows: int, samples: int) -> str:
     """Why a layer's statistics cannot be right: its output gradients are sums over samples."""
     return f"its input of {rows} rows is shared by all samples of a batch of {samples}"
+
+
+def _other_rows(one: int, other: int) -> str:
+    return (
+        f"its calls see {min(one, other)} and {max(one, other)} rows of the same samples, so that the "
+        "gradient of one sample is not known"
+    )
 
 
 class _Watched:
@@ -132,6 +167,9 @@ class _Watched:
             and layer.factor_names[0] in self._shared.due_of(layer)
         )
 
+    def note(self) -> Any:
+        return self.layer.note()
+
     def condense(self, call: Call) -> Observation:
         layer, inputs = self._at(call), self.batched(call.inputs, call)
         if reason := layer.misfit(inputs):
@@ -154,6 +192,10 @@ class _Watched:
         sums.batches[batch] = None
         sums.rows += observed.rows
         sums.add_inputs(observed.input_sum)
+        if layer.reduces:
+            if call.samples in sums.seen:
+                self._shared.called_again.add(layer.name)
+            sums.seen.add(call.samples)
         if layer.output_factor not in self._shared.due_of(layer):
             return
         if call.sampled is not None:
@@ -166,7 +208,11 @@ class _Watched:
             self._shared.faults.setdefault(layer.name, reason)
         elif self._shared.fisher == "empirical":
             key = -float(batch.size) if batch.scale is None else batch.scale
-            sums.add_outputs(key, layer.output_sum(gradient, observed.kept))
+            part = layer.output_sum(gradient, observed.kept)
+            if not layer.adds_calls:
+                sums.add_outputs(key, part)
+            elif reason := sums.add_samples(call.samples, key, part):
+                self._shared.faults.setdefault(layer.name, reason)
 
     def clear(self) -> None:
         self.sums = Sums()
@@ -182,13 +228,23 @@ class _Watched:
         if layer.output_factor not in self._shared.due_of(layer):
             return
         kept = call.inputs.kept if call.version is None else self.condense(call).kept
-        part = layer.output_sum(self.batched(gradient, call), kept).mul_(weight)
-        call.sampled = part if call.sampled is None else call.sampled.add_(part)
+        part = layer.output_sum(self.batched(gradient, call), kept)
+        if not layer.adds_calls:
+            _count_sampled(call, part.mul_(weight))
+            return
+        key = self, call.samples
+        first, known = self._shared.drawn.get(key, (call, None))
+        if known is not None and known.shape != part.shape:
+            reason = _other_rows(len(known), len(part))
+            self._shared.faults.setdefault(layer.name, reason)
+            return
+        self._shared.drawn[key] = first, part if known is None else known + part
 
     def _at(self, call: Call) -> Layer:
         """The layer as it sees a call."""
-        real = call.batch.real
-        return self.layer if real is None else self.layer.masked(real)
+        real, layer = call.batch.real, self.layer
+        layer = layer if real is None else layer.masked(real)
+        return layer if call.note is None else layer.noting(call.note)
 
     def batched(self, tensor: Tensor, call: Call) -> Tensor:
         """`[n, ...]`."""
@@ -199,6 +255,10 @@ class _Watched:
         if rows < batch.extent or (call.of_parameter and batch.extent > 1 and not are_samples):
             self._shared.faults[self.layer.name] = shared_by_all(rows, batch.extent)
         return tensor
+
+
+def _count_sampled(call: Call, part: Tensor) -> None:
+    call.sampled = part if call.sampled is None else call.sampled.add_(part)
 
 
 def _condense_together(calls: Sequence[Call]) -> None:
@@ -282,7 +342,7 @@ class Capture:
     def take(self, layers: Sequence[Layer]) -> list[Sums]:
         """The sums of every layer since the last call, in their order."""
         self._recorder.settle()
-        taken = [self._watched[layer.name].sums for layer in layers]
+        taken = [self._watched[layer.name].sums.close(layer) for layer in layers]
         self.took_empty, self._shared.saw_empty = self._shared.saw_empty, False
         self.drop()
         return taken
@@ -301,6 +361,12 @@ class Capture:
         self._recorder.faults.clear()
         return faults
 
+    def take_called_again(self) -> str:
+        """Names of layers whose calls for the same samples count as further rows, though the positions of
+        one call are one row."""
+        names, self._shared.called_again = ", ".join(sorted(self._shared.called_again)), set()
+        return names
+
     @property
     def has_positions(self) -> bool:
         """Whether a batch was seen whose outputs have several positions per sample."""
@@ -310,12 +376,12 @@ class Capture:
     def joined(self) -> tuple[str, int, int] | None:
         """Where the outputs of several calls of the model met in one mean loss: names of functions, the
         number of calls and of their samples."""
-        return self._recorder.joined
+        return self._recorder.joins.joined
 
     @property
     def divides(self) -> bool:
         """Whether several passes before a step divided their losses by a number."""
-        return self._recorder.divides
+        return self._recorder.joins.divides
 
     def drop(self) -> None:
         """Discards what was recorded."""
@@ -341,6 +407,10 @@ class Capture:
                 torch.autograd.grad(
                     loss * loss_scale, parameters, retain_graph=True, allow_unused=True
                 )
+            drawn, self._shared.drawn = self._shared.drawn, {}
+            for (watched, _), (call, rows) in drawn.items():
+                part = watched.layer.squared(rows).mul_(weight / (loss_scale * loss_scale))
+                _count_sampled(call, part)
 
     def close(self) -> None:
         """Stops recording."""

@@ -91,15 +91,15 @@ class ConvLayer(KroneckerLayer):
     def _rows_of(self, samples: int, lengths: tuple[int, ...]) -> int:
         real = self._positions
         if real is not None and tuple(real.shape[1:]) == lengths:
-            return int((real.flatten(1).any(1) if self._reduces else real).sum())
+            return int((real.flatten(1).any(1) if self.reduces else real).sum())
         if self._real is not None and self._real.dim() == 1:
             samples = int(self._real.sum())
-        return samples if self._reduces else samples * math.prod(lengths)
+        return samples if self.reduces else samples * math.prod(lengths)
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
         inputs, bias, side = self._samples(inputs), self.bias is not None, self.sides["A"]
         real = None if self.misfit(inputs) else self._positions
-        if not self._reduces:
+        if not self.reduces:
             return self._patch_sum(inputs, real, bias, side)
         rows = self._mean_patches(inputs, real)
         rows = rows if self.groups > 1 else rows[0]
@@ -115,7 +115,7 @@ class ConvLayer(KroneckerLayer):
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         gradients = self._masked(gradients)
-        if self._reduces:
+        if self.reduces:
             gradients = gradients.to(self.dtype).flatten(2).sum(-1, keepdim=True)
         return conv_output_sum(gradients, self.groups, self.sides["G"])
 

@@ -90,26 +90,30 @@ def embedding_input_sum(indices: Tensor, num_embeddings: int, padding_idx: int |
     return counts
 
 
-def norm_gradient_sum(normalized: Tensor, gradients: Tensor, *, bias: bool, mode: str) -> Tensor:
-    """Fisher sums of a normalisation layer's scale γ and shift β over samples.
+def norm_gradients(normalized: Tensor, gradients: Tensor, *, bias: bool, mode: str) -> Tensor:
+    """Per-sample gradients of a normalisation layer's scale γ and shift β.
 
-    Per-sample gradients are `dγ = Σ_t g·x̂` and `dβ = Σ_t g` (Osawa et al. 2019).
+    They are `dγ = Σ_t g·x̂` and `dβ = Σ_t g` (Osawa et al. 2019).
 
     Args:
         normalized: x̂ `[n, positions, features]`.
         gradients: `[n, positions, features]`.
-        mode: `unit` gives `[features, p, p]` (p = 2 with a shift, else 1), `full`
-            `[p·features, p·features]` in the order (all γ, all β), `diag` `[p·features]`.
+        mode: `unit` gives `[n, features, p]` (p = 2 with a shift, else 1), others `[n, p·features]` in
+            the order (all γ, all β).
     """
     dtype = statistics_dtype(gradients.dtype)
     g = gradients.to(dtype)
     parts = [(g * normalized.to(dtype)).sum(1)]
     if bias:
         parts.append(g.sum(1))
+    return torch.stack(parts, -1) if mode == "unit" else torch.cat(parts, -1)
+
+
+def norm_moments(rows: Tensor, *, mode: str) -> Tensor:
+    """Fisher sums over samples of what `norm_gradients` gives: `unit` `[features, p, p]`, `full`
+    `[p·features, p·features]`, `diag` `[p·features]`."""
     if mode == "unit":
-        stacked = torch.stack(parts, -1)  # [n, features, p]
-        return torch.einsum("nfp,nfq->fpq", stacked, stacked)
-    rows = torch.cat(parts, -1)
+        return torch.einsum("nfp,nfq->fpq", rows, rows)
     return gram(rows) if mode == "full" else rows.square().sum(0)
 
 

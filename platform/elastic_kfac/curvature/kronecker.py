@@ -121,8 +121,8 @@ class KroneckerLayer(Layer):
         return replace(side, bias_at=own[0] if own else None)
 
     @property
-    def _reduces(self) -> bool:
-        """Whether a sample's positions count as one row (KFAC-reduce, Eschenhagen et al. 2023)."""
+    def reduces(self) -> bool:
+        # KFAC-reduce, Eschenhagen et al. 2023.
         return self.options.weight_sharing == "reduce"
 
     def masked(self, mask: Tensor) -> Self:
@@ -321,7 +321,7 @@ class LinearLayer(KroneckerLayer):
         """Whether `observe_all` may take its calls."""
         return (
             type(self) is LinearLayer
-            and not self._reduces
+            and not self.reduces
             and self.stack_key is not None
             and isinstance(self.sides["A"], Whole)
         )
@@ -334,17 +334,17 @@ class LinearLayer(KroneckerLayer):
 
     def _input_sum(self, inputs: Tensor) -> Tensor:
         inputs = inputs.to(statistics_dtype(inputs.dtype))
-        rows = self._summed(inputs, mean=True) if self._reduces else self._rows(inputs)
+        rows = self._summed(inputs, mean=True) if self.reduces else self._rows(inputs)
         return linear_input_sum(rows, bias=self.bias is not None, side=self.sides["A"])
 
     def output_rows(self, gradients: Tensor) -> int:
-        if self._reduces:
+        if self.reduces:
             return self._summed(gradients[..., :1], mean=False).shape[0]
         return self._rows(gradients[..., :1]).numel()
 
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         gradients = gradients.to(statistics_dtype(gradients.dtype))
-        rows = self._summed(gradients, mean=False) if self._reduces else self._rows(gradients)
+        rows = self._summed(gradients, mean=False) if self.reduces else self._rows(gradients)
         return linear_output_sum(rows, side=self.sides["G"])
 
 
@@ -397,6 +397,10 @@ class EmbeddingLayer(KroneckerLayer):
 
     def _leading_dims(self, tensor: Tensor) -> int:
         return tensor.dim() - tensor.is_floating_point()  # indices, or their gradients
+
+    @property
+    def reduces(self) -> bool:
+        return False
 
     def weight_gradient(self, inputs: Tensor, gradients: Tensor) -> Tensor:
         total = gradients.new_zeros(self.module.weight.shape)

@@ -79,6 +79,9 @@ class Layer(ABC):
 
     factor_names: tuple[str, ...]
     """`A` of the inputs, `G` of the output gradients, or `F` of both."""
+    adds_calls: ClassVar[bool] = False
+    """Whether `output_sum` gives gradients of samples `[n, ...]`, to be added over the calls that see a
+    sample before they are `squared`. Elsewhere a further call is further rows."""
     guarded: ClassVar[bool] = False
     """Whether a non-finite result is replaced by the unpreconditioned gradient."""
 
@@ -172,9 +175,22 @@ class Layer(ABC):
     _unbatched_dims: int = 1
     """Dimensions of a call with one sample and without a batch dimension."""
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the positions of a sample in one call count as one row."""
+        return False
+
     def masked(self, mask: Tensor) -> Layer:
         """The layer as it sees passes where the samples `[n]`, or positions `[n, ...]`, are real in which
         `mask` is true; itself, if sums over positions of a sample leave out the others anyway."""
+        return self
+
+    def note(self) -> Any:
+        """What the module alone knows about the call that it has just made, and its statistics need."""
+        return None
+
+    def noting(self, note: Any) -> Layer:
+        """The layer as it sees a call with this note, other than None."""
         return self
 
     def misfit(self, inputs: Tensor) -> str:
@@ -199,6 +215,10 @@ class Layer(ABC):
     @abstractmethod
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         """The sum over the output gradients `[n, ...]` of the same call."""
+
+    def squared(self, sums: Tensor) -> Tensor:
+        """The factor's sum over samples, from what `output_sum` gave over all calls (`adds_calls`)."""
+        return sums
 
     @abstractmethod
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import inverses
 from elastic_kfac.curvature.damping import least_damping, typical_eigenvalue
-from elastic_kfac.curvature.factors import norm_gradient_sum
+from elastic_kfac.curvature.factors import norm_gradients, norm_moments
 from elastic_kfac.curvature.layer import Layer, Observation, Shape, Shapes
 
 _OVER_SHAPE = (nn.LayerNorm, nn.RMSNorm)
@@ -22,11 +23,14 @@ NORMS = (*_OVER_SHAPE, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 class NormLayer(Layer):
-    """Scale and shift of a module of `NORMS`; `mode` is the structure of F (see `norm_gradient_sum`)."""
+    """Scale and shift of a module of `NORMS`; `mode` is the structure of F (see `norm_moments`)."""
 
     factor_names = ("F",)
     guarded = True
+    adds_calls = True
     mode: ClassVar[str]
+    _shared: tuple[Tensor, Tensor] | None = None
+    """(mean, 1/σ) that a call of synchronised batch norm normalised with."""
 
     def __init__(self, name: str, module: nn.Module, options: KfacOptions) -> None:
         super().__init__(name, module, options)
@@ -64,12 +68,21 @@ class NormLayer(Layer):
 
     def _by_channel(self, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """x̂ and the output gradients as `[n, positions, features]`."""
-        normalized = normalize(self.module, inputs.to(self.dtype))
+        normalized = normalize(self.module, inputs.to(self.dtype), self._shared)
         if isinstance(self.module, _OVER_SHAPE):
             positions = gradients.shape[1 : gradients.dim() - len(self.module.normalized_shape)]
             shape = (gradients.shape[0], positions.numel(), self.features)
             return normalized.reshape(shape), gradients.reshape(shape)
         return _channels_last(normalized), _channels_last(gradients)
+
+    def note(self) -> tuple[Tensor, Tensor] | None:
+        # Of more than its own inputs, and other ones at the next call.
+        return getattr(self.module, "shared_statistics", None)
+
+    def noting(self, note: Any) -> Self:
+        twin = copy.copy(self)
+        twin._shared = note
+        return twin
 
     def observe(self, inputs: Tensor, due: frozenset[str]) -> Observation:
         return Observation(inputs.shape[0], kept=inputs)
@@ -80,9 +93,11 @@ class NormLayer(Layer):
     def output_sum(self, gradients: Tensor, kept: Tensor | None) -> Tensor:
         assert kept is not None
         normalized, gradients = self._by_channel(kept, gradients)
-        return norm_gradient_sum(
-            normalized, gradients, bias=len(self._parameters) == 2, mode=self.mode
-        )
+        bias = len(self._parameters) == 2
+        return norm_gradients(normalized, gradients, bias=bias, mode=self.mode)
+
+    def squared(self, sums: Tensor) -> Tensor:
+        return norm_moments(sums, mode=self.mode)
 
     def normalizers(self, samples: float, rows: float) -> dict[str, float]:
         return {"F": samples}
@@ -207,8 +222,9 @@ def norm_layer(name: str, module: nn.Module, options: KfacOptions) -> NormLayer:
     return layer
 
 
-def normalize(module: nn.Module, x: Tensor) -> Tensor:
-    """x̂, the output of a normalisation layer before scale and shift."""
+def normalize(module: nn.Module, x: Tensor, shared: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x̂, the output of a normalisation layer before scale and shift; `shared` are (mean, 1/σ) of batch
+    norm, if they are not those of `x` or the running ones."""
     if isinstance(module, nn.LayerNorm):
         return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.RMSNorm):
@@ -216,8 +232,6 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.GroupNorm):
         return nn.functional.group_norm(x, module.num_groups, eps=module.eps)
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    # Synchronised batch norm normalises with the statistics of more than its own inputs.
-    shared = getattr(module, "shared_statistics", None)
     if shared is not None:
         mean, scale = (v.to(x.dtype).view(1, -1, *[1] * (x.dim() - 2)) for v in shared)
         return (x - mean) * scale

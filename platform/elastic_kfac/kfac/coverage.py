@@ -20,6 +20,8 @@ class Coverage:
     def __init__(self) -> None:
         self.used: set[str] = set()
         self.left_out: dict[str, str] = {}
+        self._new: set[str] = set()
+        """Layers whose first statistics are due at once."""
         self._named: set[str] = set()
         """Layers left out that a warning has named."""
         self._unseen: set[str] = set()
@@ -29,10 +31,28 @@ class Coverage:
         """Takes the layers of the model as it is now."""
         self._coverage, self._sharing, self._layers = found.coverage, found.sharing, found.layers
 
-    def keep(self, names: Collection[str]) -> None:
-        """After a change of the model: only these layers are the same as before."""
+    def keep(self, names: Collection[str]) -> list[str]:
+        """After a change of the model: only these layers are the same as before; returns the others."""
+        new = [layer.name for layer in self._layers if layer.name not in names]
         self.left_out = {name: why for name, why in self.left_out.items() if name in names}
-        self.used -= {layer.name for layer in self._layers if layer.name not in names}
+        self.used -= set(new)
+        self._new = set(new)
+        return new
+
+    def narrowed(self, due: list[frozenset[str]]) -> list[frozenset[str]]:
+        """Factors to record, by layer, from those whose turn it is: none of layers left out, all of
+        those that are new, once."""
+        new, self._new = self._new, set()
+        if not (self.left_out or new):
+            return due
+        return [
+            frozenset()
+            if layer.name in self.left_out
+            else frozenset(layer.factor_names)
+            if layer.name in new
+            else names
+            for layer, names in zip(self._layers, due, strict=True)
+        ]
 
     def leave_out(self, indices: Iterable[int]) -> None:
         """Uncovers layers whose statistics cannot be right, on every rank alike."""

@@ -3,20 +3,19 @@
     preconditioner = KFAC(model, lr=optimizer)
     loss.backward(); preconditioner.step(); optimizer.step()
 
-What is computed is `curvature/`; who computes it, and how it travels, is `distribution/`; when it is
-refreshed is `refresh.py`. Nothing here depends on the world size except through sample counts.
+What is computed is `curvature/`; what passes recorded of it is `recording.py`, what becomes of that
+`averages.py`; who computes it, and how it travels, is `distribution/`; when it is refreshed is
+`refresh.py`. Nothing here depends on the world size except through sample counts.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions, ShardedConfig
-from elastic_kfac.curvature.capture import Batch, Capture, shared_by_all
 from elastic_kfac.curvature.discovery import (
     clean_name,
     each_parameter,
@@ -33,14 +31,18 @@ from elastic_kfac.curvature.discovery import (
     shape_of,
     unwrap,
 )
-from elastic_kfac.curvature.layer import LayerState
-from elastic_kfac.errors import ConfigError, NumericalError, UsageError
+from elastic_kfac.curvature.passes.batches import Batch
+from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.kfac.averages import Averages
 from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import (
     PHASES,
+    Basis,
     Calibration,
     Gradients,
     Plan,
+    ResizeReport,
+    States,
     Timers,
     as_communicator,
     make_distribution,
@@ -54,20 +56,15 @@ from elastic_kfac.kfac.options import (
     takes_options,
     value_at,
 )
+from elastic_kfac.kfac.recording import Recording
 from elastic_kfac.kfac.refresh import make_refresh
-from elastic_kfac.kfac.resize import ResizeReport
-from elastic_kfac.kfac.state import leave, load, memory_usage, move_to, put, save
+from elastic_kfac.kfac.state import carry_over, leave, load, memory_usage, move_to, save
 from elastic_kfac.kfac.statistics import (
     AGAIN,
-    DIVIDED,
-    JOINED,
-    POSITIONS,
     UNFOLLOWED,
     Captured,
     Statistics,
-    Verdict,
     WarnOnce,
-    disagreement,
 )
 from elastic_kfac.kfac.step_bound import StepBound
 
@@ -139,7 +136,6 @@ class KFAC:
         self.loss_scale_per_sample = loss_scale_per_sample
         self.grad_scaler = grad_scaler
         self.counters: Counter[str] = Counter()
-        self._verdict: Verdict | None = None
         self.timers = Timers()
         """Of the parts of `step`; not part of the state."""
         self.on_phase: Callable[[Phase], None] | None = None
@@ -152,13 +148,9 @@ class KFAC:
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
         self._pool: Executor | None = None
-        self._new: set[str] = set()
-        """Layers whose first statistics are due at once."""
         self._awaits_group = process_group is None
         """Whether a default process group that is made later is to be joined."""
         self._build(as_communicator(process_group))
-        self._left: list[tuple[nn.Parameter, weakref.ref[Tensor], int]] = []
-        """Weights, and their gradients as the last step left them."""
         self._last_damping = self.damping
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=self.layers[0].device)
         self._arm()
@@ -167,15 +159,13 @@ class KFAC:
         """The layers of the model as it is now, and who computes what of them. Collective."""
         found = find_layers(self._model, self.options)
         self._shape = shape_of(self._model)
-        self._parameters = {clean_name(n): p for n, p in unwrap(self._model).named_parameters()}
+        self.parameters = {clean_name(n): p for n, p in unwrap(self._model).named_parameters()}
         self.layers = found.layers
         """The covered layers in registration order."""
         self.covered.find(found)
         self.bound.cover(self.layers)
         weights = [layer.parameters[0] for layer in self.layers]
         self._placed = [(w, w.dtype, w.device, w.shape) for w in weights]
-        self.states = [LayerState() for _ in self.layers]
-        """What this rank holds of each layer."""
         wide = ", ".join(f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept)
         text = (
             f"factors wider than max_factor_dim={self.options.max_factor_dim} are kept in part: "
@@ -188,26 +178,16 @@ class KFAC:
                 f"weight_sharing='reduce' does not apply to Embedding layers: {tables} use expand"
             )
             self._warnings.once(text, bool(tables), text)
-        self._continuing = [i for i, layer in enumerate(self.layers) if layer.continues]
         self.refresh = make_refresh(self.layers, self.options)
         self.refresh.ahead.pool = self._pool
         self.distribution = make_distribution(
-            (self.layers, communicator, self.options, self.calibration),
+            Basis(self.layers, communicator, self.options, self.calibration),
             model=self._model,
             sharding=self._sharding,
             tree=self._tree,
         )
-        self._modules = [*found.modules.values()]
-        self._capture = self._make_capture()
-
-    def _make_capture(self) -> Capture:
-        return Capture(
-            unwrap(self._model),
-            self._modules,
-            fisher=self.options.fisher,
-            batch_axis=self.options.batch_axis,
-            counts_positions=self.options.loss_reduction == "positions",
-        )
+        self.averages = Averages(self.distribution, self.refresh, self.options, self.counters)
+        self._recording = Recording(self._model, found, self.options, self._warnings)
 
     def _was_cast(self) -> bool:
         """Whether parameters have another type, device or shape than what is kept for them."""
@@ -221,31 +201,19 @@ class KFAC:
         if so."""
         if shape_of(self._model) == self._shape:
             return False
-        self._count_discarded()
-        saved, before, layers = save(self), self._parameters, self.layers
-        self.close()
-        self._build(self.communicator)
-        same = {name for name, p in self._parameters.items() if before.get(name) is p}
-        known = {x.name: (x.gradient_shape, *map(id, x.parameters)) for x in layers}
-        kept = {
-            x.name
-            for x in self.layers
-            if known.get(x.name) == (x.gradient_shape, *map(id, x.parameters))
-        }
-        saved["layers"] = {name: part for name, part in saved["layers"].items() if name in kept}
-        velocity = saved.get("velocity", {})
-        put(self, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
-        self.covered.keep(kept)
-        new = [layer.name for layer in self.layers if layer.name not in kept]
-        self._new = set(new)
+        self.averages.settle()
+        new = self.covered.keep(carry_over(self, self._rebuild))
         if new:
             warnings.warn(
                 f"the model has changed; K-FAC preconditions from the next pass on: {', '.join(new)}",
                 UserWarning,
                 stacklevel=4,
             )
-        self._due = [frozenset[str]() for _ in self.layers]
         return True
+
+    def _rebuild(self) -> None:
+        self.close()
+        self._build(self.communicator)
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -277,7 +245,7 @@ class KFAC:
         if not self._gradients_are_usable(parameters):
             self.skip_step()
             return
-        self._warnings.once("again", self._are_untouched(), AGAIN)
+        self._warnings.once("again", self._recording.are_gradients_marked(), AGAIN)
         self._last_damping = self.damping
         with self.timers("factors"):
             due = self.factors_due()
@@ -295,12 +263,16 @@ class KFAC:
                 self.bound.learn_scales(statistics, self.states, self.distribution.total)
             refreshed = self._update_factors(statistics) if due else set()
         with self.timers("decompositions"):
-            self._decompose(refreshed)
+            renewed = self.averages.decompose(
+                refreshed, self.steps, self._tikhonov_at, lambda: self._enter("decomposition")
+            )
+            if renewed:
+                self.bound.look(self.states, renewed)
         with self.timers("preconditioning"):
             self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
         self.counters["steps"] += 1
-        self._leave_mark()
+        self._recording.mark_gradients()
         self._arm()
 
     def _update_factors(self, statistics: Statistics | None) -> set[int]:
@@ -308,9 +280,9 @@ class KFAC:
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
         # A sharded reduction does not count layers that are left out.
         uncounted = self.distribution.counts_are_local and (
-            bool(self.covered.left_out) or self.covered.are_without_gradients(self._due)
+            bool(self.covered.left_out) or self.covered.are_without_gradients(self.due)
         )
-        if statistics is None or not (seen or uncounted or self._capture.took_empty):
+        if statistics is None or not (seen or uncounted or self._recording.took_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
             raise UsageError(
                 "step() found no statistics of a forward and backward pass on any rank",
@@ -319,82 +291,12 @@ class KFAC:
             )
         if statistics.faulty:
             self.covered.leave_out(statistics.faulty)
-            for i in statistics.faulty:
-                self.states[i] = LayerState()
             seen -= statistics.faulty
         self._enter("factor_update")
         self.refresh.see({self.layers[i].name: int(statistics.counts[i][1]) for i in seen})
         self.covered.used |= {self.layers[i].name for i in seen}
-        self.covered.name_unseen(self._due)
-        here = [i for i in sorted(seen) if statistics.sums[i] and self._due[i]]
-        self._count_discarded()
-        at_once = self.options.refresh == "adaptive" or not all(
-            self.states[i].factors for i in here
-        )
-        self._verdict = Verdict(here, statistics.finite(here), at_once=at_once)
-        # Until the host knows, the device keeps the old averages where the new statistics are not finite.
-        flags = self._verdict.flags
-        refreshed = set(here) if flags else self._count_discarded()
-        decay = value_at(self.options, "factor_decay", self.steps)
-        for i in sorted(refreshed):
-            layer, divisors = self.layers[i], statistics.normalizers(self.layers[i], i)
-            sums = {
-                name: statistics.sums[i][name]
-                for name in layer.factor_names
-                if name in self._due[i]
-            }
-            if self.distribution.decider(i) == self.distribution.rank:
-                self.refresh.choose(layer, sums, divisors)
-            state = layer.average(self.states[i], sums, divisors, decay)
-            state = layer.corrected(state, statistics.counts[i][0], decay)
-            self.states[i] = state.where(flags[i], self.states[i]) if flags else state
-        keys = [(self.layers[i].name, name) for i in sorted(seen) for name in sorted(self._due[i])]
-        self.refresh.agree(keys, self.steps, self._sum_over_ranks)
-        return refreshed
-
-    def _count_discarded(self) -> set[int]:
-        """Counts the statistics of the last update that were not finite; the layers whose were."""
-        verdict, self._verdict = self._verdict, None
-        if verdict is None:
-            return set()
-        good = verdict.finite()
-        bad = set(verdict.indices) - good
-        self.counters["discarded_statistics"] += len(bad)
-        for i in bad & verdict.flags.keys():  # their update was counted already
-            updates = self.states[i].factor_updates - 1
-            self.states[i] = replace(self.states[i], factor_updates=updates)
-        return good
-
-    def _decompose(self, refreshed: set[int]) -> None:
-        """New eigendecompositions or inverses where they are due; a failed one keeps the last."""
-        damping, due = self.bound.tikhonov(self.damping), []
-        last = {i: self.states[i].decomposition for i in self._continuing}
-        stale = self.refresh.decompositions_due(self.steps, refreshed)
-        for i, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
-            if state.inverse_step >= 0 and i not in stale:
-                continue
-            if len(state.factors) != len(layer.factor_names):
-                continue
-            due.append(i)
-            names, parts = self.distribution.decomposes(i), {}
-            try:
-                if names:
-                    parts = self.refresh.ahead.decompose(layer, state, names, damping)
-            except NumericalError:
-                self.counters["inverse_failures"] += 1
-                if state.inverse_step < 0:
-                    raise
-            # Ranks that do not hold the decomposition track its age, too.
-            self.states[i] = state.decomposed(parts, self.steps)
-        self._enter("decomposition", if_=bool(due))
-        self.distribution.share(self.states, due, last)
-        if due:
-            self.bound.look(self.states, due)
-        for i, step in self.refresh.decompositions_ahead(self.steps):
-            state, names = self.states[i], self.distribution.decomposes(i)
-            if state.inverse_step >= 0 and names:
-                damping = self.bound.tikhonov(self._damping_at(step))
-                self.refresh.ahead.begin(self.layers[i], state, names, damping)
+        self.covered.name_unseen(self.due)
+        return self.averages.update(statistics, seen, self.due, self.steps)
 
     def _precondition(self, parameters: Sequence[nn.Parameter]) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
@@ -404,7 +306,7 @@ class KFAC:
         used = [
             None
             if self.bound.needs_all_columns(layer)
-            else layer.used_columns(decay, self._capture.rows_looked_up(layer))
+            else layer.used_columns(decay, self._recording.rows_looked_up(layer))
             for layer in layers
         ]
         stacks = self.distribution.stacks.of(active)
@@ -433,21 +335,21 @@ class KFAC:
 
     def skip_step(self) -> None:
         """Discards the statistics since the last step, because an overflow is in them."""
-        self._capture.drop()
+        self._recording.drop()
         self.counters["skipped_steps"] += 1
 
     def factors_due(self) -> bool:
         """Whether the coming step refreshes statistics, so that passes are recorded."""
-        return any(self._due)
+        return any(self.due)
 
     @property
     def due(self) -> Sequence[frozenset[str]]:
         """The factors that the coming step refreshes, by layer."""
-        return self._due
+        return self._recording.due
 
     def captured_samples(self) -> int:
         """Samples that this rank's passes have gone through since the last step."""
-        return max(self._capture.of(layer).samples for layer in self.layers)
+        return self._recording.samples
 
     def take_statistics(
         self, num_samples: int | None = None, loss_scale_per_sample: float | None = None
@@ -456,46 +358,14 @@ class KFAC:
         return self._captured(num_samples, loss_scale_per_sample).statistics()
 
     def _captured(self, num_samples: int | None, loss_scale: float | None) -> Captured:
-        sums = self._capture.take(self.layers)
-        faults = self._capture.take_faults()
-        for layer, part in zip(self.layers, sums, strict=True):
-            if num_samples is not None and 0 < part.rows < num_samples:
-                faults.setdefault(layer.name, shared_by_all(part.rows, num_samples))
-        self.covered.left_out |= faults
-        if num_samples is None:
-            counted = {
-                part.samples: layer.name
-                for layer, part in zip(self.layers, sums, strict=True)
-                if part.rows
-            }
-            self._warnings.once("samples", len(counted) > 1, disagreement(counted))
-        if loss_scale is None:
-            loss_scale = self.loss_scale_per_sample
-        if loss_scale is None and self.options.loss_reduction == "sum":
-            loss_scale = 1.0
-        if loss_scale is num_samples is None and self.options.loss_reduction is None:
-            self._warnings.once("positions", self._capture.has_positions, POSITIONS)
-        if loss_scale is None and self.accumulation_steps == 1 and not self.sums_gradients:
-            self._warnings.once("divided", self._capture.divides, DIVIDED)
-            if (joined := self._capture.joined) is not None:
-                place, calls, samples = joined
-                text = JOINED.format(place=place, calls=calls, samples=samples)
-                self._warnings.once("joined", place != "Mul" or self.grad_scaler is None, text)
-        extra = (
-            1.0 if loss_scale is not None or self.sums_gradients else 1 / self.accumulation_steps
-        )
-        if self.grad_scaler is not None:
-            extra *= self.grad_scaler.get_scale()
-        return Captured(
-            self.layers,
-            sums,
-            self._due,
+        captured, faults = self._recording.take(
             num_samples,
-            loss_scale,
-            extra,
-            frozenset(faults),
-            self._capture.last_called,
+            self.loss_scale_per_sample if loss_scale is None else loss_scale,
+            passes=None if self.sums_gradients else self.accumulation_steps,
+            grad_scale=None if self.grad_scaler is None else self.grad_scaler.get_scale(),
         )
+        self.covered.left_out |= faults
+        return captured
 
     def _gradients_are_usable(self, parameters: Sequence[nn.Parameter]) -> bool:
         """False if a gradient scaler is going to skip this step.
@@ -544,48 +414,10 @@ class KFAC:
                 output positions are not those of the mask is left out by name.
             scale: What one sample's loss is multiplied by before backward.
         """
-        axis = self.options.batch_axis if axis is None else axis
-        if n is None and mask is not None:
-            positions = self.options.loss_reduction == "positions"
-            n = int(mask.sum()) if positions or mask.dim() == 1 else mask.shape[axis]
-        return self._capture.micro_batch(
-            Batch(0 if n is None else n, axis, mask, scale, is_given=n is not None)
-        )
-
-    def _leave_mark(self) -> None:
-        """Notes the gradients of the first and the last layer that have one."""
-        weights = (self.layers[i].parameters[0] for i in {0, len(self.layers) - 1})
-        self._left = [
-            (w, weakref.ref(w.grad), w.grad._version) for w in weights if w.grad is not None
-        ]
-
-    def _are_untouched(self) -> bool:
-        """Whether gradients are those that the last step left."""
-        return bool(self._left) and all(
-            w.grad is not None and seen() is w.grad and w.grad._version == version
-            for w, seen, version in self._left
-        )
+        return self._recording.micro_batch(n, axis, mask, scale)
 
     def _arm(self) -> None:
-        due = self.refresh.statistics_due(self.steps)
-        left_out = self.covered.left_out
-        if left_out or self._new:
-            due = [
-                frozenset()
-                if layer.name in left_out
-                else frozenset(layer.factor_names)
-                if layer.name in self._new
-                else names
-                for layer, names in zip(self.layers, due, strict=True)
-            ]
-        self._due, self._new = due, set()
-        self._arm_capture()
-
-    def _arm_capture(self) -> None:
-        self._capture.arm({x.name: due for x, due in zip(self.layers, self._due, strict=True)})
-
-    def _sum_over_ranks(self, tensor: Tensor) -> None:
-        self.communicator.all_reduce(tensor, tag="kfac/intervals").wait()
+        self._recording.arm(self.covered.narrowed(self.refresh.statistics_due(self.steps)))
 
     def _enter(self, phase: Phase, *, if_: bool = True) -> None:
         if if_ and self.on_phase is not None:
@@ -613,24 +445,8 @@ class KFAC:
         Raises:
             UsageError: If the preconditioner was built with `fisher="empirical"`.
         """
-        kind = self.options.fisher
-        if kind == "empirical":
-            raise UsageError(
-                "sample_fisher needs a sampled Fisher",
-                given="fisher='empirical'",
-                allowed="1mc, mc, exact",
-            )
-        if output.dtype in (torch.half, torch.bfloat16):
-            output = output.float()
-        parameters = dict.fromkeys(p for layer in self.layers for p in layer.parameters)
-        self._capture.sample(
-            output,
-            likelihood,
-            1 if kind == "1mc" else draws,
-            generator,
-            parameters=list(parameters),
-            loss_scale=1.0 if self.grad_scaler is None else self.grad_scaler.get_scale(),
-        )
+        loss_scale = 1.0 if self.grad_scaler is None else self.grad_scaler.get_scale()
+        self._recording.sample(output, likelihood, draws, generator, loss_scale)
 
     # -- properties and reports ------------------------------------------------------------------
 
@@ -649,6 +465,14 @@ class KFAC:
         rule = self.damping_rule
         value = value_at(self.options, "damping", step) if rule is None else rule.value
         return value + self.options.weight_decay
+
+    def _tikhonov_at(self, step: int) -> float:
+        return self.bound.tikhonov(self._damping_at(step))
+
+    @property
+    def states(self) -> States:
+        """What this rank holds of each layer."""
+        return self.averages.states
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -695,7 +519,9 @@ class KFAC:
         zeros) or the diagonal `[d]`; `plan` has which. Normalisation layers have `F`:
         `[channels, p, p]` over (scale, shift) with `bn_fisher="unit"`, `[p·channels, p·channels]` with
         `full`, its diagonal with `diag`. A factor is at true per-sample scale, so that A ⊗ G estimates
-        the Fisher of a mean loss. With `sharding`, only the layers that this rank owns.
+        the Fisher of a mean loss. Several calls of a layer in one pass are further positions; of a
+        normalisation layer, parts of each sample's gradient. With `sharding`, only the layers that this
+        rank owns.
         """
         return {
             layer.name: dict(state.factors)
@@ -730,7 +556,7 @@ class KFAC:
     def memory_usage(self) -> dict[str, int]:
         """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
         `snapshots`, `momentum` and the trust region's `last_step`), and their total."""
-        return memory_usage(self, [t for x in self.layers for t in self._capture.of(x).tensors()])
+        return memory_usage(self, self._recording.tensors)
 
     # -- adaptive damping -----------------------------------------------------------------------
 
@@ -773,7 +599,8 @@ class KFAC:
         if values == self.tuned:
             return
         self.tuned, self.options = values, self._given.model_copy(update=values)
-        self.refresh.options = self.bound.options = self.distribution.options = self.options
+        for part in (self.refresh, self.bound, self.distribution, self.averages):
+            part.options = self.options
         self._arm()
 
     # -- state ----------------------------------------------------------------------------------
@@ -791,19 +618,19 @@ class KFAC:
         """
         if not self.holds_everything or self.options.refresh == "adaptive":
             self.communicator.meet("KFAC.state_dict()", seconds=120)
-        self._count_discarded()
+        self.averages.settle()
         return save(self)
 
     def collect_state(self) -> dict[str, Any]:
         """`state_dict()` for a loop whose ranks all come here: a peer that dies on the way is noticed by
         the first collective, instead of being waited for. Collective."""
-        self._count_discarded()
+        self.averages.settle()
         return save(self)
 
     def flush(self) -> None:
         """Waits for what the device still has to tell about the last update, so that counters are
         final."""
-        self._count_discarded()
+        self.averages.settle()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from `state_dict()` of any world size; keeps only what this rank needs.
@@ -812,9 +639,9 @@ class KFAC:
             StateError: If it belongs to another model, other options or another version; nothing is
                 changed then.
         """
-        self._verdict = None
+        self.averages.forget_update()
         load(self, state)
-        self._capture.drop()
+        self._recording.drop()
         self._arm()
 
     def resize(self, process_group: dist.ProcessGroup | Communicator | None) -> ResizeReport:
@@ -824,10 +651,10 @@ class KFAC:
         moves the fewest bytes: a rank that has just joined with a fresh preconditioner gets the state of
         the ranks that went furthest.
         """
-        self._count_discarded()
+        self.averages.settle()
         self.distribution.calibration = self.calibration
         report = move_to(self, as_communicator(process_group))
-        self._capture.drop()
+        self._recording.drop()
         self._arm()
         return report
 
@@ -836,24 +663,21 @@ class KFAC:
 
         What this rank holds, its plan and its number stay.
         """
-        self._count_discarded()
+        self.averages.settle()
         leave(self)
 
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
-        self._capture.close()
+        self._recording.close()
         self.refresh.ahead.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
-        self._count_discarded()
+        self.averages.settle()
         twin = memo[id(self)] = type(self).__new__(type(self))
-        apart = ("_capture", "_pool")
-        own = {name: v for name, v in vars(self).items() if name not in apart}
+        own = {name: v for name, v in vars(self).items() if name != "_pool"}
         vars(twin).update({name: copy.deepcopy(v, memo) for name, v in own.items()})
-        twin._pool = None
-        twin._shape, twin._capture = shape_of(twin._model), twin._make_capture()
-        twin._arm_capture()
+        twin._pool, twin._shape = None, shape_of(twin._model)
         return twin
 
     def __reduce__(self) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config.kfac import KfacOptions
@@ -16,9 +16,9 @@ from elastic_kfac.curvature.factors import host_copy
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.coverage import Coverage
+from elastic_kfac.kfac.distribution.resize import Held, ResizeReport, move
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
 from elastic_kfac.kfac.refresh import Refresh
-from elastic_kfac.kfac.resize import Held, ResizeReport, move
 from elastic_kfac.kfac.step_bound import StepBound
 from elastic_kfac.kfac.trust_region import LastStep
 
@@ -31,10 +31,10 @@ class Stateful(Protocol):
     """What the state of a KFAC consists of."""
 
     layers: tuple[Layer, ...]
+    parameters: dict[str, nn.Parameter]
     distribution: Distribution
     refresh: Refresh
     damping_rule: AdaptiveDamping | None
-    states: list[LayerState]
     counters: Counter[str]
     covered: Coverage
     bound: StepBound
@@ -42,6 +42,10 @@ class Stateful(Protocol):
 
     @property
     def options(self) -> KfacOptions: ...
+
+    @property
+    def states(self) -> list[LayerState]:
+        """Of the layers."""
 
     def retune(self, **values: float) -> None:
         """See `KFAC.retune`."""
@@ -97,7 +101,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     if kfac.distribution.counts_are_local and kfac.distribution.rank:
         # Events were counted where they happened; from now on the saved ones belong to rank 0.
         counters = {"steps": counters.get("steps", 0)}
-    kfac.counters = Counter(counters)
+    _count_from(kfac, counters)
     if kfac.damping_rule is not None and state["damping"] is not None:
         kfac.damping_rule.value = float(state["damping"]["value"])
 
@@ -144,6 +148,27 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
             and layer.name in saved["step"]
             and keeps("step", layer.name)
         }
+
+
+def carry_over(kfac: Stateful, build: Callable[[], None]) -> set[str]:
+    """Builds anew over a model that has changed; layers that are the same keep what they had. Collective.
+
+    Returns:
+        Their names.
+    """
+    saved, before, layers = save(kfac), kfac.parameters, kfac.layers
+    build()
+    known = {layer.name: _identity(layer) for layer in layers}
+    kept = {x.name for x in kfac.layers if known.get(x.name) == _identity(x)}
+    same = {name for name, p in kfac.parameters.items() if before.get(name) is p}
+    saved["layers"] = {name: part for name, part in saved["layers"].items() if name in kept}
+    velocity = saved.get("velocity", {})
+    put(kfac, {**saved, "velocity": {n: v for n, v in velocity.items() if n in same}})
+    return kept
+
+
+def _identity(layer: Layer) -> tuple[object, ...]:
+    return layer.gradient_shape, *map(id, layer.parameters)
 
 
 def leave(kfac: Stateful) -> None:
@@ -211,7 +236,7 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     counters = Counter(moved.facts["counters"])
     if kfac.distribution.counts_are_local:
         counters = Counter({**kfac.counters, "steps": counters["steps"]})
-    kfac.counters = counters
+    _count_from(kfac, counters)
     if kfac.damping_rule is not None:
         kfac.damping_rule.value = moved.facts["damping"]
     if kfac.bound.trust is not None:
@@ -327,6 +352,11 @@ def _check(state: Mapping[str, Any], options: Mapping[str, Any], layers: Sequenc
         )
     for layer in layers:
         layer.check(state["layers"][layer.name])
+
+
+def _count_from(kfac: Stateful, counters: Mapping[str, int]) -> None:
+    kfac.counters.clear()
+    kfac.counters.update(counters)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,10 @@ DIVIDED = (
 AGAIN = (
     "step() was called again without a backward pass in between: gradients that are preconditioned "
     "already were preconditioned once more; call it once, before optimizer.step()"
+)
+REPEATED = (
+    "weight_sharing='reduce' makes one row of the positions that a layer sees in one call; the calls of "
+    "{names} for the same samples count as further rows, as all positions do with 'expand'"
 )
 UNFOLLOWED = (
     "the model has changed; with tree=True (reproducible mode) K-FAC keeps to the layers that it was "
@@ -176,7 +181,18 @@ class WarnOnce:
         """Warns if it is due and has not been given yet."""
         if is_due and kind not in self._kinds:
             self._kinds.add(kind)
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=_level_outside())
+
+
+def _level_outside() -> int:
+    """The `stacklevel` of the code that called into this package, for a function that warns."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+_INSIDE = ("elastic_kfac.", "torch.")
 
 
 def disagreement(names_by_count: Mapping[int, str]) -> str:

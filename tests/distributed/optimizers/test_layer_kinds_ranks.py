@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -186,3 +187,27 @@ def test_the_plan_counts_what_every_kind_holds() -> None:
     assert run.kfac.memory_usage()["factors"] == 8 * sum(held.values())
     del held["norm"]
     assert held == {name: factor_elements([shapes[name]]) for name in held}
+
+
+def table_gradient() -> Tensor:
+    """Of a table whose rows the ranks look up apart, summed by a collective and by nothing else."""
+    world = Communicator.world()
+    ids = torch.randint(2048, (2, 3, 6), generator=torch.Generator().manual_seed(1))
+    own = ids[world.rank] if world.world_size > 1 else ids.flatten(0, 1)
+    torch.manual_seed(0)
+    table = nn.Embedding(2048, 64).double()
+    kfac = KFAC(table, lr=0.1, loss_reduction="mean", loss_scale_per_sample=1 / 6)
+    for _ in range(2):
+        table.zero_grad()
+        (table(own).square().sum() / 6).backward()
+        assert table.weight.grad is not None
+        if world.world_size > 1:
+            dist.all_reduce(table.weight.grad)
+        kfac.step()
+    return table.weight.grad
+
+
+def test_rows_of_a_table_that_other_ranks_looked_up_are_preconditioned() -> None:
+    expected = table_gradient()
+    for found in run_ranks(2, table_gradient):
+        torch.testing.assert_close(found, expected, **TOLERANCE)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from elastic_kfac import KFAC
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.training.sync.exchange import Exchange, Totals
@@ -112,6 +113,39 @@ def test_groups_of_two_share_statistics_and_the_rest_is_alone() -> None:
     ours = torch.cat([seen["outputs"] for seen in results])
     torch.testing.assert_close(ours, torch.cat([together, alone]), rtol=0, atol=1e-10)
     assert all("more than one value" in seen["failure"] for seen in results)
+
+
+class CalledTwice(nn.Module):
+    """One batch norm on two parts of its input, each with statistics of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm2d(2).double()
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = (self.norm(part) for part in images.split([1, 2], 2))
+        return torch.cat((first.flatten(1), 3 * second.flatten(1).sin()), 1)
+
+
+def fisher_of_calls() -> Tensor:
+    world = Communicator.world()
+    edges = EDGES[world.world_size] if world.world_size > 1 else [0, COUNT]
+    part = slice(edges[world.rank], edges[world.rank + 1])
+    model = synchronise_batch_norm(CalledTwice(), world)
+    kfac = KFAC(
+        model, kl_clip=None, bn_fisher="full", loss_scale_per_sample=1 / COUNT, process_group=world
+    )
+    (model(batch(0)[0][part]).sin().square().sum() / COUNT).backward()
+    kfac.step()
+    return kfac.factors()["norm"]["F"]
+
+
+def test_kfac_knows_the_statistics_of_every_call() -> None:
+    expected = fisher_of_calls()
+    for found in run_ranks(2, fisher_of_calls):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def run_exchange() -> dict[str, Tensor]:

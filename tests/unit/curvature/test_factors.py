@@ -36,7 +36,9 @@ def test_norm_gradient_sum_modes_equal_per_sample_gradients(mode: str) -> None:
     n, positions, features = 4, 6, 3
     normalized = torch.randn(n, positions, features, dtype=torch.double)
     gradients = torch.randn(n, positions, features, dtype=torch.double)
-    result = factors.norm_gradient_sum(normalized, gradients, bias=True, mode=mode)
+    result = factors.norm_moments(
+        factors.norm_gradients(normalized, gradients, bias=True, mode=mode), mode=mode
+    )
     rows = torch.cat(((gradients * normalized).sum(1), gradients.sum(1)), 1)
     full = rows.t() @ rows
     if mode == "full":

@@ -19,8 +19,9 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from elastic_kfac.curvature import hooks, passes
-from elastic_kfac.curvature.passes import Batch, Call, Recorder
+from elastic_kfac.curvature.passes import hooks, recorder
+from elastic_kfac.curvature.passes.batches import Batch
+from elastic_kfac.curvature.passes.recorder import Call, Recorder
 
 N = 8
 X = torch.randn(N, 4, generator=torch.Generator().manual_seed(1)).double()
@@ -45,6 +46,9 @@ class Sums:
 
     def samples_in(self, inputs: Tensor) -> int | None:
         return None
+
+    def note(self) -> None:
+        """Nothing that the inputs do not tell."""
 
     def condense(self, call: Call) -> Tensor:
         rows = call.inputs.reshape(-1, call.inputs.shape[-1])
@@ -498,7 +502,7 @@ def test_compiled_models_keep_one_graph_and_give_the_same_statistics(
 
 
 def test_torch_still_has_the_private_names() -> None:
-    for name in passes.TORCH_INTERNALS:
+    for name in recorder.TORCH_INTERNALS:
         found: Any = torch
         for part in name.split(".")[1:]:
             assert hasattr(found, part), f"torch {torch.__version__} has no {name}"

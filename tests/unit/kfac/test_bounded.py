@@ -333,6 +333,7 @@ AFTERWARDS: dict[str, Callable[[nn.Embedding, Tensor], Any]] = {
     "nothing": lambda table, ids: None,
     "clipping": lambda table, ids: nn.utils.clip_grad_norm_(table.parameters(), 1e-3),
     "noise": lambda table, ids: table.weight.grad.add_(0.1),
+    "decay in the data": lambda table, ids: table.weight.grad.data.add_(table.weight.data),
     "another pass": lambda table, ids: table(ids + 11).mean().backward(),
     "other indices in the buffer": lambda table, ids: ids.fill_(1),
     "a probe": lambda table, ids: torch.autograd.grad(table(ids + 11).mean(), [table.weight]),
@@ -360,7 +361,7 @@ def test_rows_of_a_table_are_those_of_its_gradient_however_it_came_about(
             ids = torch.randint(100, (4, 6), generator=seeded(number))
             LOOK_UPS[loss](table, ids).backward()
             AFTERWARDS[after](table, ids)
-            sure = kfac._capture.rows_looked_up(kfac.layers[0]) is not None
+            sure = kfac._recording.rows_looked_up(kfac.layers[0]) is not None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 kfac.step()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.errors import ElasticKfacError
-from support.layer_kinds import DAMPING, TOLERANCE, N, loss_of
+from support.layer_kinds import DAMPING, TOLERANCE, N, as_matrix, kronecker_rows, loss_of
 from support.training_loops import seeded
 
 
@@ -63,55 +63,19 @@ def test_modules_that_share_a_weight_are_one_layer(name: str) -> None:
         kfac = KFAC(model, damping=DAMPING, kl_clip=None, loss_reduction="mean")
     assert [layer.name for layer in kfac.layers] == ["uses.0"]
     biases = [use.bias for use in model.uses if use.bias is not None]
-    # Every output row by itself: its derivative is a row of inputs, among which one of the biases.
     first: Any = model.uses[0]
-    groups = getattr(first, "groups", 1)
-
-    def rows_of(weight: Tensor, columns: list[Tensor | None]) -> Tensor:
-        if getattr(first, "transposed", False):
-            weight = weight.transpose(0, 1)
-        rows = weight.reshape(groups, weight.shape[0] // groups, -1)
-        zeros = [
-            torch.zeros_like(b) if c is None else c for b, c in zip(biases, columns, strict=True)
-        ]
-        return torch.cat((rows, *(z.view(*rows.shape[:2], 1) for z in zeros)), -1)
-
     outputs = [use(x) for use, x in zip(model.uses, inputs, strict=True)]
     scaled = [(1 + i) * output.flatten(1) for i, output in enumerate(outputs)]
     gradients = torch.autograd.grad(N * loss_of(torch.cat(scaled, 1)), outputs, retain_graph=True)
-    a: Any = 0
-    g: Any = 0
-    count = 0
-    for output, gradient in zip(outputs, gradients, strict=True):
-        if isinstance(first, nn.Linear):
-            output, gradient = (v.reshape(-1, v.shape[-1]) for v in (output, gradient))
-        else:
-            output, gradient = (
-                v.flatten(2).transpose(1, 2).flatten(0, 1) for v in (output, gradient)
-            )
-        size = output.shape[1] // groups
-        for value, one in zip(output, gradient, strict=True):
-            x = []
-            for group in range(groups):
-                weight, *columns = torch.autograd.grad(
-                    value[group * size],
-                    [first.weight, *biases],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                x.append(rows_of(weight, columns)[group, 0])
-            patch, parts = torch.stack(x), one.view(groups, size)
-            a = a + patch[:, :, None] * patch[:, None]
-            g = g + parts[:, :, None] * parts[:, None]
-            count += 1
+    a, g, count = kronecker_rows(first, outputs, gradients, biases)
     a, g = a / N, g / count
     loss_of(model(inputs)).backward()
-    gradient = rows_of(first.weight.grad, [b.grad for b in biases])
+    gradient = as_matrix(first, first.weight.grad, [b.grad for b in biases], biases)
     kfac.step()
     (found,) = kfac.factors().values()
     torch.testing.assert_close(found["A"].view_as(a), a, **TOLERANCE)
     torch.testing.assert_close(found["G"].view_as(g), g, **TOLERANCE)
-    result = rows_of(first.weight.grad, [b.grad for b in biases])
+    result = as_matrix(first, first.weight.grad, [b.grad for b in biases], biases)
     for one_a, one_g, before, after in zip(a, g, gradient, result, strict=True):
         curvature = torch.kron(one_g, one_a) + DAMPING * torch.eye(before.numel()).double()
         torch.testing.assert_close(curvature @ after.flatten(), before.flatten(), **TOLERANCE)

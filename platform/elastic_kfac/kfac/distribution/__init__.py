@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
+from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.curvature.dtensors import is_sharded
-from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.distribution.fully_sharded import FullySharded
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
+from elastic_kfac.kfac.distribution.resize import ResizeReport
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
-from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, as_communicator
+from elastic_kfac.kfac.distribution.strategy import (
+    Basis,
+    Distribution,
+    Gradients,
+    States,
+    as_communicator,
+)
 from elastic_kfac.kfac.distribution.tree import CanonicalTree
 from elastic_kfac.kfac.timers import PHASES, Timers
 from elastic_kfac.placement.plan import Plan
@@ -22,10 +25,13 @@ from elastic_kfac.placement.simulator import Calibration
 
 __all__ = [
     "PHASES",
+    "Basis",
     "Calibration",
     "Distribution",
     "Gradients",
     "Plan",
+    "ResizeReport",
+    "States",
     "Timers",
     "as_communicator",
     "make_distribution",
@@ -33,7 +39,7 @@ __all__ = [
 
 
 def make_distribution(
-    common: tuple[Sequence[Layer], Communicator, ScriptOptions, Calibration | None],
+    basis: Basis,
     *,
     model: nn.Module,
     sharding: ShardedConfig | None,
@@ -44,16 +50,16 @@ def make_distribution(
     Raises:
         ConfigError: If they name two, or one for a fully sharded model.
     """
-    if any(is_sharded(p) for layer in common[0] for p in layer.parameters):
+    if any(is_sharded(p) for layer in basis.layers for p in layer.parameters):
         if tree or sharding is not None:
             raise ConfigError(
                 "a fully sharded model has a distribution of its own",
                 given="tree" if tree else "sharding",
                 change="leave it out",
             )
-        return FullySharded(*common, model=model)
+        return FullySharded(basis, model=model)
     if tree and sharding is not None:
         raise ConfigError("tree and sharding both reduce the statistics", allowed="one of them")
     if sharding is not None:
-        return ShardedByOwner(*common, model=model, sharding=sharding)
-    return CanonicalTree(*common) if tree else KaisaGrid(*common)
+        return ShardedByOwner(basis, model=model, sharding=sharding)
+    return CanonicalTree(basis) if tree else KaisaGrid(basis)

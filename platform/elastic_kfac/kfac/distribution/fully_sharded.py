@@ -24,16 +24,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
+from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.curvature.dtensors import is_sharded, local
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.distribution.sharded import ShardedByOwner
-from elastic_kfac.kfac.distribution.strategy import States
+from elastic_kfac.kfac.distribution.strategy import Basis, States
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.simulator import Calibration
 
 
 class Piece(NamedTuple):
@@ -82,15 +81,8 @@ class FullySharded(ShardedByOwner):
 
     sums_gradients = False
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        communicator: Communicator,
-        options: ScriptOptions,
-        calibration: Calibration | None,
-        *,
-        model: nn.Module,
-    ) -> None:
+    def __init__(self, basis: Basis, *, model: nn.Module) -> None:
+        layers, options = basis.layers, basis.options
         whole = next((x.name for x in layers if not all(map(is_sharded, x.parameters))), None)
         if whole is not None:
             raise ConfigError(
@@ -113,9 +105,7 @@ class FullySharded(ShardedByOwner):
         self._whole: dict[nn.Parameter, Any] = {}
         """The gradients in pieces of parameters whose `.grad` is the whole one just now."""
         self._covered = {p for layer in layers for p in layer.parameters}
-        super().__init__(
-            layers, communicator, options, calibration, model=model, sharding=ShardedConfig()
-        )
+        super().__init__(basis, model=model, sharding=ShardedConfig())
 
     def _find_units(self, model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
         return [unit for unit in find_units(model, layers) if unit.layers]

@@ -27,14 +27,20 @@ from elastic_kfac.communication.v_collectives import (
     reduce_scatter_half,
     reduce_scatter_v,
 )
-from elastic_kfac.config.kfac import ScriptOptions, ShardedConfig
+from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
-from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
+from elastic_kfac.kfac.distribution.strategy import (
+    Basis,
+    Distribution,
+    Gradients,
+    Item,
+    Slot,
+    States,
+)
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
 from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
 from elastic_kfac.placement.plan import Plan
-from elastic_kfac.placement.simulator import Calibration
 
 _WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,16 +56,8 @@ class ShardedByOwner(Distribution):
     sums_gradients = True
     counts_are_local = True
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        communicator: Communicator,
-        options: ScriptOptions,
-        calibration: Calibration | None,
-        *,
-        model: nn.Module,
-        sharding: ShardedConfig,
-    ) -> None:
+    def __init__(self, basis: Basis, *, model: nn.Module, sharding: ShardedConfig) -> None:
+        layers = basis.layers
         self.sharding = sharding
         self.updates_weights = sharding.gather == "weights"
         self.units = self._find_units(model, layers)
@@ -67,7 +65,7 @@ class ShardedByOwner(Distribution):
         self._unit_named = {layers[i].name: unit for i, unit in self._unit_of.items()}
         self._unit_named |= {name: unit for unit in self.units for name in unit.parameters}
         self.velocity: dict[str, Tensor] = {}
-        super().__init__(layers, communicator, options, calibration)
+        super().__init__(basis)
 
     def _find_units(self, model: nn.Module, layers: Sequence[Layer]) -> list[Unit]:
         return find_units(model, layers)

@@ -62,6 +62,16 @@ class Gradients(NamedTuple):
     """The columns that a value holds; None for all."""
 
 
+class Basis(NamedTuple):
+    """What every strategy is built on."""
+
+    layers: Sequence[Layer]
+    communicator: Communicator
+    options: ScriptOptions
+    calibration: Calibration | None
+    """What plans are made from; None stands for stored costs."""
+
+
 class Distribution(ABC):
     """Who decomposes, preconditions and keeps what, and how it travels.
 
@@ -81,16 +91,11 @@ class Distribution(ABC):
     """This rank's number in `plan`, also after `leave`."""
     plan: Plan
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        communicator: Communicator,
-        options: ScriptOptions,
-        calibration: Calibration | None,
-    ) -> None:
-        self.layers, self.options, self.calibration = tuple(layers), options, calibration
+    def __init__(self, basis: Basis) -> None:
+        self.layers, self.options = tuple(basis.layers), basis.options
+        self.calibration = basis.calibration
         self.stacks = StackTable(self.layers)
-        self.join(communicator)
+        self.join(basis.communicator)
 
     @abstractmethod
     def join(

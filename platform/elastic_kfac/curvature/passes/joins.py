@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+JOIN_TRIES = 10
+"""Backward passes that are looked through for calls whose outputs meet in one mean."""
+
 _JOINING = frozenset({"CatBackward0", "StackBackward0"})
 _ADDING = frozenset({"AddBackward0", "SubBackward0", "SumBackward0"}) | _JOINING
 """Of these alone, a sum of losses is made."""
@@ -37,6 +40,39 @@ class Joined(NamedTuple):
     """Where the outputs of several calls meet in one mean, by names of nodes; empty if they do not."""
     is_divided: bool
     """Whether a loss is divided by a number."""
+
+
+class Joins:
+    """What the passes of one model have shown so far."""
+
+    def __init__(self) -> None:
+        self.joined: tuple[str, int, int] | None = None
+        """Where the outputs of several calls met in one mean, how many calls, and of how many samples."""
+        self.divides = False
+        """Whether several passes before a step divided their losses by a number."""
+        self._tries = JOIN_TRIES
+
+    @property
+    def are_looked_for(self) -> bool:
+        """Whether further passes are looked at."""
+        return self._tries > 0
+
+    def look_at(self, calls: Sequence[tuple[Collection[int], int]], *, is_further: bool) -> None:
+        """Looks at the backward pass that is running.
+
+        Args:
+            calls: `output_nodes` and number of samples of each.
+            is_further: Whether it adds to gradients of others.
+        """
+        if not calls or not (is_further or len(calls) > 1):
+            return
+        self._tries -= 1
+        found = look([nodes for nodes, _ in calls])
+        self.divides = self.divides or (is_further and found.is_divided)
+        if found.place:
+            self.joined = found.place, len(calls), sum(size for _, size in calls)
+        if found.place or self.divides:
+            self._tries = 0
 
 
 def look(calls: Sequence[Collection[int]]) -> Joined:

@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -30,8 +31,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from elastic_kfac.curvature.dtensors import any_nonzero, is_sharded
-from elastic_kfac.curvature.hooks import Activity, registry
-from elastic_kfac.curvature.joins import look, output_nodes
+from elastic_kfac.curvature.passes.batches import Batch, Batches
+from elastic_kfac.curvature.passes.explained import CHECK_TRIES, doubt, unexplained
+from elastic_kfac.curvature.passes.hooks import Activity, registry
+from elastic_kfac.curvature.passes.joins import Joins
+from elastic_kfac.curvature.passes.look_ups import LookUps
 
 TORCH_INTERNALS = (
     "torch._C._current_graph_task_id",
@@ -45,63 +49,8 @@ TORCH_INTERNALS = (
 
 T = TypeVar("T")
 
-CHECK_TRIES = 10
-"""A layer that starts at 0 may have no gradient for some steps."""
-
-JOIN_TRIES = 10
-"""Backward passes that are looked through for calls whose outputs meet in one mean."""
-
-CHECK_TOLERANCE = 0.05
-"""Sound layers differ by rounding: up to 0.004 under bf16 autocast. Faults begin at 0.4."""
-
-
 SMALL = 8192
 """Elements of an input and its output gradient together that may wait for the end of a pass."""
-
-
-@dataclass(eq=False)
-class Batch:
-    """The samples that one or more forward calls are about; equality is identity."""
-
-    size: int
-    """Samples (or real rows, where a mask drops some)."""
-    axis: int = 0
-    """The dimension of layer inputs that counts samples."""
-    mask: Tensor | None = None
-    """True where a row is real: `[n, T]`, or `[T, n]` with `axis=1`; or a sample `[n]`."""
-    scale: float | None = None
-    """What one sample's loss is multiplied by before backward; None: one over `size`."""
-    is_given: bool = True
-    """Whether somebody gave the size, so that nothing here may correct it."""
-
-    length: int | None = None
-    """Of the dimension that counts samples, in the inputs of the model."""
-    is_guessed: bool = False
-    """Whether `length` is that of the first layer's input, as the model was called without tensors."""
-    has_positions: bool = False
-    """Whether the model's output has several positions per sample."""
-    is_folded: bool = False
-    nodes: frozenset[int] = frozenset()
-    """Of the graph, that made the model's output."""
-
-    def set_length(self, length: int) -> None:
-        """Counts the samples, unless somebody has given their number."""
-        self.length = length
-        if not self.is_given:
-            self.size = length
-
-    @property
-    def real(self) -> Tensor | None:
-        """The mask with samples first."""
-        mask = self.mask
-        return mask if mask is None or mask.dim() == 1 else mask.movedim(self.axis, 0)
-
-    @property
-    def extent(self) -> int:
-        """Length of the dimension that counts samples."""
-        if self.real is not None:
-            return self.real.shape[0]
-        return self.size if self.length is None else self.length
 
 
 class Layer(Protocol):
@@ -112,6 +61,9 @@ class Layer(Protocol):
 
     def condense(self, call: Call) -> Any:
         """What the layer needs of `call.inputs`, where the tensor itself should not be kept."""
+
+    def note(self) -> Any:
+        """What the module alone knows about the call that it has just made."""
 
     def fold(self, call: Call) -> None:
         """Adds a call to the layer's sums: `call.inputs`, as it was given or condensed, and
@@ -147,6 +99,18 @@ class Call:
     epoch: int = -1
     of_parameter: bool = False
     """Whether the input is a parameter itself, and so the same for all samples."""
+    of_pass: object = None
+    """The call of the model, among those about the same batch, that it was a part of."""
+    note: Any = None
+    """What the layer's module knew about it."""
+
+    @property
+    def samples(self) -> Hashable:
+        """What calls about the same samples have in common: a batch, unless its size says that every
+        call of the model is about a part of it."""
+        batch = self.batch
+        is_whole = not batch.is_given or batch.size == batch.extent or batch.real is not None
+        return batch if is_whole else (batch, self.of_pass)
 
 
 @dataclass(eq=False)
@@ -175,17 +139,7 @@ class Site:
         return recorder.called(self, inputs, axis=axis)
 
     def looked_up(self, indices: Tensor) -> Callable[[Tensor | None], None]:
-        known, version = weakref.ref(self.weight), indices._version
-
-        def made(gradient: Tensor | None) -> None:
-            weight = known()
-            if weight is not None and gradient is not None:
-                # While its memory is held, no other gradient can have the address. The tensor itself
-                # is not: autograd would copy it.
-                weight.made = gradient.untyped_storage(), gradient._version, indices, version
-                torch.autograd.graph.queue_callback(lambda: setattr(weight, "made", None))
-
-        return made
+        return self.weight.look_ups.follow(indices)
 
     def staged_in_graph(self, gradient: Tensor, inputs: Tensor, axis: int | None) -> None:
         recorder = self.weight.recorder()
@@ -215,11 +169,7 @@ class Weight:
     committed: bool = False
     mark: tuple[weakref.ref[Tensor], int] | None = None
     """The gradient tensor after the last commit, and its version."""
-    made: tuple[torch.UntypedStorage, int, Tensor, int] | None = None
-    """What a look-up of an embedding has made in the running backward pass: memory and version of the
-    gradient, the indices and their version."""
-    looked_up: tuple[weakref.ref[Tensor], int, Tensor, int] | None = None
-    """The same of what is in `.grad`, if nothing else is part of it."""
+    look_ups: LookUps = field(default_factory=LookUps)
 
     def is_used_as(self, used: Tensor | None) -> bool:
         """Whether a call that used this tensor is about the weight."""
@@ -301,26 +251,13 @@ class Weight:
 
     def rows_looked_up(self) -> Tensor | None:
         """The indices of all rows of `.grad` that may be other than zero, where that is certain."""
-        if self.looked_up is None:
-            return None
-        seen, version, indices, its_version = self.looked_up
         parameter = self.parameter()
-        grad = None if parameter is None else parameter.grad
-        if grad is None or seen() is not grad or grad._version != version:
-            return None
-        return indices if indices._version == its_version else None
-
-    def _match(self, grad: Tensor) -> None:
-        """Has it that `.grad` is what one look-up has made. A sum with anything else, in place or not,
-        has another address or version."""
-        made, self.made, self.looked_up = self.made, None, None
-        if made is not None and made[1] == grad._version and made[0].data_ptr() == grad.data_ptr():
-            self.looked_up = weakref.ref(grad), *made[1:]
+        return None if parameter is None else self.look_ups.rows(parameter.grad)
 
     def accumulated(self, parameter: Tensor) -> None:
         """Commits what the running task has staged: it is part of `parameter.grad` now."""
-        if parameter.grad is not None and (self.made is not None or self.looked_up is not None):
-            self._match(parameter.grad)
+        if parameter.grad is not None:
+            self.look_ups.match(parameter.grad)
         recorder = self.recorder()
         self.unreduced = self.whole is not None and not is_sharded(parameter)
         calls = self.staged.get(torch._C._current_graph_task_id())
@@ -363,27 +300,16 @@ class Recorder:
         self._small: list[Call] = []
         """Committed in the running graph task."""
         self.sampling_weight: float | None = None
-        self._axis = axis
+        self.batches, self.joins = Batches(axis), Joins()
         self._activity = Activity()
         weakref.finalize(self, self._activity.set, False)
         self.faults: list[tuple[Layer, str]] = []
         """Layers whose passes do not explain their gradient, and the reason; for the owner to take."""
         self._weights: dict[int, Weight] = {}
-        self._explicit: Batch | None = None
-        self._newest: Batch | None = None
-        self._opened: list[Batch] = []
-        """Since the last step."""
-        self._loose: dict[int, Batch] = {}
-        self._loose_is_old = False
         self._reached: dict[int, list[Weight]] = {}
         """By graph task that runs: weights whose calls it has come to."""
         self._unchecked: dict[int, int] = {}
         """Sites whose first statistics are still to be checked, and how often that is tried."""
-        self.joined: tuple[str, int, int] | None = None
-        """Where the outputs of several calls met in one mean, how many calls, and of how many samples."""
-        self.divides = False
-        """Whether several passes before a step divided their losses by a number."""
-        self._join_tries = JOIN_TRIES
         registry.install()
         registry.roots.setdefault(id(root), []).append(weakref.ref(self))
         weakref.finalize(root, registry.forget, id(root))
@@ -437,69 +363,17 @@ class Recorder:
 
     # -- batches -------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def micro_batch(self, batch: Batch) -> Iterator[Batch]:
+    def micro_batch(self, batch: Batch) -> AbstractContextManager[Batch]:
         """Forward calls inside are about `batch`."""
-        before, self._explicit = self._explicit, batch
-        try:
-            yield batch
-        finally:
-            self._explicit = before
-            self._newest = batch
-            self._opened.append(batch)
+        return self.batches.micro_batch(batch)
 
     def enter_root(self, arguments: Sequence[Any]) -> None:
-        """A forward call of the whole model begins: its first tensor counts the samples."""
-        if self._explicit is None:
-            self._newest = Batch(0, self._axis, is_given=False)
-            self._opened.append(self._newest)
-        batch = self._explicit or self._newest
-        assert batch is not None
-        batch.length, batch.is_guessed = None, True
-        _count(batch, arguments)
+        """A forward call of the whole model begins."""
+        self.batches.enter(arguments)
 
     def leave_root(self, keywords: Mapping[str, Any], output: Any) -> None:
         """The call has returned."""
-        batch = self._explicit or self._newest
-        if batch is None:
-            return
-        if batch.is_guessed:
-            _count(batch, keywords)
-        first = next(_tensors(output), None)
-        batch.has_positions = first is not None and first.dim() > 2
-        if not batch.is_given and batch.scale is None and self._join_tries:
-            batch.nodes = output_nodes(output)
-
-    def batch_of(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
-        """The batch that a call of a layer is about."""
-        batch = self._explicit or self._newest
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and self._opened:
-            batch = self._recomputed(site, inputs, axis)
-        if batch is not None:
-            if batch.is_guessed and batch.length is None and inputs.dim() > batch.axis:
-                batch.set_length(inputs.shape[batch.axis])
-            return batch
-        # Only parts of the model are called: the layer's own input counts, once per size and pass.
-        axis = self._axis if axis is None else axis
-        size = inputs.shape[axis] if inputs.dim() > axis else 1
-        if self._loose_is_old and not in_backward:
-            self._loose, self._loose_is_old = {}, False
-        return self._loose.setdefault(size, Batch(size, self._axis, is_given=False))
-
-    def _recomputed(self, site: Site, inputs: Tensor, axis: int | None) -> Batch | None:
-        """Of the batches since the last step, the one of a call inside a backward pass (of a reentrant
-        checkpoint, or in a compiled graph): such calls come last first."""
-        fitting = [
-            batch
-            for batch in reversed(self._opened)
-            if batch.extent in inputs.shape[(batch.axis if axis is None else axis) :][:1]
-        ]
-        fresh = [batch for batch in fitting if batch not in site.recomputed]
-        found = next(iter(fresh or fitting), self._explicit or self._newest)
-        if found is not None:
-            site.recomputed.append(found)
-        return found
+        self.batches.leave(keywords, output, keeps_nodes=self.joins.are_looked_for)
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -536,12 +410,16 @@ class Recorder:
 
     def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
         """A call of a layer with `inputs`."""
-        batch = self.batch_of(site, inputs, axis)
+        batch = self.batches.of(inputs, axis, site.recomputed)
         if not batch.is_given:
             samples = site.layer.samples_in(inputs)
             if samples is not None:
                 batch.set_length(samples)
-        return Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
+        call = Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
+        in_backward = torch._C._current_graph_task_id() != -1
+        call.of_pass = object() if in_backward else batch.newest_pass
+        call.note = site.layer.note()
+        return call
 
     def _is_due(self, site: Site) -> bool:
         """Whether the layer's first statistics are still to be checked."""
@@ -571,7 +449,7 @@ class Recorder:
 
     def fold(self, call: Call) -> None:
         """Turns a committed call into sums and lets go of its tensors."""
-        self._loose_is_old = True
+        self.batches.age()
         if call.version is not None and call.inputs._version != call.version:
             reason = "its input was changed in place before the backward pass"
             self.faults.append((call.site.layer, reason))
@@ -593,16 +471,9 @@ class Recorder:
 
     def _look_at_graph(self, *, is_further: bool) -> None:
         """Notes how the losses of several calls are put together; `is_further` passes add to others."""
-        calls = [batch for batch in self._opened if batch.nodes]
-        if not calls or not self._join_tries or not (is_further or len(calls) > 1):
-            return
-        self._join_tries -= 1
-        found = look([batch.nodes for batch in calls])
-        self.divides = self.divides or (is_further and found.is_divided)
-        if found.place:
-            self.joined = found.place, len(calls), sum(batch.size for batch in calls)
-        if found.place or self.divides:
-            self._join_tries = 0
+        if self.joins.are_looked_for:
+            calls = [(batch.nodes, batch.size) for batch in self.batches.opened if batch.nodes]
+            self.joins.look_at(calls, is_further=is_further)
 
     def _ended(self, task: int) -> None:
         for weight in self._reached.get(task, ()):
@@ -647,7 +518,7 @@ class Recorder:
                 weight.drop(task)
         self._reached.clear()
         self._small = []
-        self._opened, self._newest = [], None
+        self.batches.clear()
 
     @contextlib.contextmanager
     def sampling(self, weight: float) -> Iterator[None]:
@@ -671,55 +542,17 @@ class Recorder:
         due = [site for site in weight.sites if self._is_due(site)]
         if not due or any(call.version is None for call in calls):
             return
-        assert parameter.grad is not None
-        gradient = parameter.grad.detach()
-        explained = torch.zeros_like(gradient)
-        try:
-            for call in calls:
-                part = _exactly(call.site.layer.weight_gradient, call)
-                target = explained if call.site.rows is None else explained[call.site.rows]
-                target += part.to(target.dtype).reshape(target.shape)
-        except RuntimeError:  # shapes of another computation
-            explained.zero_()
-        rest = explained - gradient
-        if parameter.numel() >= 8:
-            # A penalty on the weight itself adds a multiple of it: the passes are those of the layer.
-            along = parameter.detach() / parameter.norm()
-            rest = torch.where(along.isfinite().all(), rest - along * (along * rest).sum(), rest)
-        difference = float(rest.norm() / gradient.norm())
+        parts = (
+            (call.site.rows, _exactly(call.site.layer.weight_gradient, call)) for call in calls
+        )
+        difference = unexplained(parameter, parts)
         for site in due:
             self._unchecked[id(site)] -= 1
             # No gradient, or not finite: the next statistics show it.
             if math.isfinite(difference) or not self._unchecked[id(site)]:
                 del self._unchecked[id(site)]
-        if CHECK_TOLERANCE < difference < math.inf:
-            reason = (
-                "its gradient is not that of W x + b with the inputs it was called with "
-                f"(relative difference {difference:.2g})"
-            )
+        if reason := doubt(difference):
             self.faults += [(site.layer, reason) for site in due]
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors with dimensions among arguments or results, and in mappings among those; a list
-    inside is no batch."""
-    if isinstance(values, Mapping):
-        values = tuple(values.values())
-    for value in values if isinstance(values, tuple) else (values,):
-        if isinstance(value, Mapping):
-            yield from _tensors(value)
-        elif isinstance(value, Tensor) and value.dim():
-            yield value
-
-
-def _count(batch: Batch, arguments: Any) -> None:
-    """Counts the samples in the first tensor that a model is called with; one number is none of several
-    samples."""
-    tensors = list(_tensors(arguments))
-    first = next((t for t in tensors if t.numel() > 1), tensors[0] if tensors else None)
-    if first is not None and first.dim() > batch.axis:
-        batch.set_length(first.shape[batch.axis])
-        batch.is_guessed = False
 
 
 def _exactly(function: Callable[[Call], T], call: Call) -> T:

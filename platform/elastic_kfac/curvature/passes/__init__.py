@@ -1,0 +1,1 @@
+"""Which passes a gradient is made of, and what they were about."""
