@@ -151,8 +151,8 @@ def _kfac_pytorch(model: nn.Module, at: Setting) -> Built:
         lr=lambda step: optimizer.param_groups[0]["lr"],
         damping=at["damping"],
         kl_clip=at["kl_clip"],
-        factor_update_steps=1,
-        inv_update_steps=10,
+        factor_update_steps=round(at["every"]),
+        inv_update_steps=2 * round(at["every"]),
         skip_layers=["out_proj"],  # of nn.MultiheadAttention, whose forward it never sees
     )
     return [optimizer], preconditioner
@@ -168,20 +168,22 @@ def _ours(model: nn.Module, at: Setting) -> Built:
     return [optimizer], KFAC(model, lr=optimizer, loss_reduction=reduction, **options)
 
 
+EVERY = {"every": Range(1, 10)}
+"""Steps between factors, half of those between decompositions."""
 CLIPPED = {
     "lr": Range(0.02, 1.0),
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-3, 1e-1),
     "kl_clip": Range(1e-4, 1e-2),
+    **EVERY,
 }
 ADAPTIVE = {
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-4, 1e-1),
-    "every": Range(1, 10),
+    **EVERY,
     **LR_SHARE,
 }
-"""Of the rate only its course counts; `every` are the steps between factors, half of those between
-decompositions."""
+"""Of the rate only its course counts."""
 DECAY = {"decay": Range(1e-6, 1e-3)}
 DECOUPLED = {"decay": Range(1e-3, 1e-1)}
 
