@@ -109,6 +109,24 @@ class FlatMuon(torch.optim.Muon):
         super().step(closure)
 
 
+def _orthogonal(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Muon's iteration in the matrix's own type: torch's is in bfloat16, which a CPU without units for it
+    emulates, at five times the cost of a whole step."""
+    a, b, c = coefficients
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+torch.optim._muon._zeropower_via_newtonschulz = _orthogonal
+
+
 def _muon(model: nn.Module, at: Setting) -> Built:
     """Hidden matrices by Muon; embeddings, the last layer and vectors by AdamW, as its authors do."""
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
