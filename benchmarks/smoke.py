@@ -91,7 +91,7 @@ SMOKES = (
     ),
     Smoke(
         "time_to_accuracy/run.py",
-        "--workloads digits --methods SGD 'ours, default' --points 1 --studies 1 --scale 0.05 "
+        "--workloads 'letters mlp' --methods SGD 'ours, default' --points 1 --studies 1 --scale 0.05 "
         "--jobs 1 --out OUT",
     ),
     Smoke(

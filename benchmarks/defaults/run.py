@@ -45,6 +45,7 @@ BASELINES = ("sgd", "adamw")
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "sgd_alone": (torch.optim.SGD, {"lr": 0.1}),  # momentum is elsewhere
 }
 VARIANTS = {
     "plain": (1.0, 1.0),

@@ -109,6 +109,24 @@ class FlatMuon(torch.optim.Muon):
         super().step(closure)
 
 
+def _orthogonal(
+    matrix: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> torch.Tensor:
+    """Muon's iteration in the matrix's own type: torch's is in bfloat16, which a CPU without units for it
+    emulates, at five times the cost of a whole step."""
+    a, b, c = coefficients
+    wide = len(matrix) <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide else x.T
+
+
+torch.optim._muon._zeropower_via_newtonschulz = _orthogonal
+
+
 def _muon(model: nn.Module, at: Setting) -> Built:
     """Hidden matrices by Muon; embeddings, the last layer and vectors by AdamW, as its authors do."""
     modules = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
@@ -151,8 +169,8 @@ def _kfac_pytorch(model: nn.Module, at: Setting) -> Built:
         lr=lambda step: optimizer.param_groups[0]["lr"],
         damping=at["damping"],
         kl_clip=at["kl_clip"],
-        factor_update_steps=1,
-        inv_update_steps=10,
+        factor_update_steps=round(at["every"]),
+        inv_update_steps=2 * round(at["every"]),
         skip_layers=["out_proj"],  # of nn.MultiheadAttention, whose forward it never sees
     )
     return [optimizer], preconditioner
@@ -168,20 +186,22 @@ def _ours(model: nn.Module, at: Setting) -> Built:
     return [optimizer], KFAC(model, lr=optimizer, loss_reduction=reduction, **options)
 
 
+EVERY = {"every": Range(1, 10)}
+"""Steps between factors, half of those between decompositions."""
 CLIPPED = {
     "lr": Range(0.02, 1.0),
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-3, 1e-1),
     "kl_clip": Range(1e-4, 1e-2),
+    **EVERY,
 }
 ADAPTIVE = {
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-4, 1e-1),
-    "every": Range(1, 10),
+    **EVERY,
     **LR_SHARE,
 }
-"""Of the rate only its course counts; `every` are the steps between factors, half of those between
-decompositions."""
+"""Of the rate only its course counts."""
 DECAY = {"decay": Range(1e-6, 1e-3)}
 DECOUPLED = {"decay": Range(1e-3, 1e-1)}
 

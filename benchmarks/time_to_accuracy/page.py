@@ -48,7 +48,7 @@ def write_report(target: Path, content: dict[str, Any]) -> None:
             for w, row in medians.items()
         ]
         head = "workload|#target|" + "|".join(f"#{m}" for m in methods)
-        note = "Median over studies of the fastest point, (lowest–highest); – is a miss."
+        note = "Median over studies of the fastest point (lowest to highest); – is a miss."
         tables.append((Table.of(f"{name} to the target", head, rows), note))
     for key, name in {
         "cpu_ms_per_step": "CPU milliseconds per step",
@@ -63,12 +63,13 @@ def write_report(target: Path, content: dict[str, Any]) -> None:
     tables.append((Table.of("Spaces, log-uniform", "method|settings", spaces), ""))
     facts = [(k, plain(content[k])) for k in ("settings", "hardware", "versions", "peers")]
     tables.append((Table.of("Provenance", "what|value", facts), ""))
+    count = len(summary["steps"]["median_to_target"])
     figure = drawn("profiles", lambda figure: _profiles(figure, summary), (2 * HALF[0], HALF[1]))
     text = page(
         "base.html",
         title="Time to accuracy",
         headline=f"Best by steps: {best[0]}; by CPU time: {best[1]}; "
-        f"{len(summary['steps']['median_to_target'])} workloads.",
+        f"{count} workload{'s' * (count != 1)}.",
         body=Markup('<section><figure class="wide">{}</figure></section>').format(figure)
         + part("analysis.html", panels=[], notes=[], tables=tables),
     )
@@ -76,8 +77,8 @@ def write_report(target: Path, content: dict[str, Any]) -> None:
 
 
 def _cell(median: float | None, ends: list[float | None]) -> str:
-    low, high = ("–" if value is None else f"{value:g}" for value in ends)
-    return ("–" if median is None else f"{median:g}") + f" ({low}–{high})"
+    middle, low, high = ("–" if v is None else f"{v:g}" for v in (median, *ends))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _profiles(figure: Figure, summary: dict[str, Any]) -> None:

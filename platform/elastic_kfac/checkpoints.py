@@ -237,7 +237,11 @@ def load_folder(
     whole = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, weights, options=whole)
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, states["optimizer"], options=whole)
+        found = states["optimizer"]
+        parts = [t for own in found.get("state", {}).values() for t in own.values()]
+        # torch refuses a whole state without tensors, which SGD without momentum has.
+        is_empty = not any(isinstance(t, Tensor) and t.dim() for t in parts)
+        set_optimizer_state_dict(model, optimizer, found, options=None if is_empty else whole)
 
 
 def save_curvature(path: str | Path, model: nn.Module, kfac: KFAC) -> None:

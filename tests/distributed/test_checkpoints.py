@@ -48,7 +48,8 @@ def made(wrapper: str, **options: Any) -> tuple[nn.Module, KFACOptimizer]:
     elif wrapper == "ddp":
         model = DistributedDataParallel(model)
         options = {"grad_worker_frac": 0.5, **options}
-    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    behind = 0.0 if "momentum" in options else 0.9
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=behind)
     return model, KFACOptimizer(
         model, inner, inverse_update_steps=2, factor_update_steps=1, **options
     )
@@ -159,7 +160,8 @@ def test_two_ranks_continue_across_wrappers_and_files(
 
 
 @pytest.mark.parametrize(
-    "options", [{"refresh": "adaptive"}, {"method": "ekfac"}, {"trust_region": "none"}]
+    "options",
+    [{"refresh": "adaptive"}, {"method": "ekfac"}, {"trust_region": "none"}, {"momentum": 0.9}],
 )
 @pytest.mark.parametrize("kind", ["distributed", "files"])
 def test_one_process_continues_bit_for_bit(

@@ -142,6 +142,12 @@ class KfacOptions(Section):
     kl_clip: Clip = 1e-3
     """Bound κ of `trust_region: fixed` on the approximate KL divergence of a step; null is
     `trust_region: none`; or a schedule."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """m of a momentum *before* the preconditioner, which then is applied to M ← m M + (1 − m) D:
+    gradients of earlier steps meet the curvature of this one, and the trust region bounds the step that
+    is taken, without assuming that steps add up. It takes the place of the optimizer's momentum, which
+    must be 0; parameters that K-FAC does not cover have none then. Needs `trust_region: adaptive`. 0
+    leaves momentum to the optimizer, behind the preconditioner."""
     method: Literal["eigen", "inverse", "ekfac", "one_sided"] = "eigen"
     """`eigen` applies (A ⊗ G + γI)⁻¹ exactly; `inverse` the factored Tikhonov form; `ekfac` replaces the
     products of eigenvalues by second moments of the gradient in their basis, which every statistics step
@@ -234,6 +240,8 @@ class KfacOptions(Section):
             raise ValueError(
                 "kl_clip has no effect with trust_region=adaptive: set trust_region=fixed"
             )
+        if self.momentum and self.trust_region != "adaptive":
+            raise ValueError("momentum before the preconditioner needs trust_region=adaptive")
         if self.trust_region == "adaptive" and self.factor_scale != "per_sample":
             raise ValueError(
                 "trust_region=adaptive needs factor_scale=per_sample: give kl_clip to use another scale"

@@ -107,6 +107,7 @@ _NEEDS = {
     "plan.decomposers>0": "kfac.enabled=true kfac.stagger=true elastic.in_place=false",
     "plan.unequal_shares=true": "plan.calibrate=true kfac.enabled=true",
     "plan.retune=true": "kfac.enabled=true kfac.refresh=fixed elastic.reproducible=false",
+    "kfac.momentum>0": "optimizer.momentum=0",
     "batch.eigenvalue=kfac": "kfac.method!=one_sided",
     "batch.policy=absa": "adversarial.attack!=none adversarial.fraction>0",
     "task.name!=classification": "train.loss=cross_entropy train.label_smoothing=0 mixing.mixup=none",

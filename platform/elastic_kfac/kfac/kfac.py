@@ -311,14 +311,15 @@ class KFAC:
         ]
         stacks = self.distribution.stacks.of(active)
         gradients = stacks.gradients(decay, used)
+        averages = self.bound.averaged(active, gradients)
         with self.timers("products"):
             results = self.distribution.precondition(
-                self.states, Gradients(active, gradients, used), self.bound.tikhonov(self.damping)
+                self.states, Gradients(active, averages, used), self.bound.tikhonov(self.damping)
             )
         for place, layer in enumerate(layers):
             if layer.guarded:  # on every rank alike, so that all keep the same gradient
                 good = torch.isfinite(results[place]).all()
-                results[place] = torch.where(good, results[place], gradients[place])
+                results[place] = torch.where(good, results[place], averages[place])
                 self._fallbacks += (~good).to(self._fallbacks)
         self.bound.apply(
             active,

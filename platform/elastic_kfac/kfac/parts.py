@@ -1,8 +1,8 @@
 """K-FAC's state in parts: each layer's at one rank, so that no rank needs the memory for all of them.
 
 A part is a tensor by name: `layers/NAME/factors/A`, `layers/NAME/second_order/A_vectors`,
-`layers/NAME/snapshots/A.0`, `layers/NAME/step/matrix`, `velocity/PARAMETER`. The numbers that belong to
-them are plain values.
+`layers/NAME/snapshots/A.0`, `layers/NAME/step/matrix`, `layers/NAME/step/average`,
+`velocity/PARAMETER`. The numbers that belong to them are plain values.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def own_parts(kfac: Stateful) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if step is not None:
             tensors[f"layers/{name}/step/matrix"] = host_copy(step.matrix)
             layers[name] = {**saved, "step_scale": step.scale}
+        if trust is not None and name in trust.averages:
+            tensors[f"layers/{name}/step/average"] = host_copy(trust.averages[name])
     for item, held in distribution.held().items():
         tensors[f"{item.kind}/{item.name}"] = host_copy(held[""])
     return tensors, {"shared": shared, "layers": layers}
@@ -94,7 +96,7 @@ def assembled(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[s
     }
     scales = {n: s.pop("step_scale") for n, s in layers.items() if "step_scale" in s}
     snapshots: dict[str, dict[str, list[Tensor]]] = {}
-    steps: dict[str, Tensor] = {}
+    steps: dict[str, dict[str, Tensor]] = {"matrix": {}, "average": {}}
     velocity: dict[str, Tensor] = {}
     for key, tensor in sorted(tensors.items()):
         part = Part.of(key)
@@ -103,12 +105,15 @@ def assembled(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[s
         elif part.kind == "snapshots":
             factor = part.name.rpartition(".")[0]
             snapshots.setdefault(part.owner, {}).setdefault(factor, []).append(tensor)
+        elif part.kind == "step":
+            steps[part.name][part.owner] = tensor
         else:
-            (steps if part.kind == "step" else velocity)[part.owner] = tensor
+            velocity[part.owner] = tensor
+    moved = {"step": steps["matrix"], "step_scale": scales, "average": steps["average"]}
     return {
         **shared,
         "layers": layers,
         **({"refresh": {"clocks": clocks, "snapshots": snapshots}} if clocks else {}),
-        **({"trust_region": {**trust, "step": steps, "step_scale": scales}} if trust else {}),
+        **({"trust_region": {**trust, **moved}} if trust else {}),
         **({"velocity": velocity} if velocity else {}),
     }

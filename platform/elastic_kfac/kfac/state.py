@@ -148,6 +148,14 @@ def put(kfac: Stateful, state: Mapping[str, Any]) -> None:
             and layer.name in saved["step"]
             and keeps("step", layer.name)
         }
+        kfac.bound.trust.averages = {
+            layer.name: layer.placed({"": saved["average"][layer.name]})[""]
+            for layer in kfac.layers
+            if kfac.bound.trust.momentum
+            and layer.name in state["layers"]
+            and layer.name in saved.get("average", {})
+            and keeps("step", layer.name)
+        }
 
 
 def carry_over(kfac: Stateful, build: Callable[[], None]) -> set[str]:
@@ -195,8 +203,8 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     held |= {item: Held(steps, tensors) for item, tensors in kfac.distribution.held().items()}
     if kfac.bound.trust is not None:
         held |= {
-            Item("step", name): Held(steps, step.tensors())
-            for name, step in kfac.bound.trust.steps_taken.items()
+            Item("step", name): Held(steps, tensors)
+            for name, tensors in kfac.bound.trust.held().items()
         }
     facts = {
         "steps": steps,
@@ -241,11 +249,9 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
         kfac.damping_rule.value = moved.facts["damping"]
     if kfac.bound.trust is not None:
         kfac.bound.trust.restore(moved.facts["trust"])
-        kfac.bound.trust.steps_taken = {
-            item.name: LastStep.of(parts)
-            for item, parts in moved.tensors.items()
-            if item.kind == "step"
-        }
+        kfac.bound.trust.take(
+            {item.name: parts for item, parts in moved.tensors.items() if item.kind == "step"}
+        )
     return moved.report
 
 
@@ -262,6 +268,7 @@ def memory_usage(kfac: Stateful, pending: Sequence[Tensor]) -> dict[str, int]:
         ("snapshots", [t for ts in kfac.refresh.snapshots.values() for t in ts]),
         ("momentum", [t for ts in kfac.distribution.held().values() for t in ts.values()]),
         ("last_step", [s.matrix for s in trust.steps_taken.values()] if trust else []),
+        ("average", list(trust.averages.values()) if trust else []),
     ):
         if tensors:
             usage[name] = _bytes(tensors)
@@ -280,30 +287,37 @@ def _total(kfac: Stateful) -> dict[str, int]:
 
 
 def _collect_step(kfac: Stateful) -> dict[str, Any]:
-    """The last step by layer, and its scale where that is not 1, on every rank."""
-    assert kfac.bound.trust is not None
-    own, distribution = kfac.bound.trust.steps_taken, kfac.distribution
-    scales = {name: step.scale for name, step in own.items()}
-    if not distribution.counts_are_local:  # every rank has all of it
-        steps = {name: host_copy(step.matrix) for name, step in own.items()}
-    else:
-        for other in distribution.communicator.all_gather_object(scales, tag="kfac/state"):
-            scales.update(other)
-        indices = [i for i, layer in enumerate(kfac.layers) if layer.name in scales]
-        slots = [
-            Slot(
-                distribution.decider(i),
-                own[layer.name].matrix if layer.name in own else None,
-                layer.gradient_shape,
-                layer.empty(),
-            )
-            for i in indices
-            for layer in kfac.layers[i : i + 1]
-        ]
-        tensors = distribution.from_owners(slots)
-        steps = {kfac.layers[i].name: t for i, t in zip(indices, tensors, strict=True)}
+    """By layer and on every rank: the last step, its scale where that is not 1, and the average gradient
+    where there is one."""
+    trust = kfac.bound.trust
+    assert trust is not None
+    scales = {name: step.scale for name, step in trust.steps_taken.items()}
+    if kfac.distribution.counts_are_local:
+        parts = kfac.distribution.communicator.all_gather_object(scales, tag="kfac/state")
+        scales = {name: scale for part in parts for name, scale in part.items()}
+    steps = _whole(kfac, {name: step.matrix for name, step in trust.steps_taken.items()})
+    averages = _whole(kfac, trust.averages) if trust.momentum else {}
     apart = {name: scale for name, scale in scales.items() if scale != 1.0}
-    return {"step": steps, **({"step_scale": apart} if apart else {})}
+    return {
+        "step": steps,
+        **({"step_scale": apart} if apart else {}),
+        **({"average": averages} if averages else {}),
+    }
+
+
+def _whole(kfac: Stateful, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in the layout of gradients, by layer, of all ranks on every rank."""
+    distribution = kfac.distribution
+    if not distribution.counts_are_local:  # every rank has all of it
+        return {name: host_copy(matrix) for name, matrix in own.items()}
+    names: set[str] = set()
+    for part in distribution.communicator.all_gather_object(list(own), tag="kfac/state"):
+        names.update(part)
+    held = [(i, layer) for i, layer in enumerate(kfac.layers) if layer.name in names]
+    slots = [
+        Slot(distribution.decider(i), own.get(x.name), x.gradient_shape, x.empty()) for i, x in held
+    ]
+    return {x.name: t for (_, x), t in zip(held, distribution.from_owners(slots), strict=True)}
 
 
 def _collect_snapshots(

@@ -14,7 +14,7 @@ from elastic_kfac.curvature.damping import mean_eigenvalue
 from elastic_kfac.curvature.dtensors import is_sharded
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.scalars import Number, counted
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.kfac.options import Rates, value_at
 from elastic_kfac.kfac.statistics import Statistics, WarnOnce
 from elastic_kfac.kfac.trust_region import (
@@ -75,7 +75,8 @@ class StepBound:
         self._output, self._residual = None, []
         if self.options.trust_region == "adaptive":
             kind = InputScale if self.options.method == "one_sided" else LossScale
-            self.trust = TrustRegion([layer.name for layer in layers], layers[0].device, kind)
+            names, device = [layer.name for layer in layers], layers[0].device
+            self.trust = TrustRegion(names, device, kind, self.options.momentum)
 
     def tikhonov(self, damping: float) -> float:
         """What is added to F: γ in the units of the loss, and the curvature of weight decay.
@@ -148,12 +149,16 @@ class StepBound:
         return InputScale(math.sqrt(sum(known) / len(known))) if known else None
 
     def needs_all_columns(self, layer: Layer) -> bool:
-        """Whether the first step of a layer must hold all columns: the adaptive rule sums up steps."""
-        return (
-            self.trust is not None
-            and self._rates.are_linear
-            and layer.name not in self.trust.steps_taken
-        )
+        """Whether the first step of a layer must hold all columns: the adaptive rule sums up steps. With
+        momentum before the preconditioner every step does."""
+        if self.trust is None:
+            return False
+        is_first = self._rates.are_linear and layer.name not in self.trust.steps_taken
+        return bool(self.trust.momentum) or is_first
+
+    def averaged(self, active: Sequence[int], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is to be preconditioned: D, or its average with momentum before the preconditioner."""
+        return gradients if self.trust is None else self.trust.averaged(active, gradients)
 
     def apply(
         self,
@@ -182,6 +187,13 @@ class StepBound:
             rates = StepRates(
                 self._rates.of_layers(self._layers, step), self._rates.momenta(self._layers)
             )
+            if self.options.momentum and any(rates.momentum):
+                raise ConfigError(
+                    "momentum before and behind the preconditioner",
+                    given=f"momentum={self.options.momentum:g} of KFAC, "
+                    f"{max(rates.momentum):g} of the optimizer",
+                    change="set the optimizer's momentum (or first beta) to 0, or leave out KFAC's",
+                )
             self.scale, self._product = self.trust.apply(
                 active,
                 results,

@@ -22,6 +22,11 @@ depends on the units of the loss. P = (F/c² + γI)⁻¹ D/c.
              buffer is a sum of gradients handed over here, so that (1 − λ) m times it is taken out of the
              next one (adaptive restart, O'Donoghue and Candès 2015).
 
+With momentum before the preconditioner, P = (F/c² + γI)⁻¹ M/c for M ← m M + (1 − m) D, the optimizer has
+none of its own: a step is the whole step, so that the bound has no factor 1 − m, and the brake cuts M. ρ
+is about D, not about M, which is along the last steps by its making: as P is linear in M,
+‖D‖² = (⟨P, D⟩ − m ⟨P', D⟩) / (1 − m), with P' of the step before, up to what F has changed since.
+
 ‖δ‖ needs no factors: δ is a sum of steps x with (F + γI) x proportional to gradients that were seen, so
 s = δᵀ(F + γI)δ follows s ← (λm)² s + 2 λm αν ⟨δ, D⟩ + (αν)² ⟨P, D⟩, with δ in units of −lr. Numbers are
 device scalars, equal on every rank.
@@ -258,21 +263,30 @@ class TrustRegion:
         rows: Of the largest batch so far, positions counted, at the layer that is called last.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
         steps_taken: δ by layer, where this rank has P.
+        averages: M by layer in the same places, with momentum before the preconditioner.
+        carried: Weight of M before the last step in this one's, over the αν of that step, a number.
         growth: α, a number.
         descent: The average of ρ, a number.
         squares: δᵀ(F + γI)δ by layer, float64 [layers].
     """
 
     def __init__(
-        self, names: Sequence[str], device: torch.device, kind: type[LossScale] = LossScale
+        self,
+        names: Sequence[str],
+        device: torch.device,
+        kind: type[LossScale] = LossScale,
+        momentum: float = 0.0,
     ) -> None:
         self.names, self.kind = tuple(names), kind
+        self.momentum = momentum
+        """m before the preconditioner."""
+        self.averages: dict[str, Tensor] = {}
         self.scale: LossScale | None = None
         self.rows = 0
         self.largest_lr = 0.0
         self.steps_taken: dict[str, LastStep] = {}
         self.squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.growth, self.descent = self._numbers(1.0, 0.0)
+        self.growth, self.descent, self.carried = self._numbers(1.0, 0.0, 0.0)
         self._rates: StepRates | None = None
         self._sent: tuple[Tensor, ...] = ()
         """`_rates` on the device, and what follows from them."""
@@ -289,6 +303,19 @@ class TrustRegion:
 
     def _numbers(self, *values: float) -> list[Number]:
         return numbers(self.squares.new_tensor(values))
+
+    def averaged(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is preconditioned of the layers at `indices`: M, moved by their D, or D itself without
+        momentum here. A D that is not finite does not move M."""
+        if not self.momentum:
+            return gradients
+        for index, gradient in zip(indices, gradients, strict=True):
+            last = self.averages.get(self.names[index])
+            old = torch.zeros_like(gradient) if last is None else last
+            new = gradient if last is None else torch.lerp(gradient, last, self.momentum)
+            is_finite = gradient.abs().amax() < math.inf
+            self.averages[self.names[index]] = torch.where(is_finite, new, old)
+        return [self.averages[self.names[index]] for index in indices]
 
     def apply(
         self,
@@ -320,14 +347,15 @@ class TrustRegion:
         scale = self.scale or self.kind()
         names = [self.names[index] for index in indices]
         before = [self.steps_taken.get(name) for name in names]
-        table = total(self._table(indices, results, gradients, before, used))
+        averages = [self.averages[name] for name in names] if self.momentum else None
+        table = total(self._table(indices, results, gradients, before, used, averages))
         raw, largest = numbers(torch.stack((table[0].sum(), table.abs().amax())))
         usable = largest < math.inf
         if not isinstance(usable, bool):
             table = torch.where(usable, table, 0.0)
         elif not usable:
             table = torch.zeros_like(table)
-        products, slopes = (table / self._divisors(scale)).unbind()
+        products, slopes, *news = (table / self._divisors(scale)).unbind()
         products = products.abs()
         self.largest_lr = max(self.largest_lr, *rates.lr)
         lr, momentum, squared_lr, squared_whole = self._on_device(rates)
@@ -337,12 +365,21 @@ class TrustRegion:
         nu = kl_clip_scale(whole, self.kappa * relative**2)
         cut: Number = 0.0
         if is_linear:
+            if averages is not None:
+                (product,) = numbers((news[0] - slopes * self.carried).sum().clamp(min=0).view(1))
+                product = product / (1.0 - self.momentum)
             rho = self._grow(product * square, slope)
             cut = within((rho - BRAKE) / (1.0 - BRAKE), 0.0, 1.0)
         factor = where(usable, nu * self.growth, 0.0)
+        if averages is not None:
+            kept = self.momentum * (1.0 - cut)
+            self.carried = where(factor > 0.0, divided(kept, factor), 0.0)
+            if averages and (isinstance(cut, Tensor) or cut):
+                torch._foreach_mul_(averages, cast(1.0 - cut, averages[0].dtype))
+            cut = 0.0
         if isinstance(cut, Tensor) or cut:
             momentum = momentum * (1.0 - cut)
-        step = factor * products
+        step = factor * (news[0] if news else products)
         grown = momentum * (momentum * self.squares + slopes * (2 * factor))
         self.squares = (grown + products * (factor * factor)).clamp(min=0.0)
         self._slopes, self._lr = momentum * slopes + step, lr
@@ -402,22 +439,28 @@ class TrustRegion:
         gradients: Sequence[Tensor],
         before: Sequence[LastStep | None],
         used: Sequence[Tensor | None],
+        averages: Sequence[Tensor] | None,
     ) -> Tensor:
-        """⟨P, D⟩ and ⟨δ, D⟩ of the layers at `indices`, 0 for others, float64 [2, layers]."""
+        """⟨P, D⟩ and ⟨δ, D⟩ of the layers at `indices`, 0 for others, float64 [2, layers]; with M of the
+        same layers ⟨P, M⟩, ⟨δ, D⟩ and ⟨P, D⟩."""
+        rows = 2 if averages is None else 3
         if not indices:
-            return self.squares.new_zeros(2, len(self.names))
+            return self.squares.new_zeros(rows, len(self.names))
         matrices = [
             gradient.new_zeros(gradient.shape) if step is None else step.columns_at(columns)
             for step, gradient, columns in zip(before, gradients, used, strict=True)
         ]
-        part = inner_products([*results, *matrices], [*gradients, *gradients]).view(2, -1)
+        left, right = [*results, *matrices], [*(averages or gradients), *gradients]
+        if averages is not None:
+            left, right = [*left, *results], [*right, *gradients]
+        part = inner_products(left, right).view(rows, -1)
         for place, step in enumerate(before):
             if step is not None and step.scale != 1.0:
                 part[1, place] *= step.scale
         part = part.to(self.squares.device)
         if len(indices) == len(self.names):
             return part
-        table = self.squares.new_zeros(2, len(self.names))
+        table = self.squares.new_zeros(rows, len(self.names))
         if self._places[0] != tuple(indices):
             self._places = (
                 tuple(indices),
@@ -460,9 +503,9 @@ class TrustRegion:
         return rho
 
     def _divisors(self, scale: LossScale) -> Tensor:
-        """What brings ⟨P, D⟩ and ⟨δ, D⟩ to the normalised loss, float64 [2, 1]."""
+        """What brings the rows of `_table` to the normalised loss, float64 [rows, 1]."""
         if self._scales[0] != scale:
-            divisors = [[scale.product], [scale.loss]]
+            divisors = [[scale.product], [scale.loss], *[[scale.product]] * bool(self.momentum)]
             self._scales = scale, factors.on_device(divisors, self.squares.device)
         return self._scales[1]
 
@@ -476,9 +519,22 @@ class TrustRegion:
 
     # -- state ----------------------------------------------------------------------------------
 
+    def held(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the layers that this rank has P of."""
+        held = {name: step.tensors() for name, step in self.steps_taken.items()}
+        for name, value in self.averages.items():
+            held.setdefault(name, {})["average"] = value
+        return held
+
+    def take(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Replaces what `held` returned."""
+        self.steps_taken = {name: LastStep.of(t) for name, t in held.items() if "" in t}
+        self.averages = {name: t["average"] for name, t in held.items() if "average" in t}
+
     def saved(self) -> dict[str, Any]:
-        """Everything but `steps_taken`, as plain numbers."""
+        """Everything but `steps_taken` and `averages`, as plain numbers."""
         return {
+            **({"carried": float(self.carried)} if self.momentum else {}),
             "scale": None if self.scale is None else asdict(self.scale),
             "rows": self.rows,
             "largest_lr": self.largest_lr,
@@ -493,6 +549,7 @@ class TrustRegion:
         self.largest_lr = float(saved["largest_lr"])
         for name in _SCALARS:
             setattr(self, name, self._numbers(float(saved[name]))[0])
+        (self.carried,) = self._numbers(float(saved.get("carried", 0.0)))
         self.squares = self.squares.new_tensor([saved["squares"].get(n, 0.0) for n in self.names])
 
 

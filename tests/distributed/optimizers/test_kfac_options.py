@@ -76,6 +76,8 @@ CASES: dict[str, dict[str, Any]] = {
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1, interval=2)},
     "adaptive": {"refresh": "adaptive", "refresh_threshold": 0.6},
     "trust region": {"trust_region": "adaptive", "inverse_update_steps": 9},
+    "momentum before": {"momentum": 0.5},
+    "momentum before, one worker": {"momentum": 0.5, "grad_worker_frac": 0.5, "weight_decay": 0.1},
     "trust region and loss scale": {"trust_region": "adaptive", "grad_scaler": True},
 }
 
@@ -84,7 +86,8 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
     model = Sequence()
     options = {"damping": 0.05, "inverse_update_steps": 2, **CASES[case]}
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if options.pop("grad_scaler", 0) else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    behind = 0.0 if "momentum" in options else 0.5
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=behind)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not apply to Embedding layers")
         kfac = KFAC(

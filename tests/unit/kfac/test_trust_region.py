@@ -32,11 +32,16 @@ def batch(seed: int, n: int = 32) -> tuple[Tensor, Tensor]:
 
 class Run:
     def __init__(
-        self, model: nn.Module, lr: float = 0.1, momentum: float = 0.9, **options: Any
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        before: float = 0.0,
+        **options: Any,
     ) -> None:
         self.model = model
         self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
-        options = {"trust_region": "adaptive", "damping": 0.01, **options}
+        options = {"trust_region": "adaptive", "damping": 0.01, "momentum": before, **options}
         self.kfac = KFAC(model, lr=self.optimizer, **options)
 
     def step(self, seed: int, factor: float = 1.0) -> None:
@@ -194,6 +199,79 @@ def test_what_is_measured_is_the_momentum_of_the_optimizer() -> None:
             run.optimizer.state[p]["momentum_buffer"] for p in (layer.weight, layer.bias)
         )
         torch.testing.assert_close(step.matrix, torch.cat((weight, bias[:, None]), 1))
+
+
+def test_momentum_before_the_preconditioner_averages_gradients_and_is_measured_exactly() -> None:
+    """Against dense curvature, which stays that of the first batch: M, the step, its length, ρ."""
+    m = 0.8
+    steady = {"factor_update_steps": 1000, "inverse_update_steps": 1000}
+    run = Run(network(), momentum=0.0, before=m, **steady)
+    trust = run.kfac.bound.trust
+    assert trust is not None
+    average, last, descent, braked = None, None, 0.0, 0
+    for step in range(40):
+        x, y = batch(step)
+        before = weights(run.model)
+        run.optimizer.zero_grad()
+        F.cross_entropy(run.model(x), y).backward()
+        layers = [module for module in run.model if isinstance(module, nn.Linear)]
+        gradient = torch.cat(
+            [torch.cat((p.weight.grad, p.bias.grad[:, None]), 1).reshape(-1) for p in layers]
+        )
+        run.kfac.step()
+        run.optimizer.step()
+        assert trust.scale is not None
+        curvature = torch.block_diag(*dense_curvature(run.kfac)) / trust.scale.fisher
+        gradient = gradient / trust.scale.loss
+        average = gradient if average is None else m * average + (1 - m) * gradient
+        moved = torch.cat([b - a for a, b in zip(before, weights(run.model), strict=True)])
+        direction = torch.linalg.solve(curvature, average)
+        factor = float(run.kfac.bound.scale)
+        torch.testing.assert_close(moved, -0.1 * factor * direction, rtol=1e-8, atol=1e-12)
+        assert float(moved @ curvature @ moved) <= float(trust.growth) ** 2 * trust.kappa * 1.0001
+        assert 0.01 * float(trust.squares.sum()) == pytest.approx(
+            float(moved @ curvature @ moved), rel=1e-8
+        )
+        if last is not None:
+            size = math.sqrt(
+                float(gradient @ torch.linalg.solve(curvature, gradient))
+                * float(last @ curvature @ last)
+            )
+            rho = float(gradient @ last) / size
+            descent = 0.9 * descent + 0.1 * rho
+            cut = min(max((rho - trust_region.BRAKE) / (1 - trust_region.BRAKE), 0.0), 1.0)
+            braked += cut > 0
+            average = (1 - cut) * average
+        assert float(trust.descent) == pytest.approx(descent, abs=1e-7)
+        last = moved
+    assert braked
+
+
+def test_momentum_before_the_preconditioner_outlives_a_gradient_that_is_not_finite() -> None:
+    run = Run(network(), momentum=0.0, before=0.9)
+    for step in range(3):
+        run.step(step)
+    before = weights(run.model)
+    x, y = batch(3)
+    run.optimizer.zero_grad()
+    F.cross_entropy(run.model(x), y).backward()
+    run.model[0].weight.grad.fill_(math.nan)
+    run.kfac.step()
+    run.optimizer.step()
+    for a, b in zip(before, weights(run.model), strict=True):
+        assert a.equal(b)
+    run.step(4)
+    after = weights(run.model)
+    assert all(bool(torch.isfinite(b).all()) for b in after)
+    assert not after[0].equal(before[0])
+
+
+def test_momentum_on_both_sides_of_the_preconditioner_is_refused() -> None:
+    run = Run(network(), before=0.9)
+    with pytest.raises(ConfigError, match=r"before and behind.*=0\.9 of KFAC, 0\.9 of the"):
+        run.step(0)
+    with pytest.raises(ConfigError, match="needs trust_region=adaptive"):
+        KFAC(network(), momentum=0.9, kl_clip=1e-3)
 
 
 def test_growth_follows_descent_and_shrinks_on_overshoot() -> None:

@@ -47,6 +47,7 @@ CASES = {
     },
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1)},
     "adaptive trust region": {"trust_region": "adaptive"},
+    "momentum before": {"momentum": 0.9},
 }
 
 
@@ -55,7 +56,8 @@ class Run:
 
     def __init__(self, **options) -> None:
         self.model = network()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        behind = 0.0 if "momentum" in options else 0.9
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=behind)
         options = {"inverse_update_steps": 2, "damping": 0.01, **copy.deepcopy(options)}
         self.kfac = KFAC(self.model, lr=self.optimizer, **options)
 

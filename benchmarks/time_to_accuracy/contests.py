@@ -86,7 +86,7 @@ WORKLOADS = (
     Problem(
         "fashion cnn b 1024",
         partial(Images.read, "fashion_mnist"),
-        lambda: cnn((1, 28, 28), (16, 32), 10),
+        lambda: cnn((1, 28, 28), (8, 16), 10),
         ce,
         1024,
         60,
@@ -94,7 +94,7 @@ WORKLOADS = (
     Problem(
         "cifar batchnorm b 512",
         partial(Images.read, "cifar10_jpeg"),
-        lambda: cnn((3, 32, 32), (16, 32, 32), 10, norm=nn.BatchNorm2d),
+        lambda: cnn((3, 32, 32), (8, 16, 32), 10, norm=nn.BatchNorm2d),
         ce,
         512,
         72,
