@@ -76,7 +76,8 @@ def plan(arguments: argparse.Namespace) -> int:
         moved = resize["moved_bytes"] / 2**20
         print(f"resize {resize['from']} -> {resize['to']}: {moved:.4g} MiB of decompositions move")
         if arguments.layers:
-            print(*(f"  {change}" for change in resize["changes"]), sep="\n")
+            for change in resize["changes"]:
+                print(f"  {change}")
     if cross_over:
         divide, flat = cross_over["divide_from"], cross_over["flat_from"]
         from_ranks = "never pays" if divide is None else f"pays from N* = {divide} ranks"

@@ -150,6 +150,11 @@ class Workload:
     """What a step needs however few samples there are, factors and decompositions not included."""
     factor_update_steps: int = 1
     inverse_update_steps: int = 10
+    statistics_steps: int = 1
+    """Steps of a factor interval in which statistics of some layers are due: more than one where they are
+    spread."""
+    decomposition_steps: int = 1
+    """Steps of an inverse interval in which decompositions of some layers are due."""
     method: Method = "eigen"
     precompute: bool = True
     colocate: bool = True
@@ -158,6 +163,8 @@ class Workload:
     """Measured seconds to precondition each of `layers`; empty takes the calibration's estimate."""
     factor_update_s: float = 0.0
     """Seconds to move the running averages of all layers, which every rank does every t_f steps."""
+    statistics_step_s: float = 0.0
+    """Seconds that each further step with statistics takes beyond the work of its layers."""
     bound_s: float = 0.0
     """Seconds per step to read gradients, bound the step and write them back, on every rank."""
     optimizer_s: float = 0.0
@@ -256,17 +263,25 @@ def predict_step(
     copied = (workload.parameter_elements if n > 1 else 0) + send_products
     copied += send_second_order / workload.inverse_update_steps
     columns = len(plan.columns)
-    # Gradients; counts and sums of statistics; one result per column of this rank's, or of every column.
+    workers = max(len(column) for column in plan.columns)
+    # Gradients; counts and sums of statistics; decompositions of every rank of the column; results of
+    # every column.
     calls = 0.0
     if n > 1:
-        calls += 1 + 2 / workload.factor_update_steps
-        calls += (columns < n) / workload.inverse_update_steps + (columns > 1) * columns
-    workers = max(len(column) for column in plan.columns)
+        calls += 1 + 2 * workload.statistics_steps / workload.factor_update_steps
+        if workers > 1:
+            sent = max(_most_owners(plan), workload.decomposition_steps)
+            calls += sent / workload.inverse_update_steps
+        calls += (columns > 1) * columns
     receivers = -(-n // workers)
     both_ways = (n - 1) / n * 2 if n > 1 else 1.0
     return StepTime(
         forward_backward=passes_s(workload.forward_backward),
-        factor_statistics=(passes_s(workload.factor_statistics) + workload.factor_update_s)
+        factor_statistics=(
+            passes_s(workload.factor_statistics)
+            + workload.factor_update_s
+            + (workload.statistics_steps - 1) * workload.statistics_step_s
+        )
         / workload.factor_update_steps,
         decompositions=max(
             rank_loads(plan, layers, calibration.costs, calibration.decomposition_speeds(n))
@@ -296,6 +311,14 @@ def predict_step(
         preconditioned_broadcast=calibration.broadcast_seconds(receivers, send_products * size),
         hessian=workload.hessian_seconds / workload.hessian_steps,
     )
+
+
+def _most_owners(plan: Plan) -> int:
+    """Ranks that decompose layers of a column, in the column with most of them."""
+    owners: dict[int, set[int]] = {}
+    for layer in plan.layers:
+        owners.setdefault(layer.column, set()).update((layer.a_worker, layer.g_worker))
+    return max(map(len, owners.values()), default=0)
 
 
 def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:

@@ -113,8 +113,7 @@ def plan_changes(run: Run) -> Table:
             if gain is not None:
                 why += f"; predicted gain {gain:.0%}"
         elif kind == "replanned":
-            changes = [str(line) for line in event.get("changes") or ()]
-            what = _changes_in_words(changes)
+            what = _changes_in_words([str(line) for line in event.get("changes") or ()])
             why = str(event.get("reason", ""))
         elif event.get("plan"):
             plan = str(event["plan"]).rpartition(",")[0]  # without the hash
@@ -132,8 +131,6 @@ def plan_changes(run: Run) -> Table:
 
 
 def _changes_in_words(changes: Sequence[str]) -> str:
-    if not changes or changes == ["no change"]:
-        return "the same plan"
     general = [line for line in changes if line.startswith(("world_size", "columns"))]
     layers = len(changes) - len(general)
     moved = f"{layers} layer{'s' if layers > 1 else ''} at other ranks" if layers else ""

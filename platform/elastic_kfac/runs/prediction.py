@@ -81,7 +81,7 @@ class Outlook:
             "to": after,
             "moved_bytes": 4 * moved_elements(previous, plan, self._sized.layers),
             "reason": plan.reason,
-            "changes": previous.diff(plan).splitlines(),
+            "changes": previous.diff(plan),
         }
 
     def cross_over(self) -> dict[str, int | None]:

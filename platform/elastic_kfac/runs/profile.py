@@ -11,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.config import Config
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.kfac.calibration import host_kind, least_seconds, measure_costs
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.options import value_at
+from elastic_kfac.kfac.refresh import busy_steps
 from elastic_kfac.placement.costs import (
     CostModel,
     factor_elements,
@@ -39,10 +42,13 @@ from elastic_kfac.training.preconditioner import make_preconditioner
 
 _FACTORS_EVERY, _INVERSES_EVERY = 2, 4
 """Intervals while measuring: of eight steps four are plain, four move factors, two decompose."""
+_SPREAD_OVER = 8
+"""Steps that statistics are spread over while it is measured what that costs."""
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations return and somebody still holds: `now`, and at most `peak`."""
+    """Bytes of all tensors that operations take or return and somebody still holds: `now`, and at most
+    `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +58,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        tree_map_only(Tensor, self._add, (args, kwargs))
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, result)
         return result
@@ -70,16 +77,16 @@ class PeakBytes(TorchDispatchMode):
 
 
 class _Steps:
-    """One rank's training steps of a configuration, on random samples."""
+    """One rank's training steps of a configuration, on random samples; all layers at once, or spread."""
 
-    def __init__(self, sized: Sized) -> None:
+    def __init__(self, sized: Sized, *, spread: bool = False) -> None:
         config = sized.config
         kfac = {
             "enabled": True,
             "refresh": "fixed",
-            "stagger": False,
-            "factor_update_steps": _FACTORS_EVERY,
-            "inverse_update_steps": _INVERSES_EVERY,
+            "stagger": spread,
+            "factor_update_steps": _SPREAD_OVER if spread else _FACTORS_EVERY,
+            "inverse_update_steps": _SPREAD_OVER if spread else _INVERSES_EVERY,
         }
         first_order: dict[str, object] = {"lr": 1e-6}
         if config.optimizer.name == "sharded_kfac":
@@ -118,10 +125,23 @@ class Profile:
     residual: float | None = None
     """Measured time of the model's decompositions over that of random matrices of usual widths, which
     the costs are corrected by; None if nothing was measured."""
+    busy: Callable[[Config], tuple[int, int]] | None = None
+    """Steps of an interval with statistics and with decompositions, by configuration; None for one."""
+
+    def workload_of(self, config: Config) -> Workload:
+        """The workload with the intervals that `config` begins with."""
+        work = with_intervals(self.workload, config.kfac)
+        if self.busy is None:
+            return work
+        statistics, decompositions = self.busy(config)
+        return replace(work, statistics_steps=statistics, decomposition_steps=decompositions)
 
 
 def measure(sized: Sized, calibration: Calibration) -> Profile:
-    """Runs steps of the configuration on this machine; `calibration` gives the links."""
+    """Runs steps of the configuration on this machine; `calibration` gives the links.
+
+    Seconds are those of usual steps (medians), in the CPU time of this thread.
+    """
     begin = time.thread_time()
     sized.loss(2).backward()
     is_quick = time.thread_time() - begin < 1.0
@@ -129,22 +149,27 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     batches = (max(1, largest // 8), max(2, largest // 2), largest) if is_quick else (1, 2, 3)
     repeats = 3 if is_quick else 1
 
-    def passes(n: int) -> float:
-        return least_seconds(lambda: sized.loss(n).backward(), repeats=repeats)
-
-    plain = [passes(n) for n in batches]
-    sized.model.zero_grad()
-    steps = _Steps(sized)
-    kfac = steps.kfac
-    statistics = []
-    for n, without in zip(batches, plain, strict=True):
+    def passes(n: int, after: Callable[[], object] = lambda: None) -> float:
         seconds = []
         for _ in range(repeats + 1):
             begin = time.thread_time()
             sized.loss(n).backward()
             seconds.append(time.thread_time() - begin)
-            kfac.skip_step()
-        statistics.append(max(0.0, min(seconds) - without))
+            after()
+        return median(seconds[1:])
+
+    plain = [passes(n) for n in batches]
+    sized.model.zero_grad()
+    steps = _Steps(sized)
+    kfac = steps.kfac
+    statistics = [
+        max(0.0, passes(n, kfac.skip_step) - without)
+        for n, without in zip(batches, plain, strict=True)
+    ]
+    sized.loss(batches[0]).backward()
+    counts = kfac.take_statistics().counts
+    rows = {x.name: rows / batches[0] for x, (_, rows) in zip(kfac.layers, counts, strict=True)}
+    kfac.skip_step()
     phases = _phases(steps, batches[0])
     peaks = []
     for n in batches:
@@ -164,18 +189,29 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         workload,
         precondition_s=tuple(scale * products.get(x.name, 0.0) for x in sized.layers),
         factor_update_s=phases["factors"],
+        statistics_step_s=_spread_step_s(sized, batches[0], rows, phases["with statistics"])
+        if is_quick
+        else 0.0,
         bound_s=phases["bound"],
         optimizer_s=phases["optimizer"],
     )
+    layers = kfac.layers
     kfac.close()
     costs, residual = _costs(sized, phases["decompositions"])
     kind = host_kind()
-    return Profile(
+
+    def busy(config: Config) -> tuple[int, int]:
+        batch = config.train.global_batch_size
+        return busy_steps(layers, config.kfac, {n: round(r * batch) for n, r in rows.items()})
+
+    found = Profile(
         workload,
         replace(calibration, costs=costs),
         f"measured here ({kind['device']}, {kind['threads']} thread(s), torch {kind['torch']})",
         residual,
+        busy,
     )
+    return replace(found, workload=found.workload_of(sized.config))
 
 
 def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> dict[str, float]:
@@ -187,23 +223,62 @@ def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> di
         kind = "plain"
         if kfac.steps % _FACTORS_EVERY == 0:
             kind = "decomposing" if kfac.steps % _INVERSES_EVERY == 0 else "averaging"
-        steps.sized.loss(samples).backward()
         begin = time.thread_time()
+        steps.sized.loss(samples).backward()
+        passed = time.thread_time()
         kfac.step()
-        found[kind].append(time.thread_time() - begin)
+        found[kind].append(time.thread_time() - passed)
+        whole = passed - begin + kfac.timers.last["factors"]
+        found["watched" if kfac.steps % _FACTORS_EVERY == 1 else "unwatched"].append(whole)
         found["products"].append(kfac.timers.last["products"])
         begin = time.thread_time()
         steps.optimizer.step()
         found["optimizer"].append(time.thread_time() - begin)
         steps.optimizer.zero_grad()
-    least = {name: min(values) for name, values in found.items()}
+    usual = {name: median(values) for name, values in found.items()}
     return {
-        "products": least["products"],
-        "bound": max(0.0, least["plain"] - least["products"]),
-        "factors": max(0.0, least["averaging"] - least["plain"]),
-        "decompositions": max(0.0, least["decomposing"] - least["averaging"]),
-        "optimizer": least["optimizer"],
+        "products": usual["products"],
+        "bound": max(0.0, usual["plain"] - usual["products"]),
+        "factors": max(0.0, usual["averaging"] - usual["plain"]),
+        "decompositions": max(0.0, usual["decomposing"] - usual["averaging"]),
+        "optimizer": usual["optimizer"],
+        "with statistics": max(0.0, usual["watched"] - usual["unwatched"]),
     }
+
+
+def _spread_step_s(
+    sized: Sized, samples: int, rows: Mapping[str, float], together_s: float, rounds: int = 3
+) -> float:
+    """Seconds that statistics take more with every further step they are spread over.
+
+    Args:
+        rows: Of one sample, by layer.
+        together_s: What they take in one step.
+    """
+    steps = _Steps(sized, spread=True)
+    kfac = steps.kfac
+    kfac.timers.clock = time.thread_time
+    # Offsets follow the rows: those of a batch that is large enough to spread all that can be.
+    kfac.refresh.see({name: round(1e6 * r) for name, r in rows.items()})
+    found = defaultdict[tuple[int, bool], list[float]](list)
+    for _ in range(_SPREAD_OVER * (rounds + 1)):
+        at = kfac.steps
+        kind = at % _SPREAD_OVER, kfac.factors_due()
+        begin = time.thread_time()
+        sized.loss(samples).backward()
+        passed = time.thread_time() - begin
+        kfac.step()
+        if at >= _SPREAD_OVER:
+            found[kind].append(passed + kfac.timers.last["factors"])
+        steps.optimizer.zero_grad()
+    kfac.close()
+    usual = {kind: median(values) for kind, values in found.items()}
+    watched = [seconds for (_, is_due), seconds in usual.items() if is_due]
+    plain = [seconds for (_, is_due), seconds in usual.items() if not is_due]
+    if len(watched) < 2 or not plain:
+        return 0.0
+    apart_s = sum(watched) - len(watched) * median(plain)
+    return max(0.0, apart_s - together_s) / (len(watched) - 1)
 
 
 def _products(kfac: KFAC) -> dict[str, float]:
