@@ -271,7 +271,9 @@ def busy_steps(
     # Step 0 is another one than those that follow.
     counted = range(inverse_steps, inverse_steps + max(factor_steps, inverse_steps))
     statistics = sum(any(refresh.statistics_due(k)) for k in counted[:factor_steps])
-    decompositions = sum(bool(refresh.decompositions_due(k, set())) for k in counted[:inverse_steps])
+    decompositions = sum(
+        bool(refresh.decompositions_due(k, set())) for k in counted[:inverse_steps]
+    )
     return max(1, statistics), max(1, decompositions)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -115,6 +115,16 @@ class _Steps:
 
 
 @dataclass(frozen=True)
+class Spreading:
+    """What spreading statistics over steps changes."""
+
+    step_s: float
+    """Seconds that every further step with statistics takes."""
+    memory: Mapping[str, Any]
+    """As fields of a workload."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """What the planner knows of a configuration on a device."""
 
@@ -125,16 +135,19 @@ class Profile:
     residual: float | None = None
     """Measured time of the model's decompositions over that of random matrices of usual widths, which
     the costs are corrected by; None if nothing was measured."""
-    busy: Callable[[Config], tuple[int, int]] | None = None
-    """Steps of an interval with statistics and with decompositions, by configuration; None for one."""
+    busy: Callable[[Config], tuple[int, int]] = lambda config: (1, 1)
+    """Steps of an interval with statistics and with decompositions, by configuration."""
+    spreading: Spreading | None = None
+    """None where it was not measured."""
 
     def workload_of(self, config: Config) -> Workload:
         """The workload with the intervals that `config` begins with."""
         work = with_intervals(self.workload, config.kfac)
-        if self.busy is None:
-            return work
         statistics, decompositions = self.busy(config)
-        return replace(work, statistics_steps=statistics, decomposition_steps=decompositions)
+        work = replace(work, statistics_steps=statistics, decomposition_steps=decompositions)
+        if self.spreading is None or statistics == decompositions == 1:
+            return work
+        return replace(work, statistics_step_s=self.spreading.step_s, **self.spreading.memory)
 
 
 def measure(sized: Sized, calibration: Calibration) -> Profile:
@@ -171,17 +184,11 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     rows = {x.name: rows / batches[0] for x, (_, rows) in zip(kfac.layers, counts, strict=True)}
     kfac.skip_step()
     phases = _phases(steps, batches[0])
-    peaks = []
-    for n in batches:
-        with PeakBytes() as bytes_:
-            for _ in range(_INVERSES_EVERY):
-                steps.whole(n)
-        peaks.append(bytes_.peak)
     workload = _workload(
         sized,
         forward_backward=fit_line(batches, plain),
         factor_statistics=fit_line(batches, statistics),
-        peaks=dict(zip(batches, peaks, strict=True)),
+        peaks=_peaks(steps, batches, _INVERSES_EVERY),
     )
     products = _products(kfac)
     scale = phases["products"] / max(sum(products.values()), 1e-12)
@@ -189,9 +196,6 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         workload,
         precondition_s=tuple(scale * products.get(x.name, 0.0) for x in sized.layers),
         factor_update_s=phases["factors"],
-        statistics_step_s=_spread_step_s(sized, batches[0], rows, phases["with statistics"])
-        if is_quick
-        else 0.0,
         bound_s=phases["bound"],
         optimizer_s=phases["optimizer"],
     )
@@ -210,6 +214,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         f"measured here ({kind['device']}, {kind['threads']} thread(s), torch {kind['torch']})",
         residual,
         busy,
+        _spreading(sized, batches, rows, phases["with statistics"]) if is_quick else None,
     )
     return replace(found, workload=found.workload_of(sized.config))
 
@@ -246,10 +251,25 @@ def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> di
     }
 
 
-def _spread_step_s(
-    sized: Sized, samples: int, rows: Mapping[str, float], together_s: float, rounds: int = 3
-) -> float:
-    """Seconds that statistics take more with every further step they are spread over.
+def _peaks(steps: _Steps, batches: Sequence[int], count: int) -> dict[int, float]:
+    """Most bytes in so many steps, by samples."""
+    peaks = {}
+    for n in batches:
+        with PeakBytes() as bytes_:
+            for _ in range(count):
+                steps.whole(n)
+        peaks[n] = float(bytes_.peak)
+    return peaks
+
+
+def _spreading(
+    sized: Sized,
+    batches: Sequence[int],
+    rows: Mapping[str, float],
+    together_s: float,
+    rounds: int = 3,
+) -> Spreading:
+    """Measured where statistics are spread as far as they can be.
 
     Args:
         rows: Of one sample, by layer.
@@ -265,20 +285,21 @@ def _spread_step_s(
         at = kfac.steps
         kind = at % _SPREAD_OVER, kfac.factors_due()
         begin = time.thread_time()
-        sized.loss(samples).backward()
+        sized.loss(batches[0]).backward()
         passed = time.thread_time() - begin
         kfac.step()
         if at >= _SPREAD_OVER:
             found[kind].append(passed + kfac.timers.last["factors"])
         steps.optimizer.zero_grad()
+    memory = _memory(_peaks(steps, batches, _SPREAD_OVER), _held(sized))
     kfac.close()
     usual = {kind: median(values) for kind, values in found.items()}
     watched = [seconds for (_, is_due), seconds in usual.items() if is_due]
     plain = [seconds for (_, is_due), seconds in usual.items() if not is_due]
     if len(watched) < 2 or not plain:
-        return 0.0
+        return Spreading(0.0, memory)
     apart_s = sum(watched) - len(watched) * median(plain)
-    return max(0.0, apart_s - together_s) / (len(watched) - 1)
+    return Spreading(max(0.0, apart_s - together_s) / (len(watched) - 1), memory)
 
 
 def _products(kfac: KFAC) -> dict[str, float]:
@@ -334,7 +355,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         steps.kfac.skip_step()
         # Nothing is decomposed here, and wide factors take minutes: what is held is added.
         moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
-        peaks.append(bytes_.peak + (1 + moments) * 4.0 * sized.parameter_elements + _held(sized))
+        peaks.append(bytes_.peak + moments * 4.0 * sized.parameter_elements + _held(sized))
     steps.kfac.close()
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]
@@ -369,23 +390,30 @@ def _workload(
     factor_statistics: Line,
 ) -> Workload:
     """`peaks`: the bytes of one rank that holds all decompositions, by samples, in ascending order."""
-    kfac, held = sized.config.kfac, _held(sized)
-    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
-    (n1, low), (n2, high) = list(peaks.items())[-2:]
-    memory = Line(high - (slope := (high - low) / (n2 - n1)) * n2, slope)
+    kfac = sized.config.kfac
     workload = Workload(
         layers=sized.layers,
         parameter_elements=sized.parameter_elements,
         forward_backward=forward_backward,
         factor_statistics=factor_statistics,
-        activation_bytes=Line(0.0, memory.slope),
-        base_bytes=memory.fixed - held,
-        least_bytes=min(peaks.values()) - held,
+        activation_bytes=Line(0.0, 0.0),
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,
     )
-    return with_intervals(workload, kfac)
+    return replace(with_intervals(workload, kfac), **_memory(peaks, _held(sized)))
+
+
+def _memory(peaks: Mapping[int, float], held: float) -> dict[str, Any]:
+    """Fields of a workload."""
+    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
+    (n1, low), (n2, high) = list(peaks.items())[-2:]
+    slope = (high - low) / (n2 - n1)
+    return {
+        "activation_bytes": Line(0.0, slope),
+        "base_bytes": high - slope * n2 - held,
+        "least_bytes": min(peaks.values()) - held,
+    }
 
 
 def _held(sized: Sized) -> float:
