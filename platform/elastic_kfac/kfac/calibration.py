@@ -236,8 +236,8 @@ def _time_link(group: Communicator, device: torch.device, rounds: int) -> tuple[
 
 
 def _call_seconds(group: Communicator, device: torch.device) -> float:
-    """The host's time to send two small tensors in a bucket as a step does it, with computation in between,
-    after which caches are cold; the median."""
+    """The host's time to send two small tensors in a bucket, as a step does; the median of several with
+    computation in between, after which caches are cold."""
     tensors = [torch.ones(4, device=device), torch.ones(4, device=device)]
     work = torch.ones(_COLD // 4)
 

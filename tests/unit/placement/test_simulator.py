@@ -96,6 +96,28 @@ def test_predicted_collectives_are_latency_and_bytes() -> None:
     assert step.preconditioned_broadcast == pytest.approx(0.5 + 4 * 66 / 2 * 0.001)
 
 
+def test_spread_work_costs_further_steps_and_calls() -> None:
+    layers = (LayerShape("x", 10, 5, 50), LayerShape("y", 4, 4, 16), LayerShape("z", 4, 4, 16))
+    together = _workload(layers, factor_update_steps=4, inverse_update_steps=8)
+    spread = replace(together, statistics_steps=3, statistics_step_s=0.5, decomposition_steps=6)
+    calibration = Calibration(COMPUTE, 0.0, Line(0.0, 0.0), seconds_per_call=1.0)
+
+    def step(workload: Workload, ranks: int, columns: int) -> tuple[float, float]:
+        plan = make_plan(layers, ranks, 1.0 / columns)
+        found = predict_step(
+            workload, calibration, plan, global_batch_size=ranks, micro_batch_size=1
+        )
+        return found.factor_statistics, found.packing
+
+    once = step(together, 1, 1)
+    assert step(spread, 1, 1) == (pytest.approx(once[0] + 2 * 0.5 / 4), 0.0)
+    # Gradients, then counts and sums of statistics, then one bucket of each of two owners.
+    assert step(together, 2, 1)[1] == pytest.approx(1 + 2 / 4 + 2 / 8)
+    assert step(spread, 2, 1)[1] == pytest.approx(1 + 2 * 3 / 4 + 6 / 8)
+    # One worker per layer: no decompositions travel, but results of both columns do.
+    assert step(spread, 2, 2)[1] == pytest.approx(1 + 2 * 3 / 4 + 2)
+
+
 def test_hierarchical_all_reduce_sends_one_shard_between_nodes() -> None:
     flat = Calibration(COMPUTE, 0.0, Line(0.0, 1.0))
     nodes = replace(flat, inside_node=Line(0.0, 0.01), ranks_per_node=4)

@@ -23,7 +23,7 @@ from elastic_kfac.kfac.shapes import shapes
 from elastic_kfac.placement.costs import factor_elements
 from elastic_kfac.placement.devices import DEVICES, NETWORK, stored_calibration
 from elastic_kfac.placement.planner import max_second_order_elements
-from elastic_kfac.placement.simulator import Line
+from elastic_kfac.placement.simulator import Line, device_bytes
 from elastic_kfac.runs.feasibility import Sized, why_infeasible
 from elastic_kfac.runs.prediction import Outlook
 from elastic_kfac.runs.profile import PeakBytes, estimate, measure
@@ -160,6 +160,30 @@ def test_profile_adds_up_to_the_step_and_its_parts_are_positive(base: Config) ->
     assert profile.residual is not None and profile.residual > 0
 
 
+def test_profile_knows_what_spread_statistics_hold_and_cost(base: Config) -> None:
+    wide = changed(
+        base,
+        model__name="mlp",
+        model__arguments={"hidden": [256, 256, 256]},
+        kfac__factor_update_steps=5,
+        kfac__inverse_update_steps=50,
+        train__global_batch_size=128,
+    )
+    profile = measure(Sized.of(wide), stored_calibration("eigen"))
+    spread = profile.workload_of(wide)
+    assert spread == profile.workload
+    together = profile.workload_of(changed(wide, kfac__stagger=False))
+    assert (together.statistics_steps, together.decomposition_steps) == (1, 1)
+    assert together.statistics_step_s == 0 <= spread.statistics_step_s
+    assert spread.decomposition_steps > 1
+    # Sums of one layer at a time instead of all.
+    plan = Sized.of(wide).plan(1)
+    largest = max(map(factor_elements, ([x] for x in spread.layers)))
+    assert device_bytes(spread, plan, 16) < device_bytes(together, plan, 16)
+    gained = device_bytes(together, plan, 16) - device_bytes(spread, plan, 16)
+    assert gained <= 4 * (factor_elements(spread.layers) + largest)
+
+
 def test_estimate_for_a_device_counts_operations(base: Config) -> None:
     sized = Sized.of(base)
     slow = estimate(sized, DEVICES["v100"], NETWORK)
@@ -176,7 +200,12 @@ def test_estimate_for_a_device_counts_operations(base: Config) -> None:
 
 
 def test_peak_bytes_follow_what_is_held() -> None:
+    before = torch.ones(500)
     with PeakBytes() as bytes_:
+        assert before.sum() == 500  # what is only read is held as well
+        del before
+        assert bytes_.peak == 2000 + 4 + 1
+        bytes_.peak = 0
         first = torch.ones(1000)
         view = first[10:]
         second = first + 1
