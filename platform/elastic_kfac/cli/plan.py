@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from elastic_kfac.cli.runs import locate_run, open_run
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
@@ -37,6 +37,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from elastic_kfac.config import read_config
     from elastic_kfac.runs.feasibility import Sized
     from elastic_kfac.runs.prediction import Outlook
+    from elastic_kfac.zoo import MODELS
 
     config = read_config(arguments.config, arguments.overrides)
     if not config.kfac.enabled and config.optimizer.name != "sharded_kfac":
@@ -45,8 +46,20 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    links = _links(arguments, config)
-    sized = Sized.of(config, arguments.input_shape, arguments.classes)
+    links, name = _links(arguments, config), config.model.name
+    try:
+        sized = Sized.of(config, arguments.input_shape, arguments.classes)
+    except DataError as error:
+        if arguments.input_shape is not None:
+            raise
+        shape = "x".join(map(str, MODELS[name].input_shape)) if name in MODELS else "3x224x224"
+        raise DataError(
+            error.what,
+            given=error.given,
+            allowed=error.allowed,
+            change=f"{error.change or 'mend it'}, or plan without data: --input-shape {shape} "
+            "--classes N",
+        ) from None
     profile = _profile(arguments, sized, links)
     budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
     outlook = Outlook(sized, profile, memory_budget_bytes=budget)
