@@ -130,7 +130,7 @@ def choose_plan(
         )
     if not choices:
         raise ConfigError(
-            "no plan fits plan.memory_budget_gib, not even one sample at a time",
+            "no plan fits the memory budget, not even one sample at a time",
             given=f"{memory_budget_bytes / 2**30:.3g} GiB",
             allowed=f"at least {least / 2**30:.3g} GiB on {world_size} ranks",
             change="raise the budget, use more ranks, or skip the widest layers",

@@ -160,6 +160,18 @@ def test_profile_adds_up_to_the_step_and_its_parts_are_positive(base: Config) ->
     assert profile.residual is not None and profile.residual > 0
 
 
+def test_samples_of_a_shape_alone_are_numbers_and_of_a_wrong_one_a_line(base: Config) -> None:
+    mlp = changed(base, model__name="mlp")
+    sized = Sized.of(mlp, (10,), 3)
+    assert bool(torch.isfinite(sized.inputs(4).inputs).all())
+    assert bool(torch.isfinite(sized.loss(4)))
+    with pytest.raises(ConfigError, match=r"fails on random samples: .*; given: model.name=.*3x20"):
+        Sized.of(changed(base, model__name="resnet18"), (3, 20), 3).loss(2)
+    language = changed(base, model__name="gpt", task__name="causal_lm")
+    with pytest.raises(ConfigError, match="causal_lm are sequences; given: 3x8x8"):
+        Sized.of(language, (3, 8, 8), 3)
+
+
 def test_profile_knows_what_spread_statistics_hold_and_cost(base: Config) -> None:
     wide = changed(
         base,
