@@ -129,6 +129,7 @@ class Profile:
     """What the planner knows of a configuration on a device."""
 
     workload: Workload
+    """With all layers due in the same steps."""
     calibration: Calibration
     basis: str
     """Where the figures come from, in words."""
@@ -208,7 +209,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         batch = config.train.global_batch_size
         return busy_steps(layers, config.kfac, {n: round(r * batch) for n, r in rows.items()})
 
-    found = Profile(
+    return Profile(
         workload,
         replace(calibration, costs=costs),
         f"measured here ({kind['device']}, {kind['threads']} thread(s), torch {kind['torch']})",
@@ -216,8 +217,6 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         busy,
         _spreading(sized, batches, rows, phases["with statistics"]) if is_quick else None,
     )
-    return replace(found, workload=found.workload_of(sized.config))
-
 
 def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> dict[str, float]:
     """Seconds of every part of a step, where it is due."""
