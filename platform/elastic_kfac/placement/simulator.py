@@ -18,7 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_kfac.errors import UsageError
-from elastic_kfac.placement.costs import CostModel, LayerShape, Method, precondition_flops
+from elastic_kfac.placement.costs import (
+    CostModel,
+    LayerShape,
+    Method,
+    factor_elements,
+    precondition_flops,
+    second_order_elements,
+)
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import rank_loads
 from elastic_kfac.placement.shares import shares
@@ -148,6 +155,14 @@ class Workload:
     """Parameters, gradients, optimizer state and buffers."""
     least_bytes: float = 0.0
     """What a step needs however few samples there are, factors and decompositions not included."""
+    exchange_bytes: float = 0.0
+    """What is held when statistics are sent, factors and decompositions not included."""
+    index_bytes: float = 0.0
+    """What a rank among others keeps to pack triangles."""
+    bucket_bytes: float = 25 * 2**20
+    """Largest buffer: a larger tensor is sent without a copy."""
+    symmetric: bool = True
+    """Whether factors travel as triangles."""
     factor_update_steps: int = 1
     inverse_update_steps: int = 10
     statistics_steps: int = 1
@@ -249,6 +264,7 @@ def predict_step(
         parameter_elements=workload.parameter_elements,
         method=workload.method,
         precompute=workload.precompute,
+        symmetric=workload.symmetric,
     )
     products = [0.0] * len(plan.columns)
     for index, layer in enumerate(layers):
@@ -299,7 +315,11 @@ def predict_step(
             copied * calibration.seconds_per_copied_byte
             + send_factors
             / (both_ways * workload.factor_update_steps)
-            * calibration.seconds_per_packed_byte
+            * (
+                calibration.seconds_per_packed_byte
+                if workload.symmetric
+                else calibration.seconds_per_copied_byte
+            )
         ),
         gradient_all_reduce=calibration.all_reduce_seconds(n, workload.parameter_elements * size),
         factor_all_reduce=calibration.all_reduce_seconds(n, send_factors / both_ways * size)
@@ -325,12 +345,33 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
     """Device memory of the rank that holds most: base, activations, factors and decompositions.
 
     The most is needed either at the end of the forward pass, which grows with the samples, or in the
-    step that follows.
+    step that follows; with several ranks perhaps where factors or decompositions are in buffers.
     """
-    held = max(
-        memory_elements(
-            plan, workload.layers, method=workload.method, precompute=workload.precompute
-        )
+    layers, size = workload.layers, workload.element_bytes
+    held = size * max(
+        memory_elements(plan, layers, method=workload.method, precompute=workload.precompute)
     )
     samples = workload.base_bytes + workload.activation_bytes.at(micro_batch_size)
-    return max(samples, workload.least_bytes) + held * workload.element_bytes
+    alone = max(samples, workload.least_bytes) + held
+    if plan.world_size == 1:
+        return alone
+    packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]
+    buffers = sum(packed) if workload.statistics_steps == 1 else max(packed, default=0)
+    if max(map(len, plan.columns)) > 1:
+        buffers = max(buffers, _sent_bytes(workload, plan))
+    return workload.index_bytes + max(alone, workload.exchange_bytes + held + buffers)
+
+
+def _sent_bytes(workload: Workload, plan: Plan) -> float:
+    """New decompositions of the fullest column beside the old ones, and the buffers they are sent in."""
+    size, by_column = workload.element_bytes, dict[int, list[float]]()
+    for layer in workload.layers:
+        elements = second_order_elements(
+            [layer], method=workload.method, precompute=workload.precompute
+        )
+        widest = size * max(layer.a_dim, layer.g_dim) ** 2
+        copies = 1 if widest > workload.bucket_bytes else 2
+        sent = by_column.setdefault(plan.placement(layer.name).column, [])
+        sent.append(float(copies * size * elements))
+    due = sum if workload.decomposition_steps == 1 else max
+    return max(map(due, by_column.values()), default=0.0)

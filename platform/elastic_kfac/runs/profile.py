@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.packing import CACHED_WIDTH, triangle_size
 from elastic_kfac.config import Config
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.stacks import Stacks
@@ -189,7 +190,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         sized,
         forward_backward=fit_line(batches, plain),
         factor_statistics=fit_line(batches, statistics),
-        peaks=_peaks(steps, batches, _INVERSES_EVERY),
+        bytes_=_bytes_of(steps, batches, _INVERSES_EVERY),
     )
     products = _products(kfac)
     scale = phases["products"] / max(sum(products.values()), 1e-12)
@@ -217,6 +218,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         busy,
         _spreading(sized, batches, rows, phases["with statistics"]) if is_quick else None,
     )
+
 
 def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> dict[str, float]:
     """Seconds of every part of a step, where it is due."""
@@ -250,18 +252,33 @@ def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> di
     }
 
 
-def _peaks(steps: _Steps, batches: Sequence[int], count: int) -> dict[int, float]:
-    """Most bytes in so many steps, by samples."""
-    peaks = {}
+@dataclass(frozen=True)
+class _Bytes:
+    """Of one rank that holds all decompositions."""
+
+    peaks: Mapping[int, float]
+    """The most in a step, by samples, in ascending order."""
+    exchanging: float
+    """When statistics are sent."""
+
+
+def _bytes_of(steps: _Steps, batches: Sequence[int], count: int) -> _Bytes:
+    """Measured in so many steps."""
+    peaks, held = {}, [0.0]
+
+    def look(phase: str) -> None:
+        if phase == "factor_exchange":
+            held.append(float(bytes_.now))
+
     for n in batches:
         with PeakBytes() as bytes_:
             for _ in range(count):  # meets all that is held
                 steps.whole(n)
-            bytes_.peak = bytes_.now
+            bytes_.peak, steps.kfac.on_phase = bytes_.now, look
             for _ in range(count):
                 steps.whole(n)
-        peaks[n] = float(bytes_.peak)
-    return peaks
+        peaks[n], steps.kfac.on_phase = float(bytes_.peak), None
+    return _Bytes(peaks, max(held))
 
 
 def _spreading(
@@ -293,7 +310,7 @@ def _spreading(
         if at >= _SPREAD_OVER:
             found[kind].append(passed + kfac.timers.last["factors"])
         steps.optimizer.zero_grad()
-    memory = _memory(_peaks(steps, batches, _SPREAD_OVER), _held(sized))
+    memory = _memory(_bytes_of(steps, batches, _SPREAD_OVER), _held(sized))
     kfac.close()
     usual = {kind: median(values) for kind, values in found.items()}
     watched = [seconds for (_, is_due), seconds in usual.items() if is_due]
@@ -366,7 +383,11 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         sized,
         forward_backward=fit_line((1, 2), [c / rate for c in counts]),
         factor_statistics=fit_line((1, 2), [c / rate for c in more]),
-        peaks=dict(enumerate(peaks, 1)),
+        bytes_=_Bytes(
+            dict(enumerate(peaks, 1)),
+            4.0 * ((3 + moments) * sized.parameter_elements + factor_elements(layers))
+            + _held(sized),
+        ),
     )
     workload = replace(
         workload,
@@ -387,12 +408,12 @@ def _flops(action: Callable[[], object]) -> float:
 def _workload(
     sized: Sized,
     *,
-    peaks: Mapping[int, float],
+    bytes_: _Bytes,
     forward_backward: Line,
     factor_statistics: Line,
 ) -> Workload:
-    """`peaks`: the bytes of one rank that holds all decompositions, by samples, in ascending order."""
     kfac = sized.config.kfac
+    widths = {w for x in sized.layers for w in (x.a_dim, x.g_dim) if w <= CACHED_WIDTH}
     workload = Workload(
         layers=sized.layers,
         parameter_elements=sized.parameter_elements,
@@ -402,12 +423,16 @@ def _workload(
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,
+        index_bytes=4.0 * kfac.symmetry_aware * sum(w * w + triangle_size(w) for w in widths),
+        bucket_bytes=kfac.bucket_mib * 2**20,
+        symmetric=kfac.symmetry_aware,
     )
-    return replace(with_intervals(workload, kfac), **_memory(peaks, _held(sized)))
+    return replace(with_intervals(workload, kfac), **_memory(bytes_, _held(sized)))
 
 
-def _memory(peaks: Mapping[int, float], held: float) -> dict[str, Any]:
+def _memory(bytes_: _Bytes, held: float) -> dict[str, Any]:
     """Fields of a workload."""
+    peaks = bytes_.peaks
     # With few samples the step needs more than the forward pass: the line is that of the larger ones.
     (n1, low), (n2, high) = list(peaks.items())[-2:]
     slope = (high - low) / (n2 - n1)
@@ -415,6 +440,7 @@ def _memory(peaks: Mapping[int, float], held: float) -> dict[str, Any]:
         "activation_bytes": Line(0.0, slope),
         "base_bytes": high - slope * n2 - held,
         "least_bytes": min(peaks.values()) - held,
+        "exchange_bytes": bytes_.exchanging - held,
     }
 
 
