@@ -113,7 +113,10 @@ def plan_changes(run: Run) -> Table:
             if gain is not None:
                 why += f"; predicted gain {gain:.0%}"
         elif kind == "replanned":
-            what = _changes_in_words([str(line) for line in event.get("changes") or ()])
+            changes = [str(line) for line in event.get("changes") or ()]
+            if changes == ["no change"]:  # what earlier versions reported
+                continue
+            what = _changes_in_words(changes)
             why = str(event.get("reason", ""))
         elif event.get("plan"):
             plan = str(event["plan"]).rpartition(",")[0]  # without the hash
