@@ -86,11 +86,11 @@ def plan(arguments: argparse.Namespace) -> int:
             print()
             print(outlook.plan(row["world_size"]))
     print()
-    for note in _notes(rows, config.train.global_batch_size):
+    for note in _notes(rows, config.train.global_batch_size, budget):
         print(note)
     for resize in resizes:
-        moved = resize["moved_bytes"] / 2**20
-        print(f"resize {resize['from']} -> {resize['to']}: {moved:.4g} MiB of decompositions move")
+        moved = _mib(resize["moved_bytes"])
+        print(f"resize {resize['from']} -> {resize['to']}: {moved} MiB of decompositions move")
         if arguments.layers:
             for change in resize["changes"]:
                 print(f"  {change}")
@@ -179,8 +179,8 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
                     f"{1e3 * sum(costs['phases_s'][name] for name in names):.3g}"
                     for names in PHASES.values()
                 ),
-                f"{costs['received_bytes'] / 2**20:.4g}",
-                f"{costs['memory_bytes'] / 2**20:.4g}",
+                _mib(costs["received_bytes"]),
+                _mib(costs["memory_bytes"]),
             )
         )
     yield from _aligned(cells)
@@ -205,7 +205,7 @@ def _suggestions(rows: list[dict[str, Any]]) -> Iterator[str]:
                 str(found["micro_batch_size"]),
                 f">= {found['inverse_update_steps']}",
                 f"{found['step_s'] * 1e3:.4g}",
-                f"{found['memory_bytes'] / 2**20:.4g}",
+                _mib(found["memory_bytes"]),
             )
         )
     yield "suggested, for the least time that fits (step ms with the intervals of the configuration;"
@@ -219,7 +219,12 @@ def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
 
 
-def _notes(rows: list[dict[str, Any]], batch: int) -> Iterator[str]:
+def _mib(size: float) -> str:
+    size /= 2**20
+    return f"{size:.4g}" if size < 1e4 else f"{size:,.0f}"
+
+
+def _notes(rows: list[dict[str, Any]], batch: int, budget: float) -> Iterator[str]:
     for row in rows:
         ranks = row["world_size"]
         where = f"{ranks} rank{'s' if ranks > 1 else ''}"
@@ -228,5 +233,7 @@ def _notes(rows: list[dict[str, Any]], batch: int) -> Iterator[str]:
                 f"{where}: kfac.grad_worker_frac auto is {row['grad_worker_frac']:.3g}: "
                 f"{row['reason']}"
             )
+        if row["predicted"]["memory_bytes"] > budget:
+            yield f"{where}: as configured, a rank needs more than --memory-gib"
         if ranks > batch:
             yield f"{where}: some have no sample; train.global_batch_size is {batch}"
