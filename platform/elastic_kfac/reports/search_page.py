@@ -318,7 +318,7 @@ def _point_row(
     cells = [
         Cell(label),
         Cell(_spread(experiment, point), point.value),
-        Cell(f"{count} of {len(point.trials)}", float(count)),
+        Cell(f"{count} of {len(point.trials)}" if point.tried else "–", float(count)),
         Cell(Markup(" ").join(_badge(state) for state in states), css="state-cell"),
     ]
     for name in names:
