@@ -356,7 +356,7 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
     if plan.world_size == 1:
         return alone
     packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]
-    buffers = sum(packed) if workload.statistics_steps == 1 else max(packed, default=0)
+    buffers: float = sum(packed) if workload.statistics_steps == 1 else max(packed, default=0)
     if max(map(len, plan.columns)) > 1:
         buffers = max(buffers, _sent_bytes(workload, plan))
     return workload.index_bytes + max(alone, workload.exchange_bytes + held + buffers)
