@@ -307,40 +307,34 @@ def _significant(value: float) -> str:
 def planning() -> Iterator[Row]:
     """How good predictions are."""
     document = "docs/planning.md"
-    models = [load("planner_accuracy")["by_model"][name] for name in ("mlp", "small_cnn")]
+    models = load("planner_accuracy")["by_model"]
+    names = {
+        "mlp": "MLP, 4 layers",
+        "small_cnn": "CNN, 15,000 parameters",
+        "vit": "ViT, 2 blocks of width 64",
+    }
 
     def bounds(part: Mapping[str, float], sign: str = "+") -> str:
         low, high = (100 * part[key] for key in ("lowest", "highest"))
-        return f"{n(low, '.0f')} to {n(high, f'{sign}.0f')} %"
+        return _zero(f"{n(low, '.0f')} to {n(high, f'{sign}.0f')} %")
 
-    def row(label: str, cell: Callable[[Mapping[str, Any]], str]) -> Row:
-        return Row(document, label, tuple(_zero(cell(model)) for model in models))
-
-    yield row(
-        "step time within 20 %",
-        lambda m: (
-            f"{n(m['time_within_20_percent'])} of {n(m['cases'])}"
-            f"{' cases' if m is models[0] else ''} ({bounds(m['time_error'])})"
-        ),
-    )
-    yield row(
-        "peak memory within 5 %",
-        lambda m: (
-            f"{n(m['memory_within_5_percent'])} of {n(m['cases'])} ({bounds(m['memory_error'])})"
-        ),
-    )
-    yield row(
-        "pairs of configurations in the right order",
-        lambda m: f"{n(m['pairs_in_the_right_order'])} of {n(m['pairs'])}",
-    )
-
-    def chosen(m: Mapping[str, Any]) -> str:
-        part = m["chosen_fraction_over_best_measured"]
+    def chosen(part: Mapping[str, Any]) -> str:
         text = f"{n(part['within_10_percent'])} of {n(part['n'])}"
         missed = part["within_10_percent"] < part["n"]
         return f"{text} (worst {share(part['highest'])} above)" if missed else text
 
-    yield row("chosen fraction within 10 % of the best measured", chosen)
+    for name, m in models.items():
+        cases = n(m["cases"])
+        yield Row(
+            document,
+            names[name],
+            (
+                f"{n(m['time_within_20_percent'])} of {cases} ({bounds(m['time_error'])})",
+                f"{n(m['memory_within_5_percent'])} of {cases} ({bounds(m['memory_error'])})",
+                f"{n(m['pairs_in_the_right_order'])} of {n(m['pairs'])}",
+                chosen(m["chosen_fraction_over_best_measured"]),
+            ),
+        )
     labels = ("SGD, 90 epochs, 128 images per GPU", "K-FAC 1/64, 55 epochs", "K-FAC 1/2, 55 epochs")
     setups = load("planner_figures")["budget"]
     for label, setup in zip(labels, (setups[0], *_kfac_setups(setups)), strict=True):

@@ -100,7 +100,7 @@ SMOKES = (
         {"GRIDS": _one_rate},
     ),
     Smoke("start_up.py", "--repeats 1 --out OUT"),
-    Smoke("planner/decomposers.py", "--width 160 --steps 10 --out OUT"),
+    Smoke("planner/decomposers.py", "--widths 160 --steps 10 --out OUT"),
     Smoke("suggested.py", "--minutes 1 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
     Smoke("elastic/changes_in_place.py", "--cycles 1 --out OUT"),

@@ -3,12 +3,15 @@
     python benchmarks/planner/accuracy.py [--out FILE] [--models NAME ...] [--ranks N ...]
 
 Every case is a model, a number of gloo processes, a fraction of gradient workers and intervals. Measured
-is the CPU time of the thread that trains (waiting for a peer takes none), per step and rank; the largest
-over the ranks is the computation on the critical path: two cores cannot run five ranks side by side.
-To both sides the same links are added (10 Gbit/s, 50 µs): bytes and rounds by the traffic model, whose
-bytes tests compare with counted ones. Predicted follows from a profile on one process, the
-host's time per collective as ranks measure it when they start, and shapes.
+is the CPU time of the threads that train and decompose (waiting for a peer takes none), per step and
+rank; the largest over the ranks is the computation on the critical path: two cores cannot run five ranks
+side by side. To both sides the same links are added (10 Gbit/s, 50 µs): bytes and rounds by the traffic
+model, whose bytes tests compare with counted ones. Predicted follows from a profile that each rank takes
+alone, as `elastic-kfac plan` does, the host's time per collective as ranks measure it when they start,
+and shapes. All ranks take theirs at the same time, so that both sides share caches with as many others.
 Memory is the most bytes that tensors of a rank held at once.
+
+With `--out`, what an earlier call has measured stays.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import os
 import platform
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -38,13 +42,17 @@ from elastic_kfac.placement.choice import choose_plan
 from elastic_kfac.placement.devices import NETWORK
 from elastic_kfac.placement.simulator import StepTime, device_bytes, predict_step
 from elastic_kfac.runs.feasibility import Sized
-from elastic_kfac.runs.profile import PeakBytes, Profile, measure, with_intervals
+from elastic_kfac.runs.profile import PeakBytes, Profile, measure
 from elastic_kfac.training.first_order import make_optimizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "arguments": {"hidden": [256, 256, 256]}, "shape": (1, 28, 28)},
     "small_cnn": {"model": "small_cnn", "arguments": {}, "shape": (1, 16, 16)},
-    "resnet20": {"model": "resnet20", "arguments": {}, "shape": (3, 32, 32)},
+    "vit": {
+        "model": "vit",
+        "arguments": {"layers": 2, "width": 64, "heads": 4, "patch": 4},
+        "shape": (1, 16, 16),
+    },
 }
 INTERVALS = ((1, 10), (5, 50))
 BATCH = 120
@@ -79,35 +87,41 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows: list[dict[str, Any]] = []
+    if arguments.out and arguments.out.exists():
+        rows = json.loads(arguments.out.read_text(encoding="utf-8"))["rows"]
+    known = {(row["model"], row["ranks"]) for row in rows}
     for model in arguments.models:
-        own = measure(_sized(model, INTERVALS[0], 1.0), measured("eigen"))
         for ranks in arguments.ranks:
+            if (model, ranks) in known:
+                continue
             cases = [
                 Case(model, ranks, columns, intervals)
                 for columns in sorted({1, (ranks + 1) // 2, ranks})
                 for intervals in INTERVALS
             ]
-            for case, found in zip(cases, _measure(cases, arguments.cycles), strict=True):
-                call_s = found.pop("call_s")
-                calibration = replace(own.calibration, seconds_per_call=call_s)
-                profile = replace(own, calibration=calibration)
-                rows.append(_row(case, profile, found))
-                print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "benchmark": "planner_accuracy",
-        "summary": _summary(rows),
-        "rows": rows,
-        "samples_per_step": BATCH,
-        "machine": host_kind(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "elastic_kfac": __version__,
-        },
-    }
-    print(json.dumps(result["summary"], indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+            for row in _compare(cases, arguments.cycles):
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+            result = {
+                "benchmark": "planner_accuracy",
+                "summary": _summary(rows),
+                "by_model": {
+                    name: _summary([row for row in rows if row["model"] == name])
+                    for name in dict.fromkeys(row["model"] for row in rows)
+                },
+                "rows": rows,
+                "samples_per_step": BATCH,
+                "load": os.getloadavg()[0],
+                "machine": host_kind(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "elastic_kfac": __version__,
+                },
+            }
+            if arguments.out:
+                arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({"all": _summary(rows)}, indent=1))
 
 
 def _config(model: str, intervals: tuple[int, int], fraction: float) -> Config:
@@ -133,30 +147,38 @@ def _sized(model: str, intervals: tuple[int, int], fraction: float) -> Sized:
 # -- measured ---------------------------------------------------------------------------------------
 
 
-def _measure(cases: list[Case], cycles: int) -> list[dict[str, float]]:
-    """CPU seconds per step on the critical path and peak bytes of every case, in one set of processes."""
+def _compare(cases: list[Case], cycles: int) -> list[dict[str, Any]]:
+    """Both sides of every case, in one set of processes."""
     ranks = cases[0].ranks
     with tempfile.TemporaryDirectory() as folder:
-        store = f"{folder}/store"
-        mp.spawn(_rank, (ranks, store, folder, cases, cycles), nprocs=ranks)
-        found = [
-            json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8"))
-            for rank in range(ranks)
-        ]
-    return [
-        {key: max(one[index][key] for one in found) for key in found[0][index]}
-        for index in range(len(cases))
-    ]
+        store, out = f"{folder}/store", f"{folder}/rows.json"
+        mp.spawn(_rank, (ranks, store, out, cases, cycles), nprocs=ranks)
+        rows: list[dict[str, Any]] = json.loads(Path(out).read_text(encoding="utf-8"))
+    return rows
 
 
-def _rank(rank: int, ranks: int, store: str, folder: str, cases: list[Case], cycles: int) -> None:
+def _rank(rank: int, ranks: int, store: str, out: str, cases: list[Case], cycles: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    links = with_links(measured("eigen"), Communicator.world())
-    found = [{**_play(case, cycles), "call_s": links.seconds_per_call} for case in cases]
-    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    world = Communicator.world()
+    links = with_links(measured("eigen"), world)
+    profile = measure(_sized(cases[0].model, INTERVALS[0], 1.0), links)
+    rows = []
+    for case in cases:
+        everybody = world.all_gather_object(_play(case, cycles), tag="found")
+        found = {key: max(one[key] for one in everybody) for key in everybody[0]}
+        rows.append(_row(case, profile, found))
+    if rank == 0:
+        Path(out).write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
+
+
+def _cpu_s() -> float:
+    """CPU time of this thread and of the one that decompositions run on."""
+    aside = [t.ident for t in threading.enumerate() if t.name.startswith("decomposition")]
+    clocks = [time.pthread_getcpuclockid(ident) for ident in aside if ident is not None]
+    return time.thread_time() + sum(map(time.clock_gettime, clocks))
 
 
 def _play(case: Case, cycles: int) -> dict[str, float]:
@@ -185,11 +207,14 @@ def _play(case: Case, cycles: int) -> dict[str, float]:
         step()  # warms up; the first one decomposes
     seconds = []
     for _ in range(cycles):
-        begin = time.thread_time()
+        begin = _cpu_s()
         for _ in range(interval):
             step()
-        seconds.append((time.thread_time() - begin) / interval)
+        seconds.append((_cpu_s() - begin) / interval)
     with PeakBytes() as bytes_:
+        for _ in range(interval):  # meets all that is held
+            step()
+        bytes_.peak = bytes_.now
         for _ in range(interval):
             step()
     kfac.close()
@@ -201,7 +226,7 @@ def _play(case: Case, cycles: int) -> dict[str, float]:
 
 def _row(case: Case, profile: Profile, found: dict[str, float]) -> dict[str, Any]:
     sized = _sized(case.model, case.intervals, case.fraction)
-    workload = with_intervals(profile.workload, sized.config.kfac)
+    workload = profile.workload_of(sized.config)
     share = BATCH // case.ranks
     plan = sized.plan(case.ranks, calibration=profile.calibration)
 

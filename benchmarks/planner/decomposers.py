@@ -1,21 +1,24 @@
-"""What decompositions off the critical path gain: at once, on a thread, in another process.
+"""What decompositions off the critical path gain: in the step, or on spare ranks.
 
-    python benchmarks/planner/decomposers.py [--out FILE] [--width 1024] [--steps 150]
+    python benchmarks/planner/decomposers.py [--out FILE] [--widths 256 512 1024] [--steps 100]
 
-An MLP 784-W-W-W-10, batch 128, statistics every 5 and decompositions every 50 steps, one thread. Per
-step: seconds on the clock, and CPU time of the thread that trains. Where decompositions run beside
-training, the clock gains only if a core is free. Parameters are compared bit for bit.
+An MLP 784-W-W-W-10, batch 128, statistics every 5 and decompositions every 50 steps, one thread a rank.
+The critical path of a step is the CPU time of the thread that trains, and what it waits for spare ranks,
+so that neither other processes nor too few cores count. Spare ranks are emulated: a decomposition takes
+the CPU time that it needs here, begins when it was given and its rank is free, and is waited for by the
+step that uses it if it is not ready. Packing arguments and unpacking results is time of the training
+thread. Parameters are compared bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
+import pickle
 import statistics
 import time
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,39 +30,74 @@ from torch import Tensor, nn
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.kfac.calibration import host_kind
 
-WARM_UP = 50
-WAYS: dict[str, dict[str, Any]] = {
-    "in the step, all layers at once": {"stagger": False},
-    "in the step, layers apart": {"stagger": True},
-    "on a thread": {"stagger": True},
-    "in another process": {"stagger": True},
-}
+WARM_UP, INTERVALS = 50, (5, 50)
+
+
+class SpareRanks(Executor):
+    """So many ranks that only decompose, on a clock of their own."""
+
+    def __init__(self, count: int) -> None:
+        self._free = [0.0] * count
+        """When each rank has done what it was given."""
+        self._not_ours = self.waited = 0.0
+
+    def now(self) -> float:
+        """The training thread's time, with waiting and without what the spare ranks computed."""
+        return time.thread_time() - self._not_ours + self.waited
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        packed = pickle.dumps((args, kwargs))
+        given, begin = self.now(), time.thread_time()
+        own_args, own_kwargs = pickle.loads(packed)
+        result = pickle.dumps(call(*own_args, **own_kwargs))
+        taken = time.thread_time() - begin
+        self._not_ours += taken
+        rank = min(range(len(self._free)), key=self._free.__getitem__)
+        self._free[rank] = ready = max(self._free[rank], given) + taken
+        return _Late(self, result, ready)
+
+    def wait_until(self, ready: float) -> None:
+        """The training thread has nothing to do before."""
+        self.waited += max(0.0, ready - self.now())
+
+
+class _Late(Future[Any]):
+    def __init__(self, ranks: SpareRanks, packed: bytes, ready: float) -> None:
+        super().__init__()
+        self._ranks, self._packed, self._ready = ranks, packed, ready
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._ranks.wait_until(self._ready)
+        return pickle.loads(self._packed)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows, ends = {}, {}
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        pool.submit(abs, 1).result()
-        for way, options in WAYS.items():
-            rows[way], ends[way] = _train(way, options, pool, arguments)
-            print(way, json.dumps(rows[way]), flush=True)
-    apart = list(WAYS)[1:]
+    rows: list[dict[str, Any]] = []
+    equal = True
+    for width in arguments.widths:
+        ends = {}
+        for way in ("in the step, all layers at once", "in the step, layers apart", 1, 4):
+            label = way if isinstance(way, str) else f"spare ranks: {way}"
+            found, ends[label] = _train(way, width, arguments.steps)
+            rows.append({"width": width, "way": label, **found})
+            print(json.dumps(rows[-1]), flush=True)
+        apart = [*ends.values()][1:]
+        equal &= all(
+            torch.equal(one, other)
+            for end in apart[1:]
+            for one, other in zip(apart[0], end, strict=True)
+        )
     result = {
         "benchmark": "planner_decomposers",
-        "what": f"MLP of width {arguments.width}, intervals (5, 50), {arguments.steps} steps",
+        "what": f"MLP, intervals {INTERVALS}, {arguments.steps} steps, emulated spare ranks",
         "rows": rows,
-        "equal_bits": all(
-            torch.equal(one, other)
-            for way in apart[1:]
-            for one, other in zip(ends[apart[0]], ends[way], strict=True)
-        ),
-        "load": os.getloadavg()[0],
+        "equal_bits": equal,
         "machine": host_kind(),
         "elastic_kfac": __version__,
     }
@@ -67,39 +105,44 @@ def main() -> None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _train(
-    way: str, options: dict[str, Any], pool: Executor, arguments: argparse.Namespace
-) -> tuple[dict[str, float], list[Tensor]]:
+def _train(way: str | int, width: int, steps: int) -> tuple[dict[str, float], list[Tensor]]:
     torch.manual_seed(0)
-    widths = [784, *[arguments.width] * 3, 10]
     layers: list[nn.Module] = []
-    for a, b in pairwise(widths):
+    for a, b in pairwise([784, width, width, width, 10]):
         layers += [nn.Linear(a, b), nn.ReLU()]
     model = nn.Sequential(*layers[:-1])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    kfac = KFAC(model, lr=optimizer, factor_update_steps=5, inverse_update_steps=50, **options)
-    if way == "in another process":
-        kfac.decompose_in(pool)
-    if way == "in the step, layers apart":
+    kfac = KFAC(
+        model,
+        lr=optimizer,
+        factor_update_steps=INTERVALS[0],
+        inverse_update_steps=INTERVALS[1],
+        stagger=way != "in the step, all layers at once",
+    )
+    ranks = SpareRanks(way if isinstance(way, int) else 1)
+    if isinstance(way, int):
+        kfac.decompose_in(ranks)
+    else:  # no thread either
         kfac.refresh.ahead.begin = lambda *_: None  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(1)
-    wall, own = [], []
-    for step in range(WARM_UP + arguments.steps):
+    seconds = []
+    for step in range(WARM_UP + steps):
         x = torch.randn(128, 784, generator=generator)
         y = torch.randint(10, (128,), generator=generator)
-        begin, cpu = time.perf_counter(), time.thread_time()
+        if step == WARM_UP:
+            waited = ranks.waited
+        begin = ranks.now()
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         kfac.step()
         optimizer.step()
         if step >= WARM_UP:
-            wall.append(time.perf_counter() - begin)
-            own.append(time.thread_time() - cpu)
+            seconds.append(ranks.now() - begin)
     found = {
-        "mean_ms": 1e3 * statistics.mean(wall),
-        "p99_ms": 1e3 * statistics.quantiles(wall, n=100)[98],
-        "own_thread_cpu_ms": 1e3 * statistics.mean(own),
-        "own_thread_cpu_p99_ms": 1e3 * statistics.quantiles(own, n=100)[98],
+        "mean_ms": 1e3 * statistics.mean(seconds),
+        "median_ms": 1e3 * statistics.median(seconds),
+        "longest_ms": 1e3 * max(seconds),
+        "waited_ms": 1e3 * (ranks.waited - waited) / steps,
     }
     kfac.close()
     return {name: round(value, 3) for name, value in found.items()}, [*model.parameters()]

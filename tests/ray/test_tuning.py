@@ -65,7 +65,8 @@ def story_space(config: Make) -> SearchSpace:
         {"train.eval_every_epochs": 1},
         parameters={
             "kfac.damping": {"grid": [0.01, 0.9]},
-            "plan.memory_budget_gib": {"grid": [1e-6, 1.0]},
+            # Neither bound of the last two is reached: one training for both.
+            "plan.memory_budget_gib": {"grid": [1e-6, 1.0, 2.0]},
         },
         objective={"target_accuracy": 1.0},
         budget={"epochs": 5000},
@@ -82,8 +83,8 @@ def story(
     story_space: SearchSpace,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[SearchResult, list[str]]:
-    """Two of four points are refused, one fails, and the other gets the room that becomes free, and
-    then its second seed."""
+    """Two of six points are refused, two share the training of another, of which one fails, and the other
+    gets the room that becomes free, and then its second seed."""
     said: list[str] = []
     result = search(
         story_space,
@@ -104,16 +105,21 @@ def test_search_ends_each_trial_as_it_should(story: tuple[SearchResult, list[str
     assert {name: row["status"] for name, row in rows.items()} == {
         "t000-s0": "refused",
         "t001-s0": "finished",
-        "t002-s0": "refused",
-        "t003-s0": "failed",
+        "t002-s0": "shared",
+        "t003-s0": "refused",
+        "t004-s0": "failed",
+        "t005-s0": "shared",
         # Only what has finished is worth another seed.
         "t001-s1": "finished",
     }
-    for refused in (rows["t000-s0"], rows["t002-s0"]):
+    for refused in (rows["t000-s0"], rows["t003-s0"]):
         assert "plan.memory_budget_gib=1e-06" in refused["reason"]
         assert not (result.folder / "trials" / refused["trial_id"]).exists()
-    assert "shard 3 is torn" in rows["t003-s0"]["reason"]
-    assert any("t003-s0 failed: shard 3 is torn" in line for line in said)
+    assert "shard 3 is torn" in rows["t004-s0"]["reason"]
+    assert any("t004-s0 failed: shard 3 is torn" in line for line in said)
+    for shared, trained in (("t002-s0", "t001-s0"), ("t005-s0", "t004-s0")):
+        assert rows[shared]["reason"].startswith(f"same training as {trained}: plan.memory_budget")
+        assert not (result.folder / "trials" / shared).exists()
 
 
 def test_search_running_trial_grew_when_the_other_had_ended(
@@ -190,7 +196,7 @@ def test_search_called_again_after_its_end_starts_nothing(
     assert (ended.status, ended.best) == ("finished", result.best)
     rows = rows_of(result.folder).values()
     assert [(row["status"], row["started"], row["ended"]) for row in rows] == times
-    assert "Search story exists: continuing it after 5 trials." in again
+    assert "Search story exists: continuing it after 7 trials." in again
     assert not any("at a time" in line for line in again)
 
 

@@ -250,3 +250,5 @@ class Seen:
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     continued: list[tuple[int, str, int]] = field(default_factory=list)
     """(world size, way, moved bytes) of every world that continued a run, as rank 0 reported it."""
+    costs: list[tuple[int, int]] = field(default_factory=list)
+    """(world size, step) of every world whose costs it reported."""

@@ -58,6 +58,13 @@ def _minutes(text: str) -> float:
     return float(text)
 
 
+def _positive(text: str, least: float = 1e-6) -> float:
+    value = float(text)
+    if not least <= value <= 1e9:  # nor what is no number
+        raise ValueError
+    return value
+
+
 def _shape(text: str) -> tuple[int, ...]:
     return tuple(_whole(part, high=1_000_000) for part in text.split("x"))
 
@@ -70,6 +77,12 @@ def _run_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text):
         raise ValueError
     return text
+
+
+def _amount(option: str, *, zero: bool = False) -> Callable[[str], Any]:
+    if zero:
+        return _checked(option, "a number from 0", lambda text: _positive(text, 0.0))
+    return _checked(option, "a number above 0", _positive)
 
 
 def _number(option: str, convert: Callable[[str], Any] = _whole) -> Callable[[str], Any]:
@@ -94,10 +107,9 @@ IMAGES = _checked("--images", "a number from 1 to 256", lambda text: _whole(text
 
 
 def _of(text: str, **options: Any) -> dict[str, Any]:
-    if isinstance(options.get("default"), int | float | str):
-        text = (
-            f"{text} (default: {options['default']:{'g' if options.get('type') is float else ''}})"
-        )
+    default = options.get("default")
+    if isinstance(default, int | float | str):
+        text = f"{text} (default: {default:{'g' if isinstance(default, float) else ''}})"
     return {"help": text, **options}
 
 
@@ -135,7 +147,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "count singular values above EPSILON times the largest", type=float, default=1e-6
     ),
     "--factor": _of("C in loss + C·√(variance/n)", type=float, default=1.0, metavar="C"),
-    "--gbit-per-s": _of("bandwidth between workers", type=float, default=10.0, metavar="GBIT"),
+    "--gbit-per-s": _of(
+        "bandwidth between workers", type=_amount("--gbit-per-s"), default=10.0, metavar="GBIT"
+    ),
     "--images": _of(
         "images whose unrolled patches are analysed", type=IMAGES, default=64, metavar="N"
     ),
@@ -146,7 +160,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         metavar="STEP:RANK",
     ),
     "--latency-us": _of(
-        "latency of a message between workers", type=float, default=50.0, metavar="MICROSECONDS"
+        "latency of a message between workers",
+        type=_amount("--latency-us", zero=True),
+        default=50.0,
+        metavar="MICROSECONDS",
     ),
     "--local": _of("train in this process, as one worker and without Ray", action="store_true"),
     "--markdown": _of("print docs/configuration.md", action="store_true"),
@@ -311,7 +328,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--memory-gib": _of(
                 "device memory that a suggestion must fit (default: no limit)",
-                type=float,
+                type=_amount("--memory-gib"),
                 metavar="GIB",
             ),
             "--links": _of(
@@ -323,7 +340,9 @@ COMMANDS: dict[str, Command] = {
             ),
             "--input-shape": _of(
                 "shape of a sample, e.g. 3x224x224 (default: that of the shards)",
-                type=_number("--input-shape", _shape),
+                type=_checked(
+                    "--input-shape", "whole numbers from 1, joined by x", _shape, "3x224x224"
+                ),
                 metavar="SHAPE",
             ),
             "--classes": _of(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from elastic_kfac.cli.runs import locate_run, open_run
-from elastic_kfac.errors import UsageError
+from elastic_kfac.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
@@ -37,6 +37,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from elastic_kfac.config import read_config
     from elastic_kfac.runs.feasibility import Sized
     from elastic_kfac.runs.prediction import Outlook
+    from elastic_kfac.zoo import MODELS
 
     config = read_config(arguments.config, arguments.overrides)
     if not config.kfac.enabled and config.optimizer.name != "sharded_kfac":
@@ -45,8 +46,20 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    links = _links(arguments, config)
-    sized = Sized.of(config, arguments.input_shape, arguments.classes)
+    links, name = _links(arguments, config), config.model.name
+    try:
+        sized = Sized.of(config, arguments.input_shape, arguments.classes)
+    except DataError as error:
+        if arguments.input_shape is not None:
+            raise
+        shape = "x".join(map(str, MODELS[name].input_shape)) if name in MODELS else "3x224x224"
+        raise DataError(
+            error.what,
+            given=error.given,
+            allowed=error.allowed,
+            change=f"{error.change or 'mend it'}, or plan without data: --input-shape {shape} "
+            "--classes N",
+        ) from None
     profile = _profile(arguments, sized, links)
     budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
     outlook = Outlook(sized, profile, memory_budget_bytes=budget)
@@ -66,17 +79,21 @@ def plan(arguments: argparse.Namespace) -> int:
     print(*_head(sized, profile), sep="\n")
     print()
     print(*_table(rows), sep="\n")
-    for row in rows:
-        print()
-        if arguments.layers:
-            print(outlook.plan(row["world_size"]))
-        print(*_advice(row), sep="\n")
     print()
+    print(*_suggestions(rows), sep="\n")
+    if arguments.layers:
+        for row in rows:
+            print()
+            print(outlook.plan(row["world_size"]))
+    print()
+    for note in _notes(rows, config.train.global_batch_size, budget):
+        print(note)
     for resize in resizes:
-        moved = resize["moved_bytes"] / 2**20
-        print(f"resize {resize['from']} -> {resize['to']}: {moved:.4g} MiB of decompositions move")
+        moved = _mib(resize["moved_bytes"])
+        print(f"resize {resize['from']} -> {resize['to']}: {moved} MiB of decompositions move")
         if arguments.layers:
-            print(*(f"  {change}" for change in resize["changes"]), sep="\n")
+            for change in resize["changes"]:
+                print(f"  {change}")
     if cross_over:
         divide, flat = cross_over["divide_from"], cross_over["flat_from"]
         from_ranks = "never pays" if divide is None else f"pays from N* = {divide} ranks"
@@ -149,8 +166,7 @@ def _head(sized: Sized, profile: Profile) -> Iterator[str]:
 
 def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """One line per world size, ms per step and MiB per rank."""
-    head = ("ranks", "fraction", "micro-batch", "step ms", *PHASES, "MiB/step", "memory MiB")
-    cells = [head]
+    cells = [("ranks", "fraction", "micro-batch", "step ms", *PHASES, "MiB/step", "memory MiB")]
     for row in rows:
         costs = row["predicted"]
         cells.append(
@@ -163,26 +179,61 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
                     f"{1e3 * sum(costs['phases_s'][name] for name in names):.3g}"
                     for names in PHASES.values()
                 ),
-                f"{costs['received_bytes'] / 2**20:.4g}",
-                f"{costs['memory_bytes'] / 2**20:.4g}",
+                _mib(costs["received_bytes"]),
+                _mib(costs["memory_bytes"]),
             )
         )
+    yield from _aligned(cells)
+
+
+def _suggestions(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the planner would choose at each world size."""
+    if "sharded.v_method" in rows[0]["suggested"]:
+        cells = [("ranks", "sharded.v_method")]
+        cells += [(str(r["world_size"]), r["suggested"]["sharded.v_method"]) for r in rows]
+        yield "suggested:"
+        yield from _aligned(cells)
+        return
+    keys = ("kfac.grad_worker_frac", "train.micro_batch_size", "kfac.inverse_update_steps")
+    cells = [("ranks", *keys, "step ms", "memory MiB")]
+    for row in rows:
+        found = row["suggested"]
+        cells.append(
+            (
+                str(row["world_size"]),
+                f"{found['grad_worker_frac']:.3g}",
+                str(found["micro_batch_size"]),
+                f">= {found['inverse_update_steps']}",
+                f"{found['step_s'] * 1e3:.4g}",
+                _mib(found["memory_bytes"]),
+            )
+        )
+    yield "suggested, for the least time that fits (step ms with the intervals of the configuration;"
+    yield "from inverse_update_steps on, decompositions take at most a tenth of a step):"
+    yield from _aligned(cells)
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         yield "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
 
 
-def _advice(row: Mapping[str, Any]) -> Iterator[str]:
-    suggested, ranks = row["suggested"], row["world_size"]
-    if row["reason"]:
-        yield f"{ranks} ranks: grad_worker_frac auto is {row['grad_worker_frac']:.3g}: {row['reason']}"
-    if "sharded.v_method" in suggested:
-        yield f"{ranks} ranks: suggested sharded.v_method {suggested['sharded.v_method']}"
-        return
-    yield (
-        f"{ranks} ranks: suggested kfac.grad_worker_frac {suggested['grad_worker_frac']:.4g}, "
-        f"train.micro_batch_size {suggested['micro_batch_size']}: "
-        f"{suggested['step_s'] * 1e3:.4g} ms per step, {suggested['memory_bytes'] / 2**20:.4g} MiB; "
-        f"with kfac.inverse_update_steps {suggested['inverse_update_steps']} or more, decompositions "
-        "take at most a tenth of a step"
-    )
+def _mib(size: float) -> str:
+    size /= 2**20
+    return f"{size:.4g}" if size < 1e4 else f"{size:,.0f}"
+
+
+def _notes(rows: list[dict[str, Any]], batch: int, budget: float) -> Iterator[str]:
+    for row in rows:
+        ranks = row["world_size"]
+        where = f"{ranks} rank{'s' if ranks > 1 else ''}"
+        if row["reason"]:
+            yield (
+                f"{where}: kfac.grad_worker_frac auto is {row['grad_worker_frac']:.3g}: "
+                f"{row['reason']}"
+            )
+        if row["predicted"]["memory_bytes"] > budget:
+            yield f"{where}: as configured, a rank needs more than --memory-gib"
+        if ranks > batch:
+            yield f"{where}: some have no sample; train.global_batch_size is {batch}"

@@ -19,7 +19,8 @@ from elastic_kfac.communication.collectives import Communicator, Work
 from elastic_kfac.errors import UsageError
 
 DEFAULT_BUCKET_BYTES = 25 * 2**20
-_CACHED_WIDTH = 2048
+CACHED_WIDTH = 2048
+"""Widest matrices whose indices are kept."""
 
 
 def triangle_size(n: int) -> int:
@@ -71,7 +72,7 @@ def _width(matrix: Tensor) -> int:
 def _index(n: int, device: torch.device, *, unpack: bool) -> Tensor:
     # int32 takes half the memory of the default and is faster. Wide indices are not cached (two of them
     # for a 4608-wide factor are 127 MB); building one costs little compared with the decomposition.
-    build = _cached_index if n <= _CACHED_WIDTH else _build_index
+    build = _cached_index if n <= CACHED_WIDTH else _build_index
     return build(n, device, unpack)
 
 

@@ -207,5 +207,7 @@ def _random_values(
         return boxes
     values = random.standard_normal((count, *(column.shape or ()))) * 10
     if column.is_float:
-        values = values / 10 * (np.mean(column.std) or 1.0) + np.mean(column.mean)
+        # Of a shape without data neither is known.
+        scale, centre = (float(np.mean(x)) if len(x) else 0.0 for x in (column.std, column.mean))
+        values = values / 10 * (scale or 1.0) + centre
     return values.astype(column.dtype)

@@ -82,7 +82,7 @@ class Emulator:
             exchange = profile.calibration.all_reduce_seconds(ranks, sized.parameter_elements * 4)
             return computation + exchange
         step = predict_step(
-            with_intervals(profile.workload, config.kfac),
+            profile.workload_of(config),
             profile.calibration,
             sized.plan(ranks, calibration=profile.calibration),
             global_batch_size=batch,

@@ -179,9 +179,12 @@ class SearchPlan:
         trial.reason = (
             f"same point as {trained.id}"
             if not changed
-            else (
-                f"same training as {trained.id}: {', '.join(changed)} changes only seconds, by the model "
-                f"{seconds[trial.id] * 1e3:.3g} ms a step against {seconds[trained.id] * 1e3:.3g} ms"
+            else f"same training as {trained.id}: {', '.join(changed)} changes "
+            + (
+                "only where and how things are kept, by the model not even seconds"
+                if seconds[trial.id] == seconds[trained.id]
+                else f"only seconds, by the model {seconds[trial.id] * 1e3:.3g} ms a step against "
+                f"{seconds[trained.id] * 1e3:.3g} ms"
             )
         )
         self._say(f"{trial.id} not trained: {trial.reason}")

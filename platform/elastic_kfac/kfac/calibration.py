@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.packing import pack_triangle, unpack_triangle
+from elastic_kfac.communication.packing import Bucketer, pack_triangle, unpack_triangle
 from elastic_kfac.curvature import inverses
 from elastic_kfac.paths import user_cache
 from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
@@ -34,6 +35,8 @@ DIMENSIONS = (16, 64, 128, 256, 512)
 _CPU = torch.device("cpu")
 _MESSAGES = (1 << 12, 1 << 22)
 """Bytes of the all-reduces that time a link."""
+_CALLS, _COLD = 15, 1 << 22
+"""Collectives that time a call, and bytes that are computed with between them."""
 
 
 def measure_costs(
@@ -216,9 +219,7 @@ def _time_link(group: Communicator, device: torch.device, rounds: int) -> tuple[
     """α and β for which an all-reduce of so many rounds takes the time that the slowest rank saw, and the
     host's own time per call."""
     seconds = []
-    one = torch.ones(1, device=device)
-    call_s = least_seconds(lambda: group.all_reduce(one, tag="plan/links").wait(), device, 5)
-    call_s = max(group.all_gather_object(call_s, tag="plan/links"))
+    call_s = max(group.all_gather_object(_call_seconds(group, device), tag="plan/links"))
     for size in _MESSAGES:
         tensor = torch.ones(size // 4, device=device)
         own = least_seconds(
@@ -232,6 +233,27 @@ def _time_link(group: Communicator, device: torch.device, rounds: int) -> tuple[
     small, large = (2 * (n - 1) / n * size for size in _MESSAGES)
     slope = max(0.0, (seconds[1] - seconds[0]) / (large - small))
     return Line(max(0.0, seconds[0] - slope * small) / rounds, slope), call_s
+
+
+def _call_seconds(group: Communicator, device: torch.device) -> float:
+    """The host's time to send two small tensors in a bucket, as a step does; the median of several with
+    computation in between, after which caches are cold."""
+    tensors = [torch.ones(4, device=device), torch.ones(4, device=device)]
+    work = torch.ones(_COLD // 4)
+
+    def call() -> None:
+        bucketer = Bucketer(group, tag="plan/links")
+        for tensor in tensors:
+            bucketer.all_reduce(tensor)
+        bucketer.flush().wait()
+
+    times = []
+    for _ in range(_CALLS + 1):
+        work.add_(1.0)
+        begin = time.thread_time()
+        call()
+        times.append(time.thread_time() - begin)
+    return median(times[1:])
 
 
 def _keep(path: Path, values: dict[str, Any]) -> None:

@@ -255,6 +255,28 @@ class AdaptiveRefresh(Refresh):
                 self.clocks[layer.name, factor] = RefreshClock(**numbers)
 
 
+def busy_steps(
+    layers: Sequence[Layer], options: KfacOptions, rows: Mapping[str, int]
+) -> tuple[int, int]:
+    """Steps of an interval in which statistics of some layers are due, and decompositions.
+
+    `rows` as in `Refresh.see`. Intervals of the first step; 1 and 1 where the curvature decides.
+    """
+    if options.refresh != "fixed":
+        return 1, 1
+    refresh = FixedRefresh(layers, options)
+    refresh.see(rows)
+    factor_steps = int(value_at(options, "factor_update_steps", 0))
+    inverse_steps = int(value_at(options, "inverse_update_steps", 0))
+    # Step 0 is another one than those that follow.
+    counted = range(inverse_steps, inverse_steps + max(factor_steps, inverse_steps))
+    statistics = sum(any(refresh.statistics_due(k)) for k in counted[:factor_steps])
+    decompositions = sum(
+        bool(refresh.decompositions_due(k, set())) for k in counted[:inverse_steps]
+    )
+    return max(1, statistics), max(1, decompositions)
+
+
 def make_refresh(layers: Sequence[Layer], options: KfacOptions) -> Refresh:
     """The rule that `refresh` names."""
     return (AdaptiveRefresh if options.refresh == "adaptive" else FixedRefresh)(layers, options)

@@ -41,8 +41,10 @@ class StepCosts:
     def __init__(self) -> None:
         self.timers = Timers()
         self._steps, self._elapsed = -1, 0.0
-        self._seconds: Numbers = {}
-        self._bytes: Numbers = {}
+        self._begin: tuple[Numbers, Numbers] = {}, {}
+        """Seconds and bytes after the first step."""
+        self._now = self._begin
+        """The same after the newest, without what a step that failed has begun."""
 
     def enter(self) -> None:
         """Begins another world."""
@@ -51,9 +53,9 @@ class StepCosts:
     def saw(self, communicator: Communicator, kfac: KFAC | None, seconds: float) -> None:
         """Takes note of a step."""
         self._steps += 1
+        self._now = self._spent(kfac), _received(communicator)
         if self._steps == 0:
-            self._elapsed = 0.0
-            self._seconds, self._bytes = self._spent(kfac), _received(communicator)
+            self._elapsed, self._begin = 0.0, self._now
         else:
             self._elapsed += seconds
 
@@ -66,17 +68,23 @@ class StepCosts:
         kfac: KFAC | None,
         parameter_elements: int,
         device: torch.device,
+        *,
+        alone: bool = False,
     ) -> dict[str, Any] | None:
         """Seconds and bytes of the mean step, and memory, as fields of an event; None without steps.
-        Collective. Seconds are those of rank 0, bytes the mean over ranks, memory that of the fullest.
+
+        Seconds are those of this rank, bytes the mean over ranks, memory that of the fullest. Collective,
+        unless `alone`: where peers are lost, all are those of this rank.
         """
         if self._steps < 1:
             return None
-        now, received = self._spent(kfac), _received(communicator)
-        seconds = {n: (s - self._seconds.get(n, 0.0)) / self._steps for n, s in now.items()}
-        own = {n: (b - self._bytes.get(n, 0.0)) / self._steps for n, b in received.items()}
+        seconds, own = (
+            {name: (value - before.get(name, 0.0)) / self._steps for name, value in now.items()}
+            for before, now in zip(self._begin, self._now, strict=True)
+        )
         held = {} if kfac is None else kfac.memory_usage()
-        everybody = communicator.all_gather_object((own, {**held, **_peak(device)}), tag="costs")
+        mine = own, {**held, **_peak(device)}
+        everybody = [mine] if alone else communicator.all_gather_object(mine, tag="costs")
         bytes_, memory = zip(*everybody, strict=True)
         return {
             "steps": self._steps,

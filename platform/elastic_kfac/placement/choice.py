@@ -99,7 +99,8 @@ def choose_plan(
             speeds=calibration.decomposition_speeds(world_size),
             previous=None if current is None else current.plan,
         )
-        fixed = device_bytes(replace(workload, least_bytes=0.0), plan, 0)
+        passes = replace(workload, least_bytes=0.0, exchange_bytes=-math.inf)
+        fixed = device_bytes(passes, plan, 0)  # samples come on top of that
         needed = device_bytes(workload, plan, 1)
         least = min(least, needed)
         if needed > memory_budget_bytes:
@@ -130,7 +131,7 @@ def choose_plan(
         )
     if not choices:
         raise ConfigError(
-            "no plan fits plan.memory_budget_gib, not even one sample at a time",
+            "no plan fits the memory budget, not even one sample at a time",
             given=f"{memory_budget_bytes / 2**30:.3g} GiB",
             allowed=f"at least {least / 2**30:.3g} GiB on {world_size} ranks",
             change="raise the budget, use more ranks, or skip the widest layers",

@@ -242,8 +242,8 @@ class Plan:
         ]
         return "\n".join([title, *(line.rstrip() for line in lines)])
 
-    def diff(self, other: Plan) -> str:
-        """The changes from this plan to `other`, one per line."""
+    def diff(self, other: Plan) -> list[str]:
+        """The changes from this plan to `other`, in words; empty if there are none."""
         lines = []
         if self.world_size != other.world_size:
             lines.append(f"world_size: {self.world_size} -> {other.world_size}")
@@ -257,7 +257,7 @@ class Plan:
             after = other._describe(name)
             if before != after:
                 lines.append(f"{name}: {before} -> {after}")
-        return "\n".join(lines) if lines else "no change"
+        return lines
 
     def _describe(self, name: str) -> str:
         if name not in self._by_name:

@@ -18,7 +18,14 @@ from typing import NamedTuple
 import numpy as np
 
 from elastic_kfac.errors import UsageError
-from elastic_kfac.placement.costs import CostModel, LayerShape, Method, precondition_flops
+from elastic_kfac.placement.costs import (
+    CostModel,
+    LayerShape,
+    Method,
+    factor_elements,
+    precondition_flops,
+    second_order_elements,
+)
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import rank_loads
 from elastic_kfac.placement.shares import shares
@@ -148,8 +155,21 @@ class Workload:
     """Parameters, gradients, optimizer state and buffers."""
     least_bytes: float = 0.0
     """What a step needs however few samples there are, factors and decompositions not included."""
+    exchange_bytes: float = 0.0
+    """What is held when statistics are sent, factors and decompositions not included."""
+    index_bytes: float = 0.0
+    """What a rank among others keeps to pack triangles."""
+    bucket_bytes: float = 25 * 2**20
+    """Largest buffer: a larger tensor is sent without a copy."""
+    symmetric: bool = True
+    """Whether factors travel as triangles."""
     factor_update_steps: int = 1
     inverse_update_steps: int = 10
+    statistics_steps: int = 1
+    """Steps of a factor interval in which statistics of some layers are due: more than one where they are
+    spread."""
+    decomposition_steps: int = 1
+    """Steps of an inverse interval in which decompositions of some layers are due."""
     method: Method = "eigen"
     precompute: bool = True
     colocate: bool = True
@@ -158,6 +178,8 @@ class Workload:
     """Measured seconds to precondition each of `layers`; empty takes the calibration's estimate."""
     factor_update_s: float = 0.0
     """Seconds to move the running averages of all layers, which every rank does every t_f steps."""
+    statistics_step_s: float = 0.0
+    """Seconds that each further step with statistics takes beyond the work of its layers."""
     bound_s: float = 0.0
     """Seconds per step to read gradients, bound the step and write them back, on every rank."""
     optimizer_s: float = 0.0
@@ -242,6 +264,7 @@ def predict_step(
         parameter_elements=workload.parameter_elements,
         method=workload.method,
         precompute=workload.precompute,
+        symmetric=workload.symmetric,
     )
     products = [0.0] * len(plan.columns)
     for index, layer in enumerate(layers):
@@ -256,17 +279,25 @@ def predict_step(
     copied = (workload.parameter_elements if n > 1 else 0) + send_products
     copied += send_second_order / workload.inverse_update_steps
     columns = len(plan.columns)
-    # Gradients; counts and sums of statistics; one result per column of this rank's, or of every column.
+    workers = max(len(column) for column in plan.columns)
+    # Gradients; counts and sums of statistics; decompositions of every rank of the column; results of
+    # every column.
     calls = 0.0
     if n > 1:
-        calls += 1 + 2 / workload.factor_update_steps
-        calls += (columns < n) / workload.inverse_update_steps + (columns > 1) * columns
-    workers = max(len(column) for column in plan.columns)
+        calls += 1 + 2 * workload.statistics_steps / workload.factor_update_steps
+        if workers > 1:
+            sent = max(_most_owners(plan), workload.decomposition_steps)
+            calls += sent / workload.inverse_update_steps
+        calls += (columns > 1) * columns
     receivers = -(-n // workers)
     both_ways = (n - 1) / n * 2 if n > 1 else 1.0
     return StepTime(
         forward_backward=passes_s(workload.forward_backward),
-        factor_statistics=(passes_s(workload.factor_statistics) + workload.factor_update_s)
+        factor_statistics=(
+            passes_s(workload.factor_statistics)
+            + workload.factor_update_s
+            + (workload.statistics_steps - 1) * workload.statistics_step_s
+        )
         / workload.factor_update_steps,
         decompositions=max(
             rank_loads(plan, layers, calibration.costs, calibration.decomposition_speeds(n))
@@ -284,7 +315,11 @@ def predict_step(
             copied * calibration.seconds_per_copied_byte
             + send_factors
             / (both_ways * workload.factor_update_steps)
-            * calibration.seconds_per_packed_byte
+            * (
+                calibration.seconds_per_packed_byte
+                if workload.symmetric
+                else calibration.seconds_per_copied_byte
+            )
         ),
         gradient_all_reduce=calibration.all_reduce_seconds(n, workload.parameter_elements * size),
         factor_all_reduce=calibration.all_reduce_seconds(n, send_factors / both_ways * size)
@@ -298,16 +333,45 @@ def predict_step(
     )
 
 
+def _most_owners(plan: Plan) -> int:
+    """Ranks that decompose layers of a column, in the column with most of them."""
+    owners: dict[int, set[int]] = {}
+    for layer in plan.layers:
+        owners.setdefault(layer.column, set()).update((layer.a_worker, layer.g_worker))
+    return max(map(len, owners.values()), default=0)
+
+
 def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:
     """Device memory of the rank that holds most: base, activations, factors and decompositions.
 
     The most is needed either at the end of the forward pass, which grows with the samples, or in the
-    step that follows.
+    step that follows; with several ranks perhaps where factors or decompositions are in buffers.
     """
-    held = max(
-        memory_elements(
-            plan, workload.layers, method=workload.method, precompute=workload.precompute
-        )
+    layers, size = workload.layers, workload.element_bytes
+    held = size * max(
+        memory_elements(plan, layers, method=workload.method, precompute=workload.precompute)
     )
     samples = workload.base_bytes + workload.activation_bytes.at(micro_batch_size)
-    return max(samples, workload.least_bytes) + held * workload.element_bytes
+    alone = max(samples, workload.least_bytes) + held
+    if plan.world_size == 1:
+        return alone
+    packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]
+    buffers: float = sum(packed) if workload.statistics_steps == 1 else max(packed, default=0)
+    if max(map(len, plan.columns)) > 1:
+        buffers = max(buffers, _sent_bytes(workload, plan))
+    return workload.index_bytes + max(alone, workload.exchange_bytes + held + buffers)
+
+
+def _sent_bytes(workload: Workload, plan: Plan) -> float:
+    """New decompositions of the fullest column beside the old ones, and the buffers they are sent in."""
+    size, by_column = workload.element_bytes, dict[int, list[float]]()
+    for layer in workload.layers:
+        elements = second_order_elements(
+            [layer], method=workload.method, precompute=workload.precompute
+        )
+        widest = size * max(layer.a_dim, layer.g_dim) ** 2
+        copies = 1 if widest > workload.bucket_bytes else 2
+        sent = by_column.setdefault(plan.placement(layer.name).column, [])
+        sent.append(float(copies * size * elements))
+    due = sum if workload.decomposition_steps == 1 else max
+    return max(map(due, by_column.values()), default=0.0)

@@ -114,6 +114,8 @@ def plan_changes(run: Run) -> Table:
                 why += f"; predicted gain {gain:.0%}"
         elif kind == "replanned":
             changes = [str(line) for line in event.get("changes") or ()]
+            if changes == ["no change"]:  # what earlier versions reported
+                continue
             what = _changes_in_words(changes)
             why = str(event.get("reason", ""))
         elif event.get("plan"):
@@ -132,8 +134,6 @@ def plan_changes(run: Run) -> Table:
 
 
 def _changes_in_words(changes: Sequence[str]) -> str:
-    if not changes or changes == ["no change"]:
-        return "the same plan"
     general = [line for line in changes if line.startswith(("world_size", "columns"))]
     layers = len(changes) - len(general)
     moved = f"{layers} layer{'s' if layers > 1 else ''} at other ranks" if layers else ""

@@ -318,7 +318,8 @@ def _point_row(
     cells = [
         Cell(label),
         Cell(_spread(experiment, point), point.value),
-        Cell(f"{count} of {len(point.trials)}", float(count)),
+        # Of a shared training it is told where it was done.
+        Cell("–" if states == ["shared"] else f"{count} of {len(point.trials)}", float(count)),
         Cell(Markup(" ").join(_badge(state) for state in states), css="state-cell"),
     ]
     for name in names:

@@ -81,9 +81,24 @@ class Sized:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def loss(self, samples: int) -> Tensor:
-        """A scalar of the model's output on random samples, for passes whose values do not matter."""
-        outputs = tensors_of(call_model(self.model, self.inputs(samples).inputs))
-        return torch.stack([output.logsumexp(1).mean() for output in outputs]).sum()
+        """A scalar of the model's output on random samples, for passes whose values do not matter.
+
+        Raises:
+            ConfigError: If the model does not take samples of this shape.
+        """
+        try:
+            outputs = tensors_of(call_model(self.model, self.inputs(samples).inputs))
+            return torch.stack([output.logsumexp(1).mean() for output in outputs]).sum()
+        except ElasticKfacError:
+            raise
+        except Exception as error:
+            line = str(error).strip().splitlines() or [""]
+            raise ConfigError(
+                f"the model fails on random samples: {type(error).__name__}: {line[0]}",
+                given=f"model.name={self.config.model.name}, samples of shape "
+                f"{'x'.join(map(str, self.input_shape))}",
+                change="give the shape of a sample that the model takes",
+            ) from error
 
     def plan(
         self,
@@ -115,15 +130,21 @@ def _columns_of(
 ) -> tuple[Column, ...]:
     """Columns of samples that are known by their shape only."""
     names = tuple(map(str, range(num_classes)))
-    if len(input_shape) == 3:
-        channels, height, width = input_shape
-        return image_columns((channels, height, width), names)
     if config.task.name in ("causal_lm", "masked_lm", "sequence_classification"):
+        if len(input_shape) != 1:
+            raise ConfigError(
+                f"samples of task.name={config.task.name} are sequences",
+                given="x".join(map(str, input_shape)),
+                allowed="one number, how many tokens they have",
+            )
         (length,) = input_shape
         tokens = Column(
             "tokens", "tokens", "input", vocabulary=num_classes, shortest=length, longest=length
         )
         return tokens, Column("label", "class", "target", class_names=names)
+    if len(input_shape) == 3:
+        channels, height, width = input_shape
+        return image_columns((channels, height, width), names)
     features = Column("features", "tensor", "input", dtype="float32", shape=input_shape)
     return features, Column("label", "class", "target", class_names=names)
 

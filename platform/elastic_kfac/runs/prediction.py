@@ -28,7 +28,8 @@ class Outlook:
         self, sized: Sized, profile: Profile, *, memory_budget_bytes: float = math.inf
     ) -> None:
         self._sized, self._profile = sized, profile
-        self._workload, self._calibration = profile.workload, profile.calibration
+        self._workload = profile.workload_of(sized.config)
+        self._calibration = profile.calibration
         self._budget = memory_budget_bytes
         self._is_sharded = sized.config.optimizer.name == "sharded_kfac"
 
@@ -81,7 +82,7 @@ class Outlook:
             "to": after,
             "moved_bytes": 4 * moved_elements(previous, plan, self._sized.layers),
             "reason": plan.reason,
-            "changes": previous.diff(plan).splitlines(),
+            "changes": previous.diff(plan),
         }
 
     def cross_over(self) -> dict[str, int | None]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.packing import CACHED_WIDTH, triangle_size
+from elastic_kfac.config import Config
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.stacks import Stacks
 from elastic_kfac.kfac.calibration import host_kind, least_seconds, measure_costs
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.options import value_at
+from elastic_kfac.kfac.refresh import busy_steps
 from elastic_kfac.placement.costs import (
     CostModel,
     factor_elements,
@@ -39,10 +43,13 @@ from elastic_kfac.training.preconditioner import make_preconditioner
 
 _FACTORS_EVERY, _INVERSES_EVERY = 2, 4
 """Intervals while measuring: of eight steps four are plain, four move factors, two decompose."""
+_SPREAD_OVER = 8
+"""Steps that statistics are spread over while it is measured what that costs."""
 
 
 class PeakBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations return and somebody still holds: `now`, and at most `peak`."""
+    """Bytes of all tensors that operations take or return and somebody still holds: `now`, and at most
+    `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +59,7 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        tree_map_only(Tensor, self._add, (args, kwargs))
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._add, result)
         return result
@@ -70,16 +78,16 @@ class PeakBytes(TorchDispatchMode):
 
 
 class _Steps:
-    """One rank's training steps of a configuration, on random samples."""
+    """One rank's training steps of a configuration, on random samples; all layers at once, or spread."""
 
-    def __init__(self, sized: Sized) -> None:
+    def __init__(self, sized: Sized, *, spread: bool = False) -> None:
         config = sized.config
         kfac = {
             "enabled": True,
             "refresh": "fixed",
-            "stagger": False,
-            "factor_update_steps": _FACTORS_EVERY,
-            "inverse_update_steps": _INVERSES_EVERY,
+            "stagger": spread,
+            "factor_update_steps": _SPREAD_OVER if spread else _FACTORS_EVERY,
+            "inverse_update_steps": _SPREAD_OVER if spread else _INVERSES_EVERY,
         }
         first_order: dict[str, object] = {"lr": 1e-6}
         if config.optimizer.name == "sharded_kfac":
@@ -108,20 +116,47 @@ class _Steps:
 
 
 @dataclass(frozen=True)
+class Spreading:
+    """What spreading statistics over steps changes."""
+
+    step_s: float
+    """Seconds that every further step with statistics takes."""
+    memory: Mapping[str, Any]
+    """As fields of a workload."""
+
+
+@dataclass(frozen=True)
 class Profile:
     """What the planner knows of a configuration on a device."""
 
     workload: Workload
+    """With all layers due in the same steps."""
     calibration: Calibration
     basis: str
     """Where the figures come from, in words."""
     residual: float | None = None
     """Measured time of the model's decompositions over that of random matrices of usual widths, which
     the costs are corrected by; None if nothing was measured."""
+    busy: Callable[[Config], tuple[int, int]] = lambda config: (1, 1)
+    """Steps of an interval with statistics and with decompositions, by configuration."""
+    spreading: Spreading | None = None
+    """None where it was not measured."""
+
+    def workload_of(self, config: Config) -> Workload:
+        """The workload with the intervals that `config` begins with."""
+        work = with_intervals(self.workload, config.kfac)
+        statistics, decompositions = self.busy(config)
+        work = replace(work, statistics_steps=statistics, decomposition_steps=decompositions)
+        if self.spreading is None or statistics == decompositions == 1:
+            return work
+        return replace(work, statistics_step_s=self.spreading.step_s, **self.spreading.memory)
 
 
 def measure(sized: Sized, calibration: Calibration) -> Profile:
-    """Runs steps of the configuration on this machine; `calibration` gives the links."""
+    """Runs steps of the configuration on this machine; `calibration` gives the links.
+
+    Seconds are those of usual steps (medians), in the CPU time of this thread.
+    """
     begin = time.thread_time()
     sized.loss(2).backward()
     is_quick = time.thread_time() - begin < 1.0
@@ -129,34 +164,33 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     batches = (max(1, largest // 8), max(2, largest // 2), largest) if is_quick else (1, 2, 3)
     repeats = 3 if is_quick else 1
 
-    def passes(n: int) -> float:
-        return least_seconds(lambda: sized.loss(n).backward(), repeats=repeats)
-
-    plain = [passes(n) for n in batches]
-    sized.model.zero_grad()
-    steps = _Steps(sized)
-    kfac = steps.kfac
-    statistics = []
-    for n, without in zip(batches, plain, strict=True):
+    def passes(n: int, after: Callable[[], object] = lambda: None) -> float:
         seconds = []
         for _ in range(repeats + 1):
             begin = time.thread_time()
             sized.loss(n).backward()
             seconds.append(time.thread_time() - begin)
-            kfac.skip_step()
-        statistics.append(max(0.0, min(seconds) - without))
+            after()
+        return median(seconds[1:])
+
+    plain = [passes(n) for n in batches]
+    sized.model.zero_grad()
+    steps = _Steps(sized)
+    kfac = steps.kfac
+    statistics = [
+        max(0.0, passes(n, kfac.skip_step) - without)
+        for n, without in zip(batches, plain, strict=True)
+    ]
+    sized.loss(batches[0]).backward()
+    counts = kfac.take_statistics().counts
+    rows = {x.name: rows / batches[0] for x, (_, rows) in zip(kfac.layers, counts, strict=True)}
+    kfac.skip_step()
     phases = _phases(steps, batches[0])
-    peaks = []
-    for n in batches:
-        with PeakBytes() as bytes_:
-            for _ in range(_INVERSES_EVERY):
-                steps.whole(n)
-        peaks.append(bytes_.peak)
     workload = _workload(
         sized,
         forward_backward=fit_line(batches, plain),
         factor_statistics=fit_line(batches, statistics),
-        peaks=dict(zip(batches, peaks, strict=True)),
+        bytes_=_bytes_of(steps, batches, _INVERSES_EVERY),
     )
     products = _products(kfac)
     scale = phases["products"] / max(sum(products.values()), 1e-12)
@@ -167,14 +201,22 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         bound_s=phases["bound"],
         optimizer_s=phases["optimizer"],
     )
+    layers = kfac.layers
     kfac.close()
     costs, residual = _costs(sized, phases["decompositions"])
     kind = host_kind()
+
+    def busy(config: Config) -> tuple[int, int]:
+        batch = config.train.global_batch_size
+        return busy_steps(layers, config.kfac, {n: round(r * batch) for n, r in rows.items()})
+
     return Profile(
         workload,
         replace(calibration, costs=costs),
         f"measured here ({kind['device']}, {kind['threads']} thread(s), torch {kind['torch']})",
         residual,
+        busy,
+        _spreading(sized, batches, rows, phases["with statistics"]) if is_quick else None,
     )
 
 
@@ -187,23 +229,96 @@ def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> di
         kind = "plain"
         if kfac.steps % _FACTORS_EVERY == 0:
             kind = "decomposing" if kfac.steps % _INVERSES_EVERY == 0 else "averaging"
-        steps.sized.loss(samples).backward()
         begin = time.thread_time()
+        steps.sized.loss(samples).backward()
+        passed = time.thread_time()
         kfac.step()
-        found[kind].append(time.thread_time() - begin)
+        found[kind].append(time.thread_time() - passed)
+        whole = passed - begin + kfac.timers.last["factors"]
+        found["watched" if kfac.steps % _FACTORS_EVERY == 1 else "unwatched"].append(whole)
         found["products"].append(kfac.timers.last["products"])
         begin = time.thread_time()
         steps.optimizer.step()
         found["optimizer"].append(time.thread_time() - begin)
         steps.optimizer.zero_grad()
-    least = {name: min(values) for name, values in found.items()}
+    usual = {name: median(values) for name, values in found.items()}
     return {
-        "products": least["products"],
-        "bound": max(0.0, least["plain"] - least["products"]),
-        "factors": max(0.0, least["averaging"] - least["plain"]),
-        "decompositions": max(0.0, least["decomposing"] - least["averaging"]),
-        "optimizer": least["optimizer"],
+        "products": usual["products"],
+        "bound": max(0.0, usual["plain"] - usual["products"]),
+        "factors": max(0.0, usual["averaging"] - usual["plain"]),
+        "decompositions": max(0.0, usual["decomposing"] - usual["averaging"]),
+        "optimizer": usual["optimizer"],
+        "with statistics": max(0.0, usual["watched"] - usual["unwatched"]),
     }
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Of one rank that holds all decompositions."""
+
+    peaks: Mapping[int, float]
+    """The most in a step, by samples, in ascending order."""
+    exchanging: float
+    """When statistics are sent."""
+
+
+def _bytes_of(steps: _Steps, batches: Sequence[int], count: int) -> _Bytes:
+    """Measured in so many steps."""
+    peaks, held = {}, [0.0]
+
+    def look(phase: str) -> None:
+        if phase == "factor_exchange":
+            held.append(float(bytes_.now))
+
+    for n in batches:
+        with PeakBytes() as bytes_:
+            for _ in range(count):  # meets all that is held
+                steps.whole(n)
+            bytes_.peak, steps.kfac.on_phase = bytes_.now, look
+            for _ in range(count):
+                steps.whole(n)
+        peaks[n], steps.kfac.on_phase = float(bytes_.peak), None
+    return _Bytes(peaks, max(held))
+
+
+def _spreading(
+    sized: Sized,
+    batches: Sequence[int],
+    rows: Mapping[str, float],
+    together_s: float,
+    rounds: int = 3,
+) -> Spreading:
+    """Measured where statistics are spread as far as they can be.
+
+    Args:
+        rows: Of one sample, by layer.
+        together_s: What they take in one step.
+    """
+    steps = _Steps(sized, spread=True)
+    kfac = steps.kfac
+    kfac.timers.clock = time.thread_time
+    # Offsets follow the rows: those of a batch that is large enough to spread all that can be.
+    kfac.refresh.see({name: round(1e6 * r) for name, r in rows.items()})
+    found = defaultdict[tuple[int, bool], list[float]](list)
+    for _ in range(_SPREAD_OVER * (rounds + 1)):
+        at = kfac.steps
+        kind = at % _SPREAD_OVER, kfac.factors_due()
+        begin = time.thread_time()
+        sized.loss(batches[0]).backward()
+        passed = time.thread_time() - begin
+        kfac.step()
+        if at >= _SPREAD_OVER:
+            found[kind].append(passed + kfac.timers.last["factors"])
+        steps.optimizer.zero_grad()
+    memory = _memory(_bytes_of(steps, batches, _SPREAD_OVER), _held(sized))
+    kfac.close()
+    usual = {kind: median(values) for kind, values in found.items()}
+    watched = [seconds for (_, is_due), seconds in usual.items() if is_due]
+    plain = [seconds for (_, is_due), seconds in usual.items() if not is_due]
+    if len(watched) < 2 or not plain:
+        return Spreading(0.0, memory)
+    apart_s = sum(watched) - len(watched) * median(plain)
+    return Spreading(max(0.0, apart_s - together_s) / (len(watched) - 1), memory)
 
 
 def _products(kfac: KFAC) -> dict[str, float]:
@@ -259,7 +374,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         steps.kfac.skip_step()
         # Nothing is decomposed here, and wide factors take minutes: what is held is added.
         moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
-        peaks.append(bytes_.peak + (1 + moments) * 4.0 * sized.parameter_elements + _held(sized))
+        peaks.append(bytes_.peak + moments * 4.0 * sized.parameter_elements + _held(sized))
     steps.kfac.close()
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]
@@ -268,7 +383,11 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         sized,
         forward_backward=fit_line((1, 2), [c / rate for c in counts]),
         factor_statistics=fit_line((1, 2), [c / rate for c in more]),
-        peaks=dict(enumerate(peaks, 1)),
+        bytes_=_Bytes(
+            dict(enumerate(peaks, 1)),
+            4.0 * ((3 + moments) * sized.parameter_elements + factor_elements(layers))
+            + _held(sized),
+        ),
     )
     workload = replace(
         workload,
@@ -289,28 +408,40 @@ def _flops(action: Callable[[], object]) -> float:
 def _workload(
     sized: Sized,
     *,
-    peaks: Mapping[int, float],
+    bytes_: _Bytes,
     forward_backward: Line,
     factor_statistics: Line,
 ) -> Workload:
-    """`peaks`: the bytes of one rank that holds all decompositions, by samples, in ascending order."""
-    kfac, held = sized.config.kfac, _held(sized)
-    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
-    (n1, low), (n2, high) = list(peaks.items())[-2:]
-    memory = Line(high - (slope := (high - low) / (n2 - n1)) * n2, slope)
+    kfac = sized.config.kfac
+    widths = {w for x in sized.layers for w in (x.a_dim, x.g_dim) if w <= CACHED_WIDTH}
     workload = Workload(
         layers=sized.layers,
         parameter_elements=sized.parameter_elements,
         forward_backward=forward_backward,
         factor_statistics=factor_statistics,
-        activation_bytes=Line(0.0, memory.slope),
-        base_bytes=memory.fixed - held,
-        least_bytes=min(peaks.values()) - held,
+        activation_bytes=Line(0.0, 0.0),
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,
+        index_bytes=4.0 * kfac.symmetry_aware * sum(w * w + triangle_size(w) for w in widths),
+        bucket_bytes=kfac.bucket_mib * 2**20,
+        symmetric=kfac.symmetry_aware,
     )
-    return with_intervals(workload, kfac)
+    return replace(with_intervals(workload, kfac), **_memory(bytes_, _held(sized)))
+
+
+def _memory(bytes_: _Bytes, held: float) -> dict[str, Any]:
+    """Fields of a workload."""
+    peaks = bytes_.peaks
+    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
+    (n1, low), (n2, high) = list(peaks.items())[-2:]
+    slope = (high - low) / (n2 - n1)
+    return {
+        "activation_bytes": Line(0.0, slope),
+        "base_bytes": high - slope * n2 - held,
+        "least_bytes": min(peaks.values()) - held,
+        "exchange_bytes": bytes_.exchanging - held,
+    }
 
 
 def _held(sized: Sized) -> float:

@@ -70,6 +70,8 @@ def run_member(
                 )
             except CommunicationError:
                 pass
+            if outcome is None:
+                loop.note_costs()
             if outcome is None and trainer.is_committed and trainer.holds_everything:
                 # Newer than the last snapshot, so no step is computed again.
                 with contextlib.suppress(CommunicationError):

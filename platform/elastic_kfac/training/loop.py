@@ -91,6 +91,8 @@ def run_rank(
             loop.continue_from_newest()
             return loop.run_until_stopped(control)
         except CommunicationError:
+            loop.note_costs()
+            loop.report_noted_costs()
             can_save = trainer.is_committed and trainer.holds_everything
             if save_survivor is not None and can_save and communicator.rank < SURVIVORS:
                 # A decomposition may still be under way from the lost peer.
@@ -144,6 +146,7 @@ class RunLoop:
         self._capture_cpu_s = 0.0
         self._last_step_time_s = 0.0
         self._target_reported = False
+        self._noted_costs: dict[str, Any] | None = None
         self._saving: Future[bool] | None = None
         self._segments_being_saved = 0
         self._safe_segments = 0
@@ -185,6 +188,7 @@ class RunLoop:
         step = trainer.progress.step
         lost = max(0, self._report.last_step() - step)
         trainer.costs.enter()
+        self.report_noted_costs()
         if continued.state is not None or continued.resized or lost:
             self._report.on_rollback(step, lost)
             self._report.on_event(
@@ -214,6 +218,18 @@ class RunLoop:
         if changes:
             text = "; ".join(f"{key} {old} → {new}" for key, (old, new) in changes.items())
             self._report.on_event(event_row("configuration", step, reason=text, changes=changes))
+
+    def note_costs(self) -> None:
+        """Where peers are lost, takes note of what the steps with them cost, by this rank's figures."""
+        trainer = self._trainer
+        if (costs := trainer.cost_row(alone=True)) is not None:
+            self._noted_costs = event_row("costs", trainer.progress.step, **self._world(), **costs)
+
+    def report_noted_costs(self) -> None:
+        """Reports them from rank 0, which may be another one than before."""
+        noted, self._noted_costs = self._noted_costs, None
+        if noted is not None:
+            self._report.on_event(noted)
 
     def keep_live_state(self) -> None:
         """Keeps the live state as the newest one; for ranks that hold all of it."""

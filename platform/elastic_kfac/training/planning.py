@@ -85,13 +85,16 @@ class PlanReview:
         kfac.calibration = replace(known, costs=costs)
         before_plan = kfac.plan
         report = kfac.resize(communicator)
+        changes = before_plan.diff(report.plan)
+        if not changes:
+            return None
         text = (
             f"decompositions took {seconds * 1e3:.3g} ms over all ranks since the last look, "
             f"predicted were {predicted * 1e3:.3g} ms"
         )
         return {
             "reason": f"{text}; {report.plan.reason}",
-            "changes": before_plan.diff(report.plan).splitlines(),
+            "changes": changes,
             "moved_bytes": report.moved_bytes,
             "way": "resize",
         }

@@ -292,10 +292,13 @@ class StepTrainer:
             gpu_seconds=self.progress.gpu_seconds + (cost if self.device.type == "cuda" else 0.0),
         )
 
-    def cost_row(self) -> dict[str, Any] | None:
-        """What the steps of this world cost, as fields of an event; None without steps. Collective."""
+    def cost_row(self, *, alone: bool = False) -> dict[str, Any] | None:
+        """What the steps of this world cost, as fields of an event; None without new ones. Collective,
+        unless this rank is `alone`, without peers that are lost."""
         elements = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return self.costs.row(self.communicator, self.kfac, elements, self.device)
+        row = self.costs.row(self.communicator, self.kfac, elements, self.device, alone=alone)
+        self.costs.enter()
+        return row
 
     def settle(self) -> None:
         """Gives all ranks one model before it is evaluated, saved or handed over. Collective."""

@@ -86,6 +86,9 @@ def member(folder: str, script: Script, dying: int = -1) -> Seen:
         datasets=memory_datasets(),
     )
     seen.rewinds = recorded.rewinds
+    seen.costs = [
+        (row["world_size"], row["step"]) for row in recorded.events if row["kind"] == "costs"
+    ]
     seen.continued = [
         (row["world_size"], row["way"], row["moved_bytes"])
         for row in recorded.events
@@ -227,9 +230,11 @@ def test_newcomer_receives_what_it_lacks_and_all_end_alike(
 def test_kill_of_rank_zero_another_rank_takes_over_and_saves(tmp_path: Path) -> None:
     alone = in_one_process(tmp_path / "alone", KFAC)
     script = Script((0, 1, 2), KFAC, kills={0: (7, "backward_done")})
-    _, state = play(tmp_path / "run", 3, script)
+    seen, state = play(tmp_path / "run", 3, script)
     assert states_differ_in(alone, state) == []
     assert state.ledger.world_sizes == (3, 2)
+    # What the steps before and after the loss cost, each world once.
+    assert [one.costs for one in seen if one] == [[(3, 6), (2, 12)], []]
 
 
 def test_two_kills_leave_one_that_finishes_alone(tmp_path: Path) -> None:

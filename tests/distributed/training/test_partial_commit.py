@@ -109,18 +109,20 @@ class Kept:
 
 
 def lose_a_peer(folder: str, changes: dict[str, Any]) -> list[tuple[int, list[int]]]:
-    communicator, kept = Communicator.world(), Kept()
+    communicator, kept, recorded = Communicator.world(), Kept(), RecordingCallback()
     faults = Faults(communicator.rank).fail_at(1, STEP, "backward_done")
     with pytest.raises(CommunicationError):
         run_rank(
             small_config({**changes, **NO_SNAPSHOTS}),
             communicator,
             store=CheckpointStore(folder),
-            callback=faults,
+            callback=Callbacks(faults, recorded),
             control=KeepGoing(),
             datasets=memory_datasets(),
             save_survivor=kept.save_survivor,
         )
+    [costs] = [row for row in recorded.events if row["kind"] == "costs"]
+    assert (costs["world_size"], costs["step"], costs["steps"]) == (2, STEP - 1, STEP - 2)
     return kept.seen
 
 

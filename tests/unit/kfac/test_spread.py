@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.kfac.ahead import Ahead
+from elastic_kfac.kfac.refresh import busy_steps
 from elastic_kfac.kfac.spread import balanced, spread
 
 WIDE = [40, 150, 140, 130, 10]
@@ -266,6 +267,24 @@ def test_null_spreads_over_long_intervals() -> None:
     assert together(factor_update_steps=10, inverse_update_steps=100, stagger=False)
     assert not together(factor_update_steps=10, inverse_update_steps=100)
     assert not together(stagger=True)
+
+
+@pytest.mark.usefixtures("every_layer_apart")
+def test_busy_steps_are_those_with_something_due() -> None:
+    kfac = KFAC(mlp(WIDE), **INTERVALS)
+    rows = dict.fromkeys((layer.name for layer in kfac.layers), 8)
+
+    def busy(**changes: Any) -> tuple[int, int]:
+        return busy_steps(kfac.layers, kfac.options.model_copy(update=changes), rows)
+
+    # Four layers in intervals of 3 and 6 steps: as many as find a step of their own.
+    assert busy()[0] == 3
+    assert 3 <= busy()[1] <= 4
+    assert busy(stagger=False) == busy(refresh="adaptive") == (1, 1)
+    assert busy(fisher="1mc")[0] == 1
+    kfac.refresh.see(rows)
+    due = [any(kfac.refresh.statistics_due(step)) for step in range(6, 9)]
+    assert sum(due) == busy()[0]
 
 
 @pytest.mark.usefixtures("every_layer_apart")

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,56 @@ def test_predicted_collectives_are_latency_and_bytes() -> None:
     e = 4 * (100 + 25 + 50 + 16 + 16 + 16)
     assert step.second_order_broadcast == pytest.approx((0.5 + e / 4 * 0.001) / 5)
     assert step.preconditioned_broadcast == pytest.approx(0.5 + 4 * 66 / 2 * 0.001)
+
+
+def test_spread_work_costs_further_steps_and_calls() -> None:
+    layers = (LayerShape("x", 10, 5, 50), LayerShape("y", 4, 4, 16), LayerShape("z", 4, 4, 16))
+    together = _workload(layers, factor_update_steps=4, inverse_update_steps=8)
+    spread = replace(together, statistics_steps=3, statistics_step_s=0.5, decomposition_steps=6)
+    calibration = Calibration(COMPUTE, 0.0, Line(0.0, 0.0), seconds_per_call=1.0)
+
+    def step(workload: Workload, ranks: int, columns: int) -> tuple[float, float]:
+        plan = make_plan(layers, ranks, 1.0 / columns)
+        found = predict_step(
+            workload, calibration, plan, global_batch_size=ranks, micro_batch_size=1
+        )
+        return found.factor_statistics, found.packing
+
+    once = step(together, 1, 1)
+    assert step(spread, 1, 1) == (pytest.approx(once[0] + 2 * 0.5 / 4), 0.0)
+    # Gradients, then counts and sums of statistics, then one bucket of each of two owners.
+    assert step(together, 2, 1)[1] == pytest.approx(1 + 2 / 4 + 2 / 8)
+    assert step(spread, 2, 1)[1] == pytest.approx(1 + 2 * 3 / 4 + 6 / 8)
+    # One worker per layer: no decompositions travel, but results of both columns do.
+    assert step(spread, 2, 2)[1] == pytest.approx(1 + 2 * 3 / 4 + 2)
+
+
+def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() -> None:
+    layers = (LayerShape("x", 10, 5, 50), LayerShape("y", 4, 4, 16))
+    s, e = 4 * (100 + 25 + 32), 4 * (100 + 25 + 50 + 32 + 16)
+    workload = _workload(
+        layers,
+        base_bytes=0.0,
+        activation_bytes=Line(0.0, 1.0),
+        exchange_bytes=300.0,
+        index_bytes=7.0,
+    )
+
+    def needed(ranks: int, columns: int, samples: int, **changes: Any) -> float:
+        plan = make_plan(layers, ranks, 1.0 / columns)
+        return device_bytes(replace(workload, **changes), plan, samples)
+
+    assert needed(1, 1, 2) == s + e + 2
+    # Old decompositions, new ones, and the buffers that bring them.
+    assert needed(2, 1, 2) == 7 + 300 + s + 3 * e
+    assert needed(2, 1, 10**6) == 7 + s + e + 10**6
+    assert needed(2, 1, 2, bucket_bytes=1.0) == 7 + 300 + s + 2 * e
+    assert needed(2, 1, 2, decomposition_steps=2) == 7 + 300 + s + e + 2 * 4 * (100 + 25 + 50)
+    # With one worker per layer only statistics are in a buffer, as triangles.
+    own = s + 4 * (100 + 25 + 50)
+    assert needed(2, 2, 2) == 7 + 300 + own + 4 * (55 + 15 + 10 + 10)
+    assert needed(2, 2, 2, statistics_steps=2) == 7 + 300 + own + 4 * (55 + 15)
+    assert needed(2, 2, 2, symmetric=False) == 7 + 300 + own + s
 
 
 def test_hierarchical_all_reduce_sends_one_shard_between_nodes() -> None:

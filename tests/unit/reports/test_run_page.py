@@ -320,7 +320,8 @@ def _cells(text: str, caption: str) -> list[list[str]]:
 
 
 def test_run_card_has_costs_beside_the_model_and_plans_in_words(make_run: MakeRun) -> None:
-    lines = "".join(json.dumps(row) + "\n" for row in (COSTS, RETUNED, REPLANNED))
+    noise = {**REPLANNED, "changes": ["no change"]}  # of an earlier version
+    lines = "".join(json.dumps(row) + "\n" for row in (COSTS, RETUNED, noise, REPLANNED))
     text = page_of(make_run(events__jsonl=lines))
     assert Page(text).open == []
     rows = {cells[0]: cells[1:] for cells in _cells(text, "Costs of a step on 2 workers")}

@@ -20,10 +20,10 @@ from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.emulation import Emulator
 from elastic_kfac.experiments.search_space import Links
 from elastic_kfac.kfac.shapes import shapes
-from elastic_kfac.placement.costs import factor_elements
+from elastic_kfac.placement.costs import factor_elements, second_order_elements
 from elastic_kfac.placement.devices import DEVICES, NETWORK, stored_calibration
 from elastic_kfac.placement.planner import max_second_order_elements
-from elastic_kfac.placement.simulator import Line
+from elastic_kfac.placement.simulator import Line, device_bytes
 from elastic_kfac.runs.feasibility import Sized, why_infeasible
 from elastic_kfac.runs.prediction import Outlook
 from elastic_kfac.runs.profile import PeakBytes, estimate, measure
@@ -160,6 +160,40 @@ def test_profile_adds_up_to_the_step_and_its_parts_are_positive(base: Config) ->
     assert profile.residual is not None and profile.residual > 0
 
 
+def test_samples_of_a_shape_alone_are_numbers_and_of_a_wrong_one_a_line(base: Config) -> None:
+    mlp = changed(base, model__name="mlp")
+    sized = Sized.of(mlp, (10,), 3)
+    assert bool(torch.isfinite(sized.inputs(4).inputs).all())
+    assert bool(torch.isfinite(sized.loss(4)))
+    with pytest.raises(ConfigError, match=r"fails on random samples: .*; given: model.name=.*3x20"):
+        Sized.of(changed(base, model__name="resnet18"), (3, 20), 3).loss(2)
+    language = changed(base, model__name="gpt", task__name="causal_lm")
+    with pytest.raises(ConfigError, match="causal_lm are sequences; given: 3x8x8"):
+        Sized.of(language, (3, 8, 8), 3)
+
+
+def test_profile_knows_what_spread_statistics_hold_and_cost(base: Config) -> None:
+    wide = changed(
+        base,
+        model__name="mlp",
+        model__arguments={"hidden": [256, 256, 256]},
+        kfac__factor_update_steps=5,
+        kfac__inverse_update_steps=50,
+        train__global_batch_size=128,
+    )
+    profile = measure(Sized.of(wide), stored_calibration("eigen"))
+    spread = profile.workload_of(wide)
+    together = profile.workload_of(changed(wide, kfac__stagger=False))
+    assert (together.statistics_steps, together.decomposition_steps) == (1, 1)
+    assert together.statistics_step_s == 0 <= spread.statistics_step_s
+    assert spread.decomposition_steps > 1
+    # Sums and new decompositions of one layer at a time instead of all.
+    plan = Sized.of(wide).plan(1)
+    gained = device_bytes(together, plan, 16) - device_bytes(spread, plan, 16)
+    most = factor_elements(spread.layers) + second_order_elements(spread.layers)
+    assert 0 < gained < 4 * most
+
+
 def test_estimate_for_a_device_counts_operations(base: Config) -> None:
     sized = Sized.of(base)
     slow = estimate(sized, DEVICES["v100"], NETWORK)
@@ -176,7 +210,12 @@ def test_estimate_for_a_device_counts_operations(base: Config) -> None:
 
 
 def test_peak_bytes_follow_what_is_held() -> None:
+    before = torch.ones(500)
     with PeakBytes() as bytes_:
+        assert before.sum() == 500  # what is only read is held as well
+        del before
+        assert bytes_.peak == 2000 + 4 + 1
+        bytes_.peak = 0
         first = torch.ones(1000)
         view = first[10:]
         second = first + 1
