@@ -11,6 +11,9 @@ import ray
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+NODE_DIED = "NodeDied"
+"""How the error of an answer begins if the node is gone."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -63,8 +66,10 @@ class Places:
         try:
             return Answer(ray.get(call))
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            return Answer(error=f"{type(error).__name__}: {lines[-1][:200]}")
+            text = str(error).strip()
+            # Ray has no class of its own for an actor whose node died.
+            kind = NODE_DIED if "node has died" in text else type(error).__name__
+            return Answer(error=f"{kind}: {text.splitlines()[-1][:200] if text else ''}")
 
     def end(self, place: Any, actor: Any = None) -> None:
         """Ends the actor and gives the place back; either may be gone already."""
