@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from elastic_kfac.cluster.ray.controller import (
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node, start_actor
+from elastic_kfac.cluster.ray.places import give_back
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.mode import why_restarts
@@ -109,6 +111,7 @@ class Launch:
         self.restarts_because = why_restarts(config, member_function, logical_gpus=logical_gpus)
         """Why changes of the world restart all workers although `elastic.in_place` is set."""
         self._in_place = in_place = elastic.in_place and self.restarts_because is None
+        self._places = f"elastic-kfac-{uuid.uuid4().hex[:12]}"
         telemetry = TelemetryOptions(
             run_label(run_uri),
             elastic.min_workers,
@@ -144,6 +147,7 @@ class Launch:
             logical_gpus=logical_gpus,
             share=share,
             spare_processes=self._spares,
+            places=self._places,
             hangs_after_s=float(os.environ.get(_HANGS, _TRAIN_ENVIRONMENT[_HANGS])),
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
@@ -207,6 +211,9 @@ class Launch:
             refresh_capacity(withdraw=[self._request])
             if view.placement_group is not None:
                 remove_placement_group(view.placement_group)
+        if self._in_place:
+            # A supervisor that was killed has freed nothing either.
+            give_back(self._places)
         if (view.outcome or {}).get("status") == "finished":
             self.error = None
         elif view.error is not None and self.error is None:

@@ -28,7 +28,7 @@ from ray.util import get_current_placement_group
 
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers
 from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, draining_nodes
-from elastic_kfac.cluster.ray.places import NODE_DIED, Answer, Places
+from elastic_kfac.cluster.ray.places import NODE_DIED, Answer, Places, give_back
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.member import Member
 from elastic_kfac.cluster.run.membership import MEMBER_TIMEOUT_S, listening_store
@@ -468,12 +468,14 @@ def supervise(settings: WorkerSettings) -> str:
         if settings.spare_processes:
             prestart_workers(nodes, settings.spare_processes)
 
-    # It needs torch for the store; members start meanwhile.
+    # A supervisor that was lost held them.
+    give_back(settings.places)
+    # The store needs torch; members start meanwhile.
     module = "elastic_kfac.training.membership"
     threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
     return Supervisor(
         settings,
-        Places(Member, settings.config.resources.of_a_worker()),
+        Places(Member, settings.config.resources.of_a_worker(), owner=settings.places),
         ask=ask,
         open_store=open_store,
         keep_spares=keep_spares,

@@ -53,6 +53,8 @@ class WorkerSettings:
     """How many workers the run may use, where ranks are members of worlds that change in place."""
     spare_processes: int = 0
     """Idle worker processes to keep ready on every node of a member."""
+    places: str = ""
+    """Begins the names of the members' places."""
     hangs_after_s: float = 20.0
     """A member that does not answer for so long is ended."""
     logical_gpus: bool = False
