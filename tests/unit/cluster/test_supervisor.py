@@ -137,7 +137,7 @@ class Cluster:
     def plan(self) -> None:
         """The members agree on a world of all that live."""
         prefixed = dist.PrefixStore("membership", self.store)
-        slots = sorted(m["slot"] for m in self.in_world())
+        slots = sorted(m["slot"] for m in self.in_world() if not m.get("left_out"))
         generation = int(prefixed.get("generation")) + 1
         plan = json.dumps({"members": slots, "joins_seen": 0})
         prefixed.set(f"plan/{generation}", plan)
@@ -343,6 +343,23 @@ def test_process_that_never_becomes_ready_is_replaced() -> None:
     cluster.at(300, cluster.finish)
     assert cluster.supervisor.run() == "finished"
     assert cluster.said("newcomer_lost") == [("a process was not ready after 240 s", 0)]
+
+
+def test_attempt_is_over_although_a_member_that_was_left_out_waits_to_be_taken_in_again() -> None:
+    cluster = Cluster(2)
+
+    def leave_out() -> None:
+        cluster.members[1]["left_out"] = True
+        cluster.plan()
+        cluster.plan = lambda: None  # type: ignore[method-assign]
+
+    original = cluster.plan
+    cluster.at(10, leave_out)
+    cluster.at(15, lambda: cluster.die(0))
+    cluster.at(15.1, lambda: setattr(cluster, "plan", original))
+    cluster.at(40, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    assert len(cluster.said("attempt_over")) == 1 and len(cluster.said("group_started")) == 2
 
 
 def test_attempt_is_over_although_a_newcomer_still_waits_to_be_taken_in() -> None:

@@ -81,6 +81,8 @@ class Seat:
     slot: int = -1
     rank: int | None = None
     """In the newest of its worlds."""
+    in_world: bool = False
+    """Whether that is the newest of all."""
     run: Any = None
     """The call that trains."""
     ping: Any = None
@@ -247,7 +249,7 @@ class Supervisor:
         nodes = sorted({seat.node for seat in leaving})
         names = ", ".join(node[:8] for node in nodes)
         reason = f"{_count(len(nodes), 'node')} being drained ({names})"
-        staying = [seat for seat in members if seat not in leaving and seat.rank is not None]
+        staying = [seat for seat in members if seat not in leaving and seat.in_world]
         if len(staying) >= self._least:
             for seat in leaving:
                 self._let_go(seat, reason)
@@ -296,7 +298,7 @@ class Supervisor:
         return [seat for seat in self._seats if seat.is_member]
 
     def _in_world(self) -> list[Seat]:
-        return [seat for seat in self._members() if seat.rank is not None]
+        return [seat for seat in self._members() if seat.in_world]
 
     def _found_if_ready(self, now: float) -> None:
         """Begins an attempt once enough members are prepared and no other one is about to be."""
@@ -406,6 +408,9 @@ class Supervisor:
             return
         attempt.generation = generation
         seats = {slots.index(seat.slot): seat for seat in self._members() if seat.slot in slots}
+        for seat in self._members():
+            # Whoever was too slow for this plan waits to be taken in again.
+            seat.in_world = seat.slot in slots
         for rank, seat in seats.items():
             seat.rank = rank
         pids = {rank: seat.pid for rank, seat in seats.items()}
