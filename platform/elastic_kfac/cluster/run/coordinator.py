@@ -456,6 +456,10 @@ class RunCoordinator:
         if self._group is not None:
             self._group.changed.set()
 
+    async def restarts(self, reason: str) -> None:
+        """Records why changes of the world restart all workers although the run asks for it in place."""
+        self._record_event(event_row("restarts", self._last_step, reason=reason))
+
     async def set_replica_places(self, places: Places) -> None:
         """The replica actors from now on."""
         self._replicas = places

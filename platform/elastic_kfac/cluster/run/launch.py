@@ -26,7 +26,6 @@ from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node, start_
 from elastic_kfac.cluster.ray.places import give_back
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
-from elastic_kfac.cluster.run.mode import why_restarts
 from elastic_kfac.cluster.run.replicas import ReplicaActors
 from elastic_kfac.cluster.run.states import RunState
 from elastic_kfac.cluster.run.supervisor import supervise
@@ -86,6 +85,7 @@ class Launch:
         *,
         rank_function: str,
         member_function: str | None,
+        restarts_because: str | None,
         share: Callable[[], int] | None,
         logical_gpus: bool,
         log: str,
@@ -95,6 +95,7 @@ class Launch:
 
         Args:
             rank_function: As in `trainer.train`, like `member_function`, `share` and `logical_gpus`.
+            restarts_because: Why changes of the world restart all workers (`mode.why_restarts`).
             log: Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`.
             resumed: Whether the run's folder stays as it is until its state is restored.
         """
@@ -108,9 +109,7 @@ class Launch:
         """Raised by Ray Train."""
         run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
         elastic = config.elastic
-        self.restarts_because = why_restarts(config, member_function, logical_gpus=logical_gpus)
-        """Why changes of the world restart all workers although `elastic.in_place` is set."""
-        self._in_place = in_place = elastic.in_place and self.restarts_because is None
+        self._in_place = in_place = elastic.in_place and restarts_because is None
         self._places = f"elastic-kfac-{uuid.uuid4().hex[:12]}"
         telemetry = TelemetryOptions(
             run_label(run_uri),
@@ -135,6 +134,8 @@ class Launch:
             telemetry=telemetry,
             config=config if resumed else None,
         )
+        if restarts_because is not None:
+            ray.get(self.coordinator.restarts.remote(restarts_because))
         self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
         ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
         settings = WorkerSettings(

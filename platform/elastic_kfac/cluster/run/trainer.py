@@ -17,7 +17,7 @@ from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.launch import Launch
-from elastic_kfac.cluster.run.mode import MEMBER_FUNCTION, RANK_FUNCTION
+from elastic_kfac.cluster.run.mode import MEMBER_FUNCTION, RANK_FUNCTION, why_restarts
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.run.result import RunResult, build_result, error_of, resumes
 from elastic_kfac.cluster.run.states import RunState
@@ -26,7 +26,6 @@ from elastic_kfac.errors import ElasticKfacError, RunError
 from elastic_kfac.observability.run_log import LogContext, begin_log, levels_of_this_process
 from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.run_folder import RunFolder
-from elastic_kfac.training.callbacks import event_row
 
 STOP_TIMEOUT_S = 60.0
 """How long a stop signal waits for the ranks to save their state."""
@@ -108,6 +107,7 @@ def train(
             cluster,
             rank_function=rank_function,
             member_function=member_function,
+            restarts_because=why_restarts(config, member_function, logical_gpus=logical_gpus),
             share=share,
             logical_gpus=logical_gpus,
             log=levels,
@@ -140,9 +140,6 @@ class _Driver:
     def finish(self) -> RunResult:
         """Runs to the end and turns it into a result or an error."""
         with self._launch.environment():
-            if self._launch.restarts_because is not None:
-                reason = self._launch.restarts_because
-                self._record_event(event_row("restarts", 0, reason=reason))
             try:
                 self._watch(self._launch.start())
             finally:
