@@ -156,10 +156,10 @@ def _drain(cluster: LocalCluster, node: int, *, deadline_s: float) -> None:
 
 def go(folder: Path, config: Config, display: Display, cluster: LocalCluster) -> RunResult:
     """One call of `train`; a quiet one does not wait in its steps."""
-    paced = {"rank_function": "paced_ranks:run"} if isinstance(display, Chaos) else {}
-    return train(
-        config, name="run", storage=str(folder), cluster=cluster, progress=display, **paced
-    )
+    options: dict[str, Any] = {"storage": str(folder), "cluster": cluster, "progress": display}
+    if isinstance(display, Chaos):
+        options |= {"rank_function": "paced_ranks:run", "member_function": "paced_ranks:member"}
+    return train(config, name="run", **options)
 
 
 def goodput(begin: float, end: float, commits: Sequence[float], events: Sequence[float]) -> float:

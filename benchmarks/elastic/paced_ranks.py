@@ -10,11 +10,13 @@ from __future__ import annotations
 import time
 
 from elastic_kfac.cluster.run import reporting
+from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.loop import run_rank
 
 STEP_S = 0.1
 
 run = run_rank
+member = run_member
 
 _stop_reason = reporting.CoordinatorControl.stop_reason
 

@@ -20,6 +20,7 @@ import pytest
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display
+from elastic_kfac.cluster.run.result import CHANGES
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.errors import RunError
@@ -34,11 +35,11 @@ TARGETS = {"rank0": 0, "owner": 1, "last": 2}
 
 @dataclass(frozen=True)
 class Stage:
-    """Once so many workers have taken enough steps, in a group that came after the last action."""
+    """Once so many workers have taken enough steps, in a world that came after the last action."""
 
     size: int
     act: Callable[[RunView], None]
-    new_group: bool = True
+    new_world: bool = True
 
 
 class Play(Display):
@@ -47,24 +48,25 @@ class Play(Display):
     def __init__(self, stages: Sequence[Stage], steps: int = 25) -> None:
         self._stages = [*stages]
         self._steps = steps
-        self._attempt = 0
+        self._worlds = self._worlds_at_action = 0
         self._since: tuple[int, int] | None = None
         self.acted_at: list[float] = []
 
     def update(self, view: RunView) -> None:
+        self._worlds += sum(row["kind"] in CHANGES for row in view.events)
         if not self._stages:
             return
         stage = self._stages[0]
         step = int(view.progress.get("step", 0))
         fits = view.state == "running" and view.world_size == stage.size and step > 0
-        if not fits or (stage.new_group and view.attempt <= self._attempt):
+        if not fits or (stage.new_world and self._worlds <= self._worlds_at_action):
             self._since = None
             return
-        if self._since is None or self._since[0] != view.attempt:
-            self._since = (view.attempt, step)
+        if self._since is None or self._since[0] != self._worlds:
+            self._since = (self._worlds, step)
         if step >= self._since[1] + self._steps:
             self._stages.pop(0)
-            self._attempt, self._since = view.attempt, None
+            self._worlds_at_action, self._since = self._worlds, None
             self.acted_at.append(time.time())
             stage.act(view)
 
@@ -90,7 +92,7 @@ class Cell:
             "node_loss": [Stage(3, self.lose_node), *back],
             "drain_long": [Stage(3, self.drain), *back],
             "drain_short": [Stage(3, self.drain_and_lose), *back],
-            "replicas_lost": [Stage(3, self.end_replicas), Stage(3, interrupt, new_group=False)],
+            "replicas_lost": [Stage(3, self.end_replicas), Stage(3, interrupt, new_world=False)],
             "buddies_lost": [Stage(3, self.lose_buddies), *whole],
             "controller_lost": [Stage(3, self.end_controller)],
             "flapping": [

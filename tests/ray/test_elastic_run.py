@@ -176,11 +176,18 @@ def test_run_drained_nodes_hand_over_and_a_drain_cut_short_is_a_loss(
 def test_run_same_error_at_every_attempt_ends_with_the_cause(
     run: Run, config: Make, tmp_path: Path
 ) -> None:
+    asked = _changed(config(1), "elastic.in_place", True)
     with pytest.raises(RunError, match="ValueError: a defect of the model"):
-        run(config(1), tmp_path / "run", rank_function="failing_ranks:always_raises")
+        run(asked, tmp_path / "run", rank_function="failing_ranks:always_raises")
 
     folder = RunFolder(tmp_path / "run")
-    assert len([row for row in folder.events() if row["kind"] == "failure"]) == 3
+    _failed_so_often(folder, 3)
+    reasons = [row["reason"] for row in folder.events() if row["kind"] == "restarts"]
+    assert reasons == ["the rank function of this run has no form for members"]
+
+
+def _failed_so_often(folder: RunFolder, times: int) -> None:
+    assert len([row for row in folder.events() if row["kind"] == "failure"]) == times
     result = folder.result()
     assert result is not None
     assert result["status"] == "failed"
@@ -192,8 +199,26 @@ def test_run_data_error_of_a_rank_is_not_tried_again(
     with pytest.raises(DataError, match=r"shard 3 is torn; given: train-00003\.arrow"):
         run(config(1), tmp_path / "run", rank_function="failing_ranks:finds_bad_data")
 
-    events = RunFolder(tmp_path / "run").events()
-    assert len([row for row in events if row["kind"] == "failure"]) == 1
+    _failed_so_often(RunFolder(tmp_path / "run"), 1)
+
+
+def test_run_in_place_same_error_ends_it_after_as_many_failures(
+    run: Run, config: Make, tmp_path: Path
+) -> None:
+    raises = _in_place(config(1), "failing_ranks:RaisesAtStepThree")
+    with pytest.raises(RunError, match="ValueError: a defect of the model"):
+        run(raises, tmp_path / "run")
+    _failed_so_often(RunFolder(tmp_path / "run"), 3)
+
+    bad_data = _in_place(config(1), "failing_ranks:FindsBadData")
+    with pytest.raises(DataError, match=r"shard 3 is torn; given: train-00003\.arrow"):
+        run(bad_data, tmp_path / "bad-data")
+    _failed_so_often(RunFolder(tmp_path / "bad-data"), 1)
+
+
+def _in_place(config: Config, hook: str) -> Config:
+    changes = [("elastic.in_place", True), ("train.hooks", [hook])]
+    return parse_config(apply_overrides(config.model_dump(), changes))
 
 
 # Twenty seconds of starting for one line.

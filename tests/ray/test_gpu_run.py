@@ -145,13 +145,17 @@ def options(cluster: LocalCluster, tmp_path: Path) -> dict[str, Any]:
 
 # Half a minute; what it asks Ray for is tested above.
 @pytest.mark.soak
+@pytest.mark.parametrize("member", [None, "gpu_ranks:member_notes_its_device"])
 def test_run_on_logical_gpus_gives_every_rank_the_one_of_its_node(
     config: Callable[[int], Config],
     gpu_nodes: list[str],
     options: dict[str, Any],
     tmp_path: Path,
+    member: str | None,
 ) -> None:
-    result = trainer.train(on_gpus(config(1)), name="run", logical_gpus=True, **options)
+    result = trainer.train(
+        on_gpus(config(1)), name="run", logical_gpus=True, member_function=member, **options
+    )
 
     assert result.values["world_sizes"] == [2]
     seen = [json.loads((tmp_path / f"run/device-{rank}.json").read_text()) for rank in (0, 1)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import ray
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
@@ -49,12 +53,70 @@ def test_run_in_place_survivors_step_on_whoever_comes_leaves_or_dies(
     assert "node being drained" in planned[1]["reason"]
     failures = [row["reason"] for row in events if row["kind"] == "failure" and row["in_place"]]
     assert failures[0] == "worker process of rank 0 died"
+    assert "1 node lost" in failures
     assert not [row for row in events if row["kind"] == "fallback"]
     # One process was there all the time.
     assert set.intersection(*(set(pids.values()) for pids in display.pids))
     steps = [row["step"] for row in folder.metrics() if "loss" in row]
     assert steps == list(range(1, result.values["steps"] + 1))
     assert audit_run(folder).problems == ()
+
+
+def test_run_whose_supervisor_is_lost_begins_again_in_the_same_places(
+    run: Callable[..., RunResult],
+    config: Callable[[int], Config],
+    cluster: LocalCluster,
+    tmp_path: Path,
+) -> None:
+    settings = parse_config(
+        apply_overrides(config(5000).model_dump(), [("elastic.in_place", True)])
+    )
+    result = run(settings, tmp_path / "run", progress=_LosesItsSupervisor(cluster))
+
+    assert result.status == "interrupted" and result.is_safe
+    folder = RunFolder(tmp_path / "run")
+    failures = [row["reason"] for row in folder.events() if row["kind"] == "failure"]
+    assert failures == ["the supervisor of the workers was lost"]
+    steps = [row["step"] for row in folder.metrics() if "loss" in row]
+    assert steps == list(range(1, result.values["steps"] + 1))
+    assert audit_run(folder).problems == ()
+    deadline = time.monotonic() + 60
+    while places := _places_in_use():
+        assert time.monotonic() < deadline, places
+        time.sleep(0.2)
+
+
+def _places_in_use() -> list[str]:
+    table = ray.util.placement_group_table().values()
+    return [group["name"] for group in table if group["state"] != "REMOVED"]
+
+
+class _LosesItsSupervisor(Display):
+    """Kills Ray Train's worker after some steps of both ranks; presses Ctrl-C once they step again."""
+
+    def __init__(self, cluster: LocalCluster, steps: int = 20) -> None:
+        self._cluster, self._steps = cluster, steps
+        self._attempt, self._since = 1, 0
+
+    def update(self, view: RunView) -> None:
+        step = int(view.progress.get("step", 0))
+        if view.state != "running" or view.world_size != 2 or view.attempt != self._attempt:
+            self._since = step
+        elif step >= self._since + self._steps:
+            self._attempt += 1
+            if self._attempt == 2:
+                self._kill_supervisor()
+            else:
+                threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def _kill_supervisor(self) -> None:
+        for folder in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                title = (folder / "cmdline").read_bytes()
+                if title.startswith(b"ray::RayTrainWorker"):
+                    # Only this cluster's own processes can be killed.
+                    with contextlib.suppress(Exception):
+                        self._cluster.kill_worker(int(folder.name))
 
 
 class _OneChangeAfterTheOther(Display):

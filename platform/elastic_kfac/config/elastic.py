@@ -36,7 +36,8 @@ class ElasticConfig(Section):
     """Seconds between looks for capacity to grow into."""
     in_place: bool = False
     """Workers keep their processes when others come, leave or are lost: each is placed for itself, and
-    a change costs tenths of a second. Without it every change restarts all of them."""
+    a change costs tenths of a second. Without it every change restarts all of them, as it does with
+    `plan.decomposers`, NCCL, or rank functions of one's own; the run's events say so."""
     reproducible: bool = False
     """Make every bit of the final state independent of the number of workers, resizes and kills (CPUs
     of one type)."""

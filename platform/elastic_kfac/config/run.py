@@ -104,7 +104,7 @@ _NEEDS = {
     "batch.policy=gg": "optimizer.lr_schedule=step optimizer.decay_epochs",
     "batch.policy=fb": "optimizer.warmup_epochs=0",  # it has batch.warmup_epochs
     "batch.policy=abs": "adversarial.attack=none",
-    "plan.decomposers>0": "kfac.enabled=true kfac.stagger=true elastic.in_place=false",
+    "plan.decomposers>0": "kfac.enabled=true kfac.stagger=true",
     "plan.unequal_shares=true": "plan.calibrate=true kfac.enabled=true",
     "plan.retune=true": "kfac.enabled=true kfac.refresh=fixed elastic.reproducible=false",
     "kfac.momentum>0": "optimizer.momentum=0",

@@ -14,9 +14,11 @@ from typing import Any
 
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Callback, Callbacks, Control, Trainer
+from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.loop import Outcome, run_rank
 
 RANK_FUNCTION = "elastic_kfac.experiments.rounds:run_in_rounds"
+MEMBER_FUNCTION = "elastic_kfac.experiments.rounds:run_member_in_rounds"
 
 _FILE = "round.json"
 _TOLERANCE = 1e-9
@@ -102,7 +104,33 @@ def run_in_rounds(
     Raises:
         ElasticKfacError: As `run_rank`.
     """
+    gate = _gate(store, control)
+    return run_rank(
+        config, communicator, store=store, callback=Callbacks(gate, callback), control=gate, **seams
+    )
 
+
+def run_member_in_rounds(
+    config: Any,
+    membership: Any,
+    *,
+    store: Any,
+    callback: Callback,
+    control: Control,
+    **seams: Any,
+) -> Outcome:
+    """`run_member`, waiting at the end of every announced round.
+
+    Raises:
+        ElasticKfacError: As `run_member`.
+    """
+    gate = _gate(store, control)
+    return run_member(
+        config, membership, store=store, callback=Callbacks(gate, callback), control=gate, **seams
+    )
+
+
+def _gate(store: Any, control: Control) -> RoundGate:
     def read_round() -> tuple[str, float] | None:
         try:
             row = json.loads(store.storage.read(_FILE))
@@ -110,7 +138,4 @@ def run_in_rounds(
             return None
         return str(row["measure"]), float(row["end"])
 
-    gate = RoundGate(control, read_round)
-    return run_rank(
-        config, communicator, store=store, callback=Callbacks(gate, callback), control=gate, **seams
-    )
+    return RoundGate(control, read_round)

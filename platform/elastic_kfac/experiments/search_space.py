@@ -377,14 +377,7 @@ class SearchSpace(Section):
         ]
         if self.budget.epochs is not None:
             overrides.append(("train.epochs", self.budget.epochs))
-        config = parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
-        if config.elastic.in_place:
-            raise ConfigError(
-                "trials of a search change their size by restarts",
-                given="elastic.in_place=true",
-                change="set elastic.in_place=false in the search; train the winner with it",
-            )
-        return config
+        return parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
 
     def shipped_config(self, point: Point) -> Config:
         """The content of `best_config.yaml`: the point, trained to the end of the budget."""

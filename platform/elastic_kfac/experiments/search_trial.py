@@ -26,14 +26,14 @@ from ray.tune.result import TIMESTEPS_TOTAL
 
 from elastic_kfac.cluster.ray.idle_workers import cpu_seconds
 from elastic_kfac.cluster.run.coordinator import RunView
+from elastic_kfac.cluster.run.mode import MEMBER_FUNCTION, RANK_FUNCTION
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.result import RunResult
 from elastic_kfac.cluster.run.trainer import train
-from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError
+from elastic_kfac.experiments import rounds
 from elastic_kfac.experiments.resource_broker import TrialShare
-from elastic_kfac.experiments.rounds import RANK_FUNCTION as ROUNDS_RANK_FUNCTION
 from elastic_kfac.experiments.rounds import announce_round, round_after
 from elastic_kfac.experiments.search_space import Objective, SearchSpace, from_log_scale
 from elastic_kfac.observability.quality import is_worse, reached_s
@@ -49,6 +49,7 @@ EXTRAS = "tuning.json"
 
 _CLONED = ("checkpoints", "ledger", "metrics.jsonl", EXTRAS)
 _END_TIMEOUT_S = 120.0
+_USUAL = (RANK_FUNCTION, MEMBER_FUNCTION)
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,9 @@ class _LiveRun:
         if reason is not None:
             self._stop.ask(reason)
             return
-        usual = ROUNDS_RANK_FUNCTION if self._settings.space.perturbed else RANK_FUNCTION
+        own, in_rounds = self._settings.rank_function, bool(self._settings.space.perturbed)
+        usual = (rounds.RANK_FUNCTION, rounds.MEMBER_FUNCTION) if in_rounds else _USUAL
+        rank_function, member_function = (own, None) if own else usual
         try:
             self._result = train(
                 self._config,
@@ -226,7 +229,8 @@ class _LiveRun:
                 storage=str(self._folder.parent),
                 address="auto",
                 progress=self._display,
-                rank_function=self._settings.rank_function or usual,
+                rank_function=rank_function,
+                member_function=member_function,
                 stop_signals=self._stop,
                 share=TrialShare(broker, self._trial),
                 # A trial outlives a killed search for a moment.

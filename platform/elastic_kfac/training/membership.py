@@ -58,8 +58,9 @@ class Membership:
         store: For example a TCPStore on a node that is not preempted.
         slot: Number of this process; never reused after its death.
         settle_s: Seconds that survivors wait for one more survivor before they continue without it.
-        timeout_s: Timeout in seconds for joining and for the collectives of the groups; founders wait
-            for each other half as long.
+        timeout_s: Timeout in seconds for the collectives of the groups; founders wait for each other
+            half as long.
+        join_s: Timeout in seconds for joining; None is that of the collectives.
         ready_s: Seconds that the members of a later world wait for each other before they connect.
         while_joining: Called repeatedly while this process waits for admission; raise to give up.
     """
@@ -72,6 +73,7 @@ class Membership:
         backend: str = "gloo",
         settle_s: float = 0.3,
         timeout_s: float = 30.0,
+        join_s: float | None = None,
         ready_s: float = 5.0,
         while_joining: Callable[[], None] = lambda: None,
     ) -> None:
@@ -81,6 +83,7 @@ class Membership:
         self._backend = backend
         self._settle_s = settle_s
         self._timeout_s = timeout_s
+        self._join_s = timeout_s if join_s is None else join_s
         self._ready_s = ready_s
         self._while_joining = while_joining
         self._joins_seen = 0
@@ -115,7 +118,7 @@ class Membership:
         if generation == 0 and self._slot in self._plan(0)[0]:
             return self._world(0)
         number = self._ask(generation)
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._join_s
         while time.monotonic() < deadline:
             newest = int(self._store.get("generation"))
             members, joins_seen = self._plan(newest)
@@ -124,7 +127,7 @@ class Membership:
             self._while_joining()
             time.sleep(0.01)
         raise CommunicationError(
-            f"slot {self._slot} was not admitted to the world within {self._timeout_s:g} s"
+            f"slot {self._slot} was not admitted to the world within {self._join_s:g} s"
         )
 
     def change_is_wanted(self) -> bool:

@@ -482,3 +482,35 @@ def test_coordinator_of_a_continued_run_counts_only_time_in_which_it_existed(
     event = folder.events()[-1]
     assert event["kind"] == "continue" and 7200 <= event["away_s"] < 7260
     assert event["reason"] == "the run was continued after 2 h 00 min"
+
+
+def test_coordinator_tells_once_that_no_worker_can_join_and_lets_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> list[Any]:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.supervisor_started()
+        await coordinator.group_started(PIDS, NODES)
+        verdicts = []
+        for step in range(1, 6):
+            # The others step on, which is no sign that newcomers can.
+            await coordinator.record(1, _steps(step))
+            await coordinator.rank_failed(1, RankError(0, "ValueError", "ValueError: a defect"))
+            verdicts.append(await coordinator.newcomer_lost("RayTaskError: a defect", 2))
+        await coordinator.newcomer_stays()
+        verdicts.append(await coordinator.newcomer_lost("RayTaskError: another", 2))
+        # What newcomers reported is no reason to end the run when a member is lost.
+        assert await coordinator.members_lost({1: "ActorDied"}, [], 1) is None
+        await coordinator.close()
+        return verdicts
+
+    *first, third, fourth, fifth, after = asyncio.run(scenario())
+    assert first == [None, None] and after is None
+    assert {error.line for error in (third, fourth, fifth)} == {"ValueError: a defect"}
+    events = RunFolder(tmp_path).events()
+    assert [row["reason"] for row in events if row["kind"] == "warning"] == [
+        "no worker can join (ValueError: a defect); the run goes on with 2"
+    ]
+    assert [row["reason"] for row in events if row["kind"] == "failure"] == [
+        "worker process of rank 1 died"
+    ]

@@ -61,6 +61,12 @@ def test_event_line_change_tells_why_how_long_and_what_was_redone() -> None:
     resized = {**event, "way": "resize", "moved_bytes": 3 * 2**19}
     assert event_line(resized) == f"{expected}, state kept, 1.5 MiB moved"
     assert event_line({"kind": "restored", "step": 60}) is None
+    in_place = event_line({**event, "in_place": True})
+    assert in_place == expected.replace("1 worker:", "1 worker in place:")
+    restarts = {"kind": "restarts", "step": 0, "reason": "plan.decomposers=1 are in use"}
+    assert event_line(restarts) == (
+        "changes of the world restart all workers: plan.decomposers=1 are in use"
+    )
 
 
 def test_progress_line_without_terminal_is_throttled_but_tells_every_change() -> None:

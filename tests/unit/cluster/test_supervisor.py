@@ -15,7 +15,7 @@ import torch.distributed as dist
 from elastic_kfac.cluster.ray.places import Answer
 from elastic_kfac.cluster.run.coordinator import RunCoordinator
 from elastic_kfac.cluster.run.crash_loop import RankError
-from elastic_kfac.cluster.run.supervisor import HANGS_AFTER_S, Supervisor
+from elastic_kfac.cluster.run.supervisor import RETRY_S, Supervisor
 from elastic_kfac.config import parse_config
 from elastic_kfac.training.membership import Membership
 
@@ -28,6 +28,7 @@ class Cluster:
     def __init__(self, nodes: int, *, workers: tuple[int, int] = (1, 3)) -> None:
         self.now = 0.0
         self.free = [f"node-{n}" for n in range(nodes)]
+        self.nodes = {f"node-{n}" for n in range(nodes)}
         self.leaving: dict[str, int] = {}
         self.members: dict[int, dict[str, Any]] = {}
         """By actor: node, slot, how it ended."""
@@ -41,11 +42,12 @@ class Cluster:
             {"elastic": {"min_workers": workers[0], "max_workers": workers[1], "in_place": True}}
         )
         self.supervisor = Supervisor(
-            SimpleNamespace(config=config, share=None),  # type: ignore[arg-type]
+            SimpleNamespace(config=config, share=None, hangs_after_s=20.0),  # type: ignore[arg-type]
             self,
             ask=self.ask,
             open_store=self.open_store,
             leaving_nodes=lambda: self.leaving,
+            nodes=lambda: self.nodes,
             clock=SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep),
         )
 
@@ -66,7 +68,9 @@ class Cluster:
     def ask(self, method: str, *arguments: Any) -> Any:
         inspect.signature(getattr(RunCoordinator, method)).bind(self, *arguments)
         if method == "supervision":
-            return {"stop_reason": self.stop_reason, "wanted_workers": None}
+            # Ten steps a second.
+            step = int(10 * self.now)
+            return {"stop_reason": self.stop_reason, "wanted_workers": None, "step": step}
         self.calls.append((method, *arguments))
         if method == "park":
             for member in self.in_world():
@@ -133,7 +137,7 @@ class Cluster:
     def plan(self) -> None:
         """The members agree on a world of all that live."""
         prefixed = dist.PrefixStore("membership", self.store)
-        slots = sorted(m["slot"] for m in self.in_world())
+        slots = sorted(m["slot"] for m in self.in_world() if not m.get("left_out"))
         generation = int(prefixed.get("generation")) + 1
         plan = json.dumps({"members": slots, "joins_seen": 0})
         prefixed.set(f"plan/{generation}", plan)
@@ -163,7 +167,7 @@ def test_first_world_has_every_member_with_a_place_and_others_join_later() -> No
 def test_lost_members_are_buried_reported_together_and_replaced() -> None:
     cluster = Cluster(3)
     cluster.at(10, lambda: cluster.die(0))
-    cluster.at(10.1, lambda: cluster.die(2, "ActorDiedError: NodeDied", with_node=True))
+    cluster.at(10.1, lambda: cluster.die(2, "NodeDied: its node", with_node=True))
     cluster.at(20, cluster.finish)
     assert cluster.supervisor.run() == "finished"
     ((errors, lost_nodes, left),) = cluster.said("members_lost")
@@ -233,9 +237,8 @@ def test_member_that_hangs_is_ended_within_half_a_minute() -> None:
     cluster.at(60, cluster.finish)
     assert cluster.supervisor.run() == "finished"
     ((errors, _, left),) = cluster.said("members_lost")
-    assert errors == {1: f"a worker did not answer for {HANGS_AFTER_S:g} s"}
+    assert errors == {1: "a worker did not answer for 20 s"}
     assert left == 1
-    assert HANGS_AFTER_S < 30
 
 
 def test_stop_before_there_is_room_and_while_members_run() -> None:
@@ -275,3 +278,100 @@ def test_joined_slots_are_never_used_twice() -> None:
     assert cluster.supervisor.run() == "finished"
     assert slots == sorted(set(slots)) and len(slots) == 5
     assert Membership.newest_plan(cluster.store)[1] == [0, slots[-1]]
+
+
+def test_newcomers_that_fail_are_bounded_until_a_node_comes_or_time_has_passed() -> None:
+    cluster = Cluster(2)
+    failures: list[float] = []
+    original = cluster.call
+
+    def call(actor: int, method: str, *arguments: Any) -> Any:
+        answer = original(actor, method, *arguments)
+        if method == "run" and cluster.places[actor] == "bad":
+            cluster.members[actor]["end"] = Answer(error="ValueError: a defect of its node")
+            failures.append(cluster.now)
+        return answer
+
+    cluster.call = call  # type: ignore[method-assign]
+    cluster.verdicts = [None, None, *[ERROR] * 9]
+    cluster.at(10, lambda: cluster.free.append("bad"))
+    cluster.at(100, lambda: cluster.nodes.add("another one"))
+    cluster.at(499, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    # Three tries, one when a node had come, one after some time; the two others stepped all along.
+    assert len(failures) == 5
+    assert failures[2] < 30 and 100 < failures[3] < 110
+    assert RETRY_S < failures[4] - failures[3] < RETRY_S + 10
+    assert {left for _, left in cluster.said("newcomer_lost")} == {2}
+    assert cluster.said("members_lost") == [] and len(cluster.said("group_started")) == 1
+
+
+def test_newcomer_that_steps_clears_the_record_and_its_later_loss_is_that_of_a_member() -> None:
+    cluster = Cluster(2)
+    cluster.at(10, lambda: cluster.free.append("new"))
+    cluster.at(20, lambda: cluster.die(2))
+    cluster.at(30, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    # The third member, and the one that took its place.
+    assert len(cluster.said("newcomer_stays")) == 2
+    assert cluster.said("newcomer_lost") == []
+    ((errors, _, left),) = cluster.said("members_lost")
+    assert (set(errors), left) == ({2}, 2)
+
+
+def test_places_that_are_too_few_are_given_back_and_requested_again() -> None:
+    cluster = Cluster(1, workers=(2, 2))
+    held: list[tuple[float, int]] = []
+    original = cluster.sleep
+
+    def sleep(seconds: float) -> None:
+        held.append((cluster.now, sum(place is not None for place in cluster.places.values())))
+        original(seconds)
+
+    cluster.supervisor._clock.sleep = sleep
+    cluster.at(200, lambda: cluster.free.append("new"))
+    cluster.at(220, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    given_back = [now for now, number in held if number == 0 and 1 < now < 200]
+    assert 60 < given_back[0] < 70 and len(given_back) > 40
+    assert [len(pids) for pids, _ in cluster.said("group_started")] == [2]
+
+
+def test_process_that_never_becomes_ready_is_replaced() -> None:
+    cluster = Cluster(1)
+    cluster.at(0.5, lambda: cluster.members[0].update(ready=1000.0))
+    cluster.at(300, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    assert cluster.said("newcomer_lost") == [("a process was not ready after 240 s", 0)]
+
+
+def test_attempt_is_over_although_a_member_that_was_left_out_waits_to_be_taken_in_again() -> None:
+    cluster = Cluster(2)
+
+    def leave_out() -> None:
+        cluster.members[1]["left_out"] = True
+        cluster.plan()
+        cluster.plan = lambda: None  # type: ignore[method-assign]
+
+    original = cluster.plan
+    cluster.at(10, leave_out)
+    cluster.at(15, lambda: cluster.die(0))
+    cluster.at(15.1, lambda: setattr(cluster, "plan", original))
+    cluster.at(40, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    assert len(cluster.said("attempt_over")) == 1 and len(cluster.said("group_started")) == 2
+
+
+def test_attempt_is_over_although_a_newcomer_still_waits_to_be_taken_in() -> None:
+    cluster = Cluster(1, workers=(1, 2))
+    cluster.at(10, lambda: cluster.free.append("new"))
+    original = cluster.plan
+    # The last member dies before anybody takes the newcomer in.
+    cluster.at(9, lambda: setattr(cluster, "plan", lambda: None))
+    cluster.at(14, lambda: cluster.die(0))
+    cluster.at(15, lambda: setattr(cluster, "plan", original))
+    cluster.at(40, cluster.finish)
+    assert cluster.supervisor.run() == "finished"
+    assert len(cluster.said("attempt_over")) == 1 and len(cluster.said("group_started")) == 2
+    ((errors, _, left),) = cluster.said("members_lost")
+    assert (set(errors), left) == ({0}, 0)

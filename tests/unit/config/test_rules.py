@@ -170,7 +170,6 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         "plan.decomposers > 0 needs kfac.enabled=true",
         {**POOL, "kfac.enabled": False},
     ),
-    ("plan.decomposers > 0 needs elastic.in_place=false", {**POOL, "elastic.in_place": True}),
     (
         "plan.decomposers needs statistics in some steps only",
         {**POOL, "kfac.factor_update_steps": 1},

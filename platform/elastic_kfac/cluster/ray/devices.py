@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from elastic_kfac.config import Config
 
 
-def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.device:
+def device_of_rank(
+    config: Config, *, logical_gpus: bool = False, is_member: bool = False
+) -> torch.device:
     """The device of this process, a rank; a GPU becomes the current one.
+
+    Args:
+        is_member: Whether this process is an actor of its own and no worker of Ray Train.
 
     Raises:
         UsageError: If a GPU is required and torch sees none on this node.
@@ -29,7 +34,7 @@ def device_of_rank(config: Config, *, logical_gpus: bool = False) -> torch.devic
         return torch.device("cpu")
     _require_cuda()
     device = torch.device("cuda", 0)
-    if not config.elastic.in_place:
+    if not is_member:
         # Workers of Ray Train see the GPUs of all workers of their node.
         import ray.train.torch
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+NODE_DIED = "NodeDied"
+"""How the error of an answer begins if the node is gone."""
+
+
+def give_back(owner: str) -> None:
+    """Frees the places that an owner has left behind."""
+    for place in placement_group_table().values():
+        if place["name"].startswith(f"{owner}-") and place["state"] != "REMOVED":
+            # It may be gone by now.
+            with contextlib.suppress(ValueError):
+                remove_placement_group(get_placement_group(place["name"]))
 
 
 @dataclass(frozen=True)
@@ -24,11 +42,18 @@ class Answer:
 class Places:
     """Requests places, starts an actor in each, and calls it without waiting.
 
-    All of them belong to this process and end with it.
+    Actors end with this process. Places do not, before the driver ends: `give_back` frees them.
     """
 
-    def __init__(self, kind: type, resources: Mapping[str, float], *, threads: int = 4) -> None:
-        """For actors of the class `kind`, each with these resources and so many threads."""
+    def __init__(
+        self, kind: type, resources: Mapping[str, float], *, owner: str, threads: int = 4
+    ) -> None:
+        """For actors of the class `kind`, each with these resources and so many threads.
+
+        Args:
+            owner: Begins the name of every place; unique in the cluster.
+        """
+        self._owner = owner
         self._resources = dict(resources)
         rest = dict(resources)
         self._kind = ray.remote(kind)
@@ -41,7 +66,7 @@ class Places:
 
     def request(self) -> Any:
         """Requests one more place; it stays requested until there is room."""
-        return placement_group([self._resources])
+        return placement_group([self._resources], name=f"{self._owner}-{uuid.uuid4().hex}")
 
     def is_there(self, place: Any) -> bool:
         """Whether Ray has found room."""
@@ -63,8 +88,10 @@ class Places:
         try:
             return Answer(ray.get(call))
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            return Answer(error=f"{type(error).__name__}: {lines[-1][:200]}")
+            text = str(error).strip()
+            # Ray has no class of its own for an actor whose node died.
+            kind = NODE_DIED if "node has died" in text else type(error).__name__
+            return Answer(error=f"{kind}: {text.splitlines()[-1][:200] if text else ''}")
 
     def end(self, place: Any, actor: Any = None) -> None:
         """Ends the actor and gives the place back; either may be gone already."""

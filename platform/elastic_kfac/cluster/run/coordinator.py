@@ -101,6 +101,8 @@ class RunCoordinator:
         self._survivors_timeout_s = survivors_timeout_s
         self._folder = RunFolder(run_uri)
         self._breaker = breaker or CrashLoopBreaker()
+        self._newcomers = CrashLoopBreaker()
+        self._given_up = ""
         self._recorder = Recorder(self._folder)
         self._config = config
         if config is not None:
@@ -227,8 +229,13 @@ class RunCoordinator:
 
     # ---- called by the supervisor of members -------------------------------------------------
 
-    async def supervisor_started(self) -> RankError | None:
-        """A supervisor begins; if one was lost, its members are, and the run may have to end."""
+    async def supervisor_started(self, places: Any = None) -> RankError | None:
+        """A supervisor begins; if one was lost, its members are, and the run may have to end.
+
+        Args:
+            places: Ray's handle of its placement group.
+        """
+        self._run.placement_group = places
         if not self._is_supervised:
             self._is_supervised = True
             self._enter(RunState.STARTING, "")
@@ -240,8 +247,12 @@ class RunCoordinator:
         self._breaker.reported(error)
 
     async def supervision(self) -> dict[str, Any]:
-        """Why the run has to stop, if it has to, and how many workers its batch keeps busy."""
-        return {"stop_reason": self._stop_reason, "wanted_workers": self._wanted_workers}
+        """Why the run has to stop, if it has to, how many workers its batch keeps busy, and its step."""
+        return {
+            "stop_reason": self._stop_reason,
+            "wanted_workers": self._wanted_workers,
+            "step": self._last_step,
+        }
 
     async def world_formed(
         self, attempt: int, pids: Mapping[int, int], nodes: Mapping[int, str]
@@ -272,9 +283,29 @@ class RunCoordinator:
             self._record_failure(group.world_size, left, in_place=left > 0)
         return error
 
-    async def newcomer_lost(self, error: str) -> RankError | None:
-        """A process ended before it became a member; returns why the run must end, or None."""
-        return self._judge({-1: error}, [])
+    async def newcomer_lost(self, error: str, left: int) -> RankError | None:
+        """A process ended before it took a step.
+
+        Args:
+            left: How many members run on.
+
+        Returns:
+            The cause, if the run must end, or with members left go on without newcomers; None to retry.
+        """
+        if not left:
+            return self._judge({-1: error}, [])
+        for reported in self._breaker.take_reports():
+            self._newcomers.reported(reported)
+        cause = self._newcomers.judge(step=0, died=[], errors={-1: error}, lost_nodes=0)
+        if cause is not None and cause.line != self._given_up:
+            self._given_up = cause.line
+            reason = f"no worker can join ({cause.line}); the run goes on with {left}"
+            self._record_event(event_row("warning", self._last_step, reason=reason))
+        return cause
+
+    async def newcomer_stays(self) -> None:
+        """A newcomer steps with the others; what ended those before it counts no more."""
+        self._newcomers, self._given_up = CrashLoopBreaker(), ""
 
     async def attempt_over(self) -> None:
         """No member is left: the next attempt restores the newest state that was kept."""
@@ -425,6 +456,10 @@ class RunCoordinator:
         if self._group is not None:
             self._group.changed.set()
 
+    async def restarts(self, reason: str) -> None:
+        """Records why changes of the world restart all workers although the run asks for it in place."""
+        self._record_event(event_row("restarts", self._last_step, reason=reason))
+
     async def set_replica_places(self, places: Places) -> None:
         """The replica actors from now on."""
         self._replicas = places
@@ -453,7 +488,7 @@ class RunCoordinator:
         return self._stop_reason or group.drain_reason
 
     def _judge(self, errors: Mapping[int, str], lost_nodes: Sequence[str]) -> RankError | None:
-        died = sorted(set(errors) - self._breaker.reported_ranks)
+        died = sorted(rank for rank in set(errors) - self._breaker.reported_ranks if rank >= 0)
         self._run.error = self._breaker.judge(
             step=self._last_step, died=died, errors=errors, lost_nodes=len(lost_nodes)
         )

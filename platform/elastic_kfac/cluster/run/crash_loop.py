@@ -73,6 +73,11 @@ class CrashLoopBreaker:
         """A rank of the present group failed."""
         self._reported.append(error)
 
+    def take_reports(self) -> list[RankError]:
+        """What ranks of the present group reported, which then counts no more."""
+        reported, self._reported = self._reported, []
+        return reported
+
     def stepped(self, step: int) -> None:
         """A step was committed."""
         self._best_step = max(self._best_step, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from elastic_kfac.cluster.ray.controller import (
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers, train_environment
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, head_node, start_actor
+from elastic_kfac.cluster.ray.places import give_back
 from elastic_kfac.cluster.ray.scaling import refresh_capacity, request_of
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.replicas import ReplicaActors
@@ -37,10 +39,11 @@ RAY_FOLDER = ".ray"
 REQUEST_FILE = f"{RAY_FOLDER}/request"
 """Name under which the run requests nodes from Ray."""
 
+_HANGS = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # A worker that hangs is found within 30 s, the time of two polls included.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
+    _HANGS: "20",
     # Draining nodes are left out of the plan; Ray's own way would wait for the deadline.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Relative paths of a configuration are relative to where the command was given.
@@ -81,6 +84,8 @@ class Launch:
         cluster: LocalCluster | None,
         *,
         rank_function: str,
+        member_function: str | None,
+        restarts_because: str | None,
         share: Callable[[], int] | None,
         logical_gpus: bool,
         log: str,
@@ -89,7 +94,8 @@ class Launch:
         """Creates the actors and Ray Train's trainer; `start` runs it.
 
         Args:
-            rank_function: As in `trainer.train`, like `share` and `logical_gpus`.
+            rank_function: As in `trainer.train`, like `member_function`, `share` and `logical_gpus`.
+            restarts_because: Why changes of the world restart all workers (`mode.why_restarts`).
             log: Levels of the log, in the syntax of `ELASTIC_KFAC_LOG`.
             resumed: Whether the run's folder stays as it is until its state is restored.
         """
@@ -103,6 +109,8 @@ class Launch:
         """Raised by Ray Train."""
         run_uri = folder.storage.path() if folder.storage.is_local else folder.uri
         elastic = config.elastic
+        self._in_place = in_place = elastic.in_place and restarts_because is None
+        self._places = f"elastic-kfac-{uuid.uuid4().hex[:12]}"
         telemetry = TelemetryOptions(
             run_label(run_uri),
             elastic.min_workers,
@@ -122,10 +130,12 @@ class Launch:
         self.coordinator = start_actor(
             RunCoordinator,
             run_uri,
-            in_place=elastic.in_place,
+            in_place=in_place,
             telemetry=telemetry,
             config=config if resumed else None,
         )
+        if restarts_because is not None:
+            ray.get(self.coordinator.restarts.remote(restarts_because))
         self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
         ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
         settings = WorkerSettings(
@@ -133,18 +143,21 @@ class Launch:
             run_uri,
             self.coordinator,
             rank_function,
+            member_function if in_place else None,
             telemetry=telemetry,
             logical_gpus=logical_gpus,
             share=share,
             spare_processes=self._spares,
+            places=self._places,
+            hangs_after_s=float(os.environ.get(_HANGS, _TRAIN_ENVIRONMENT[_HANGS])),
         )
         scratch = f"{run_uri}/{RAY_FOLDER}" if cluster is None else str(cluster.log_folder.parent)
         self._trainer = LeanTrainer(
-            supervise if elastic.in_place else run_worker,
+            supervise if in_place else run_worker,
             outlived=cluster is None,
             train_loop_config=settings,
             backend_config=OwnGroupBackend(),
-            scaling_config=_SUPERVISOR if elastic.in_place else _workers(config),
+            scaling_config=_SUPERVISOR if in_place else _workers(config),
             run_config=RunConfig(
                 name=run_uri.rpartition("/")[2],
                 storage_path=scratch,
@@ -171,14 +184,15 @@ class Launch:
         return environment({**_TRAIN_ENVIRONMENT, **embedded}, user_wins=True)
 
     def follow_nodes(self, view: RunView, *, at_once: bool, interval_s: float = 1.0) -> None:
-        """Makes new nodes known to Ray Train, and moves replicas to where the ranks are."""
+        """Makes new nodes known to Ray Train or ready for members, and moves replicas to the ranks."""
         if not at_once and time.monotonic() - self._nodes_checked < interval_s:
             return
         self._nodes_checked = time.monotonic()
         nodes = set(alive_worker_nodes())
         if nodes - self._nodes:
-            # Ray Train looks at the nodes every 20 s only.
-            refresh_capacity()
+            if not self._in_place:
+                # Ray Train looks at the nodes every 20 s only.
+                refresh_capacity()
             if self._spares:
                 prestart_workers(nodes - self._nodes, self._spares, environment=train_environment())
         self._nodes = nodes
@@ -198,6 +212,9 @@ class Launch:
             refresh_capacity(withdraw=[self._request])
             if view.placement_group is not None:
                 remove_placement_group(view.placement_group)
+        if self._in_place:
+            # A supervisor that was killed has freed nothing either.
+            give_back(self._places)
         if (view.outcome or {}).get("status") == "finished":
             self.error = None
         elif view.error is not None and self.error is None:
@@ -206,7 +223,7 @@ class Launch:
 
     def _callback(self, config: Config, share: Callable[[], int] | None) -> StartCallback:
         elastic = config.elastic
-        if elastic.in_place:
+        if self._in_place:
             return StartCallback(self.coordinator)
         return ElasticCallback(
             self.coordinator,

@@ -11,7 +11,7 @@ import ray
 
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.membership import NeverAMember, membership_of
-from elastic_kfac.cluster.run.worker import RankSeams, WorkerSettings
+from elastic_kfac.cluster.run.worker import RankSeams, WorkerSettings, function_named
 from elastic_kfac.observability.run_log import LogContext, log_of
 
 if TYPE_CHECKING:
@@ -53,13 +53,11 @@ class Member:
         context = LogContext(settings.run_uri.rpartition("/")[2], slot)
         try:
             with RankSeams(settings, attempt, context) as seams:
-                from elastic_kfac.training.in_place import run_member
-
                 membership = membership_of(address, slot, seams.control, backend=seams.backend)
                 self._membership = membership
                 if self._leaves.is_set():
                     membership.leave_at_next_boundary()
-                outcome = run_member(
+                outcome = function_named(str(settings.member_function))(
                     settings.config,
                     membership,
                     store=seams.store,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from elastic_kfac.training.membership import Membership
 
 MEMBER_TIMEOUT_S = 60.0
-"""For joining, and for collectives between members."""
+"""For collectives between members."""
 
 
 class NeverAMember(Exception):
@@ -43,7 +43,13 @@ def membership_of(
             raise NeverAMember
 
     return Membership(
-        store, slot, backend=backend, timeout_s=MEMBER_TIMEOUT_S, while_joining=give_up
+        store,
+        slot,
+        backend=backend,
+        timeout_s=MEMBER_TIMEOUT_S,
+        # A step or an evaluation may take minutes; the supervisor ends this process if nobody is left.
+        join_s=float("inf"),
+        while_joining=give_up,
     )
 
 

@@ -123,6 +123,8 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"[step {step}] {event['reason']}; {then}"
     if kind == "fallback":
         return f"[step {step}] {event['reason']}; restarting the whole group"
+    if kind == "restarts":
+        return f"changes of the world restart all workers: {event['reason']}"
     if kind == "fault":
         return f"[step {step}] {event['reason']}"
     if kind == "warning":

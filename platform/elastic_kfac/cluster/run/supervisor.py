@@ -14,17 +14,21 @@ die with it, and Ray Train starts it again: that is an attempt, too.
 
 from __future__ import annotations
 
+import importlib
+import random
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
 
 import ray
+from ray.util import get_current_placement_group
 
 from elastic_kfac.cluster.ray.idle_workers import prestart_workers
-from elastic_kfac.cluster.ray.nodes import draining_nodes
-from elastic_kfac.cluster.ray.places import Answer, Places
+from elastic_kfac.cluster.ray.nodes import alive_worker_nodes, draining_nodes
+from elastic_kfac.cluster.ray.places import NODE_DIED, Answer, Places, give_back
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.member import Member
 from elastic_kfac.cluster.run.membership import MEMBER_TIMEOUT_S, listening_store
@@ -39,8 +43,12 @@ PLACING_S = 1.5
 """A place that was not found by then does not keep the first world waiting."""
 STARTING_S = 30.0
 """A member that was not ready by then does not either."""
-HANGS_AFTER_S = 20.0
-"""A member without an answer for so long is ended."""
+UNREADY_AFTER_S = 240.0
+"""So is a process that was started and has not imported everything."""
+HOLDING_S = 60.0
+"""Places that are too few for so long are given back: another run may wait for them."""
+RETRY_S = 300.0
+"""Until the next try after newcomers have failed again and again."""
 SHORT_NOTICE_S = 10.0
 """With less notice the last members save their state instead of waiting for a successor."""
 ENDING_S = 60.0
@@ -73,11 +81,17 @@ class Seat:
     slot: int = -1
     rank: int | None = None
     """In the newest of its worlds."""
+    in_world: bool = False
+    """Whether that is the newest of all."""
     run: Any = None
     """The call that trains."""
     ping: Any = None
     pinged_at: float = 0.0
     leaves: bool = False
+    first_look: tuple[int, int] | None = None
+    """Of a newcomer in the world: generation and step when it was first looked at."""
+    stays: bool = False
+    """Whether it has stepped with the others, or is a founder."""
 
     @property
     def is_member(self) -> bool:
@@ -118,6 +132,8 @@ class Supervisor:
         open_store: Callable[[], tuple[Any, tuple[str, int]]],
         leaving_nodes: Callable[[], Mapping[str, int]] = draining_nodes,
         keep_spares: Callable[[set[str]], object] = lambda nodes: None,
+        nodes: Callable[[], Collection[str]] = alive_worker_nodes,
+        places: Any = None,
         clock: Any = time,
     ) -> None:
         """A supervisor without members.
@@ -127,6 +143,8 @@ class Supervisor:
             open_store: Opens the store of an attempt; also returns its address.
             leaving_nodes: The draining nodes with their deadlines.
             keep_spares: Keeps idle processes ready on these nodes.
+            nodes: The nodes that stay.
+            places: Ray's handle of this process's own placement group.
         """
         elastic = settings.config.elastic
         self._settings = settings
@@ -134,6 +152,10 @@ class Supervisor:
         self._hands, self._ask = hands, ask
         self._open_store, self._leaving_nodes = open_store, leaving_nodes
         self._keep_spares, self._clock = keep_spares, clock
+        self._nodes, self._places = nodes, places
+        self._given_up: tuple[float, set[str]] | None = None
+        """When newcomers had failed too often, and the nodes there were."""
+        self._paused_until = float("-inf")
         self._seats: list[Seat] = []
         self._attempt: _Attempt | None = None
         self._looked_at = float("-inf")
@@ -144,7 +166,7 @@ class Supervisor:
     def run(self) -> str:
         """Returns how the run ended: `finished`, `parked` or `failed`."""
         try:
-            if self._ask("supervisor_started") is not None:
+            if self._ask("supervisor_started", self._places) is not None:
                 return "failed"
             while True:
                 status = self._tick()
@@ -176,7 +198,7 @@ class Supervisor:
             self._found_if_ready(now)
             return None
         self._watch_world(attempt)
-        settled = not self._members() or now - attempt.lost_at >= SETTLE_S
+        settled = not self._in_world() or now - attempt.lost_at >= SETTLE_S
         if attempt.lost and settled and self._judge(attempt) is not None:
             return "failed"
         return self._end_if_over(attempt, now)
@@ -189,12 +211,14 @@ class Supervisor:
             wanted = min(wanted, answer["wanted_workers"] or wanted)
         if self._settings.share is not None:
             wanted = min(wanted, self._settings.share())
-        self._wanted = max(self._least, wanted)
+        self._wanted = max(self._least, self._without_newcomers(wanted, now))
         self._leaving = self._leaving_nodes()
         if self._stops:
             return
         self._drain(now)
-        self._fill(now)
+        if now >= self._paused_until:
+            self._fill(now)
+        self._settle_newcomers(answer["step"])
         for seat in self._seats:
             if seat.place is not None and seat.actor is None and self._hands.is_there(seat.place):
                 seat.actor = self._hands.start(seat.place)
@@ -225,7 +249,7 @@ class Supervisor:
         nodes = sorted({seat.node for seat in leaving})
         names = ", ".join(node[:8] for node in nodes)
         reason = f"{_count(len(nodes), 'node')} being drained ({names})"
-        staying = [seat for seat in members if seat not in leaving and seat.rank is not None]
+        staying = [seat for seat in members if seat not in leaving and seat.in_world]
         if len(staying) >= self._least:
             for seat in leaving:
                 self._let_go(seat, reason)
@@ -240,6 +264,9 @@ class Supervisor:
         if seat.prepared is not None:
             answer = self._hands.answer(seat.prepared)
             if answer is None:
+                if now - seat.since > UNREADY_AFTER_S:
+                    error = f"a process was not ready after {UNREADY_AFTER_S:g} s"
+                    self._lose(seat, error, now)
                 return
             seat.prepared = None
             if answer.error is not None:
@@ -261,18 +288,23 @@ class Supervisor:
                 seat.ping, seat.pinged_at = self._hands.call(seat.actor, "ping"), now
         elif self._hands.answer(seat.ping) is not None:
             seat.ping = None
-        elif now - seat.pinged_at > HANGS_AFTER_S:
-            self._lose(seat, f"a worker did not answer for {HANGS_AFTER_S:g} s", now)
+        elif now - seat.pinged_at > self._settings.hangs_after_s:
+            self._lose(seat, f"a worker did not answer for {self._settings.hangs_after_s:g} s", now)
 
     # ---- members -------------------------------------------------------------------------------
 
     def _members(self) -> list[Seat]:
+        """Those that train, and those that wait to."""
         return [seat for seat in self._seats if seat.is_member]
+
+    def _in_world(self) -> list[Seat]:
+        return [seat for seat in self._members() if seat.in_world]
 
     def _found_if_ready(self, now: float) -> None:
         """Begins an attempt once enough members are prepared and no other one is about to be."""
         prepared = [seat for seat in self._seats if seat.is_prepared]
         if len(prepared) < self._least:
+            self._yield_places(prepared, now)
             return
         for seat in self._seats:
             patience_s = PLACING_S if seat.actor is None else STARTING_S
@@ -287,7 +319,38 @@ class Supervisor:
         number = self._ask("group_started", pids, nodes)
         self._attempt = _Attempt(number, address, store, 0)
         for seat in prepared:
+            seat.stays = True
             self._join(self._attempt, seat)
+
+    def _yield_places(self, prepared: Sequence[Seat], now: float) -> None:
+        """Two runs that each hold a part of what both need must not wait for each other for ever."""
+        if any(now - seat.since > HOLDING_S for seat in prepared):
+            for seat in list(self._seats):
+                self._drop(seat)
+            self._paused_until = now + random.uniform(1.0, 10.0)
+
+    def _without_newcomers(self, wanted: int, now: float) -> int:
+        """As many as there are, for a while, once newcomers have failed too often."""
+        if self._given_up is None or self._attempt is None:
+            return wanted
+        since, nodes = self._given_up
+        if now - since > RETRY_S or not set(self._nodes()) <= nodes:
+            self._given_up = None
+            return wanted
+        return min(wanted, len(self._members()))
+
+    def _settle_newcomers(self, step: int) -> None:
+        if self._attempt is None:
+            return
+        generation = self._attempt.generation
+        for seat in self._in_world():
+            if seat.stays:
+                continue
+            if seat.first_look is None or seat.first_look[0] != generation:
+                seat.first_look = (generation, step)
+            elif step > seat.first_look[1] + 1:
+                seat.stays = True
+                self._ask("newcomer_stays")
 
     def _join(self, attempt: _Attempt, seat: Seat) -> None:
         seat.slot, attempt.next_slot = attempt.next_slot, attempt.next_slot + 1
@@ -315,17 +378,21 @@ class Supervisor:
         """A process is gone, or ended here because it hangs; the others need not wait for it."""
         attempt = self._attempt
         self._drop(seat)
-        if attempt is None or seat.slot < 0:
-            # It was no member yet.
-            self._fails = self._ask("newcomer_lost", error) is not None
-            return
-        from elastic_kfac.training.membership import Membership
+        if attempt is not None and seat.slot >= 0:
+            from elastic_kfac.training.membership import Membership
 
-        Membership.bury(attempt.store, seat.slot)
-        if not seat.leaves:
+            Membership.bury(attempt.store, seat.slot)
+        left = len(self._in_world())
+        if attempt is None:
+            self._fails = self._ask("newcomer_lost", error, 0) is not None
+            return
+        failed = left and not (seat.stays or seat.leaves or error.startswith(NODE_DIED))
+        if failed and self._ask("newcomer_lost", error, left) is not None:
+            self._given_up = now, set(self._nodes())
+        if (seat.stays or seat.rank is not None) and not seat.leaves:
             attempt.lost_at = attempt.lost_at if attempt.lost else now
             attempt.lost[seat.slot if seat.rank is None else seat.rank] = error
-            attempt.lost_nodes += [seat.node] if "NodeDied" in error else []
+            attempt.lost_nodes += [seat.node] if error.startswith(NODE_DIED) else []
 
     def _drop(self, seat: Seat) -> None:
         self._seats.remove(seat)
@@ -341,6 +408,9 @@ class Supervisor:
             return
         attempt.generation = generation
         seats = {slots.index(seat.slot): seat for seat in self._members() if seat.slot in slots}
+        for seat in self._members():
+            # Whoever was too slow for this plan waits to be taken in again.
+            seat.in_world = seat.slot in slots
         for rank, seat in seats.items():
             seat.rank = rank
         pids = {rank: seat.pid for rank, seat in seats.items()}
@@ -351,7 +421,7 @@ class Supervisor:
     def _judge(self, attempt: _Attempt) -> RankError | None:
         lost, attempt.lost = attempt.lost, {}
         nodes, attempt.lost_nodes = attempt.lost_nodes, []
-        left = len(self._members())
+        left = len(self._in_world())
         error: RankError | None = self._ask("members_lost", lost, nodes, left)
         if error is None and 0 < left < self._least:
             self._park(attempt, f"{left} of at least {self._least} workers are left")
@@ -365,7 +435,7 @@ class Supervisor:
 
     def _end_if_over(self, attempt: _Attempt, now: float) -> str | None:
         late = attempt.ended and now - attempt.ended_at > ENDING_S
-        if self._members() and not late:
+        if self._in_world() and not late:
             return None
         if "finished" in attempt.ended:
             return "finished"
@@ -403,10 +473,16 @@ def supervise(settings: WorkerSettings) -> str:
         if settings.spare_processes:
             prestart_workers(nodes, settings.spare_processes)
 
+    # A supervisor that was lost held them.
+    give_back(settings.places)
+    # The store needs torch; members start meanwhile.
+    module = "elastic_kfac.training.membership"
+    threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
     return Supervisor(
         settings,
-        Places(Member, settings.config.resources.of_a_worker()),
+        Places(Member, settings.config.resources.of_a_worker(), owner=settings.places),
         ask=ask,
         open_store=open_store,
         keep_spares=keep_spares,
+        places=get_current_placement_group(),
     ).run()

@@ -17,10 +17,10 @@ from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
 from elastic_kfac.cluster.run.launch import Launch
+from elastic_kfac.cluster.run.mode import MEMBER_FUNCTION, RANK_FUNCTION, why_restarts
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.run.result import RunResult, build_result, error_of, resumes
 from elastic_kfac.cluster.run.states import RunState
-from elastic_kfac.cluster.run.worker import RANK_FUNCTION
 from elastic_kfac.config import Config
 from elastic_kfac.errors import ElasticKfacError, RunError
 from elastic_kfac.observability.run_log import LogContext, begin_log, levels_of_this_process
@@ -42,6 +42,7 @@ def train(
     progress: Display | None = None,
     cluster: LocalCluster | None = None,
     rank_function: str = RANK_FUNCTION,
+    member_function: str | None = None,
     stop_signals: StopSignals | None = None,
     share: Callable[[], int] | None = None,
     logical_gpus: bool = False,
@@ -59,7 +60,9 @@ def train(
         kill_at: `(step, rank)`: once the step is committed, that rank's process is killed.
         progress: Shows the run; None is a live line on standard output.
         cluster: An embedded cluster to use and to leave running; this process is connected to it.
-        rank_function: `module:function` that runs one rank.
+        rank_function: `module:function` that runs one rank (`training.loop.run_rank`).
+        member_function: `module:function` that runs one rank in place (`training.in_place.run_member`);
+            None with a `rank_function` of one's own means that changes of the world restart all workers.
         stop_signals: Source of stop requests; None is Ctrl-C, SIGTERM and SIGHUP.
         share: How many workers this run may use now, called in Ray Train's controller; None leaves
             that to Ray.
@@ -75,6 +78,8 @@ def train(
             process writes its folder.
         RunError: If the run failed, with the cause.
     """
+    if rank_function == RANK_FUNCTION:
+        member_function = member_function or MEMBER_FUNCTION
     levels = levels_of_this_process()
     if levels:
         begin_log(LogContext(name), levels)
@@ -101,6 +106,8 @@ def train(
             folder,
             cluster,
             rank_function=rank_function,
+            member_function=member_function,
+            restarts_because=why_restarts(config, member_function, logical_gpus=logical_gpus),
             share=share,
             logical_gpus=logical_gpus,
             log=levels,

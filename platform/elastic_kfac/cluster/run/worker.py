@@ -16,6 +16,7 @@ from ray.util.metrics import Gauge
 from elastic_kfac.cluster.ray.devices import backend_of, device_of_rank
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.membership import process_group
+from elastic_kfac.cluster.run.mode import RANK_FUNCTION
 from elastic_kfac.cluster.run.replicas import ReplicatedStore
 from elastic_kfac.cluster.run.reporting import (
     CoordinatorControl,
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from elastic_kfac.config import Config
     from elastic_kfac.training.loop import Outcome
 
-RANK_FUNCTION = "elastic_kfac.training.loop:run_rank"
-
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -45,6 +44,8 @@ class WorkerSettings:
     """Handle of the run coordinator."""
     rank_function: str = RANK_FUNCTION
     """`module:function` with the signature of `run_rank`."""
+    member_function: str | None = None
+    """`module:function` with the signature of `run_member`; None where ranks are workers of Ray Train."""
     collective_timeout_s: float = 120.0
     telemetry: TelemetryOptions | None = None
     """None exports and logs nothing."""
@@ -52,6 +53,10 @@ class WorkerSettings:
     """How many workers the run may use, where ranks are members of worlds that change in place."""
     spare_processes: int = 0
     """Idle worker processes to keep ready on every node of a member."""
+    places: str = ""
+    """Begins the names of the members' places."""
+    hangs_after_s: float = 20.0
+    """A member that does not answer for so long is ended."""
     logical_gpus: bool = False
     """Whether the GPUs of `resources.use_gpu` are only Ray's numbers, and ranks use the CPU."""
 
@@ -80,8 +85,7 @@ def run_worker(settings: WorkerSettings) -> str:
                 from elastic_kfac.cluster.ray.decomposers import Decomposers
 
                 pool["pool"] = stack.enter_context(Decomposers(settings.config.plan.decomposers))
-            module, _, function = settings.rank_function.partition(":")
-            run = getattr(importlib.import_module(module), function)
+            run = function_named(settings.rank_function)
             with process_group(
                 coordinator,
                 rank,
@@ -108,6 +112,13 @@ def run_worker(settings: WorkerSettings) -> str:
         raise
     ray.get(coordinator.rank_left.remote(attempt, rank, row))
     return str(row["status"])
+
+
+def function_named(name: str) -> Callable[..., Any]:
+    """The function with a name of the form `module:function`."""
+    module, _, function = name.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 class RankSeams:
@@ -141,7 +152,11 @@ class RankSeams:
         if options is not None:
             begin_log(log_context, options.log)
         torch.set_num_threads(config.train.torch_threads)
-        self.device = device_of_rank(config, logical_gpus=settings.logical_gpus)
+        self.device = device_of_rank(
+            config,
+            logical_gpus=settings.logical_gpus,
+            is_member=settings.member_function is not None,
+        )
         self.backend = backend_of(config, self.device)
         self._rows = rows = RankReporter(coordinator, attempt) if reports else None
         probe = RankProbe()
