@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -38,6 +39,7 @@ from elastic_kfac.experiments.study_outcome import (
     trial_of_cell,
 )
 from elastic_kfac.experiments.trials import FAILED, FINISHED, RUNNING, WAITING, Trial, TrialTable
+from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.run_folder import RunFolder
 
@@ -101,6 +103,8 @@ def compare(
             done = len(loaded.cells) - len(waiting)
             line.say(f"{folder.storage.uri}: {done} of {len(loaded.cells)} cells are done.")
         if waiting:
+            tracking = waiting[0].config.tracking
+            stack.enter_context(tracked_trials(tracking, place.uri, name, folder.tracked))
             slots = loaded.study.parallelism
             signals = stack.enter_context(
                 session(
@@ -179,6 +183,20 @@ class _StudyFolder:
                 trials[cell.name] = self.before(cell)
         return Outcome(self._name, self.study, trials)
 
+    def tracked(self) -> list[TrackedTrial]:
+        """The cells, for trackers."""
+        return [
+            TrackedTrial(
+                cell.name,
+                self._folder_of(cell).uri,
+                partial(getattr, cell, "config"),
+                {WAITING: None, RUNNING: ""}.get(
+                    self.trials[cell.name].status, self.trials[cell.name].status
+                ),
+            )
+            for cell in self._cells
+        ]
+
     def before(self, cell: Cell) -> Trial:
         """A cell as earlier calls left it."""
         return trial_of_cell(cell, self._results[cell.name])
@@ -202,7 +220,11 @@ class _StudyFolder:
         folder = self._folder_of(cell)
         if not folder.storage.exists("config.yaml"):
             return None
-        if folder.read_config() != cell.config:
+        # Where metrics go as well changes no cell.
+        if (
+            folder.read_config().model_copy(update={"tracking": cell.config.tracking})
+            != cell.config
+        ):
             raise UsageError(
                 f"cell {cell} of study {self._name} was trained with another configuration",
                 given=f"{folder.uri}/config.yaml differs in {_difference(folder, cell)}",
