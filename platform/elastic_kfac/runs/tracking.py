@@ -91,8 +91,8 @@ def tracked(config: Config, uri: str, name: str) -> Iterator[None]:
     if not config.tracking.to:
         yield
         return
-    folder = RunFolder(uri)
     root = _root(config.tracking, uri)
+    folder = RunFolder(uri)
     follower = Follower(folder, _opened(config, uri, name, root), sizes_of(folder))
 
     def end() -> None:
