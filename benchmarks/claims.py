@@ -493,6 +493,7 @@ COMMANDS: dict[str, str] = {
     "row_log_cost": "python benchmarks/row_log_cost.py",
     "schedules": "python benchmarks/studies/schedules.py",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
+    "story": "python benchmarks/elastic/story.py",
     "telemetry_cost": "python benchmarks/telemetry_cost.py",
     "tuned_against_tuned": "python benchmarks/tuned_against_tuned.py",
     "vault_cost": "python benchmarks/vault_cost.py",
