@@ -295,8 +295,12 @@ def _of_kind(branches: Sequence[Any], mark: Discriminator, value: Any, loc: tupl
 
 
 def _of_a_union(branches: Sequence[Any], value: Any, loc: tuple[str, ...]) -> Any:
+    if value is None and type(None) in branches:
+        return None
     problems: list[_Problem] = []
     for branch in branches:
+        if branch is type(None):  # Not worth a mention to those who gave something.
+            continue
         try:
             return _checked(branch, value, loc)
         except ValidationError as error:
@@ -314,8 +318,10 @@ def _of_a_class(kind: Any, value: Any, loc: tuple[str, ...]) -> Any:
         known |= dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True)
         known |= dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)
         key = value.lower() if isinstance(value, str) else value
-        if not isinstance(key, str | int | float) or key not in known:
+        if not isinstance(key, str | int | float):
             raise _wrong(loc, "a valid boolean", value)
+        if key not in known:
+            raise _wrong(loc, "a valid boolean, unable to interpret input", value)
         return known[key]
     if kind is str:
         if not isinstance(value, str):

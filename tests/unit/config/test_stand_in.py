@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import numpy
 import pytest
 
+from elastic_kfac.config import stand_in
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.kfac.options import make_options, value_at
 from support.house import ROOT
@@ -63,23 +65,22 @@ import json, sys
 if sys.argv[1] == "without":
     for name in ("pydantic", "numpy", "yaml", "annotated_types", "packaging"):
         sys.modules[name] = None
-import warnings
-warnings.simplefilter("ignore")
-from elastic_kfac import KFAC
 from elastic_kfac.config import kfac, section
-from elastic_kfac.errors import ConfigError
-from elastic_kfac.kfac.options import make_options
 assert (section.BaseModel.__module__ == "elastic_kfac.config.stand_in") == (sys.argv[1] == "without")
+fields = kfac.ScriptOptions.model_fields
 answers = []
 for case in json.loads(sys.stdin.read()):
     try:
-        made = make_options(None, eval(case))
-        names = kfac.ScriptOptions.model_fields
-        answers.append({name: repr(getattr(made, name)) for name in names})
-    except ConfigError as error:
-        answers.append(error.line())
-answers.append(KFAC.__doc__)
-answers.append(list(KFAC.__signature__.parameters))
+        made = kfac.ScriptOptions.model_validate(eval(case))
+        answers.append({name: repr(getattr(made, name)) for name in fields})
+    except section.ValidationError as error:
+        answers.append([[*p["loc"][:1], p["msg"]] for p in error.errors()])
+answers.append([[name, repr(field.default), field.description] for name, field in fields.items()])
+for value in (0.5, 0, "x", None):
+    try:
+        answers.append(kfac.RANGES["damping"].validate_python(value))
+    except section.ValidationError as error:
+        answers.append(error.errors()[0]["msg"])
 print(json.dumps(answers))
 """
 
@@ -98,10 +99,24 @@ def answers(pydantic: str) -> list[object]:
 
 def test_options_are_the_same_with_pydantic_and_without() -> None:
     given, expected = answers("without"), answers("with")
-    for case, mine, theirs in zip((*CASES, "docs", "signature"), given, expected, strict=True):
+    names = (*CASES, "fields", *("value at a step",) * 4)
+    for case, mine, theirs in zip(names, given, expected, strict=True):
         assert mine == theirs, case
-    refused = [answer for answer in given[:-2] if isinstance(answer, str)]
+    refused = [answer for answer in given[: len(CASES)] if isinstance(answer, list)]
     assert 25 <= len(refused) <= len(CASES) - 10
+
+
+def test_stand_in_copies_compares_and_refuses_changes() -> None:
+    class Options(stand_in.BaseModel):
+        rate: float = 0.1
+
+    made = Options(rate=1)
+    assert made == Options(rate=1.0) == copy.copy(made)
+    assert made.model_copy(update={"rate": 2.0}).rate == 2.0 and made.rate == 1.0
+    assert made != Options() and hash(made) == hash(Options(rate=1.0))
+    assert repr(copy.deepcopy(made)) == "Options(rate=1.0)"
+    with pytest.raises(stand_in.ValidationError, match="frozen"):
+        made.rate = 3.0
 
 
 def test_numbers_of_numpy_count_as_pythons() -> None:
