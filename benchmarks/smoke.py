@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ def _one_rate(grids: dict[str, Any]) -> dict[str, Any]:
     return {name: (settings, rates[:1]) for name, (settings, rates) in grids.items()}
 
 
+def _of_one_cycle(cases: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    return lambda: {name: replace(case, cycles=(1,)) for name, case in cases().items()}
+
+
 def _few_samples(common: dict[str, Any]) -> dict[str, Any]:
     return {**common, "analysis.samples": 64}
 
@@ -63,7 +67,11 @@ def _of_resnet18(profile: Callable[..., Any]) -> Callable[..., Any]:
 SMOKES = (
     Smoke("claims.py", writes=""),
     Smoke("cost_table.py", "--json", writes=""),
-    Smoke("kfac_step.py", "--cases mlp256 --out OUT", {"INTERVALS": ((1, 2),)}),
+    Smoke(
+        "kfac_step.py",
+        "--cases mlp256 --out OUT",
+        {"INTERVALS": ((1, 2),), "_cases": _of_one_cycle},
+    ),
     Smoke("plan_time.py", "--out OUT"),
     Smoke("row_log_cost.py", "--out OUT", {"ROWS": (20, 40)}),
     Smoke("wide_layers.py", "--part time --steps 1 --seeds 1 --out OUT", {"TIMED": _one}),

@@ -187,6 +187,26 @@ def test_every_overlay_is_in_the_readme() -> None:
     assert [name for name in OVERLAYS if f"`overlays/{name}`" not in readme] == []
 
 
+@pytest.mark.parametrize("page", ["k8s/README.md", "docs/kubernetes.md"])
+def test_commands_of_the_pages_name_what_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:kubectl|\(cd k8s|docker|kind) .*$", text, re.MULTILINE)
+    assert len(commands) > 9
+    for command in commands:
+        places = re.findall(r"(?:-k|-f|kustomize|\(cd) (k8s/\S+)", command)
+        assert all((ROOT / place).exists() for place in places), command
+        # kubectl takes one kustomization at a time, the last.
+        assert command.count(" -k ") <= 1, command
+    assert set(re.findall(r"elastic-kfac:([\w.-]+)", text)) == {image_tag()}
+    jobs = set(re.findall(r"job/(kfac-[\w-]+)", text))
+    known = {
+        d["metadata"]["name"]
+        for overlay in OVERLAYS
+        for d in objects_of(K8S / "overlays" / overlay)
+    }
+    assert jobs and jobs <= known
+
+
 def rendered(folder: Path) -> list[dict[str, Any]]:
     """What `kubectl kustomize` makes of a folder; needs no cluster and no network."""
     kubectl = shutil.which("kubectl")
