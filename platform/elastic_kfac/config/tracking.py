@@ -10,9 +10,9 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "jsonl"]
 
 
 class TrackingConfig(Section):
-    """Where the metrics of `train`, and of the trials of `tune` and `compare`, go besides their folders. A
-    tracker that fails is left out with a warning; the run goes on. `elastic-kfac track` sends the metrics
-    of an earlier run."""
+    """Where the metrics of `train`, and of the trials of `tune` and `compare`, go besides their folders.
+    A tracker that fails is left out with a warning; the run goes on. `elastic-kfac track` sends the
+    metrics of an earlier run."""
 
     to: tuple[TrackerName, ...] = ()
     """`tensorboard` (event files), `wandb` (Weights & Biases, which reads its own variables such as

@@ -154,7 +154,8 @@ class Verdict:
         if self._event is not None:
             self._event.synchronize()
         if self._values is None:
-            self._values = self._coming.numpy().tolist()
+            # What has arrived, a byte each: no operation that would wait for the device, no NumPy.
+            self._values = [bool(byte) for byte in self._coming.untyped_storage()]
         return {i for i, good in zip(self.indices, self._values, strict=True) if good}
 
 

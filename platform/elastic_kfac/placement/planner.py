@@ -13,7 +13,6 @@ of additions nor on the machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.placement.costs import (
@@ -23,6 +22,7 @@ from elastic_kfac.placement.costs import (
     default_costs,
     second_order_elements,
 )
+from elastic_kfac.placement.packing_search import Moves, Packing, Place, level, settle
 from elastic_kfac.placement.plan import (
     LayerPlacement,
     Plan,
@@ -30,11 +30,6 @@ from elastic_kfac.placement.plan import (
     grid_columns,
 )
 from elastic_kfac.placement.shares import slowness
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from elastic_kfac.placement.packing_search import Place
 
 _COST_UNITS = 1 << 32
 
@@ -72,37 +67,7 @@ def make_plan(
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError("layer names must differ", given=", ".join(twice))
     columns = grid_columns(world_size, num_columns)
-    old_ranks = [] if previous is None else _old_ranks(world_size, previous, previous_ranks)
-    places: Sequence[Place] = [(0, 0, 0)] * len(layers)
-    if world_size > 1:
-        places = _packed(
-            layers, columns, colocate, costs or default_costs("eigen"), speeds, previous, old_ranks
-        )
-    placed = tuple(
-        LayerPlacement(layer.name, *place, layer.kept)
-        for layer, place in zip(layers, places, strict=True)
-    )
-    return Plan(world_size, 1.0 / num_columns, columns, placed)
-
-
-def _packed(
-    layers: Sequence[LayerShape],
-    columns: tuple[tuple[int, ...], ...],
-    colocate: bool,
-    costs: CostModel,
-    speeds: Sequence[float],
-    previous: Plan | None,
-    old_ranks: Sequence[int | None],
-) -> Sequence[Place]:
-    """The place of every layer on several ranks."""
-    try:
-        from elastic_kfac.placement.packing_search import Packing, level, settle
-    except ModuleNotFoundError as error:
-        if error.name != "numpy":
-            raise
-        raise UsageError("several processes need numpy", change="pip install numpy") from None
-
-    a_units, g_units = _units(layers, costs)
+    a_units, g_units = _units(layers, costs or default_costs("eigen"))
     order = sorted(range(len(layers)), key=lambda i: (-a_units[i] - g_units[i], layers[i].name))
     slow = slowness(speeds) if speeds else []
     packing = Packing(columns, a_units, g_units, colocate=colocate, slowness=slow)
@@ -110,10 +75,17 @@ def _packed(
         packing.place_least_loaded(index)
     if len(set(slow)) > 1:
         level(packing, order)
-    if previous is None:
-        return packing.placed
-    moves = _move_costs(layers, columns, previous, old_ranks)
-    return settle(packing, order, moves, _stay(layers, len(columns), previous, old_ranks))
+    places = packing.placed
+    if previous is not None:
+        old_ranks = _old_ranks(world_size, previous, previous_ranks)
+        moves = _move_costs(layers, columns, previous, old_ranks)
+        stay = _stay(layers, num_columns, previous, old_ranks)
+        places = settle(packing, order, moves, stay)
+    placed = tuple(
+        LayerPlacement(layer.name, *place, layer.kept)
+        for layer, place in zip(layers, places, strict=True)
+    )
+    return Plan(world_size, 1.0 / num_columns, columns, placed)
 
 
 def rank_loads(
@@ -150,7 +122,7 @@ def moved_elements(
     old_ranks = _old_ranks(plan.world_size, previous, previous_ranks)
     moves = _move_costs(layers, plan.columns, previous, old_ranks)
     return sum(
-        int(moves[index, plan.placement(layer.name).column]) for index, layer in enumerate(layers)
+        moves[index][plan.placement(layer.name).column] for index, layer in enumerate(layers)
     )
 
 
@@ -195,21 +167,20 @@ def _move_costs(
     columns: tuple[tuple[int, ...], ...],
     previous: Plan,
     old_ranks: Sequence[int | None],
-) -> np.ndarray:
-    """Elements that move if layer i goes to column c, [layers, columns]."""
-    import numpy as np
-
-    kept = np.zeros((len(previous.columns), len(columns)), dtype=np.int64)
+) -> Moves:
+    """Elements that move if layer i goes to column c, [layers][columns]."""
+    sizes = [len(column) for column in columns]
+    # Ranks of column c that do not have what column p of the previous plan held, [p][c].
+    lacking = [list(sizes) for _ in previous.columns]
     for rank, old in enumerate(old_ranks):
         if old is not None:
-            kept[old % len(previous.columns), rank % len(columns)] += 1
-    sizes = np.array([len(column) for column in columns], dtype=np.int64)
+            lacking[old % len(previous.columns)][rank % len(columns)] -= 1
     known = {layer.name: layer.column for layer in previous.layers}
-    moves = np.empty((len(layers), len(columns)), dtype=np.int64)
-    for index, layer in enumerate(layers):
+    moves = []
+    for layer in layers:
         elements = second_order_elements([layer], precompute=False)
         column = known.get(layer.name)
-        moves[index] = elements * (sizes if column is None else sizes - kept[column])
+        moves.append([elements * n for n in (sizes if column is None else lacking[column])])
     return moves
 
 
