@@ -72,7 +72,7 @@ SMOKES = (
         "--cases mlp256 --out OUT",
         {"INTERVALS": ((1, 2),), "_cases": _of_one_cycle},
     ),
-    Smoke("plan_time.py", "--out OUT"),
+    Smoke("plan_time.py", "--out OUT", {"LAYERS": 50, "REPEATS": 1}),
     Smoke("row_log_cost.py", "--out OUT", {"ROWS": (20, 40)}),
     Smoke("wide_layers.py", "--part time --steps 1 --seeds 1 --out OUT", {"TIMED": _one}),
     Smoke(

@@ -15,7 +15,8 @@ has K-FAC's own three lines.
     python benchmarks/elastic/story.py [--epochs 8] [--only quiet killed]
                                        [--out benchmarks/results/story.json]
 
-writes the curves and, beside them, the figure as PNG; `--draw` draws the figure of a result again.
+writes the curves, and the figure as `docs/story.png` (with `--out`, beside that file); `--draw` draws the
+figure of a result again.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.zoo.convolutional import small_cnn
 
 HERE = Path(__file__).parent
+DOCS = HERE.parents[1] / "docs"
 sys.path.insert(0, str(HERE.parent))
 
 BATCH = 32
@@ -320,12 +322,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=COURSES, default=COURSES)
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "story.json")
+    default = HERE.parent / "results" / "story.json"
+    parser.add_argument("--out", type=Path, default=default)
     parser.add_argument(
         "--draw", action="store_true", help="only draw the figure of a result again"
     )
     arguments = parser.parse_args()
-    figure = arguments.out.with_suffix(".png")
+    # Where README and the pages show it.
+    figure = DOCS / "story.png" if arguments.out == default else arguments.out.with_suffix(".png")
     if arguments.draw:
         draw(json.loads(arguments.out.read_text())["results"], figure)
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,8 +155,9 @@ class Verdict:
         if self._event is not None:
             self._event.synchronize()
         if self._values is None:
-            # What has arrived, a byte each: no operation that would wait for the device, no NumPy.
-            self._values = [bool(byte) for byte in self._coming.untyped_storage()]
+            # The bytes that have arrived; an operation would be one that waits for the device.
+            arrived = ctypes.string_at(self._coming.data_ptr(), self._coming.numel())
+            self._values = list(map(bool, arrived))
         return {i for i, good in zip(self.indices, self._values, strict=True) if good}
 
 
