@@ -314,7 +314,7 @@ def _of_a_class(kind: Any, value: Any, loc: tuple[str, ...]) -> Any:
             raise _wrong(loc, "None", value)
         return None
     if kind is bool:
-        known = {0: False, 1: True}
+        known: dict[str | float, bool] = {0: False, 1: True}
         known |= dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True)
         known |= dict.fromkeys(("false", "f", "no", "n", "off", "0"), False)
         key = value.lower() if isinstance(value, str) else value

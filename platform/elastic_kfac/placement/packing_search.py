@@ -94,8 +94,8 @@ class Packing:
         if self.colocate or len(self.columns[0]) == 1:
             ends = self._ends(a + g) if self.slowness else self.loads
             least = min(ends)
-            ranks = [rank for rank, end in enumerate(ends) if end == least]
-            rank = min(ranks, key=lambda r: self.column_loads[r % num_columns])
+            first = [rank for rank, end in enumerate(ends) if end == least]
+            rank = min(first, key=lambda r: self.column_loads[r % num_columns])
             return rank % num_columns, rank, rank
         # The end of the layer in each column; a column of one rank takes both factors.
         ends = []
