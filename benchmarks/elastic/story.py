@@ -1,7 +1,7 @@
 """One training left in peace, resized and killed; here, and under plain Ray Train.
 
 Both sides train the same network on the same digits with the same optimizer, K-FAC before SGD, for as
-many epochs: on two nodes of this machine with one worker each, in steps of 0.1 s at least (see
+many epochs: on two nodes of this machine with one worker each, waiting 0.1 s in every step (see
 `paced_ranks.py`). Faults come at the same seconds after the first step:
 
     resized   a node is told that it goes, and is gone NOTICE_S later at the latest
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import paced_ranks
 import ray
 import torch
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
@@ -62,7 +63,6 @@ sys.path.insert(0, str(HERE.parent))
 
 BATCH = 32
 LR, MOMENTUM, DAMPING = 0.02, 0.9, 1e-2
-STEP_S = 0.1
 FAULT_S = 12.0
 """Seconds after the first step."""
 NOTICE_S = 20.0
@@ -206,7 +206,6 @@ def plain_train_function(options: Mapping[str, Any]) -> None:
         if world_size > 1:
             loader.sampler.set_epoch(now)
         for batch, targets in loader:
-            began = time.monotonic()
             loss = torch.nn.functional.cross_entropy(model(batch), targets)
             optimizer.zero_grad()
             loss.backward()
@@ -219,7 +218,7 @@ def plain_train_function(options: Mapping[str, Any]) -> None:
             if rank == 0:
                 with Path(options["steps"]).open("a") as stream:
                     stream.write(f"{time.time()} {step} {mean.item() / world_size}\n")
-            time.sleep(max(0.0, STEP_S - (time.monotonic() - began)))
+            time.sleep(paced_ranks.STEP_S)
         kfac_state = kfac.state_dict()
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
