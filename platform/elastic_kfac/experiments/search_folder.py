@@ -42,6 +42,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -74,7 +75,7 @@ from elastic_kfac.experiments.trials import (
 from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import number
-from elastic_kfac.runs.tracking import TrackedTrial
+from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
 from elastic_kfac.state.run_folder import RunFolder
@@ -192,8 +193,13 @@ class SearchFolder:
         """The configuration of a trial."""
         return self.space.config(self.values_of(trial), trial.seed)
 
-    def tracked(self) -> list[TrackedTrial]:
-        """The trials that train, for trackers."""
+    def tracking(self) -> AbstractContextManager[None]:
+        """Sends the trials' metrics to the trackers of the base configuration, within the block."""
+        tracking = self.space.base.tracking
+        return tracked_trials(tracking, str(self.folder), self.name, self._tracked)
+
+    def _tracked(self) -> list[TrackedTrial]:
+        """The trials that train, as trackers see them."""
         return [
             TrackedTrial(
                 trial.id,

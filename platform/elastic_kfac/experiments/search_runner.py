@@ -40,7 +40,6 @@ from elastic_kfac.experiments.searcher import (
     param_space,
 )
 from elastic_kfac.experiments.trials import REFUSED, SHARED, Trial
-from elastic_kfac.runs.tracking import tracked_trials
 
 STOP_TIMEOUT_S = 120.0
 """How long a stop signal waits for the trials to save their states."""
@@ -105,8 +104,7 @@ def search(
         line = display or ProgressLine(plain_interval_s=60.0)
         stack.callback(line.close)
         folder = stack.enter_context(claimed_search(path, name, space, line.say))
-        tracking = space.base.tracking
-        stack.enter_context(tracked_trials(tracking, str(path), name, folder.tracked))
+        stack.enter_context(folder.tracking())
         stack.enter_context(environment(_ENVIRONMENT, user_wins=True))
         nodes = space.base.elastic.max_workers * space.max_concurrent
         signals = stack.enter_context(

@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import start_actor
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
+from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.engine import Engine, session
@@ -103,8 +105,7 @@ def compare(
             done = len(loaded.cells) - len(waiting)
             line.say(f"{folder.storage.uri}: {done} of {len(loaded.cells)} cells are done.")
         if waiting:
-            tracking = waiting[0].config.tracking
-            stack.enter_context(tracked_trials(tracking, place.uri, name, folder.tracked))
+            stack.enter_context(folder.tracking(waiting[0].config.tracking))
             slots = loaded.study.parallelism
             signals = stack.enter_context(
                 session(
@@ -183,8 +184,12 @@ class _StudyFolder:
                 trials[cell.name] = self.before(cell)
         return Outcome(self._name, self.study, trials)
 
-    def tracked(self) -> list[TrackedTrial]:
-        """The cells, for trackers."""
+    def tracking(self, tracking: TrackingConfig) -> AbstractContextManager[None]:
+        """Sends the cells' metrics to trackers, within the block."""
+        return tracked_trials(tracking, self.storage.uri, self._name, self._tracked)
+
+    def _tracked(self) -> list[TrackedTrial]:
+        """The cells, as trackers see them."""
         return [
             TrackedTrial(
                 cell.name,
