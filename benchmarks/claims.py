@@ -11,8 +11,10 @@ unit in a document that neither comes from here nor is listed in GIVEN with its 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -487,6 +489,7 @@ COMMANDS: dict[str, str] = {
     "row_log_cost": "python benchmarks/row_log_cost.py",
     "schedules": "python benchmarks/studies/schedules.py",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
+    "story": "python benchmarks/elastic/story.py",
     "suggested": "python benchmarks/suggested.py",
     "telemetry_cost": "python benchmarks/telemetry_cost.py",
     "time_to_accuracy": "python benchmarks/time_to_accuracy/run.py --data FOLDER",
@@ -533,25 +536,77 @@ def documents() -> list[str]:
     return [name for name in names if name not in ("docs/configuration.md", "docs/benchmarks.md")]
 
 
-def overview() -> str:
-    """docs/benchmarks.md."""
+def overview(dates: Mapping[str, str]) -> str:
+    """docs/benchmarks.md; `dates` by file, for those that record none."""
     lines = [
         "# Benchmarks",
         "",
         "Written by `python benchmarks/claims.py --write`. `make verify-claims` computes every measured",
         "number in README and docs from these files and fails on one that is stale, missing or without a",
-        "file; `make bench-smoke` runs every benchmark at a tiny size.",
+        "file; `make bench-smoke` runs every benchmark at a tiny size. n counts the repetitions (seeds,",
+        "steps, changes) behind a number; the date is that of the file.",
         "",
-        "| file | command | machine | versions |",
-        "|---|---|---|---|",
+        "| file | command | machine | n | date | versions |",
+        "|---|---|---|---|---|---|",
     ]
     for path in sorted((ROOT / RESULTS).glob("*.json")):
         found = load(path.stem)
         link = f"[{path.stem}](../{RESULTS}/{path.name})"
         lines.append(
-            f"| {link} | `{COMMANDS[path.stem]}` | {_machine(found)} | {_versions(found)} |"
+            f"| {link} | `{COMMANDS[path.stem]}` | {_machine(found)} | {_repetitions(found)} | "
+            f"{found.get('date') or dates.get(path.stem, 'today')} | {_versions(found)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def dates_in(page: str) -> dict[str, str]:
+    """The dates that docs/benchmarks.md has."""
+    return dict(re.findall(r"^\| \[(\w+)\].* \| (\d{4}-\d\d-\d\d) \|", page, re.MULTILINE))
+
+
+def dates_of_commits() -> dict[str, str]:
+    """When each result was last committed; today for one that has changed since."""
+    found = {}
+    for path in sorted((ROOT / RESULTS).glob("*.json")):
+        command = ["git", "-C", str(ROOT), "log", "-1", "--format=%cs", "--", str(path)]
+        changed = ["git", "-C", str(ROOT), "status", "--porcelain", "--", str(path)]
+        date = "" if _said(changed) else _said(command)
+        found[path.stem] = date or datetime.date.today().isoformat()
+    return found
+
+
+def _said(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _repetitions(found: Mapping[str, Any]) -> str:
+    """`3`, or `3 to 30` where numbers of a file have different ones."""
+    counts = set(_counts(found))
+    runs = found.get("runs")
+    if not counts and isinstance(runs, list):
+        counts = {len(runs)}
+    elif not counts and isinstance(runs, dict):  # Named by problem, method, seed, …
+        parts = [{p for p in key.split(" | ") if p.isdecimal()} for key in runs]
+        counts = {len(set().union(*parts))}
+    if not counts:
+        return "not recorded"
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _counts(value: Any) -> Iterator[int]:
+    if isinstance(value, list):
+        for part in value:
+            yield from _counts(part)
+    elif isinstance(value, dict):
+        named = next((key for key in ("n", "seeds", "rounds") if key in value), None)
+        if named is not None and isinstance(value[named], int):
+            yield value[named]
+        for key, part in value.items():
+            if key == "interval" and isinstance(part, dict) and "count" in part:
+                yield part["count"]
+            elif key != "p99":  # Of single steps.
+                yield from _counts(part)
 
 
 def _machine(found: Mapping[str, Any]) -> str:
@@ -607,8 +662,10 @@ def problems(read: Callable[[str], str]) -> list[str]:
     for path in sorted((ROOT / RESULTS).glob("*.json")):
         if path.stem not in COMMANDS:
             found.append(f"{RESULTS}/{path.name}: no command in COMMANDS wrote it")
-    if not any("no command" in line for line in found) and read("docs/benchmarks.md") != overview():
-        found.append("docs/benchmarks.md is stale")
+    if not any("no command" in line for line in found):
+        page = read("docs/benchmarks.md")
+        if page != overview(dates_in(page)):
+            found.append("docs/benchmarks.md is stale")
     return found
 
 
@@ -622,7 +679,7 @@ def write() -> None:
         if len(same) != 1:
             sys.exit(f"{row.document} has {len(same)} rows {row.label!r}")
         path.write_text(pattern.sub(lambda _, line=row.line: line, text), encoding="utf-8")
-    (ROOT / "docs" / "benchmarks.md").write_text(overview(), encoding="utf-8")
+    (ROOT / "docs" / "benchmarks.md").write_text(overview(dates_of_commits()), encoding="utf-8")
 
 
 def main() -> int:

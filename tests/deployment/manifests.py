@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
+import io
 import re
 import shlex
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,9 +19,12 @@ from typing import Any
 import yaml
 
 from elastic_kfac import __version__
+from elastic_kfac.cli import main
 from elastic_kfac.cli.arguments import parse_arguments
 from elastic_kfac.cli.entry import job_arguments
 from elastic_kfac.config import Config, read_config
+from elastic_kfac.experiments.search_space import read_space
+from elastic_kfac.experiments.study import load_study
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"
@@ -135,15 +143,20 @@ def workers_per_pod(group: dict[str, Any], config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Training:
+class Asked:
     """What an entrypoint asks for."""
 
-    config: Config
-    name: str | None
-    storage: str
+    places: tuple[str, ...]
+    """Where it reads and writes."""
+    name: str | None = None
+    config: Config | None = None
+    """Of a run, a trial or a cell; None where nothing is trained."""
+    least: int = 1
+    most: int | None = None
+    """Workers that it can use at the same time; None is any number."""
 
 
-def training(entrypoint: str) -> Training:
+def asked(entrypoint: str) -> Asked:
     """Reads an entrypoint with the program's own grammar.
 
     Raises:
@@ -152,15 +165,50 @@ def training(entrypoint: str) -> Training:
         ValueError: If it is no command of the image.
     """
     python, script, *words = shlex.split(entrypoint)
-    path = _in_repository(script)
-    if python != "python" or path != ROOT / "jobs" / "train.py":
-        raise ValueError(f"not a training job: {python} {script}")
-    arguments = parse_arguments(job_arguments("train", words, {}))
-    config = read_config(_in_repository(arguments.config), arguments.overrides)
-    return Training(config, arguments.name, arguments.storage)
+    path = _in_image(script)
+    if python != "python" or path.parent != ROOT / "jobs" or path.stem not in _COMMANDS:
+        raise ValueError(f"not a job: {python} {script}")
+    arguments = parse_arguments(job_arguments(_COMMANDS[path.stem], words, {}))
+    if path.stem == "make_shards":
+        source = arguments.source.partition(":")[2]
+        return Asked((arguments.out, *([source] if source.startswith("/") else [])), "shards")
+    if path.stem == "train":
+        config = read_config(_in_image(arguments.config), arguments.overrides)
+        elastic = config.elastic
+        least, most = elastic.min_workers, elastic.max_workers
+    elif path.stem == "tune":
+        space = read_space(_in_image(arguments.space), arguments.overrides)
+        config, elastic = space.base, space.base.elastic
+        least, most = elastic.min_workers, elastic.max_workers * space.max_concurrent
+    else:
+        study = load_study(_in_image(arguments.study), arguments.overrides)
+        config, least, most = study.cells[0].config, 1, study.study.parallelism
+    places = (arguments.storage, config.data.shards)
+    return Asked(places, arguments.name, config, least, most)
 
 
-def _in_repository(path: str) -> Path:
-    if not path.startswith(f"{image_root()}/"):
-        raise ValueError(f"{path} is not in the image ({image_root()})")
-    return ROOT / path.removeprefix(f"{image_root()}/")
+_COMMANDS = {
+    "train": "train",
+    "tune": "tune",
+    "compare": "compare",
+    "make_shards": "shards make",
+}
+
+
+def _in_image(path: str) -> Path:
+    """The file of the repository, or of a project as `init` writes it, that the image has at a path."""
+    if path.startswith(f"{image_root()}/"):
+        return ROOT / path.removeprefix(f"{image_root()}/")
+    if path.startswith("/srv/project/"):
+        return own_project() / path.removeprefix("/srv/project/")
+    raise ValueError(f"{path} is not in the image ({image_root()})")
+
+
+@functools.cache
+def own_project() -> Path:
+    """A project as `elastic-kfac init` writes it."""
+    folder = Path(tempfile.mkdtemp(prefix="own-project-")) / "my_project"
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(["init", str(folder)]) == 0
+    return folder

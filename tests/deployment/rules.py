@@ -12,13 +12,13 @@ from typing import Any
 import yaml
 
 from deployment.manifests import (
+    asked,
     cluster_spec,
     groups,
     image_tag,
     pinned,
     pods,
     quantity,
-    training,
     workers_per_pod,
 )
 from elastic_kfac.errors import ElasticKfacError
@@ -155,13 +155,16 @@ def spot_has_a_fallback(document: Document) -> Iterator[str]:
 def workers_agree_with_configuration(document: Document) -> Iterator[str]:
     if document["kind"] != "RayJob":
         return
-    config = training(document["spec"]["entrypoint"]).config
+    wanted = asked(document["spec"]["entrypoint"])
+    config = wanted.config
+    if config is None:
+        return
     least = sum(g.get("minReplicas", 0) * workers_per_pod(g, config) for g in groups(document))
     most = [g["maxReplicas"] * workers_per_pod(g, config) for g in groups(document)]
-    if least != config.elastic.min_workers:
-        yield f"room for {least} workers at least, elastic.min_workers {config.elastic.min_workers}"
-    if set(most) != {config.elastic.max_workers}:
-        yield f"room for {most} workers at most, elastic.max_workers {config.elastic.max_workers}"
+    if least != wanted.least:
+        yield f"room for {least} workers at least, elastic.min_workers {wanted.least}"
+    if set(most) != {wanted.most}:
+        yield f"room for {most} workers at most, elastic.max_workers {wanted.most}"
     if any(workers_per_pod(group, config) < 1 for group in groups(document)):
         yield "a pod that is too small for one worker"
 
@@ -170,13 +173,13 @@ def entrypoint_is_accepted(document: Document) -> Iterator[str]:
     if document["kind"] != "RayJob":
         return
     try:
-        asked = training(document["spec"]["entrypoint"])
+        wanted = asked(document["spec"]["entrypoint"])
     except (ElasticKfacError, ValueError) as error:
         yield f"entrypoint: {error}"
         return
-    if document["spec"].get("backoffLimit", 0) and not asked.name:
+    if document["spec"].get("backoffLimit", 0) and not wanted.name:
         yield "tries again under another name: add --name"
-    for uri in (asked.storage, asked.config.data.shards):
+    for uri in wanted.places:
         if uri.startswith(OBJECT_STORES):
             continue
         for pod in pods(document, "head", "worker"):

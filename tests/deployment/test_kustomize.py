@@ -13,11 +13,16 @@ import pytest
 import yaml
 
 from deployment.custom_resources import pointer_tokens, problems, problems_of_part
-from deployment.manifests import K8S, RAY_KINDS, ROOT, documents, image_tag, manifest_files
+from deployment.manifests import K8S, RAY_KINDS, ROOT, documents, image_tag, manifest_files, pods
 from deployment.rules import broken_rules
 
 KUSTOMIZATIONS = sorted(K8S.rglob("kustomization.yaml"))
 OVERLAYS = sorted(path.name for path in (K8S / "overlays").iterdir())
+SAME_JOB = (
+    {"gpu-on-demand", "gpu-fault-tolerant", "gpu-kueue", "gpu-volcano"},
+    {"gpu-spot", "gpu-spot-s3"},
+)
+"""Variants of one job, of which one is applied at a time."""
 FIELDS = {"apiVersion", "kind", "namespace", "resources", "components", "patches"}
 FIELDS |= {"configMapGenerator", "generatorOptions"}
 
@@ -60,8 +65,56 @@ def dangling(operation: dict[str, Any], document: dict[str, Any]) -> str | None:
     return None
 
 
+def applied(operations: list[dict[str, Any]], document: dict[str, Any]) -> dict[str, Any]:
+    """A document after a JSON patch of `add`, `replace` and `remove`."""
+    result = copy.deepcopy(document)
+    for operation in operations:
+        assert dangling(operation, result) is None
+        *parents, last = pointer_tokens(operation["path"])
+        node: Any = result
+        for token in parents:
+            node = node[int(token) if isinstance(node, list) else token]
+        key = int(last) if isinstance(node, list) else last
+        if operation["op"] == "remove":
+            del node[key]
+        else:
+            node[key] = copy.deepcopy(operation["value"])
+    return result
+
+
+def objects_of(folder: Path) -> list[dict[str, Any]]:
+    """What a kustomization makes of its resources, as far as this tree uses kustomize."""
+    content = documents(folder / "kustomization.yaml")[0]
+    found: list[dict[str, Any]] = []
+    for name in content.get("resources", []):
+        path = folder / name
+        found += objects_of(path) if path.is_dir() else documents(path)
+    patches = [(folder, patch) for patch in content.get("patches", [])]
+    for name in content.get("components", []):
+        component = documents(folder / name / "kustomization.yaml")[0]
+        patches += [(folder / name, patch) for patch in component.get("patches", [])]
+        found += [
+            d for part in component.get("resources", []) for d in documents(folder / name / part)
+        ]
+    for place, patch in patches:
+        kind, called = patch["target"]["kind"], patch["target"].get("name")
+        (operations,) = documents(place / patch["path"])
+        hit = [d for d in found if d["kind"] == kind and called in (None, d["metadata"]["name"])]
+        assert hit, f"{place / patch['path']} fits nothing"
+        changed = [applied(operations, d) for d in hit]
+        found = [d for d in found if d not in hit] + changed
+    return found
+
+
 def base_of(patch: Path) -> list[dict[str, Any]]:
-    """The jobs that a patch is applied to: those of the overlays that name its folder."""
+    """The objects that a patch is applied to: those of the overlays that name its folder."""
+    targets = [
+        entry["target"]
+        for path in KUSTOMIZATIONS
+        if path.parent == patch.parent
+        for entry in documents(path)[0].get("patches", [])
+        if entry["path"] == patch.name
+    ]
     overlays = [path for path in KUSTOMIZATIONS if path.parent.parent.name == "overlays"]
     users = [
         path
@@ -75,7 +128,11 @@ def base_of(patch: Path) -> list[dict[str, Any]]:
         for base in documents(path)[0]["resources"]
         for file in (path.parent / base).glob("*.yaml")
         for document in documents(file)
-        if document["kind"] == "RayJob"
+        if any(
+            document["kind"] == target["kind"]
+            and target.get("name") in (None, document["metadata"]["name"])
+            for target in targets
+        )
     ]
 
 
@@ -102,7 +159,8 @@ def test_patch_fits_its_base_and_the_schema(path: Path) -> None:
         for operation in documents(path)[0]:
             assert set(operation) <= {"op", "path", "value"}
             assert dangling(operation, patched) is None
-            if "value" in operation and not operation["path"].startswith("/metadata/"):
+            is_ray = document["kind"] in RAY_KINDS
+            if is_ray and "value" in operation and not operation["path"].startswith("/metadata/"):
                 assert problems_of_part("RayJob", operation["path"], operation["value"]) == []
 
 
@@ -129,6 +187,26 @@ def test_every_overlay_is_in_the_readme() -> None:
     assert [name for name in OVERLAYS if f"`overlays/{name}`" not in readme] == []
 
 
+@pytest.mark.parametrize("page", ["k8s/README.md", "docs/kubernetes.md"])
+def test_commands_of_the_pages_name_what_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:kubectl|\(cd k8s|docker|kind) .*$", text, re.MULTILINE)
+    assert len(commands) > 9
+    for command in commands:
+        places = re.findall(r"(?:-k|-f|kustomize|\(cd) (k8s/\S+)", command)
+        assert all((ROOT / place).exists() for place in places), command
+        # kubectl takes one kustomization at a time, the last.
+        assert command.count(" -k ") <= 1, command
+    assert set(re.findall(r"elastic-kfac:([\w.-]+)", text)) == {image_tag()}
+    jobs = set(re.findall(r"job/(kfac-[\w-]+)", text))
+    known = {
+        d["metadata"]["name"]
+        for overlay in OVERLAYS
+        for d in objects_of(K8S / "overlays" / overlay)
+    }
+    assert jobs and jobs <= known
+
+
 def rendered(folder: Path) -> list[dict[str, Any]]:
     """What `kubectl kustomize` makes of a folder; needs no cluster and no network."""
     kubectl = shutil.which("kubectl")
@@ -152,15 +230,33 @@ def test_rendered_overlay_fits_schema_and_rules(overlay: str) -> None:
 
 def contained(folder: Path) -> set[tuple[str, str]]:
     """(kind, name) of everything that a kustomization applies, bases and components included."""
-    content = documents(folder / "kustomization.yaml")[0]
-    found: set[tuple[str, str]] = set()
-    for name in (*content.get("resources", []), *content.get("components", [])):
-        path = folder / name
-        if path.is_dir():
-            found |= contained(path)
-        else:
-            found |= {(each["kind"], each["metadata"]["name"]) for each in documents(path)}
-    return found
+    return {(each["kind"], each["metadata"]["name"]) for each in objects_of(folder)}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_fits_schema_and_rules(overlay: str) -> None:
+    found = objects_of(K8S / "overlays" / overlay)
+    (workload,) = (document for document in found if document["kind"] in RAY_KINDS)
+    assert problems(workload) == []
+    assert broken_rules(workload) == []
+    budgets = [document for document in found if document["kind"] == "PodDisruptionBudget"]
+    assert len(budgets) == 2
+    instance = workload["metadata"]["name"]
+    for pod in pods(workload):
+        assert pod.template["metadata"]["labels"]["app.kubernetes.io/instance"] == instance
+    for budget in budgets:
+        labels = budget["spec"]["selector"]["matchLabels"]
+        assert labels["app.kubernetes.io/instance"] == instance
+        assert budget["metadata"]["name"] == f"{instance}-{labels['ray.io/node-type']}"
+
+
+def test_every_command_of_a_cluster_has_a_job() -> None:
+    scripts = set()
+    for overlay in OVERLAYS:
+        for document in objects_of(K8S / "overlays" / overlay):
+            if document["kind"] == "RayJob":
+                scripts.add(document["spec"]["entrypoint"].split()[1].rpartition("/")[2])
+    assert scripts == {path.name for path in (ROOT / "jobs").glob("*.py")}
 
 
 def test_deleting_an_overlay_leaves_what_others_use() -> None:
@@ -169,13 +265,12 @@ def test_deleting_an_overlay_leaves_what_others_use() -> None:
         *("ServiceAccount", "NetworkPolicy", "PersistentVolumeClaim"),
         *("PodMonitor", "PrometheusRule"),
     }
-    bases = {base.name: contained(base) for base in (K8S / "base").iterdir()}
-    for name, objects in bases.items():
-        others = [held for other, held in (bases | once).items() if other != name]
-        assert objects.isdisjoint(set().union(*others)), name
-    for overlay in OVERLAYS:
-        held = contained(K8S / "overlays" / overlay)
-        assert held and held.isdisjoint(set().union(*once.values())), overlay
+    held = {overlay: contained(K8S / "overlays" / overlay) for overlay in OVERLAYS}
+    for overlay, objects in held.items():
+        same = next((group for group in SAME_JOB if overlay in group), {overlay})
+        others = [name for name in OVERLAYS if name not in same]
+        rest = set().union(*once.values(), *(held[name] for name in others))
+        assert objects and objects.isdisjoint(rest), overlay
 
 
 def test_runbook_names_every_alert() -> None:

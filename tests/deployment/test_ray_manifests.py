@@ -13,13 +13,13 @@ import pytest
 from deployment.custom_resources import SCHEMAS, problems, strict, with_defaults
 from deployment.manifests import (
     K8S,
+    asked,
     cluster_spec,
     groups,
     image_root,
     pinned,
     quantity,
     ray_manifests,
-    training,
     workers_per_pod,
 )
 from deployment.rules import RULES, broken_rules
@@ -280,7 +280,8 @@ def test_every_rule_has_a_control() -> None:
 
 def test_workers_of_a_pod_are_what_its_scarcest_resource_allows() -> None:
     document = manifest("gpu-on-demand")
-    config = training(document["spec"]["entrypoint"]).config
+    config = asked(document["spec"]["entrypoint"]).config
+    assert config is not None
     group = groups(document)[0]
     assert workers_per_pod(group, config) == 1
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]

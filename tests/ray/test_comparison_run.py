@@ -136,7 +136,7 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
     path = write_study(tmp_path, digits, methods=methods, seeds=1)
     lines: list[str] = []
     done = compare(
-        load_study(path),
+        load_study(path, ["tracking.to=[jsonl]"]),
         name="tiny",
         storage=str(tmp_path / "runs"),
         render=page,
@@ -149,6 +149,16 @@ def test_cell_that_fails_or_diverges_is_told_and_does_not_end_the_study(
     said = "\n".join(lines)
     assert "broken@128 seed 0 failed: model.arguments do not fit" in said
     assert "wild@128 seed 0 diverged: loss or gradients are not finite" in said
+
+    tracked = tmp_path / "runs" / "tiny" / "tracking"
+    ends = {
+        cell.name: json.loads((cell / "values.jsonl").read_text().splitlines()[-1])
+        for cell in tracked.iterdir()
+    }
+    assert ends == {
+        f"{method}-B128-s0": {"run": f"tiny/{method}-B128-s0", "event": end}
+        for method, end in (("broken", FAILED), ("wild", DIVERGED), ("SGD", FINISHED))
+    }
 
     changed = load_study(path, ["train.epochs=4"])
     try:

@@ -62,7 +62,7 @@ def placement_groups_in_use() -> list[str]:
 def story_space(config: Make) -> SearchSpace:
     return space_of(
         config(5000),
-        {"train.eval_every_epochs": 1},
+        {"train.eval_every_epochs": 1, "tracking.to": ["jsonl"]},
         parameters={
             "kfac.damping": {"grid": [0.01, 0.9]},
             # Neither bound of the last two is reached: one training for both.
@@ -198,6 +198,22 @@ def test_search_called_again_after_its_end_starts_nothing(
     assert [(row["status"], row["started"], row["ended"]) for row in rows] == times
     assert "Search story exists: continuing it after 7 trials." in again
     assert not any("at a time" in line for line in again)
+
+
+def test_search_trials_are_runs_of_their_own_for_trackers(
+    story: tuple[SearchResult, list[str]],
+) -> None:
+    result, _ = story
+    root = result.folder / "tracking"
+    assert {path.name for path in root.iterdir()} == {"t001-s0", "t001-s1", "t003-s0"}
+    for name, end in (("t001-s0", "finished"), ("t001-s1", "finished"), ("t003-s0", "failed")):
+        lines = (root / name / "values.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert {row["run"] for row in rows} == {f"story/{name}"}
+        assert rows[-1] == {"run": f"story/{name}", "event": end}
+        sent = {(row["step"], row["value"]) for row in rows if row.get("name") == "train/loss"}
+        written = RunFolder(result.folder / "trials" / name).metrics()
+        assert {(row["step"], row["loss"]) for row in written if "loss" in row} <= sent
 
 
 def test_search_leaves_no_placement_group(story: tuple[SearchResult, list[str]]) -> None:

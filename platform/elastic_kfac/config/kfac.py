@@ -11,9 +11,14 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, TypeAdapter, model_validator
-
-from elastic_kfac.config.section import Section
+from elastic_kfac.config.section import (
+    Discriminator,
+    Field,
+    Section,
+    Tag,
+    TypeAdapter,
+    model_validator,
+)
 
 Positive = Annotated[float, Field(gt=0)]
 

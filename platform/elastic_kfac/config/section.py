@@ -1,10 +1,58 @@
-"""The base of every section of a configuration."""
+"""The base of every section of a configuration, and what its declarations are written with."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+if TYPE_CHECKING:
+    from pydantic import (
+        BaseModel,
+        ConfigDict,
+        Discriminator,
+        Field,
+        Tag,
+        TypeAdapter,
+        ValidationError,
+        field_validator,
+        model_validator,
+    )
+else:
+    try:
+        from pydantic import (
+            BaseModel,
+            ConfigDict,
+            Discriminator,
+            Field,
+            Tag,
+            TypeAdapter,
+            ValidationError,
+            field_validator,
+            model_validator,
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "pydantic":
+            raise
+        from elastic_kfac.config.stand_in import (
+            BaseModel,
+            ConfigDict,
+            Discriminator,
+            Field,
+            Tag,
+            TypeAdapter,
+            ValidationError,
+            field_validator,
+            model_validator,
+        )
+
+__all__ = [
+    "Discriminator",
+    "Field",
+    "Section",
+    "Tag",
+    "TypeAdapter",
+    "ValidationError",
+    "model_validator",
+]
 
 MOST = 2**63 - 1
 """The largest whole number that torch, NumPy and Arrow take."""

@@ -42,8 +42,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ from elastic_kfac.experiments.trials import (
     ENDED,
     FINISHED,
     PENDING,
+    REFUSED,
     RUNNING,
+    SHARED,
     Evaluation,
     Point,
     Resize,
@@ -72,6 +75,7 @@ from elastic_kfac.experiments.trials import (
 from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import number
+from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
 from elastic_kfac.state.run_folder import RunFolder
@@ -131,6 +135,8 @@ class SearchFolder:
             theirs = parse_space(theirs).model_dump(mode="json")
         may_differ = {"keep_states"} if self.space.perturbed else {"keep_states", "num_trials"}
         ours = self.space.model_dump(mode="json")
+        for each in (theirs, ours):  # Where metrics go as well changes no trial.
+            mapping(each.get("base")).pop("tracking", None)  # type: ignore[attr-defined]
         differing = [key for key in _differences(theirs, ours) if key not in may_differ]
         if differing:
             raise UsageError(
@@ -186,6 +192,24 @@ class SearchFolder:
     def config_of(self, trial: Trial) -> Config:
         """The configuration of a trial."""
         return self.space.config(self.values_of(trial), trial.seed)
+
+    def tracking(self) -> AbstractContextManager[None]:
+        """Sends the trials' metrics to the trackers of the base configuration, within the block."""
+        tracking = self.space.base.tracking
+        return tracked_trials(tracking, str(self.folder), self.name, self._tracked)
+
+    def _tracked(self) -> list[TrackedTrial]:
+        """The trials that train, as trackers see them."""
+        return [
+            TrackedTrial(
+                trial.id,
+                str(self.run_folder(trial.id)),
+                partial(self.config_of, trial),
+                {PENDING: None, RUNNING: ""}.get(trial.status, trial.status),
+            )
+            for trial in list(self.trials.values())  # Ray Tune's thread may add trials meanwhile.
+            if trial.status not in (REFUSED, SHARED)
+        ]
 
     def values_of(self, trial: Trial) -> dict[str, Any]:
         """A trial's values, those of a reference that are not searched included."""

@@ -104,6 +104,7 @@ def search(
         line = display or ProgressLine(plain_interval_s=60.0)
         stack.callback(line.close)
         folder = stack.enter_context(claimed_search(path, name, space, line.say))
+        stack.enter_context(folder.tracking())
         stack.enter_context(environment(_ENVIRONMENT, user_wins=True))
         nodes = space.base.elastic.max_workers * space.max_concurrent
         signals = stack.enter_context(

@@ -10,7 +10,9 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.ray.nodes import start_actor
 from elastic_kfac.cluster.run.progress import Display, ProgressLine
 from elastic_kfac.cluster.run.result import EXIT_INTERRUPTED
+from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.engine import Engine, session
@@ -38,6 +41,7 @@ from elastic_kfac.experiments.study_outcome import (
     trial_of_cell,
 )
 from elastic_kfac.experiments.trials import FAILED, FINISHED, RUNNING, WAITING, Trial, TrialTable
+from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.run_folder import RunFolder
 
@@ -101,6 +105,7 @@ def compare(
             done = len(loaded.cells) - len(waiting)
             line.say(f"{folder.storage.uri}: {done} of {len(loaded.cells)} cells are done.")
         if waiting:
+            stack.enter_context(folder.tracking(waiting[0].config.tracking))
             slots = loaded.study.parallelism
             signals = stack.enter_context(
                 session(
@@ -179,6 +184,24 @@ class _StudyFolder:
                 trials[cell.name] = self.before(cell)
         return Outcome(self._name, self.study, trials)
 
+    def tracking(self, tracking: TrackingConfig) -> AbstractContextManager[None]:
+        """Sends the cells' metrics to trackers, within the block."""
+        return tracked_trials(tracking, self.storage.uri, self._name, self._tracked)
+
+    def _tracked(self) -> list[TrackedTrial]:
+        """The cells, as trackers see them."""
+        return [
+            TrackedTrial(
+                cell.name,
+                self._folder_of(cell).uri,
+                partial(getattr, cell, "config"),
+                {WAITING: None, RUNNING: ""}.get(
+                    self.trials[cell.name].status, self.trials[cell.name].status
+                ),
+            )
+            for cell in self._cells
+        ]
+
     def before(self, cell: Cell) -> Trial:
         """A cell as earlier calls left it."""
         return trial_of_cell(cell, self._results[cell.name])
@@ -202,7 +225,11 @@ class _StudyFolder:
         folder = self._folder_of(cell)
         if not folder.storage.exists("config.yaml"):
             return None
-        if folder.read_config() != cell.config:
+        # Where metrics go as well changes no cell.
+        if (
+            folder.read_config().model_copy(update={"tracking": cell.config.tracking})
+            != cell.config
+        ):
             raise UsageError(
                 f"cell {cell} of study {self._name} was trained with another configuration",
                 given=f"{folder.uri}/config.yaml differs in {_difference(folder, cell)}",

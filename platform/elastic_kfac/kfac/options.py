@@ -5,19 +5,19 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import nn
 from torch.amp.grad_scaler import OptState
 
 from elastic_kfac.config.kfac import RANGES, KfacOptions, LevenbergMarquardt, ScriptOptions
+from elastic_kfac.config.section import ValidationError
 from elastic_kfac.curvature.damping import AdaptiveDamping
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import ConfigError, UsageError
@@ -41,7 +41,7 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
                 change=f"did you mean {close[0]}?" if close else None,
             )
     # NumPy's numbers count as Python's.
-    options = {n: v.item() if isinstance(v, np.generic) else v for n, v in options.items()}
+    options = {n: v.item() if _is_of_numpy(v) else v for n, v in options.items()}
     given = {} if config is None else type(config).model_fields
     values = {name: getattr(config, name) for name in given if name in known}
     if "kl_clip" in options:
@@ -69,6 +69,12 @@ def make_options(config: KfacOptions | None, options: Mapping[str, Any]) -> Scri
             stacklevel=3,
         )
     return made
+
+
+def _is_of_numpy(value: Any) -> bool:
+    """Whether a value is a scalar of NumPy, which need not be installed."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.generic)
 
 
 def damping_rule(options: KfacOptions) -> AdaptiveDamping | None:

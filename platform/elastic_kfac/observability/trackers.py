@@ -7,9 +7,10 @@ the row. Packages of trackers are imported when one is opened.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ class TrackedRun:
     """The run's folder; with it a continued run is the same run for a tracker."""
     settings: Mapping[str, Any]
     """`section.key` -> value."""
+    shared: Path
+    """Folder of what runs write together."""
 
     @property
     def id(self) -> str:
@@ -49,7 +52,7 @@ class Tracker(Protocol):
         """A row of `events.jsonl`."""
 
     def close(self, status: str) -> None:
-        """The run has ended: `finished`, `failed`, …"""
+        """The run has ended: `finished`, `interrupted`, `stopped` (by a search), `failed`, …"""
 
 
 def values_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -59,6 +62,14 @@ def values_of(row: Mapping[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
     }
+
+
+def check_packages(names: Sequence[TrackerName]) -> None:
+    """Raises ConfigError if the package of a tracker is not installed."""
+    for name in names:
+        package = _PACKAGES.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise _not_installed(name, package)
 
 
 def open_tracker(
@@ -72,10 +83,14 @@ def open_tracker(
     try:
         return _TRACKERS[name](config, run, folder)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"tracking.to={name} needs {error.name}, which is not installed",
-            change="pip install 'elastic-kfac[trackers]'",
-        ) from None
+        raise _not_installed(name, error.name) from None
+
+
+def _not_installed(name: TrackerName, package: str | None) -> ConfigError:
+    return ConfigError(
+        f"tracking.to={name} needs {package}, which is not installed",
+        change="pip install 'elastic-kfac[trackers]'",
+    )
 
 
 class _JsonLines:
@@ -134,6 +149,8 @@ class _WandB:
             name=run.name,
             id=run.id,
             resume="allow",
+            # Trials that run at the same time are followed by one process.
+            reinit="create_new",
             dir=str(folder),
             config=dict(run.settings),
         )
@@ -148,7 +165,7 @@ class _WandB:
 
     def close(self, status: str) -> None:
         self._run.summary["status"] = status
-        self._run.finish(exit_code=0 if status == "finished" else 1)
+        self._run.finish(exit_code=0 if status in ("finished", "stopped") else 1)
 
 
 class _MLflow:
@@ -157,7 +174,7 @@ class _MLflow:
     def __init__(self, config: TrackingConfig, run: TrackedRun, folder: Path) -> None:
         uri = config.mlflow_uri
         if uri is None:
-            uri = (folder / "mlflow").absolute().as_uri()
+            uri = (run.shared / "mlflow").absolute().as_uri()
             # MLflow 3 asks for this where files are wanted instead of a database.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.entities import Metric, Param
@@ -189,7 +206,7 @@ class _MLflow:
         self._client.set_tag(self._id, f"event.{step}.{kind}", _reason(row))
 
     def close(self, status: str) -> None:
-        ended = {"finished": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED")
+        ended = _ENDED_IN_MLFLOW.get(status, "FAILED")
         self._client.set_terminated(self._id, ended)
 
 
@@ -198,6 +215,13 @@ _TRACKERS: Mapping[TrackerName, Callable[[TrackingConfig, TrackedRun, Path], Tra
     "tensorboard": _TensorBoard,
     "wandb": _WandB,
     "mlflow": _MLflow,
+}
+
+_ENDED_IN_MLFLOW = {"finished": "FINISHED", "interrupted": "KILLED", "stopped": "KILLED"}
+_PACKAGES: Mapping[TrackerName, str] = {
+    "tensorboard": "tensorboardX",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 
 

@@ -12,8 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.placement.costs import LayerShape, factor_elements, second_order_elements
 from elastic_kfac.placement.plan import Plan
@@ -256,6 +254,8 @@ def _best_micro_batch(
         largest = 0
     if largest < 1:
         return None
+    import numpy as np
+
     sizes = np.arange(1, largest + 1)
     passes = -(-share // sizes)
     factor_share = 1.0 / workload.factor_update_steps

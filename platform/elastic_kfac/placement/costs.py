@@ -19,8 +19,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from elastic_kfac.errors import UsageError
 
 Method = Literal["eigen", "inverse", "ekfac", "one_sided"]
@@ -205,6 +203,7 @@ def fit_costs(dims: Sequence[int], seconds: Sequence[float]) -> CostModel:
     Raises:
         UsageError: If there are fewer than two different widths, or a time is not positive.
     """
+    import numpy as np
     from scipy.optimize import nnls  # type: ignore[import-untyped]
 
     d = np.asarray(dims, dtype=np.float64)

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-import numpy as np
-
 _EXACT_LAYERS = 10
 _EXACT_PLACES = 40
 _EXACT_NODES = 20_000
@@ -20,6 +18,8 @@ _SWAP_ROUNDS = 4
 
 Place = tuple[int, int, int]
 """(column, rank of A, rank of G)."""
+Moves = Sequence[Sequence[int]]
+"""Elements that move if layer i goes to column c, [layers][columns]."""
 
 
 class Packing:
@@ -41,16 +41,10 @@ class Packing:
         self.g_units = g_units
         self.colocate = colocate
         self.placed: list[Place] = [(-1, -1, -1)] * len(a_units)
-        # Rank r is entry [r // P, r % P]; entries of the last row without a rank have an infinite load.
-        num_columns = len(columns)
-        rows = len(columns[0])
-        self.loads = np.zeros((rows, num_columns), dtype=np.int64)
-        for column, ranks in enumerate(columns):
-            self.loads[len(ranks) :, column] = np.iinfo(np.int64).max // 4
-        self.slow = np.ones_like(self.loads)
-        for rank, units in enumerate(slowness):
-            self.slow[divmod(rank, num_columns)] = units
-        self.column_loads = np.zeros(num_columns, dtype=np.int64)
+        world_size = sum(map(len, columns))
+        self.loads = [0] * world_size
+        self.slow = list(slowness) or [1] * world_size
+        self.column_loads = [0] * len(columns)
 
     def copy_empty(self) -> Packing:
         """The same problem without placed layers."""
@@ -65,12 +59,11 @@ class Packing:
     @property
     def makespan(self) -> int:
         """The largest load of a rank."""
-        loads = self.loads
-        return int(loads[loads < np.iinfo(np.int64).max // 8].max())
+        return max(self.loads)
 
     def load(self, rank: int) -> int:
         """Load of one rank."""
-        return int(self.loads[divmod(rank, len(self.columns))])
+        return self.loads[rank]
 
     def add(self, index: int, place: Place) -> None:
         """Places layer `index`."""
@@ -88,8 +81,7 @@ class Packing:
         column, a_rank, g_rank = place
         a, g = self.a_units[index], self.g_units[index]
         for rank, units in ((a_rank, a), (g_rank, g)):
-            place_of = divmod(rank, len(self.columns))
-            self.loads[place_of] += sign * units * self.slow[place_of]
+            self.loads[rank] += sign * units * self.slow[rank]
         self.column_loads[column] += sign * (a + g)
 
     def place_least_loaded(self, index: int) -> None:
@@ -98,40 +90,41 @@ class Packing:
 
     def _least_loaded(self, index: int) -> Place:
         num_columns = len(self.columns)
-        if self.colocate or self.loads.shape[0] == 1:
-            both = self.a_units[index] + self.g_units[index]
-            flat = (self.loads + both * self.slow).reshape(-1)
-            candidates = np.flatnonzero(flat == flat.min())
-            ends = self.column_loads[candidates % num_columns]
-            rank = int(candidates[ends == ends.min()][0])
+        a, g = self.a_units[index], self.g_units[index]
+        if self.colocate or len(self.columns[0]) == 1:
+            ends = self._ends(a + g) if self.slowness else self.loads
+            least = min(ends)
+            first = [rank for rank, end in enumerate(ends) if end == least]
+            rank = min(first, key=lambda r: self.column_loads[r % num_columns])
             return rank % num_columns, rank, rank
-        larger = max(self.a_units[index], self.g_units[index])
-        smaller = min(self.a_units[index], self.g_units[index])
-        first, second = self.loads + larger * self.slow, self.loads + smaller * self.slow
-        least = first.argmin(axis=0)
-        every = np.arange(num_columns)
-        second[least, every] = np.iinfo(np.int64).max // 2
-        # A column of one rank takes both factors.
-        alone = np.array([len(ranks) == 1 for ranks in self.columns])
-        ends = np.maximum(first[least, every], second.min(axis=0))
-        together = first[least, every] + smaller * self.slow[least, every]
-        ends = np.where(alone, together, ends)
-        candidates = np.flatnonzero(ends == ends.min())
-        totals = self.column_loads[candidates]
-        return self.best_place(index, int(candidates[totals == totals.min()][0]))
+        # The end of the layer in each column; a column of one rank takes both factors.
+        ends = []
+        for column, ranks in enumerate(self.columns):
+            _, a_rank, g_rank = self.best_place(index, column)
+            if len(ranks) == 1:
+                ends.append(self.loads[a_rank] + (a + g) * self.slow[a_rank])
+            else:
+                a_end = self.loads[a_rank] + a * self.slow[a_rank]
+                ends.append(max(a_end, self.loads[g_rank] + g * self.slow[g_rank]))
+        least = min(ends)
+        columns = [column for column, end in enumerate(ends) if end == least]
+        return self.best_place(index, min(columns, key=self.column_loads.__getitem__))
+
+    def _ends(self, units: int) -> list[int]:
+        """When each rank would be done with so much more."""
+        return [load + units * slow for load, slow in zip(self.loads, self.slow, strict=True)]
 
     def best_place(self, index: int, column: int) -> Place:
         """The rank (or two) of a column where layer `index` ends first."""
         ranks = self.columns[column]
-        loads, slow = self.loads[: len(ranks), column], self.slow[: len(ranks), column]
         a, g = self.a_units[index], self.g_units[index]
         if self.colocate or len(ranks) == 1:
-            rank = ranks[int((loads + (a + g) * slow).argmin())]
+            rank = min(ranks, key=lambda r: self.loads[r] + (a + g) * self.slow[r])
             return column, rank, rank
-        first = int((loads + max(a, g) * slow).argmin())
-        ends = loads + min(a, g) * slow
-        ends[first] = np.iinfo(np.int64).max // 2
-        larger, smaller = ranks[first], ranks[int(ends.argmin())]
+        large, small = max(a, g), min(a, g)
+        larger = min(ranks, key=lambda r: self.loads[r] + large * self.slow[r])
+        rest = [rank for rank in ranks if rank != larger]
+        smaller = min(rest, key=lambda r: self.loads[r] + small * self.slow[r])
         return (column, larger, smaller) if a >= g else (column, smaller, larger)
 
     def places(self) -> list[Place]:
@@ -148,7 +141,7 @@ class Packing:
         """Whether the loads stay within `limit` with layer `index` at `place`."""
         _, a_rank, g_rank = place
         a, g = (
-            units[index] * int(self.slow[divmod(rank, len(self.columns))])
+            units[index] * self.slow[rank]
             for units, rank in ((self.a_units, a_rank), (self.g_units, g_rank))
         )
         if a_rank == g_rank:
@@ -171,8 +164,7 @@ def level(packing: Packing, order: Sequence[int]) -> None:
         return
     for _ in range(_SWAP_ROUNDS * len(order)):
         before = packing.makespan
-        fullest = int(np.where(packing.loads == before)[0][0]) * len(packing.columns)
-        fullest += int(np.where(packing.loads == before)[1][0])
+        fullest = packing.loads.index(before)
         stuck = [i for i in order if fullest in packing.placed[i][1:]]
         others = [None, *(i for i in order if i not in stuck)]
         if not any(_relieves(packing, i, j, before) for i in stuck for j in others):
@@ -211,7 +203,7 @@ def _exchanged(packing: Packing, pair: Sequence[int], places: Sequence[Place], b
 def settle(
     balanced: Packing,
     order: Sequence[int],
-    moves: np.ndarray,
+    moves: Moves,
     stay: Sequence[Place | None],
 ) -> list[Place]:
     """The places with no larger makespan than `balanced` that move the fewest elements found.
@@ -222,14 +214,14 @@ def settle(
     Args:
         balanced: A complete packing; its makespan is the limit.
         order: Layers by decreasing cost.
-        moves: Elements that move if layer i goes to column c [layers, columns].
+        moves: Elements that move if layer i goes to column c.
         stay: The present place of each layer, where that place still exists.
     """
     if not order:
         return []
     # Each cost was rounded by at most half a unit (2e-10 of the largest), so makespans that differ by
     # less than this are equal.
-    limit = balanced.makespan + 2 * len(order) * int(balanced.slow.max())
+    limit = balanced.makespan + 2 * len(order) * max(balanced.slow)
     best = _sticky(balanced, order, moves, stay, limit)
     if best is None or _moved(best, moves) > _moved(balanced, moves):
         best = balanced
@@ -240,14 +232,14 @@ def settle(
     return best.placed
 
 
-def _moved(packing: Packing, moves: np.ndarray) -> int:
-    return sum(int(moves[index, place[0]]) for index, place in enumerate(packing.placed))
+def _moved(packing: Packing, moves: Moves) -> int:
+    return sum(moves[index][place[0]] for index, place in enumerate(packing.placed))
 
 
 def _sticky(
     balanced: Packing,
     order: Sequence[int],
-    moves: np.ndarray,
+    moves: Moves,
     stay: Sequence[Place | None],
     limit: int,
 ) -> Packing | None:
@@ -255,11 +247,11 @@ def _sticky(
     packing = balanced.copy_empty()
     rest = []
     for index in order:
-        cheapest = int(moves[index].argmin())
+        cheapest = moves[index].index(min(moves[index]))
         place = stay[index]
         if place is not None and (
             not packing.allows(place)
-            or moves[index, place[0]] > moves[index, cheapest]
+            or moves[index][place[0]] > moves[index][cheapest]
             or not packing.fits(index, place, limit)
         ):
             place = None
@@ -273,17 +265,17 @@ def _sticky(
     return packing if packing.makespan <= limit else None
 
 
-def _swap(packing: Packing, order: Sequence[int], moves: np.ndarray, limit: int) -> None:
+def _swap(packing: Packing, order: Sequence[int], moves: Moves, limit: int) -> None:
     """Swaps the columns of two layers wherever that lowers the elements that move."""
     for _ in range(_SWAP_ROUNDS):
         if not sum(_try_swap(packing, *pair, moves, limit) for pair in combinations(order, 2)):
             return
 
 
-def _try_swap(packing: Packing, first: int, second: int, moves: np.ndarray, limit: int) -> bool:
+def _try_swap(packing: Packing, first: int, second: int, moves: Moves, limit: int) -> bool:
     at_first, at_second = packing.placed[first], packing.placed[second]
-    before = moves[first, at_first[0]] + moves[second, at_second[0]]
-    if moves[first, at_second[0]] + moves[second, at_first[0]] >= before:
+    before = moves[first][at_first[0]] + moves[second][at_second[0]]
+    if moves[first][at_second[0]] + moves[second][at_first[0]] >= before:
         return False
     packing.remove(first)
     packing.remove(second)
@@ -303,17 +295,17 @@ def _try_swap(packing: Packing, first: int, second: int, moves: np.ndarray, limi
 def _fewest_moves(
     start: Packing,
     order: Sequence[int],
-    moves: np.ndarray,
+    moves: Moves,
     stay: Sequence[Place | None],
     limit: int,
 ) -> list[Place]:
     """Branch and bound over all places from `start`; stops after a fixed number of nodes."""
     work, best, fewest, nodes = start.copy_empty(), start.placed, _moved(start, moves), 0
     choices = {
-        index: sorted(work.places(), key=lambda p: (moves[index, p[0]], p != stay[index], p))
+        index: sorted(work.places(), key=lambda p: (moves[index][p[0]], p != stay[index], p))
         for index in order
     }
-    least_after = [sum(int(moves[i].min()) for i in order[depth:]) for depth in range(len(order))]
+    least_after = [sum(min(moves[i]) for i in order[depth:]) for depth in range(len(order))]
 
     def visit(depth: int, moved: int) -> None:
         nonlocal best, fewest, nodes
@@ -328,7 +320,7 @@ def _fewest_moves(
         for place in choices[index]:
             if work.fits(index, place, limit):
                 work.add(index, place)
-                visit(depth + 1, moved + int(moves[index, place[0]]))
+                visit(depth + 1, moved + moves[index][place[0]])
                 work.remove(index)
 
     visit(0, 0)

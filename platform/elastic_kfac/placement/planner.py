@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.placement.costs import (
     CostModel,
@@ -24,7 +22,7 @@ from elastic_kfac.placement.costs import (
     default_costs,
     second_order_elements,
 )
-from elastic_kfac.placement.packing_search import Packing, Place, level, settle
+from elastic_kfac.placement.packing_search import Moves, Packing, Place, level, settle
 from elastic_kfac.placement.plan import (
     LayerPlacement,
     Plan,
@@ -124,7 +122,7 @@ def moved_elements(
     old_ranks = _old_ranks(plan.world_size, previous, previous_ranks)
     moves = _move_costs(layers, plan.columns, previous, old_ranks)
     return sum(
-        int(moves[index, plan.placement(layer.name).column]) for index, layer in enumerate(layers)
+        moves[index][plan.placement(layer.name).column] for index, layer in enumerate(layers)
     )
 
 
@@ -169,19 +167,20 @@ def _move_costs(
     columns: tuple[tuple[int, ...], ...],
     previous: Plan,
     old_ranks: Sequence[int | None],
-) -> np.ndarray:
-    """Elements that move if layer i goes to column c, [layers, columns]."""
-    kept = np.zeros((len(previous.columns), len(columns)), dtype=np.int64)
+) -> Moves:
+    """Elements that move if layer i goes to column c, [layers][columns]."""
+    sizes = [len(column) for column in columns]
+    # Ranks of column c that do not have what column p of the previous plan held, [p][c].
+    lacking = [list(sizes) for _ in previous.columns]
     for rank, old in enumerate(old_ranks):
         if old is not None:
-            kept[old % len(previous.columns), rank % len(columns)] += 1
-    sizes = np.array([len(column) for column in columns], dtype=np.int64)
+            lacking[old % len(previous.columns)][rank % len(columns)] -= 1
     known = {layer.name: layer.column for layer in previous.layers}
-    moves = np.empty((len(layers), len(columns)), dtype=np.int64)
-    for index, layer in enumerate(layers):
+    moves = []
+    for layer in layers:
         elements = second_order_elements([layer], precompute=False)
         column = known.get(layer.name)
-        moves[index] = elements * (sizes if column is None else sizes - kept[column])
+        moves.append([elements * n for n in (sizes if column is None else lacking[column])])
     return moves
 
 

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-import numpy as np
-
 from elastic_kfac.errors import UsageError
 from elastic_kfac.placement.costs import (
     CostModel,
@@ -51,6 +49,8 @@ class Line:
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
     """Least squares with neither coefficient below zero (a latency and a cost per unit)."""
+    import numpy as np
+
     if len(x) != len(y) or len(set(x)) < 2:
         raise UsageError("a line needs measurements at two different points", given=list(x))
     # In relative error: what is measured grows with x, and so does its noise.

@@ -9,13 +9,21 @@ import contextlib
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elastic_kfac.config import Config
+from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.errors import ConfigError, ElasticKfacError
-from elastic_kfac.observability.trackers import TrackedRun, Tracker, open_tracker, values_of
+from elastic_kfac.observability.trackers import (
+    TrackedRun,
+    Tracker,
+    check_packages,
+    open_tracker,
+    values_of,
+)
 from elastic_kfac.paths import join_uri, local_folder
 from elastic_kfac.state.run_folder import EVENTS, METRICS, RunFolder
 
@@ -28,13 +36,13 @@ CLOSE_S = 30.0
 class Follower:
     """Sends the rows that a folder gains to trackers; `send` is called from one thread at a time."""
 
-    def __init__(self, folder: RunFolder, trackers: Mapping[str, Tracker], *, skip: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, trackers: Mapping[str, Tracker], sent: Mapping[str, int]
+    ) -> None:
+        """`sent`: bytes of each file that were sent when the run was begun (`sizes_of`)."""
         self._folder = folder
         self._trackers = dict(trackers)
-        self._sent = {METRICS: 0, EVENTS: 0}
-        """Bytes of each file."""
-        if skip:  # They were sent when the run was begun.
-            self._sent = {name: len(folder.content(name) or b"") for name in self._sent}
+        self._sent = {METRICS: 0, EVENTS: 0, **sent}
 
     def send(self) -> None:
         """Sends what is new."""
@@ -68,6 +76,11 @@ class Follower:
                 _warn(f"tracker {name} has failed and is left out: {type(error).__name__}: {error}")
 
 
+def sizes_of(folder: RunFolder) -> dict[str, int]:
+    """Bytes of the files that a `Follower` sends."""
+    return {name: len(folder.content(name) or b"") for name in (METRICS, EVENTS)}
+
+
 @contextlib.contextmanager
 def tracked(config: Config, uri: str, name: str) -> Iterator[None]:
     """Sends the metrics of the run in the block to the trackers of `tracking.to`.
@@ -78,24 +91,98 @@ def tracked(config: Config, uri: str, name: str) -> Iterator[None]:
     if not config.tracking.to:
         yield
         return
+    root = _root(config.tracking, uri)
     folder = RunFolder(uri)
-    follower = Follower(folder, _opened(config, uri, name), skip=True)
+    follower = Follower(folder, _opened(config, uri, name, root), sizes_of(folder))
+
+    def end() -> None:
+        _try(follower.send)
+        status = "failed"
+        with contextlib.suppress(ElasticKfacError, OSError):
+            status = str((folder.result() or {}).get("status", "failed"))
+        follower.close(status)
+
+    with _thread(lambda: _try(follower.send), end):
+        yield
+
+
+@dataclass(frozen=True)
+class TrackedTrial:
+    """A trial of a search or a cell of a study, as its trackers see it."""
+
+    name: str
+    uri: str
+    """Of its run's folder."""
+    config: Callable[[], Config]
+    status: str | None
+    """How it ended; empty while it runs, None before."""
+
+
+@contextlib.contextmanager
+def tracked_trials(
+    tracking: TrackingConfig, uri: str, name: str, trials: Callable[[], Iterable[TrackedTrial]]
+) -> Iterator[None]:
+    """Sends the metrics of trials to the trackers of `tracking.to`, each trial as a run `NAME/TRIAL`.
+
+    All is sent by one thread of this process, so that trials are measured without their trackers.
+
+    Args:
+        uri: The folder of the search or study; without `tracking.folder`, trackers write below it.
+        trials: All trials, as they are at the time of the call.
+
+    Raises:
+        ConfigError: As `tracked`.
+    """
+    if not tracking.to:
+        yield
+        return
+    check_packages(tracking.to)
+    root = _root(tracking, uri)
+    before = list(trials())
+    # An earlier call with these trackers has sent what is there.
+    sent = {each.name: sizes_of(RunFolder(each.uri)) for each in before if not each.status}
+    ended = {each.name for each in before if each.status}
+    followers: dict[str, Follower] = {}
+
+    def look() -> None:
+        for trial in trials():
+            if trial.status is None or trial.name in ended:
+                continue
+            if trial.name not in followers:
+                full = f"{name}/{trial.name}"
+                opened = _opened(trial.config(), trial.uri, full, root, root / trial.name)
+                followers[trial.name] = Follower(
+                    RunFolder(trial.uri), opened, sent.get(trial.name, {})
+                )
+            _try(followers[trial.name].send)
+            if trial.status:
+                ended.add(trial.name)
+                followers.pop(trial.name).close(trial.status)
+
+    def end() -> None:
+        _try(look)
+        for follower in followers.values():
+            follower.close("interrupted")
+
+    with _thread(lambda: _try(look), end):
+        yield
+
+
+@contextlib.contextmanager
+def _thread(look: Callable[[], None], end: Callable[[], None]) -> Iterator[None]:
+    """Calls `look` every INTERVAL_S, and `end` after the block; waits for it at most CLOSE_S."""
     over = threading.Event()
-    status = ["failed"]
 
     def follow() -> None:
         while not over.wait(INTERVAL_S):
-            _try(follower.send)
-        _try(follower.send)
-        follower.close(status[0])
+            look()
+        end()
 
     thread = threading.Thread(target=follow, name="trackers", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        with contextlib.suppress(ElasticKfacError, OSError):
-            status[0] = str((folder.result() or {}).get("status", "failed"))
         over.set()
         thread.join(CLOSE_S)
         if thread.is_alive():
@@ -108,26 +195,41 @@ def track(folder: RunFolder, name: str, config: Config) -> None:
     Raises:
         ConfigError: As `tracked`.
     """
-    follower = Follower(folder, _opened(config, folder.uri, name), skip=False)
+    root = _root(config.tracking, folder.uri)
+    follower = Follower(folder, _opened(config, folder.uri, name, root), {})
     follower.send()
     follower.close(str((folder.result() or {}).get("status", "failed")))
 
 
-def _opened(config: Config, uri: str, name: str) -> dict[str, Tracker]:
-    tracking = config.tracking
+def _root(tracking: TrackingConfig, uri: str) -> Path:
+    """Where trackers write: `tracking.folder`, or `tracking` in a local folder.
+
+    Raises:
+        ConfigError: If that is no local folder.
+    """
     local = local_folder(tracking.folder or join_uri(uri, "tracking"))
     if local is None:
         raise ConfigError(
             "trackers need a local folder", given=uri, change="set tracking.folder to one"
         )
-    place = local / name if tracking.folder else local
+    return Path(local)
+
+
+def _opened(
+    config: Config, uri: str, name: str, root: Path, place: Path | None = None
+) -> dict[str, Tracker]:
+    """Trackers of a run that write into `place`, by default a folder of the run's own if `root` is
+    `tracking.folder`, and what runs share (MLflow's files) into `root`."""
+    tracking = config.tracking
+    if place is None:
+        place = root / name if tracking.folder else root
     sections = config.model_dump(mode="json").items()
     settings = {f"{section}.{key}": v for section, part in sections for key, v in part.items()}
-    run = TrackedRun(name, str(local_folder(uri) or uri), settings)
+    run = TrackedRun(name, str(local_folder(uri) or uri), settings, root)
     found: dict[str, Tracker] = {}
     for each in tracking.to:
         try:
-            found[each] = open_tracker(each, tracking, run, Path(place))
+            found[each] = open_tracker(each, tracking, run, place)
         except ConfigError:
             raise
         except Exception as error:

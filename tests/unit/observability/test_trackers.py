@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,7 @@ def test_rows_that_are_computed_again_are_sent_again(run: RunFolder) -> None:
         def log(self, step: int, values: Mapping[str, float]) -> None:
             seen.append((step, values["train/loss"]))
 
-    follower = tracking.Follower(run, {"seen": Seen()}, skip=False)
-    follower._sent["events.jsonl"] = math.inf  # type: ignore[assignment]
+    follower = tracking.Follower(run, {"seen": Seen()}, {"events.jsonl": sys.maxsize})
     follower.send()
     run.rewind_metrics(1)
     follower.send()
@@ -176,5 +176,67 @@ def test_missing_package_and_remote_run_are_refused(
     assert main(["track", run.uri]) == 2
     assert "no tracker is named" in capsys.readouterr().err
     config = parse_config({"tracking": {"to": ["jsonl"]}})
-    with pytest.raises(ConfigError, match="need a local folder"):
-        tracking._opened(config, "s3://bucket/run", "run")
+    with (
+        pytest.raises(ConfigError, match="need a local folder"),
+        tracking.tracked(config, "s3://bucket/run", "run"),
+    ):
+        pass
+
+
+class Trials:
+    """Run folders of trials whose status a test sets."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.runs = {name: RunFolder(str(folder / "trials" / name)) for name in names}
+        self.status: dict[str, str | None] = dict.fromkeys(names)
+        self.config = parse_config({"tracking": {"to": ["mlflow", "jsonl"]}})
+
+    def __call__(self) -> list[tracking.TrackedTrial]:
+        return [
+            tracking.TrackedTrial(name, run.uri, lambda: self.config, self.status[name])
+            for name, run in self.runs.items()
+        ]
+
+
+def test_each_trial_is_a_run_and_a_failing_tracker_stops_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(trackers, "_PACKAGES", {})
+    monkeypatch.setitem(trackers._TRACKERS, "mlflow", Broken)  # type: ignore[arg-type]
+    trials = Trials(tmp_path, "t000", "t001", "t002")
+    trials.runs["t000"].append("metrics.jsonl", ROWS)
+    trials.status["t000"] = "finished"  # By an earlier call, which has sent its rows.
+    trials.runs["t001"].append("metrics.jsonl", ROWS[:1])  # An earlier call began it.
+    with tracking.tracked_trials(trials.config.tracking, str(tmp_path), "first", trials):
+        trials.status["t001"] = ""
+        trials.runs["t001"].append("metrics.jsonl", ROWS[1:])
+        trials.status["t002"] = ""
+        trials.runs["t002"].append("metrics.jsonl", ROWS)
+        deadline = time.monotonic() + 60
+        values = tmp_path / "tracking" / "t002" / "values.jsonl"
+        while not values.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        trials.status["t001"] = "stopped"
+    assert not (tmp_path / "tracking" / "t000").exists()
+    rows = {name: lines_of(values.parents[1] / name / "values.jsonl") for name in ("t001", "t002")}
+    found = {
+        n: [(r["step"], r["value"]) for r in each if r.get("name") == "train/loss"]
+        for n, each in rows.items()
+    }
+    assert found == {"t001": LOSSES[1:], "t002": LOSSES}
+    assert [rows[name][-1] for name in rows] == [
+        {"run": "first/t001", "event": "stopped"},
+        {"run": "first/t002", "event": "interrupted"},
+    ]
+    assert "tracker mlflow has failed and is left out" in capsys.readouterr().err
+
+
+def test_trackers_of_trials_are_checked_before_any_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(trackers._PACKAGES, "mlflow", "no_such_package")  # type: ignore[index]
+    trials = Trials(tmp_path, "t000")
+    follow = tracking.tracked_trials(trials.config.tracking, str(tmp_path), "first", trials)
+    with pytest.raises(ConfigError, match="needs no_such_package"), follow:
+        pass

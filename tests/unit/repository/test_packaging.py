@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -57,41 +58,55 @@ def test_undeclared_import_is_found() -> None:
     assert imported(tree, only_at_import=True) == {"numpy"}
 
 
-def test_kfac_imports_nothing_beyond_the_base_dependencies() -> None:
-    allowed = sorted(declared(PROJECT["dependencies"]) | {"pydantic", "yaml"})
-    extras = sorted(
-        {module for module, distribution in _DISTRIBUTIONS.items() if distribution not in allowed}
-        | (set().union(*map(declared, EXTRAS.values())) - set(allowed) - {"packaging"})
-    )
+def test_kfac_needs_torch_alone() -> None:
+    assert declared(PROJECT["dependencies"]) == {"torch"}
+    modules = {
+        module for module, name in _DISTRIBUTIONS.items() if name in declared(EXTRAS["train"])
+    }
+    needed_by_torch = {"filelock", "jinja2", "markupsafe"}
+    blocked = sorted((modules | set().union(*map(declared, EXTRAS.values()))) - needed_by_torch)
+    installed = [f"{text}; extra == '{name}'" for name, all_ in EXTRAS.items() for text in all_]
     code = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {set(extras) - {'yaml'}!r}:\n"
-        "            raise ModuleNotFoundError(name, name=name)\n"
-        "sys.meta_path.insert(0, Block())\n"
+        "import importlib.metadata, sys\n"
+        f"importlib.metadata.requires = lambda name: {installed!r}\n"
+        f"for name in {blocked!r}:\n"
+        "    sys.modules[name] = None\n"
+        "import warnings; warnings.filterwarnings('ignore', 'Failed to initialize NumPy')\n"
         "import torch\n"
-        "from elastic_kfac import KFAC\n"
+        "from elastic_kfac import KFAC, KFACOptimizer\n"
         "from elastic_kfac.cli import main\n"
         "net = torch.nn.Linear(3, 2)\n"
-        "kfac = KFAC(net, lr=0.1)\n"
-        "net(torch.randn(4, 3)).square().mean().backward()\n"
-        "kfac.step()\n"
-        "assert main(['config', 'kfac.damping']) == 0\n"
+        "kfac = KFAC(net, lr=0.1, damping=1e-2)\n"
+        "before = [p.clone() for p in net.parameters()]\n"
+        "optimizer = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+        "for _ in range(3):\n"
+        "    optimizer.zero_grad()\n"
+        "    net(torch.randn(4, 3)).square().mean().backward()\n"
+        "    kfac.step()\n"
+        "    optimizer.step()\n"
+        "assert not torch.equal(before[0], net.weight)\n"
+        "KFAC(net, lr=0.1).load_state_dict(kfac.state_dict())\n"
+        "KFACOptimizer(net, optimizer).zero_grad()\n"
+        "assert main(['--version']) == 0\n"
+        "for words in (['train', 'x.yaml'], ['tune', 'x.yaml'], ['doctor'], ['config', 'kfac']):\n"
+        "    assert main(words) == 2, words\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4, done.stderr
+    assert all("which is not installed" in line for line in lines), lines
 
 
-def _run(*command: str | Path, cwd: Path, expect: int = 0) -> str:
+def _run(*command: str | Path, cwd: Path, expect: int = 0, quiet: bool = False) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == expect, (command, done.stdout[-3000:], done.stderr[-3000:])
-    return done.stdout + done.stderr
+    return done.stdout if quiet else done.stdout + done.stderr
 
 
 @pytest.mark.soak
@@ -106,7 +121,14 @@ def test_wheel_and_sdist_work_in_a_clean_environment(tmp_path: Path) -> None:
     pip = (scripts / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
     command = scripts / "elastic-kfac"
     _run(*pip, wheel, cwd=tmp_path)
-    _run(scripts / "python", "-c", "from elastic_kfac import KFAC", cwd=tmp_path)
+    steps = (
+        "import torch; from elastic_kfac import KFAC; net = torch.nn.Linear(3, 2); "
+        "kfac = KFAC(net, lr=0.1); net(torch.randn(4, 3)).square().mean().backward(); kfac.step()"
+    )
+    _run(scripts / "python", "-c", steps, cwd=tmp_path)
+    there = json.loads(_run(*pip[:3], "list", "--format=json", cwd=tmp_path, quiet=True))
+    names = {each["name"].lower() for each in there}
+    assert not names & {"numpy", "pydantic", "pyyaml", "ray", "matplotlib"}, names
     assert "pip install 'elastic-kfac[train]'" in _run(
         command, "train", "digits", "--local", cwd=tmp_path, expect=2
     )
