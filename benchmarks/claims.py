@@ -479,6 +479,7 @@ COMMANDS: dict[str, str] = {
     "kfac_step": "python benchmarks/kfac_step.py",
     "kfac_vs_sgd": "elastic-kfac compare benchmarks/studies/kfac_vs_sgd.yaml",
     "membership_schedules": "pytest -m soak tests/unit/training/test_membership_schedules.py",
+    "momentum_placement": "python benchmarks/defaults/run.py (momentum_before)",
     "plan_time": "python benchmarks/plan_time.py",
     "planner_accuracy": "python benchmarks/planner/accuracy.py",
     "planner_decomposers": "python benchmarks/planner/decomposers.py",

@@ -284,9 +284,10 @@ def _claims(summary: dict[str, Any], batches: dict[str, int]) -> dict[str, Any]:
 
     best = {n: max(e["profile_score"], key=e["profile_score"].get) for n, e in summary.items()}
     claims: dict[str, Any] = {
-        f"highest profile score by {name}": (best[name] in OURS, best[name]) for name in best
+        f"highest profile score by {words}": (best[name] in OURS, best[name])
+        for name, words in (("steps", "steps"), ("cpu_s", "CPU time"))
     }
-    for name, each, least in (("steps", steps, 1.3), ("cpu_s", cpu, 1.15)):
+    for name, each, least in (("steps", steps, 1.3), ("CPU time", cpu, 1.15)):
         value = max(_number(v, 0.0) for v in each["advantage_over_best_other"].values())
         claims[f"{least} times better than the best other method by {name}"] = value >= least, value
     if "SGD" in next(iter(medians.values())):
@@ -300,7 +301,7 @@ def _claims(summary: dict[str, Any], batches: dict[str, int]) -> dict[str, Any]:
     if "kfac-pytorch" in next(iter(medians.values())):
         behind = [
             f"{w}, {name}"
-            for name, each in (("steps", steps), ("cpu_s", cpu))
+            for name, each in (("steps", steps), ("CPU time", cpu))
             for w, row in each["median_to_target"].items()
             if ours(row) > _number(row["kfac-pytorch"])
         ]

@@ -228,28 +228,6 @@ SYSTEMS: dict[str, System] = {
         (*CONSTANT, "4-2-3-4"),
         kinds=("trust region",),
     ),
-    "kfac-momentum-before": System(
-        {
-            **KFAC,
-            "kfac.trust_region": "adaptive",
-            "kfac.momentum": 0.8,
-            "optimizer.momentum": 0.0,
-            "kfac.grad_worker_frac": 0.5,
-        },
-        ("4-2-3-4",),
-        kinds=("trust region",),
-    ),
-    "osawa-momentum-before": System(
-        {
-            **OSAWA,
-            "kfac.trust_region": "adaptive",
-            "kfac.kl_clip": 1e-3,
-            "kfac.momentum": 0.8,
-            "optimizer.momentum": 0.0,
-        },
-        ("4-3-4",),
-        kinds=("trust region",),
-    ),
     "osawa-trust-region": System(
         {**OSAWA, "kfac.trust_region": "adaptive", "kfac.kl_clip": 1e-3},
         ("4-3-4",),

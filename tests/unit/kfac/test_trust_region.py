@@ -266,6 +266,19 @@ def test_momentum_before_the_preconditioner_outlives_a_gradient_that_is_not_fini
     assert not after[0].equal(before[0])
 
 
+def test_momentum_before_the_preconditioner_outlives_a_resize() -> None:
+    whole, resized = (Run(network(), momentum=0.0, before=0.9) for _ in range(2))
+    for step in range(12):
+        whole.step(step)
+        if step == 7:
+            resized.kfac.resize(None)
+        resized.step(step)
+    trust = resized.kfac.bound.trust
+    assert trust is not None and set(trust.averages) == {"0", "2"}
+    for p, q in zip(whole.model.parameters(), resized.model.parameters(), strict=True):
+        assert p.equal(q)
+
+
 def test_momentum_on_both_sides_of_the_preconditioner_is_refused() -> None:
     run = Run(network(), before=0.9)
     with pytest.raises(ConfigError, match=r"before and behind.*=0\.9 of KFAC, 0\.9 of the"):
