@@ -189,10 +189,9 @@ def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def _suggestions(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What the planner would choose at each world size."""
     if "sharded.v_method" in rows[0]["suggested"]:
-        cells = [("ranks", "sharded.v_method")]
-        cells += [(str(r["world_size"]), r["suggested"]["sharded.v_method"]) for r in rows]
+        methods = [(str(row["world_size"]), row["suggested"]["sharded.v_method"]) for row in rows]
         yield "suggested:"
-        yield from _aligned(cells)
+        yield from _aligned([("ranks", "sharded.v_method"), *methods])
         return
     keys = ("kfac.grad_worker_frac", "train.micro_batch_size", "kfac.inverse_update_steps")
     cells = [("ranks", *keys, "step ms", "memory MiB")]

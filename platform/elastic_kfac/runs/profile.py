@@ -270,14 +270,16 @@ def _bytes_of(steps: _Steps, batches: Sequence[int], count: int) -> _Bytes:
         if phase == "factor_exchange":
             held.append(float(bytes_.now))
 
-    for n in batches:
-        with PeakBytes() as bytes_:
-            for _ in range(count):  # meets all that is held
-                steps.whole(n)
-            bytes_.peak, steps.kfac.on_phase = bytes_.now, look
+    with PeakBytes() as bytes_:
+        for _ in range(count):  # meets all that is held
+            steps.whole(batches[0])
+        steps.kfac.on_phase = look
+        for n in batches:
+            bytes_.peak = bytes_.now
             for _ in range(count):
                 steps.whole(n)
-        peaks[n], steps.kfac.on_phase = float(bytes_.peak), None
+            peaks[n] = float(bytes_.peak)
+    steps.kfac.on_phase = None
     return _Bytes(peaks, max(held))
 
 
