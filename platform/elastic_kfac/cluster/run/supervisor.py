@@ -384,7 +384,7 @@ class Supervisor:
             Membership.bury(attempt.store, seat.slot)
         left = len(self._in_world())
         if attempt is None:
-            self._fails = self._ask("newcomer_lost", error, 0) is not None
+            self._fails = self._ask("newcomer_lost", error, 0) is not None or self._fails
             return
         failed = left and not (seat.stays or seat.leaves or error.startswith(NODE_DIED))
         if failed and self._ask("newcomer_lost", error, left) is not None:
