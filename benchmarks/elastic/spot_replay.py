@@ -114,17 +114,18 @@ class Trace:
 
     def changes(self, seed: int = 0) -> list[Change]:
         """Who comes, is told to go, and goes. Losses without notice are a third, at random."""
-        pick, nodes, found = random.Random(seed), list[str](), list[Change]()
-        number = 0
+        pick, found = random.Random(seed), list[Change]()
+        nodes, born, number = list[str](), dict[str, float](), 0
         for gap, count in enumerate(self.data):
             at = gap * self.gap_s
             while len(nodes) > count:
                 node = nodes.pop(pick.randrange(len(nodes)))
                 if pick.random() < 2 / 3:
-                    found.append((max(0.0, at - NOTICE_S), node, "notice"))
+                    found.append((max(born[node], at - NOTICE_S), node, "notice"))
                 found.append((at, node, "down"))
             while len(nodes) < count:
                 nodes.append(f"node-{number}")
+                born[nodes[-1]] = at
                 number += 1
                 found.append((at, nodes[-1], "up"))
         return sorted(found, key=lambda change: change[0])
