@@ -507,7 +507,7 @@ COMMANDS: dict[str, str] = {
     "row_log_cost": "python benchmarks/row_log_cost.py",
     "schedules": "python benchmarks/studies/schedules.py",
     "slow_rank": "python benchmarks/elastic/slow_rank.py",
-    "spot_replay": "python benchmarks/elastic/spot_replay.py --real-minutes 10",
+    "spot_replay": "python benchmarks/elastic/spot_replay.py",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
     "telemetry_cost": "python benchmarks/telemetry_cost.py",
     "tuned_against_tuned": "python benchmarks/tuned_against_tuned.py",
