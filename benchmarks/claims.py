@@ -417,6 +417,20 @@ def _kfac_setups(setups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [s for s in setups if "1/64" in s["method"] or "1/2" in s["method"]]
 
 
+def elastic() -> Iterator[Row]:
+    """Spot nodes."""
+    replayed = load("spot_replay")["virtual"]
+    for label, key in (
+        ("elastic, in place", "ours"),
+        ("plain Ray Train, by the model", "plain_ray_train_model"),
+    ):
+        row = replayed[key]
+        cells = (share(row["of_oracle"], 1), n(row["price"], ".2f"))
+        yield Row("docs/elastic.md", label, cells)
+    price = n(replayed["on_demand"]["price"], ".2f")
+    yield Row("docs/elastic.md", "on-demand nodes", ("all of it", price))
+
+
 def texts() -> Iterator[tuple[str, str]]:
     """(document, words with their numbers)."""
     rows = load("vault_cost")["rows"]
@@ -489,6 +503,8 @@ COMMANDS: dict[str, str] = {
     "robust_spectra": "python benchmarks/studies/robust_spectra.py",
     "row_log_cost": "python benchmarks/row_log_cost.py",
     "schedules": "python benchmarks/studies/schedules.py",
+    "slow_rank": "python benchmarks/elastic/slow_rank.py",
+    "spot_replay": "python benchmarks/elastic/spot_replay.py",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
     "story": "python benchmarks/elastic/story.py",
     "suggested": "python benchmarks/suggested.py",
@@ -505,7 +521,7 @@ COMMANDS: dict[str, str] = {
 
 def rows() -> list[Row]:
     """Every row."""
-    return [*readme(), *damping(), *variants(), *planning(), *studies()]
+    return [*readme(), *damping(), *variants(), *planning(), *elastic(), *studies()]
 
 
 def unfounded(row: Row) -> list[str]:

@@ -126,6 +126,8 @@ SMOKES = (
     Smoke("planner/decomposers.py", "--widths 160 --steps 10 --out OUT"),
     Smoke("suggested.py", "--minutes 0.2 --seeds 1 --out OUT"),
     Smoke("in_place_gaps.py", "--cycles 1 --model small_cnn --out OUT"),
+    Smoke("elastic/slow_rank.py", "--ranks 2 --steps 44 --sample-ms 2 --out OUT"),
+    Smoke("elastic/spot_replay.py", "--gaps 30 --out OUT"),
     Smoke("elastic/changes_in_place.py", "--cycles 1 --out OUT", on_ray=True),
     Smoke("telemetry_cost.py", "--epochs 2 --repeats 1", {"RESULT": "OUT"}, on_ray=True),
     Smoke("vault_cost.py", "--out OUT", {"SIZES": (100_000,), "SNAPSHOTS": 4}, on_ray=True),

@@ -13,7 +13,8 @@ is 1:
   with decompositions, and their mean at intervals (10, 100), beside the methods' own optimizers.
 - `memory`: peak bytes over those of the optimizer alone, beside `KFAC.memory_usage()`.
 - `resume`: whether a step from `state_dict()` has the bits of the step it replaces.
-- `process_group`: seconds to abort and re-create the group of NCCL (gloo on a CPU), and to go on in it.
+- `process_group`: seconds to abort and re-create the group of NCCL (gloo on a CPU: to destroy it) by the
+  product's own functions, and whether K-FAC goes on in it with the bits of a restored copy.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from models import Workload, workloads
 from torch import nn
 
 from elastic_kfac import KFAC, __version__
+from elastic_kfac.communication.abort import let_processes_survive, needs_abort
+from elastic_kfac.training.membership import leave
 
 INTERVALS = (10, 100)
 Result = dict[str, Any]
@@ -284,51 +287,74 @@ def memory(load: Workload) -> Result:
 
 def resume(load: Workload) -> Result:
     """Two copies of model, optimizer and K-FAC; one of them from the other one's state."""
-    first, second = Trainer(load, "kfac"), Trainer(load, "kfac")
-    first.steps(INTERVALS[0] + 2)
-    second.model.load_state_dict(copy.deepcopy(first.model.state_dict()))
-    second.optimizers[0].load_state_dict(copy.deepcopy(first.optimizers[0].state_dict()))
-    assert first.preconditioner is not None and second.preconditioner is not None
-    second.preconditioner.load_state_dict(first.preconditioner.state_dict())
-    # Kernels that add atomically may differ between two runs of the same backward pass.
-    first.loss().backward()
-    for mine, copied in zip(first.model.parameters(), second.model.parameters(), strict=True):
-        copied.grad = None if mine.grad is None else mine.grad.clone()
-    first.preconditioner.step()
-    second.preconditioner.step()
-    pairs = zip(first.model.parameters(), second.model.parameters(), strict=True)
-    equal = all(torch.equal(a.grad, b.grad) for a, b in pairs if a.grad is not None)
-    return {"bits_are_equal": equal, "step": first.preconditioner.steps}
+    trainer = Trainer(load, "kfac")
+    trainer.steps(INTERVALS[0] + 2)
+    assert trainer.preconditioner is not None
+    return {
+        "bits_are_equal": _steps_like_a_copy(trainer, load),
+        "step": trainer.preconditioner.steps,
+    }
 
 
 def process_group(device: torch.device) -> Result:
-    """A group of one: what a survivor pays for a new communicator, and that K-FAC goes on in it."""
+    """A group of one: what a survivor pays to end its communicator as after a loss and to make a new one,
+    and whether K-FAC, resized in place, goes on there with the bits of a copy restored from its state."""
     backend = "nccl" if device.type == "cuda" else "gloo"
+    aborts = needs_abort(backend)
+    if aborts:
+        let_processes_survive()
     load = workloads(device, tiny=True)[0]
     with _group(backend, 0):
         trainer = Trainer(load, "kfac")
         trainer.steps(3)
         assert trainer.preconditioner is not None
         trainer.preconditioner.leave()
-    abort = getattr(dist.distributed_c10d, "_abort_process_group", None)
-    seconds = []
+    rows = []
     for number in (1, 2, 3):
         begin = time.perf_counter()
         with _group(backend, number):
             trainer.preconditioner.resize(dist.group.WORLD)
             dist.all_reduce(torch.ones(1, device=device))
             _wait(device)
-            seconds.append(round(time.perf_counter() - begin, 4))
-            trainer.steps(2)
+            resized = time.perf_counter()
+            equal = _steps_like_a_copy(trainer, load)
             trainer.preconditioner.leave()
-            if abort is not None and backend == "nccl":
-                abort()
+            left = time.perf_counter()
+            leave(aborts=aborts)
+            rows.append(
+                {
+                    "seconds_until_resized": round(resized - begin, 4),
+                    "seconds_to_end": round(time.perf_counter() - left, 4),
+                    "bits_are_equal": equal,
+                }
+            )
     return {
         "backend": backend,
-        "aborts": abort is not None and backend == "nccl",
-        "seconds_until_resized": seconds,
+        "aborts": aborts,
+        "rounds": rows,
         "steps": trainer.preconditioner.steps,
     }
+
+
+def _steps_like_a_copy(trainer: Trainer, load: Workload) -> bool:
+    """Takes two steps; whether the first has the bits of one restored from the state before it."""
+    twin = Trainer(load, "kfac")
+    assert trainer.preconditioner is not None and twin.preconditioner is not None
+    twin.model.load_state_dict(copy.deepcopy(trainer.model.state_dict()))
+    twin.optimizers[0].load_state_dict(copy.deepcopy(trainer.optimizers[0].state_dict()))
+    twin.preconditioner.load_state_dict(trainer.preconditioner.state_dict())
+    # Kernels that add atomically may differ between two runs of the same backward pass.
+    trainer.loss().backward()
+    for mine, copied in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
+        copied.grad = None if mine.grad is None else mine.grad.clone()
+    trainer.preconditioner.step()
+    twin.preconditioner.step()
+    pairs = list(zip(trainer.model.parameters(), twin.model.parameters(), strict=True))
+    equal = all(torch.equal(a.grad, b.grad) for a, b in pairs if a.grad is not None)
+    trainer.optimizers[0].step()
+    trainer.optimizers[0].zero_grad()
+    trainer.steps(1)
+    return equal
 
 
 @contextmanager

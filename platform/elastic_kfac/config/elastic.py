@@ -38,6 +38,14 @@ class ElasticConfig(Section):
     """Workers keep their processes when others come, leave or are lost: each is placed for itself, and
     a change costs tenths of a second. Without it every change restarts all of them, as it does with
     `plan.decomposers`, NCCL, or rank functions of one's own; the run's events say so."""
+    slow_factor: Annotated[float, Field(gt=1)] | None = 1.5
+    """A worker whose passes take this many times as long per sample as the median of the others, in 10 of
+    the last 12 steps, is named in the event `slow_rank`; null watches nobody. Their times travel with the
+    gradients."""
+    rebalance: bool = False
+    """Give a worker that is named as slow less of each batch, and fewer decompositions, until it is as
+    fast as the others again. The mean over a batch stays exact; in reproducible mode whole logical
+    shards move, and every bit stays."""
     reproducible: bool = False
     """Make every bit of the final state independent of the number of workers, resizes and kills (CPUs
     of one type)."""

@@ -106,6 +106,9 @@ _NEEDS = {
     "batch.policy=abs": "adversarial.attack=none",
     "plan.decomposers>0": "kfac.enabled=true kfac.stagger=true",
     "plan.unequal_shares=true": "plan.calibrate=true kfac.enabled=true",
+    "elastic.rebalance=true": (
+        "elastic.slow_factor elastic.merge=average elastic.merge_every_steps=1 mixing.mixup=none"
+    ),
     "plan.retune=true": "kfac.enabled=true kfac.refresh=fixed elastic.reproducible=false",
     "kfac.momentum>0": "optimizer.momentum=0",
     "batch.eigenvalue=kfac": "kfac.method!=one_sided",

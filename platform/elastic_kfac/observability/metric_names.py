@@ -212,6 +212,18 @@ _TABLE: Mapping[Area, tuple[Metric, ...]] = {
             "moment",
         ),
         _counter("steps_redone", "steps", "Steps computed again after a loss."),
+        _gauge(
+            "slowest_rank_factor",
+            "",
+            "Time per sample of the slowest rank's passes over the median of the others.",
+        ),
+        Metric(
+            "slow_rank_factor",
+            "",
+            "The same of a rank that is named as slow; 0 for the others.",
+            labels=("run", "rank"),
+            exporter="rank",
+        ),
         _gauge("notice_s", "s", "Time from a preemption notice to its deadline."),
         _gauge("hand_over_s", "s", "Time from a preemption notice until the state was safe."),
         _gauge("snapshot_timestamp_s", "s", "Unix time of the newest snapshot in memory."),

@@ -42,7 +42,7 @@ _OF_ROWS = tuple(
 
 _CHANGES = ("resize", "recovery")
 _OF_RESIZES = (*_CHANGES, "failure", "preemption")
-_ALARMING = ("failure", "preemption", "warning")
+_ALARMING = ("failure", "preemption", "warning", "slow_rank")
 _LOGGED_ELSEWHERE = ("time", "kind", "step", "reason")
 
 

@@ -24,7 +24,7 @@ from elastic_kfac.runs.history import Run, number, read_run
 from elastic_kfac.runs.summary import duration, headline, moved_text
 from elastic_kfac.state.run_folder import Row
 
-UNPLANNED = ("fail", "kill", "lost", "crash", "error")
+UNPLANNED = ("fail", "kill", "lost", "crash", "error", "slow")
 
 
 def write_report(uri: str | Path, out: str | Path | None = None) -> Run:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 
 import torch
 
@@ -20,7 +21,7 @@ from elastic_kfac.errors import CommunicationError
 from elastic_kfac.state.checkpoint import StateStore
 from elastic_kfac.training.callbacks import Callback, Control
 from elastic_kfac.training.loop import Outcome, RunLoop
-from elastic_kfac.training.membership import Departed, Membership, leave
+from elastic_kfac.training.membership import Departed, Membership
 from elastic_kfac.training.rank import RankTrainer
 
 _CHANGE = "the world changes"
@@ -83,13 +84,14 @@ def run_member(
             ):
                 return outcome
             trainer.leave()
-            leave()
+            membership.disconnect(lost=outcome is None)
             try:
                 world = membership.next_world(world)
             except Departed:
                 return loop.departed()
     finally:
-        leave()
+        # Nothing is left of the world unless the run has ended, or ends with an error.
+        membership.disconnect(lost=sys.exc_info()[0] is not None)
         gc.unfreeze()
         if datasets is None:
             opened.close()

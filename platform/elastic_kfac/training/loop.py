@@ -279,6 +279,8 @@ class RunLoop:
                 given = trainer.communicator.all_gather_object(reason, tag="stop")
                 reasons = tuple(dict.fromkeys(r for r in given if r is not None))
                 return self._end("parked", reasons, save=durable(reasons))
+            for row in trainer.review_ranks(result.totals):
+                self._report.on_event(row)
             snapshot = result.totals.snapshot > 0
 
     def _wants_snapshot(self) -> bool:
@@ -378,6 +380,8 @@ class RunLoop:
             row["communication_calls"] = traffic.calls
             row["computation_s"] = trainer.progress.computation_s
             row["communication_s"] = trainer.progress.communication_s
+            if trainer.slow is not None and trainer.slow.slowness:
+                row["slowest_rank_factor"] = round(max(trainer.slow.slowness), 3)
             if result.attacked_fraction:
                 row["adversarial_fraction"] = result.attacked_fraction
             # Every rank keeps the rows: if rank 0 is lost, another one can report its last ones.
@@ -444,10 +448,10 @@ class RunLoop:
 def _shares_in_words(trainer: RankTrainer) -> str:
     """What ranks of different speeds get of a batch."""
     size = trainer.batch.size(trainer.communicator.world_size, trainer.position)
-    sizes = trainer.sync.share_sizes(size)
-    if not sizes:
+    if not trainer.sync.speeds:
         return "all ranks are equally fast and get equal shares"
-    return f"shares of {size} samples by speed: {', '.join(map(str, sizes))}"
+    sizes = ", ".join(map(str, trainer.sync.share_sizes(size)))
+    return f"shares of {size} samples by speed: {sizes}"
 
 
 def _plan_summary(trainer: RankTrainer) -> str | None:

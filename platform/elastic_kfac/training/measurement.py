@@ -138,6 +138,9 @@ class RankProbe(Callback):
         self._exposed_s += counters.waited_s - (waited if world == id(counters) else 0.0)
         self._waited = (id(counters), counters.waited_s)
         values["communication_exposed_s"] = {(): self._exposed_s}
+        if trainer.slow is not None:
+            factor = trainer.slow.factors.get(trainer.communicator.rank, 0.0)
+            values["slow_rank_factor"] = {(): factor}
         if trainer.kfac is not None:
             usage = trainer.kfac.memory_usage()
             usage.pop("total")

@@ -31,6 +31,12 @@ import torch.distributed as dist
 # alive forever. Import it before the first group is created.
 import torch.distributed.nn.functional  # noqa: F401
 
+from elastic_kfac.communication.abort import (
+    AbortWatch,
+    abort_groups,
+    let_processes_survive,
+    needs_abort,
+)
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
 
@@ -88,6 +94,7 @@ class Membership:
         self._while_joining = while_joining
         self._joins_seen = 0
         self._leaves = False
+        self._watch: AbortWatch | None = None
 
     @staticmethod
     def found(store: dist.Store, slots: Sequence[int]) -> None:
@@ -167,7 +174,10 @@ class Membership:
             CommunicationError: If a member is missing; all of them continue with `next_world`.
         """
         self.await_members(world)
-        return regroup(
+        aborts = needs_abort(self._backend)
+        if aborts:
+            let_processes_survive()
+        communicator = regroup(
             world.generation,
             world.rank,
             world.world_size,
@@ -175,6 +185,26 @@ class Membership:
             backend=self._backend,
             timeout_s=self._timeout_s,
             connect_s=CONNECT_S,
+        )
+        if aborts and communicator.world_size > 1:
+            self._watch = AbortWatch(lambda: self._has_lost_members(world))
+        return communicator
+
+    def disconnect(self, *, lost: bool = False) -> None:
+        """Ends the process group of the present world; after the loss of a member without waiting for
+        anybody."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.stop()
+        leave(aborts=lost and needs_abort(self._backend))
+
+    def _has_lost_members(self, world: World) -> bool:
+        """Whether a member is gone, or another one has given this world up."""
+        members, _ = self._plan(world.generation)
+        others = [slot for slot in members if slot != self._slot]
+        following = f"arrive/{world.generation + 1}"
+        return any(
+            self._is_gone(slot) or self._store.check([f"{following}/{slot}"]) for slot in others
         )
 
     def await_members(self, world: World) -> None:
@@ -286,7 +316,7 @@ def regroup(
     Raises:
         CommunicationError: If the members do not connect in time.
     """
-    leave()
+    leave(aborts=needs_abort(backend))
     if world_size == 1:
         return Communicator.solo()
     try:
@@ -300,7 +330,7 @@ def regroup(
         if connect_s is not None:
             _set_timeout(timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        leave()
+        leave(aborts=needs_abort(backend))
         # torch would name this process's next group differently from its peers', for ever.
         dist.distributed_c10d._world.group_count = 0
         raise CommunicationError(
@@ -310,8 +340,9 @@ def regroup(
     return Communicator.world()
 
 
-def leave() -> None:
-    """Destroys the group of this process, if there is one.
+def leave(*, aborts: bool = False) -> None:
+    """Destroys the group of this process, if there is one, or aborts it where destroying may wait for a
+    lost peer.
 
     Its connections close, which wakes peers that wait in it, once the last reference to it is gone. A
     failed trainer holds references in cycles, hence the collection; a caller that still handles the
@@ -320,6 +351,9 @@ def leave() -> None:
     if not dist.is_initialized():
         return
     group = dist.group.WORLD
-    dist.destroy_process_group()
+    if aborts:
+        abort_groups()
+    else:
+        dist.destroy_process_group()
     if sys.getrefcount(group) > _OWN_REFERENCES:
         gc.collect()

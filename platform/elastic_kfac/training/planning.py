@@ -22,7 +22,7 @@ from elastic_kfac.placement.costs import CostModel, LayerShape, factor_elements
 from elastic_kfac.placement.devices import stored_calibration
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.planner import rank_loads
-from elastic_kfac.placement.simulator import Calibration
+from elastic_kfac.placement.simulator import Calibration, RankSpeed
 from elastic_kfac.placement.tuning import (
     Shares,
     StepCost,
@@ -215,6 +215,20 @@ class Retuning:
         self._world_size = int(state.get("world_size", 0))
         self._samples, self._steps = int(state.get("samples", 0)), int(state.get("steps", 0))
         self._seconds = {(f, d): values for f, d, *values in state.get("seconds", ())}
+
+
+def move_decompositions(kfac: KFAC, speeds: Sequence[float]) -> None:
+    """Gives ranks decompositions by their speeds, 1 for a rank as fast as planned so far. Collective."""
+    known = _known(kfac)
+    before = known.speeds_of(len(speeds)) or (RankSpeed(),) * len(speeds)
+    kfac.calibration = replace(
+        known,
+        speeds=tuple(
+            RankSpeed(old.passes * speed, old.decompositions * speed)
+            for old, speed in zip(before, speeds, strict=True)
+        ),
+    )
+    kfac.resize(kfac.communicator)
 
 
 def _known(kfac: KFAC) -> Calibration:

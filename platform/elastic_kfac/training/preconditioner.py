@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,9 @@ def calibrate(
         kfac.calibration = shared_calibration(communicator, method, device=device, speeds=True)
         return
     known = communicator.broadcast_object(kfac.calibration, 0, tag="plan/calibration")
+    if known is not None:
+        # Those of slow ranks, in the world before.
+        known = replace(known, speeds=())
     if config.calibrate and known is not None:
         known = with_links(known, communicator, device=device)
     kfac.calibration = known

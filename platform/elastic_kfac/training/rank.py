@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,13 +17,15 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.config import Config
 from elastic_kfac.data.dataset import Datasets
 from elastic_kfac.optimizers.batch_size import Growth
+from elastic_kfac.placement.slow_ranks import SlowRanks
 from elastic_kfac.tasks.attacks import evaluation_attack
-from elastic_kfac.training.callbacks import Callback, Callbacks
+from elastic_kfac.training.callbacks import Callback, Callbacks, event_row
 from elastic_kfac.training.eigenvalue_watch import EigenvalueWatch, Measured
 from elastic_kfac.training.evaluation import EarlyStopping, EvalResult, evaluate_split
 from elastic_kfac.training.hooks import Hooks
-from elastic_kfac.training.planning import PlanReview, Retuning
+from elastic_kfac.training.planning import PlanReview, Retuning, move_decompositions
 from elastic_kfac.training.step import StepResult, StepTrainer
+from elastic_kfac.training.sync.exchange import Totals
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class RankTrainer(StepTrainer):
         callback: Callback | None = None,
         pool: Executor | None = None,
     ) -> None:
-        self._hooks = Hooks.of(config)
+        self._hooks, self.slow = Hooks.of(config), SlowRanks.of(config.elastic)
         followers = Callbacks(callback or Callback(), *self._hooks.hooks)
         super().__init__(
             config, communicator, datasets, device=device, callback=followers, pool=pool
@@ -207,6 +211,55 @@ class RankTrainer(StepTrainer):
             return None
         batch = self.batch.size(self.communicator.world_size, self.position)
         return self._retuning.choose(self.kfac, batch)
+
+    # -- slow ranks ----------------------------------------------------------------------------------
+
+    def _synchronise_over(self, communicator: Communicator) -> None:
+        super()._synchronise_over(communicator)
+        if self.slow is not None:
+            self._expected_speeds = self.sync.speeds or [1.0] * communicator.world_size
+            self._speeds = self._expected_speeds
+            self.slow.enter(self._expected_speeds)
+
+    def review_ranks(self, totals: Totals) -> list[dict[str, Any]]:
+        """Judges the ranks' times of a step; events about those that have become slow, or as fast as the
+        others again. With `elastic.rebalance` their shares follow. Collective where there are any."""
+        if self.slow is None or not totals.seconds:
+            return []
+        size = totals.count
+        verdicts = self.slow.saw(totals.seconds, self.sync.share_sizes(size))
+        if not verdicts:
+            return []
+        begin = time.perf_counter()
+        hosts = self.communicator.all_gather_object(socket.gethostname(), tag="slow ranks")
+        shares = ""
+        if self.config.elastic.rebalance:
+            self._rebalance(self.slow.factors)
+            sizes = ", ".join(map(str, self.sync.share_sizes(size)))
+            shares = f"; shares of {size} samples: {sizes}"
+        self.account(time.perf_counter() - begin)
+        return [
+            event_row(
+                "slow_rank" if verdict.is_slow else "rank_recovered",
+                self.progress.step,
+                world_size=self.communicator.world_size,
+                rank=verdict.rank,
+                host=hosts[verdict.rank],
+                factor=round(verdict.factor, 2),
+                reason=f"{verdict.in_words(hosts[verdict.rank])}{shares}",
+            )
+            for verdict in verdicts
+        ]
+
+    def _rebalance(self, factors: Mapping[int, float]) -> None:
+        """Gives slow ranks so much less to do."""
+        ranks = range(self.communicator.world_size)
+        speeds = [self._expected_speeds[rank] / factors.get(rank, 1.0) for rank in ranks]
+        if self.kfac is not None and self.config.optimizer.name != "sharded_kfac":
+            changes = [new / old for new, old in zip(speeds, self._speeds, strict=True)]
+            move_decompositions(self.kfac, changes)
+        self._speeds = speeds
+        self.sync.share(speeds)
 
     # -- ends of epochs --------------------------------------------------------------------------
 

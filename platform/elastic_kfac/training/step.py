@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +92,12 @@ class StepTrainer:
         if self.kfac is not None:
             self.kfac.on_phase = self._on_phase
             self.kfac.decompose_in(self._pool)
+        self._synchronise_over(communicator)
+
+    def _synchronise_over(self, communicator: Communicator) -> None:
+        """`sync` joins these ranks, and their times find their places. Collective."""
         self.sync.join(communicator, self.kfac)
+        self.sync.vector.time_ranks(communicator.world_size if self._times(communicator) else 0)
 
     def _on_phase(self, phase: Point) -> None:
         if phase == "factor_update":
@@ -135,13 +142,14 @@ class StepTrainer:
             loss_scale = self.scaler.scale / divisor
             adapts = self.kfac is not None and self.kfac.reduction_due()
             self._parts.passes.record(adapts)
-            with self.costs.timers("passes"):
+            with self.costs.timers("passes"), self._own_time() as own_s:
                 local = self.sync.accumulate(self._parts.passes, samples, span, loss_scale)
             self.callback.on_point("backward_done", number)
 
             if self.sync.carries_statistics:
                 self._on_phase("factor_exchange")
-            local = replace(local, stop=int(stop), snapshot=int(snapshot))
+            seconds = tuple(own_s) if self._times(self.communicator) else ()
+            local = replace(local, stop=int(stop), snapshot=int(snapshot), seconds=seconds)
             with self.costs.timers("gradients"):
                 totals = self.sync.reduce(local, span.step)
             self.callback.on_point("gradients_exchanged", number)
@@ -172,6 +180,18 @@ class StepTrainer:
         self.is_committed = True
         self.callback.on_point("committed", number)
         return StepResult(totals, rates.lr, elapsed, data_wait_s, span.attacked_fraction)
+
+    @contextmanager
+    def _own_time(self) -> Iterator[list[float]]:
+        """Afterwards the list holds the seconds that this rank did not wait for others."""
+        counters, spent = self.communicator.counters, list[float]()
+        begin, waited_s = time.perf_counter(), counters.waited_s
+        yield spent
+        spent.append(time.perf_counter() - begin - (counters.waited_s - waited_s))
+
+    def _times(self, communicator: Communicator) -> bool:
+        """Whether the ranks' own times travel with the gradients."""
+        return self.config.elastic.slow_factor is not None and communicator.world_size > 1
 
     def _next_span(self) -> Span:
         before, total = self.progress, self.datasets.train.num_samples
@@ -409,7 +429,7 @@ class StepTrainer:
         if self.kfac is not None:
             calibrate(self.kfac, self.config.plan, self.communicator, self.device)
         report = None if self.kfac is None else self.kfac.resize(self.communicator)
-        self.sync.join(self.communicator, self.kfac)
+        self._synchronise_over(self.communicator)
         if report is None:
             return 0
         return None if report.lost else report.moved_bytes

@@ -69,6 +69,13 @@ def test_event_line_change_tells_why_how_long_and_what_was_redone() -> None:
     )
 
 
+def test_event_line_names_a_slow_rank_and_says_when_it_is_over() -> None:
+    slow = {"kind": "slow_rank", "step": 30, "reason": "rank 1 on b takes 2.0 times as long"}
+    assert event_line(slow) == "[step 30] warning: rank 1 on b takes 2.0 times as long"
+    over = {"kind": "rank_recovered", "step": 70, "reason": "rank 1 on b is as fast"}
+    assert event_line(over) == "[step 70] rank 1 on b is as fast"
+
+
 def test_progress_line_without_terminal_is_throttled_but_tells_every_change() -> None:
     stream = io.StringIO()
     line = ProgressLine(stream, plain_interval_s=3600.0)

@@ -165,6 +165,22 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         "plan.unequal_shares=true needs kfac.enabled",
         {"plan.unequal_shares": True, "plan.calibrate": True, "kfac.enabled": False},
     ),
+    (
+        "elastic.rebalance=true needs elastic.slow_factor",
+        {"elastic.rebalance": True, "elastic.slow_factor": None},
+    ),
+    (
+        "elastic.rebalance=true needs elastic.merge=average",
+        {"elastic.rebalance": True, "elastic.merge": "distnewton", "kfac.enabled": False},
+    ),
+    (
+        "elastic.rebalance=true needs elastic.merge_every_steps=1",
+        {"elastic.rebalance": True, "elastic.merge_every_steps": 2, "kfac.enabled": False},
+    ),
+    (
+        "elastic.rebalance=true needs mixing.mixup=none",
+        {"elastic.rebalance": True, "mixing.mixup": "running"},
+    ),
     ("plan.decomposers > 0 needs kfac.stagger=true", {"plan.decomposers": 1}),
     (
         "plan.decomposers > 0 needs kfac.enabled=true",

@@ -100,6 +100,14 @@ def test_rank_tells_cpu_time_memory_and_its_checkpoints(tmp_path: Path) -> None:
     assert newest["checkpoint_time_s"][()] > 0
 
 
+def test_rank_tells_its_factor_while_it_is_named_as_slow(tmp_path: Path) -> None:
+    recorded = trained(tmp_path)
+    assert recorded.probe.rank_values()["slow_rank_factor"] == {(): 0.0}
+    assert recorded.probe._trainer is not None and recorded.probe._trainer.slow is not None
+    recorded.probe._trainer.slow.factors[0] = 2.0
+    assert recorded.probe.rank_values()["slow_rank_factor"] == {(): 2.0}
+
+
 def test_continued_run_counts_only_its_own_updates(tmp_path: Path) -> None:
     options = {"kfac__enabled": True, "kfac__factor_update_steps": 1}
     trained(tmp_path, **options, train__epochs=2)

@@ -127,7 +127,9 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         return f"changes of the world restart all workers: {event['reason']}"
     if kind == "fault":
         return f"[step {step}] {event['reason']}"
-    if kind == "warning":
+    if kind == "rank_recovered":
+        return f"[step {step}] {event['reason']}"
+    if kind in ("warning", "slow_rank"):
         return f"[step {step}] warning: {event['reason']}"
     if kind == "configuration":
         return f"[step {step}] the configuration has changed: {event['reason']}"

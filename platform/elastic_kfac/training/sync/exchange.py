@@ -2,6 +2,9 @@
 
     [gradient of each parameter | running statistics x count | used flags | totals]
 
+The times of ranks take no room, where they are asked for: rank r adds its own, as a fraction, to flag r.
+A longer vector would be summed in another order by a ring, and switching the times on would change bits.
+
 From the second pass of a step on, gradients are views of the flat vector; the first pass is added into
 it. No object holds a process group, so the step after a resize just uses another communicator. Counters
 are stored as floating-point numbers, small enough to be exact in float32 in any order of summation.
@@ -9,6 +12,7 @@ are stored as floating-point numbers, small enough to be exact in float32 in any
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +30,7 @@ _LIMBS = 8
 _TOTALS = ("loss_sum", "correct", "count", "stop", "snapshot")
 _ALIGNMENT = 16
 """In elements. Kernels may round differently on unaligned memory."""
+_MARGIN = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Totals:
     snapshot: int = 0
     id_hash: int = 0
     gradients_are_finite: bool = True
+    seconds: tuple[float, ...] = ()
+    """Of the passes of every rank, where they are asked for; before the sum, of this one."""
 
 
 class RunningStatistics:
@@ -134,18 +141,33 @@ class Exchange:
         self._sizes = [_aligned(shape.numel()) for shape in self._shapes]
         self._gradient_part = slice(0, sum(self._sizes[: len(self._parameters)]))
         counters = len(self._parameters) + len(self._totals) + _LIMBS
-        self.flat = torch.zeros(sum(self._sizes) + counters, dtype=dtype, device=device)
+        self._size = sum(self._sizes) + counters
+        self.flat = torch.zeros(self._size, dtype=dtype, device=device)
         self._gradients, self._sums, self._counters = self._parts(self.flat)
         self.reduced: Statistics | None = None
         """K-FAC's statistics summed over all ranks, if they are sent with the gradients."""
         self._used = [False] * len(self._parameters)
         self._used_anywhere = list(self._used)
+        self._timed_ranks = 0
 
     def _parts(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Views of a flat vector: gradients, statistics of normalisation layers, counters."""
         views = list(_views(flat, self._shapes, self._sizes))
         count = len(self._parameters)
-        return views[:count], views[count:], flat[sum(self._sizes) : self.flat.numel()]
+        return views[:count], views[count:], flat[sum(self._sizes) : self._size]
+
+    def time_ranks(self, count: int) -> None:
+        """From now on the sum has the times of so many ranks; between two steps."""
+        self._timed_ranks = count
+        size = self._size + max(0, count - len(self._parameters))
+        if self.flat.numel() != size:
+            # More ranks than flags.
+            self.flat = self.flat.new_zeros(size)
+            self._gradients, self._sums, self._counters = self._parts(self.flat)
+
+    def _place_of_time(self, rank: int) -> int:
+        flags = len(self._parameters)
+        return sum(self._sizes) + rank if rank < flags else self._size + rank - flags
 
     def loss_divisor(self, global_count: int) -> int:
         """Divisor of the loss (a sum over samples) before the backward pass."""
@@ -191,6 +213,8 @@ class Exchange:
                 of the vector is then summed separately.
         """
         self._write_counters(self._counters, self._used, local)
+        if local.seconds:
+            self.flat[self._place_of_time(communicator.rank)] += _as_fraction(local.seconds[0])
         gradients = self.flat[self._gradient_part]
         if reduce_gradients is None:
             communicator.all_reduce(self.flat, tag="gradients").wait()
@@ -213,9 +237,13 @@ class Exchange:
 
     def _read_counters(self, finite: Tensor) -> Totals:
         # One device-to-host transfer for all values.
-        *reduced, is_finite = torch.cat([self._counters, finite.to(self.flat).view(1)]).tolist()
-        used = len(self._parameters)
-        self._used_anywhere = [value > 0 for value in reduced[:used]]
+        everything = self.flat[sum(self._sizes) :]
+        *reduced, is_finite = torch.cat([everything, finite.to(self.flat).view(1)]).tolist()
+        begin, used = sum(self._sizes), len(self._parameters)
+        places = [self._place_of_time(rank) - begin for rank in range(self._timed_ranks)]
+        seconds = [_from_fraction(reduced[place] % 1) for place in places]
+        reduced = reduced[: self._size - begin]
+        self._used_anywhere = [value >= 1 for value in reduced[:used]]
         named = dict(zip(self._totals, reduced[used:], strict=False))
         id_hash = sum(int(limb) << (8 * index) for index, limb in enumerate(reduced[-_LIMBS:]))
         return Totals(
@@ -227,6 +255,7 @@ class Exchange:
             snapshot=int(named["snapshot"]),
             id_hash=id_hash % 2**64,
             gradients_are_finite=bool(is_finite),
+            seconds=tuple(seconds),
         )
 
     def local_gradient(self, count: int) -> Tensor:
@@ -254,6 +283,17 @@ class Exchange:
         self.statistics.abandon_step()
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def _as_fraction(seconds: float) -> float:
+    """A time between 1 µs and 12 days as a number between 0 and 1, so far from both that sums of
+    thousands of flags keep it to half a percent."""
+    octaves = math.log2(max(seconds, 2.0**-20)) + 20
+    return min(max(octaves / 40, _MARGIN), 1 - _MARGIN)
+
+
+def _from_fraction(fraction: float) -> float:
+    return float(2.0 ** (40 * fraction - 20))
 
 
 def _running(module: _NormBase) -> tuple[Tensor, Tensor]:

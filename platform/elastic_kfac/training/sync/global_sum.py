@@ -55,8 +55,7 @@ class MicroBatches(Synchronisation):
         size = self._micro_batch_size or max(longest, 1)
         if together:
             # Every rank makes as many passes as the one with the largest slice.
-            equal = -(-span.count // self.communicator.world_size)
-            longest = max(self.share_sizes(span.count), default=equal)
+            longest = max(self.share_sizes(span.count))
             size = self._micro_batch_size or longest
         for start in range(0, longest, size):
             targets = inputs.targets[start : start + size]

@@ -118,6 +118,10 @@ class ShardVector(Exchange):
         self._global_count = 0
         self.ranges = [range(num_shards)]
         """The logical shards of every rank."""
+        self._times_with_flags = 0
+
+    def time_ranks(self, count: int) -> None:
+        self._times_with_flags = count  # leaves have no rank
 
     def begin(self, kfac: KFAC | None, global_count: int) -> None:
         """Starts the tree of a batch."""
@@ -187,7 +191,10 @@ class ShardVector(Exchange):
         """Finishes the tree over all ranks; of `local` only the flags count."""
         assert self._partials is not None and reduce_gradients is None
         size, extra = self.flat.numel(), self.statistics_size()
-        flags = torch.tensor([local.stop, local.snapshot]).to(self.flat)
+        times = [0.0] * self._times_with_flags
+        if local.seconds:
+            times[communicator.rank] = local.seconds[0]
+        flags = torch.tensor([local.stop, local.snapshot, *times]).to(self.flat)
         total, flags = exchange_partials(
             communicator,
             self._partials.partials(),
@@ -204,8 +211,8 @@ class ShardVector(Exchange):
         if extra:
             assert self._layout is not None
             self.reduced = self._layout.unpack(total[size:], totals.terms)
-        stop, snapshot = flags.tolist()
-        return replace(totals, stop=int(stop), snapshot=int(snapshot))
+        stop, snapshot, *times = flags.tolist()
+        return replace(totals, stop=int(stop), snapshot=int(snapshot), seconds=tuple(times))
 
 
 class CanonicalTree(Synchronisation):
@@ -229,12 +236,15 @@ class CanonicalTree(Synchronisation):
 
     def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
         super().join(communicator, kfac)
+        if communicator.world_size > 1:
+            agree_on_conditions(communicator, self.state_dict())
+
+    def share(self, speeds: Sequence[float]) -> None:
+        super().share(speeds)
         if self.speeds:
             self.vector.ranges = shares(self._num_shards, self.speeds)
         else:
-            self.vector.ranges = shards_of_ranks(communicator.world_size, self._num_shards)
-        if communicator.world_size > 1:
-            agree_on_conditions(communicator, self.state_dict())
+            self.vector.ranges = shards_of_ranks(self.communicator.world_size, self._num_shards)
 
     @property
     def holds_everything(self) -> bool:
@@ -250,8 +260,6 @@ class CanonicalTree(Synchronisation):
         return first + begins[0], begins[-1] - begins[0]
 
     def share_sizes(self, count: int) -> list[int]:
-        if not self.speeds:
-            return []
         sizes = [
             shard_range(count, self._num_shards, shard)[1] for shard in range(self._num_shards)
         ]

@@ -13,6 +13,7 @@ A strategy owns the flat vector and lives as long as its trainer; `join` moves i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from elastic_kfac.training.sync.exchange import Exchange, Totals
 if TYPE_CHECKING:
     from elastic_kfac.kfac.kfac import KFAC
     from elastic_kfac.kfac.statistics import Statistics
+    from elastic_kfac.placement.simulator import RankSpeed
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,15 @@ class Synchronisation(ABC):
 
     def join(self, communicator: Communicator, kfac: KFAC | None) -> None:
         """Works with these ranks and their preconditioner from now on. Collective."""
-        self.communicator, self.kfac, self.speeds = communicator, kfac, []
+        self.communicator, self.kfac = communicator, kfac
+        speeds: Sequence[RankSpeed] = ()
         if kfac is not None and kfac.calibration is not None:
             speeds = kfac.calibration.speeds_of(communicator.world_size)
-            self.speeds = [speed.passes for speed in speeds]
+        self.share([speed.passes for speed in speeds])
+
+    def share(self, speeds: Sequence[float]) -> None:
+        """Cuts batches by the speeds of all ranks from now on; equal ones, or none, for equal shares."""
+        self.speeds = list(speeds) if len(set(speeds)) > 1 else []
 
     def close(self) -> None:
         """Drops every reference to the present ranks."""
@@ -128,8 +135,11 @@ class Synchronisation(ABC):
         return rank_slice(first, count, self.communicator.rank, self.communicator.world_size)
 
     def share_sizes(self, count: int) -> list[int]:
-        """Samples of a batch by rank, where shares are unequal."""
-        return [len(part) for part in shares(count, self.speeds)] if self.speeds else []
+        """Samples of a batch by rank."""
+        if self.speeds:
+            return [len(part) for part in shares(count, self.speeds)]
+        world_size = self.communicator.world_size
+        return [rank_slice(0, count, rank, world_size)[1] for rank in range(world_size)]
 
     def loss_divisor(self, count: int) -> int:
         """What losses, sums over samples, are divided by before the backward pass."""
