@@ -35,6 +35,7 @@ PHASES = {
 def plan(arguments: argparse.Namespace) -> int:
     """Prints predicted costs and the planner's suggestion at each world size."""
     from elastic_kfac.config import read_config
+    from elastic_kfac.data.manifest import has_splits
     from elastic_kfac.runs.feasibility import Sized
     from elastic_kfac.runs.prediction import Outlook
 
@@ -44,6 +45,14 @@ def plan(arguments: argparse.Namespace) -> int:
             "there is nothing to plan without K-FAC",
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
+        )
+    if arguments.input_shape is None and not has_splits(config.data.shards):
+        source = config.data.source or "SOURCE"
+        raise UsageError(
+            "the shape of a sample comes from the shards, and there are none",
+            given=f"data.shards={config.data.shards}",
+            change=f"run `elastic-kfac shards make --source {source} --out {config.data.shards}`, "
+            "or give --input-shape and --classes",
         )
     links = _links(arguments, config)
     sized = Sized.of(config, arguments.input_shape, arguments.classes)

@@ -42,6 +42,11 @@ def text(rest: str, split: str | None) -> Source:
     """
     options = Options("text", rest, ("tokenizer", "length", "column", "label", "lines"))
     splits = files_by_split(user_path(options.path), SUFFIXES, split)
+    column, label = options.text("column"), options.text("label")
+    if column and not any(f.suffix == ".parquet" for part in splits.values() for f in part):
+        raise DataError("only Parquet files have a column of text", given=f"column={column}")
+    if label is not None and label == (column or "text"):
+        raise DataError("the column of text is no label", given=label, change="name another column")
     return Source(
         options.name,
         openers(splits, options.held_out, lambda *where: _split(splits, options, *where)),
@@ -100,7 +105,12 @@ def tokenizer_of(name: str, texts: Sequence[str]) -> tuple[Tokenize, int]:
     try:
         loaded = Tokenizer.from_file(str(user_path(name)))
     except Exception as error:  # The package raises plain exceptions.
-        raise DataError("not a tokenizer's file", given=name, change=str(error)) from None
+        raise DataError(
+            "not a tokenizer's file",
+            given=name,
+            allowed="bytes, characters, or a file of the package tokenizers",
+            change=str(error),
+        ) from None
     return (
         lambda text: np.asarray(loaded.encode(text).ids, dtype=np.int32),
         int(loaded.get_vocab_size()),
@@ -178,7 +188,15 @@ def _texts(files: tuple[Path, ...], column: str) -> tuple[str, ...]:
     found: list[str] = []
     for file in files:
         if file.suffix == ".parquet":
-            found += [str(value or "") for value in _column(file, column)]
+            values = _column(file, column)
+            odd = next((value for value in values if not isinstance(value, str | None)), None)
+            if odd is not None:
+                raise DataError(
+                    f"column {column} of {file.name} is no text",
+                    given=f"a value of type {type(odd).__name__}",
+                    change="name another: ?column=NAME",
+                )
+            found += [value or "" for value in values]
         else:
             try:
                 found.append(file.read_text(encoding="utf-8"))
@@ -191,7 +209,17 @@ def _labels(files: Sequence[Path], label: str) -> list[Any]:
     wrong = [file.name for file in files if file.suffix != ".parquet"]
     if wrong:
         raise DataError("only rows of Parquet files have a label", given=wrong[0])
-    return [value for file in files for value in _column(file, label)]
+    found = []
+    for file in files:
+        values = _column(file, label)
+        if missing := values.count(None):
+            raise DataError(
+                "a label of a text is missing",
+                given=f"{label} in {file.name}: {missing} of {len(values)} rows",
+                change="fill them in, or leave the rows out",
+            )
+        found += values
+    return found
 
 
 def _column(file: Path, name: str) -> list[Any]:
