@@ -222,6 +222,11 @@ def test_what_is_left_out_or_cut_is_named(tmp_path: Path) -> None:
     city = table(tmp_path / "table", "targets=y", city=["x", "y", "z"] * 4)
     with pytest.warns(UserWarning, match="because they hold no numbers: city"):
         make_shards(city, tmp_path / "a")
+    (tmp_path / "a.txt").write_text("a line\n" * 30 + "a much longer line\n" * 10)
+    with pytest.warns(
+        UserWarning, match="25 % of the sequences of train are cut at 8 tokens; .* 18"
+    ):
+        make_shards(f"text:{tmp_path / 'a.txt'}?lines=1&length=8", tmp_path / "d")
     Image.fromarray(np.zeros((4, 9), np.uint8)).save(tmp_path / "extra.png")
     more = masks(tmp_path / "masks", lambda f: (tmp_path / "extra.png").rename(f / "masks/x.png"))
     with pytest.warns(UserWarning, match="left out 1 without an image: x"):

@@ -46,13 +46,13 @@ def mask_folder(rest: str, split: str | None) -> Source:
     if not names:
         everything = [mask for some in pairs.values() for _, mask in some]
         largest = _largest(everything)
-        if everything and largest == 0:
+        if largest == 0:
             raise DataError(
                 "the masks have one class only",
                 given=f"{root}: class 0, and perhaps {IGNORED}, which is no class",
                 change="save the numbers of classes, for example 0 and 1, or give ?classes=NAME",
             )
-        names = [str(number) for number in range(largest + 1)]
+        names = [str(number) for number in range(max(largest, 0) + 1)]
 
     def make(name: str, begin: float, end: float) -> ColumnSplit:
         return _mask_split(pairs[name], tuple(names), root, begin, end)
@@ -103,7 +103,8 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def _largest(masks: Sequence[Path]) -> int:
-    largest = 0
+    """The largest class of the masks that can be decoded, -1 if there are none."""
+    largest = -1
     for path in masks:
         try:
             pixels = decode_mask(path.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -144,7 +145,14 @@ def _split(
     kept = [place for place, line in enumerate(texts) if line]
     tokenize, vocabulary = tokenizer_of(tokenizer, alphabet)
     sample = texts[:: max(1, len(texts) // 1000)]
-    tokens_seen = sum(len(tokenize(line)) for line in sample)
+    lengths = [len(tokenize(line)) for line in sample]
+    tokens_seen = sum(lengths)
+    if cut := sum(count > length for count in lengths):
+        warnings.warn(
+            f"{options.name}: {max(1, round(100 * cut / len(sample)))} % of the sequences of {name} are "
+            f"cut at {length} tokens; the longest of a sample has {max(lengths)} (option length)",
+            stacklevel=3,
+        )
     columns = [
         Column(
             TOKENS,
