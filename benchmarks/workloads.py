@@ -55,8 +55,8 @@ SMALLER: Mapping[str, dict[str, Any]] = {
         "train.eval_every_epochs": 0.1,
     },
     "masked_lm": {
-        "model.arguments": "{layers: 1, width: 32, heads: 4, tied: false}",
-        "train.global_batch_size": 16,
+        "model.arguments": "{layers: 1, width: 32, heads: 4, tied: false, initial_std: 0.1}",
+        "train.global_batch_size": 32,
         "train.epochs": 1,
         "train.target": "{metric: perplexity, value: 1}",
         "train.eval_every_epochs": 0.1,

@@ -213,7 +213,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "current root of the shard sets (default: where the run recorded them)", metavar="URI"
     ),
     "--source": _of(
-        "digits | clusters10[:SEED] | stdlib_text | digit_scenes:masks|boxes | "
+        "digits | clusters10[:SEED] | stdlib_text[:LENGTH] | digit_scenes:masks|boxes | "
         "sklearn:diabetes|breast_cancer|wine | parquet:PATH | imagefolder:PATH | ilsvrc:DIR | "
         "torchvision:NAME[:ROOT] | text:PATH[?OPTIONS] | table:PATH?targets=NAME | masks:DIR | "
         "coco:PATH | python:PACKAGE.MODULE:FACTORY; options and samples of each: docs/tasks.md",

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from elastic_kfac.cli.runs import locate_run, open_run
-from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.errors import UsageError
 
 if TYPE_CHECKING:
     from elastic_kfac.config import Config
@@ -35,6 +35,7 @@ PHASES = {
 def plan(arguments: argparse.Namespace) -> int:
     """Prints predicted costs and the planner's suggestion at each world size."""
     from elastic_kfac.config import read_config
+    from elastic_kfac.data.manifest import has_splits
     from elastic_kfac.runs.feasibility import Sized
     from elastic_kfac.runs.prediction import Outlook
     from elastic_kfac.zoo import MODELS
@@ -46,20 +47,17 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    links, name = _links(arguments, config), config.model.name
-    try:
-        sized = Sized.of(config, arguments.input_shape, arguments.classes)
-    except DataError as error:
-        if arguments.input_shape is not None:
-            raise
+    if arguments.input_shape is None and not has_splits(config.data.shards):
+        source, name = config.data.source or "SOURCE", config.model.name
         shape = "x".join(map(str, MODELS[name].input_shape)) if name in MODELS else "3x224x224"
-        raise DataError(
-            error.what,
-            given=error.given,
-            allowed=error.allowed,
-            change=f"{error.change or 'mend it'}, or plan without data: --input-shape {shape} "
-            "--classes N",
-        ) from None
+        raise UsageError(
+            "the shape of a sample comes from the shards, and there are none",
+            given=f"data.shards={config.data.shards}",
+            change=f"run `elastic-kfac shards make --source {source} --out {config.data.shards}`, "
+            f"or plan without data: --input-shape {shape} --classes N",
+        )
+    links = _links(arguments, config)
+    sized = Sized.of(config, arguments.input_shape, arguments.classes)
     profile = _profile(arguments, sized, links)
     budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
     outlook = Outlook(sized, profile, memory_budget_bytes=budget)

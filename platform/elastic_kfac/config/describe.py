@@ -58,6 +58,12 @@ def as_text(names: Sequence[str], width: int) -> str:
     blocks = []
     for name in names or Config.model_fields:
         head, _, wanted = name.partition(".")
+        if wanted.endswith(("yaml", "yml")):
+            raise UsageError(
+                "config explains keys, and this is a file",
+                given=name,
+                change=f"`elastic-kfac plan {name}` checks it and predicts its cost",
+            )
         if head not in sections:
             raise _unknown("section", head, list(Config.model_fields))
         section = sections[head]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -31,6 +32,7 @@ _MOST_CLASSES: Final = 32
 _GAP: Final = 2
 _ROWS: Final = 6
 _LINE: Final = 16
+_PAPER: Final = (238, 238, 238)
 """Characters in a line of text."""
 
 
@@ -129,6 +131,7 @@ def _tile(
                     edges = [box[0] / width, box[1] / height, box[2] / width, box[3] / height]
                     draw.rectangle([edge * cell for edge in edges], outline=_colour(int(box[4])))
         return tile
+    tile.paste(_PAPER, (0, 0, cell, cell))  # Texts that stand side by side read as one otherwise.
     lines: list[str] = []
     for column in shard_set.columns:
         if column.kind == "tokens":
@@ -148,8 +151,8 @@ def _tile(
 
 
 def _text(column: Column, tokens: NDArray[np.int32]) -> str:
-    """Bytes as they read; the numbers of other tokens."""
-    if column.vocabulary == 256:
+    """Bytes and ASCII as they read; the numbers of other tokens."""
+    if column.vocabulary in (128, 256):
         shown = bytes(tokens[:120].astype(np.uint8)).decode("utf-8", errors="replace")
         return "".join(c if c.isprintable() and ord(c) < 256 else "." for c in shown)
     return " ".join(map(str, tokens[:40].tolist()))
@@ -174,9 +177,9 @@ def _with_mask(tile: Image.Image, mask: NDArray[np.uint8]) -> Image.Image:
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """A colour of a class, far from those of its neighbours."""
-    red, green, blue = ((number + 1) * step % 256 for step in (67, 149, 211))
-    return red, green, blue
+    """A bright colour of a class; hues a golden section apart are far from those of their neighbours."""
+    red, green, blue = colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.8, 1.0)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _shades(values: NDArray[np.generic], cell: int) -> Image.Image:

@@ -89,10 +89,7 @@ def check_splits(config: Config) -> None:
     data = config.data
     train = open_named_split(data.shards, data.train_split, "data.train_split")
     test = open_named_split(data.shards, data.eval_split, "data.eval_split")
-    ours, theirs = (
-        [f"{c.name} ({c.role}: {c.kind} {c.dtype} {c.vocabulary or ''})" for c in part.columns]
-        for part in (train, test)
-    )
+    ours, theirs = ([_described(column) for column in part.columns] for part in (train, test))
     if ours != theirs:
         raise DataError(
             f"{test.split} has other columns than {train.split}",
@@ -116,6 +113,12 @@ def check_splits(config: Config) -> None:
             given=f"{', '.join(names)}{' …' if len(lacking) > 5 else ''}",
             change="make both splits from one source, or leave these samples out",
         )
+
+
+def _described(column: Column) -> str:
+    """What a column must have in common in both splits."""
+    of = {"tokens": column.vocabulary, "tensor": f"{column.dtype} {column.shape}"}.get(column.kind)
+    return f"{column.name} ({column.role}: {column.kind}{'' if of is None else f' {of}'})"
 
 
 def open_split(

@@ -115,11 +115,14 @@ def decode_mask(data: bytes | memoryview, *, max_pixels: int = MAX_PIXELS) -> UI
     """The class of every pixel, uint8 [height, width]: palette or grey values as they are stored.
 
     Raises:
-        UndecodableImage: If the bytes are no image, or have colours instead of class numbers.
+        UndecodableImage: If the bytes are no image, have colours instead of class numbers, or are a
+            JPEG.
     """
     _header(data, max_pixels)
     with _open(data, max_pixels) as image:
         try:
+            if image.format == "JPEG":
+                raise UndecodableImage("a mask as JPEG, which changes class numbers; save PNG")
             if image.mode not in ("P", "L", "1"):
                 raise UndecodableImage(f"a mask of mode {image.mode}; save 8-bit class numbers")
             return np.array(image, dtype=np.uint8)

@@ -487,22 +487,33 @@ def _decodable(
 ) -> list[int]:
     """The rows whose images and masks can be decoded, which it measures; the others go to `bad`."""
     encoded = [column for column in columns if column.encoding == "encoded"]
+    has_masks = any(column.kind == "mask" for column in encoded)
+    most = task.bad_images.max_pixels
     good = []
     for row, key in enumerate(records.keys):
         try:
             looked_at = (first + row) % task.statistics_stride == 0
+            sizes = {}
+            for column in encoded if has_masks else ():
+                sizes[column.kind] = image_size(records.values[column.name][row], most)
+            if len(set(sizes.values())) > 1:
+                (high, wide), (tall, broad) = sizes["mask"], sizes["image"]
+                what = f"a mask of {wide}x{high} pixels for an image of {broad}x{tall}"
+                raise UndecodableImage(what)
             for column in encoded:
                 data = records.values[column.name][row]
-                _measure_encoded(measured[column.name], data, looked_at, task.bad_images.max_pixels)
+                _measure_encoded(measured[column.name], data, looked_at, most)
             good.append(row)
         except UndecodableImage as error:
+            problem = f"{column.name}: {error}" if has_masks else str(error)
             if task.bad_images.policy == "raise":
+                size = len(records.values[column.name][row])
                 raise DataError(
                     f"undecodable image at record {first + row}",
-                    given=f"{key}, {len(data)} bytes",
-                    change=f"{error}; --bad-records skip leaves such images out",
+                    given=f"{key}, {size} bytes",
+                    change=f"{problem}; --bad-records skip leaves such images out",
                 ) from None
-            bad.append({"key": key, "problem": str(error)})
+            bad.append({"key": key, "problem": problem})
             _check_limit(bad, task.bad_images)
     return good
 

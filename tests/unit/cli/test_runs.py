@@ -195,6 +195,16 @@ def test_plan_without_kfac_returns_2(capsys: pytest.CaptureFixture[str]) -> None
     assert "kfac.enabled" in error_of(capsys)
 
 
+def test_plan_without_shards_says_how_to_make_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", str(DIGITS), "--world-size", "2"]) == 2
+    error = error_of(capsys)
+    assert "`elastic-kfac shards make --source digits --out data/digits`" in error
+    assert "--input-shape" in error
+
+
 def test_train_failed_run_still_writes_the_report_with_provenance(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_command_prints_a_section_or_a_key(capsys: pytest.CaptureFixture[str]) -
     ("words", "said"),
     [
         (["kfca"], "no section kfca; allowed: data,"),
+        (["jobs/digits.yaml"], "config explains keys, and this is a file; given: jobs/digits.yaml"),
         (["kfac.dampin"], "did you mean damping?"),
         (["kfac", "--markdown"], "--markdown prints all sections; given: kfac"),
     ],

@@ -83,6 +83,21 @@ def test_text_is_of_the_running_python_and_modules_are_held_out() -> None:
     assert train.num_samples > 4 * test.num_samples and train.fingerprint != test.fingerprint
 
 
+def test_text_is_cut_into_blocks_of_the_length_that_is_asked_for() -> None:
+    texts = []
+    for source, length in (("stdlib_text", 128), ("stdlib_text:32", 32)):
+        split = open_source(source).split("test")
+        blocks = [row for r in split.read(0, split.num_samples) for row in r.values["tokens"]]
+        assert {len(block) for block in blocks} == {length}
+        # In the order of the text.
+        texts.append(b"".join(bytes(blocks[i].tolist()) for i in np.argsort(split.order)))
+    assert texts[1].startswith(texts[0]) and len(texts[1]) - len(texts[0]) < 128
+    assert open_source("stdlib_text:32").name != open_source("stdlib_text").name
+    for wrong in ("1", "x", "9999"):
+        with pytest.raises(DataError, match="bad length"):
+            open_source(f"stdlib_text:{wrong}")
+
+
 @pytest.mark.parametrize("source", list(SOURCES))
 def test_embedded_sets_become_shards(source: str, tmp_path: Path) -> None:
     made = make_shards(source, tmp_path)["splits"]

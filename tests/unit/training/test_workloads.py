@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).parents[3] / "jobs" / "configs"
         ("unet_scenes", 121_123),
         ("detector_scenes", 155_418),
         ("char_gpt", 124_672),
-        ("masked_lm", 129_345),
+        ("masked_lm", 73_217),
     ],
 )
 def test_a_few_steps_of_each_task_lower_its_loss(

@@ -233,6 +233,17 @@ def test_a_masked_token_of_a_run_has_a_row_and_is_never_predicted() -> None:
     assert model.head.weight is model.tokens.weight and len(model.tokens.weight) == 12
 
 
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_weights_of_a_bert_start_with_the_deviation_that_is_given(std: float) -> None:
+    torch.manual_seed(0)
+    given = {} if std == 0.02 else {"initial_std": std}
+    model = create_model("bert", 50, (16,), layers=2, width=64, tied=False, **given)
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+    assert {"tokens.weight", "blocks.1.linear2.weight", "head.weight"} <= matrices.keys()
+    for name, weight in matrices.items():
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.15), name
+
+
 def test_detector_boxes_without_shift_are_its_anchors() -> None:
     model: Any = create_model("anchor_detector", 2, (1, 24, 20), sizes=(8, 16))
     for head in model.heads:

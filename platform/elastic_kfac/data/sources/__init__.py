@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 KNOWN_SOURCES = (
-    "digits, clusters10[:SEED], stdlib_text, digit_scenes:masks|boxes, "
+    "digits, clusters10[:SEED], stdlib_text[:LENGTH], digit_scenes:masks|boxes, "
     "sklearn:diabetes|breast_cancer|wine, parquet:PATH, imagefolder:PATH, ilsvrc:DIR, "
     "torchvision:NAME[:ROOT], text:PATH[?OPTIONS], table:PATH?targets=NAME, masks:DIR, coco:PATH, "
     "python:PACKAGE.MODULE:FACTORY"
@@ -64,8 +64,8 @@ def _open(named: str, split: str | None) -> Source:
         return digits()
     if kind == "clusters10":
         return clusters10(rest)
-    if kind == "stdlib_text" and not rest:
-        return stdlib_text()
+    if kind == "stdlib_text":
+        return stdlib_text(rest)
     if kind == "digit_scenes":
         return digit_scenes(rest)
     if kind == "sklearn":

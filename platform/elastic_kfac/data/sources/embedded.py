@@ -31,26 +31,33 @@ MODULES: Final = {
 }
 """Modules whose source is the text; whole modules are held out."""
 BLOCK: Final = 128
-"""Tokens of a sample."""
+"""Characters of a sample, unless the source says otherwise."""
 ASCII: Final = 128
 
 
-def stdlib_text() -> Source:
-    """Source text of modules of the running Python, in blocks of 128 characters.
+def stdlib_text(length: str = "") -> Source:
+    """Source text of modules of the running Python, in blocks of `length` characters (128 if empty).
 
     Characters are ASCII, others become `?`. Minor releases of Python change the text; the name of the
     source has the release, and shards have the hash of what they were made from.
+
+    Raises:
+        DataError: If the length is no whole number from 2 to 4096.
     """
+    block = int(length) if length.isdecimal() else 0 if length else BLOCK
+    if not 2 <= block <= 4096:
+        raise DataError("bad length of stdlib_text", given=length, allowed="2 to 4096")
     release = ".".join(platform.python_version_tuple()[:2])
+    name = "stdlib_text" if block == BLOCK else f"stdlib_text:{block}"
     return Source(
-        f"stdlib_text (Python {release})", {split: partial(_text, split) for split in MODULES}
+        f"{name} (Python {release})", {split: partial(_text, split, block) for split in MODULES}
     )
 
 
-def _text(split: str) -> ColumnSplit:
+def _text(split: str, block: int) -> ColumnSplit:
     parts = [module_text(name) for name in MODULES[split]]
     text = np.frombuffer("\n".join(parts).encode("ascii", "replace"), dtype=np.uint8)
-    blocks = text[: len(text) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    blocks = text[: len(text) // block * block].reshape(-1, block)
     return _split(
         f"stdlib_text/{split}",
         (Column("tokens", "tokens", "input", vocabulary=ASCII),),

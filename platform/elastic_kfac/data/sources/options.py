@@ -28,7 +28,15 @@ class Options:
     def __init__(self, kind: str, rest: str, known: Collection[str]) -> None:
         self.kind = kind
         self.path, _, query = rest.partition("?")
-        self._values = dict(parse_qsl(query, keep_blank_values=True))
+        given = parse_qsl(query, keep_blank_values=True)
+        self._values = dict(given)
+        if len(given) > len(self._values):
+            twice = next(key for key in self._values if [k for k, _ in given].count(key) > 1)
+            raise DataError(
+                f"an option of a source {kind}: is given twice",
+                given=twice,
+                change=f"write it once: {twice}=A,B if it takes several names",
+            )
         unknown = sorted(set(self._values) - {*known, "test"})
         if unknown or not self.path:
             raise DataError(
@@ -128,8 +136,19 @@ def parts(splits: Collection[str], held_out: float) -> dict[str, tuple[str, floa
 
 
 def share_of(count: int, begin: float, end: float) -> NDArray[np.int64]:
-    """Indices of a part of `count` samples."""
-    return np.arange(round(begin * count), round(end * count), dtype=np.int64)
+    """Indices of a part of `count` samples.
+
+    Raises:
+        DataError: If there are samples, but too few for this part to have any.
+    """
+    chosen = np.arange(round(begin * count), round(end * count), dtype=np.int64)
+    if count and not len(chosen):
+        raise DataError(
+            "too few samples to give a part of them to the split test",
+            given=f"{count} {'sample' if count == 1 else 'samples'}",
+            change="set the option test=SHARE higher, or test=0 for no split test",
+        )
+    return chosen
 
 
 def content_hash(files: Sequence[Path], extra: Any = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, Final
@@ -31,7 +32,7 @@ def own_dataset(rest: str, split: str | None) -> Source:
     for tokens. `classes` names the classes, `vocabulary` is the number of different tokens.
 
     Raises:
-        DataError: If it cannot be imported, or its samples cannot be described.
+        DataError: If it cannot be imported, its code fails, or its samples cannot be described.
     """
     options = Options("python", rest, ())
     module, _, name = options.path.partition(":")
@@ -44,8 +45,22 @@ def own_dataset(rest: str, split: str | None) -> Source:
             allowed="python:package.module:factory",
             change=f"{error}; put its folder on PYTHONPATH",
         ) from None
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise DataError(
+            "the factory of the dataset failed", given=rest, change=_place_of(error)
+        ) from error
     splits = dict(made) if isinstance(made, Mapping) else {split or "train": made}
+    if not splits:
+        raise DataError("the factory returned no split", given=rest)
+    for key, each in splits.items():
+        if not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
+            raise DataError(
+                "the factory returned no map-style dataset",
+                given=f"{type(each).__name__}{'' if each is made else f' as split {key}'}",
+                allowed="an object with len and [index], or a mapping of splits to such objects",
+            )
 
     def make(name: str, begin: float, end: float) -> ColumnSplit:
         return _split(splits[name], options.path, name, begin, end)
@@ -57,10 +72,29 @@ def _split(dataset: Any, origin: str, name: str, begin: float, end: float) -> Co
     count = len(dataset)
     if not count:
         raise DataError("the dataset has no samples", given=f"{origin}, split {name}")
-    read = lru_cache(maxsize=1024)(lambda index: _named(dataset[index]))
+
+    @lru_cache(maxsize=1024)
+    def read(index: int) -> dict[str, Any]:
+        try:
+            sample = dataset[index]
+        except Exception as error:
+            raise DataError(
+                "the dataset failed",
+                given=f"sample {index} of {origin}, split {name}",
+                change=_place_of(error),
+            ) from error
+        return _named(sample)
+
     # Spread evenly, so that a changed dataset is likely to be noticed.
     places = np.unique(np.linspace(0, count - 1, min(count, _PROBES)).astype(np.int64))
     probes = [read(index) for index in places.tolist()]
+    for index, probe in zip(places.tolist(), probes, strict=True):
+        if probe.keys() != probes[0].keys():
+            raise DataError(
+                "samples of a dataset have different values",
+                given=f"sample {index}: {', '.join(probe)}",
+                allowed=f"as in sample 0: {', '.join(probes[0])}",
+            )
     columns = tuple(getattr(dataset, "columns", ())) or tuple(
         _column(key, dataset, [probe[key] for probe in probes], partial(_all, read, key, count))
         for key in probes[0]
@@ -100,6 +134,12 @@ def _named(sample: Any) -> dict[str, Any]:
     """The values of a sample by column, images as bytes."""
     if not isinstance(sample, Mapping):
         parts = tuple(sample) if isinstance(sample, tuple | list) else (sample,)
+        if len(parts) > 2:
+            raise DataError(
+                "a sample of more than two values needs their names",
+                given=f"{len(parts)} values",
+                allowed="(input, target), or a mapping of names to values",
+            )
         sample = dict(zip(("input", "target"), parts, strict=False))
     return {str(name): _plain(value) for name, value in sample.items()}
 
@@ -111,7 +151,16 @@ def _plain(value: Any) -> Any:
         return out.getvalue()
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
-    return value
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]  # A class as a tensor or an array is a class as well.
+    return int(value) if isinstance(value, bool | np.bool_) else value
+
+
+def _place_of(error: Exception) -> str:
+    """What a person's own code raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({frames[-1].filename}, line {frames[-1].lineno})"
 
 
 def _column(name: str, dataset: Any, values: Sequence[Any], everything: Any) -> Column:
@@ -122,7 +171,7 @@ def _column(name: str, dataset: Any, values: Sequence[Any], everything: Any) -> 
             names = _classes(dataset, lambda: map(_largest, map(decode_mask, everything())))
             return Column(name, "mask", role, encoding="encoded", class_names=names)
         return Column(name, "image", role, encoding="encoded")
-    if isinstance(first, int | np.integer) and not isinstance(first, bool):
+    if isinstance(first, int | np.integer):
         return Column(name, "class", role, class_names=_classes(dataset, everything))
     arrays = [np.asarray(value) for value in values]
     shape, dtype = arrays[0].shape, arrays[0].dtype

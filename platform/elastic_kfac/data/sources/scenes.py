@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,14 @@ def mask_folder(rest: str, split: str | None) -> Source:
         names = [name.strip() for name in names if name.strip()]
     if not names:
         everything = [mask for some in pairs.values() for _, mask in some]
-        names = [str(number) for number in range(_largest(everything) + 1)]
+        largest = _largest(everything)
+        if largest == 0:
+            raise DataError(
+                "the masks have one class only",
+                given=f"{root}: class 0, and perhaps {IGNORED}, which is no class",
+                change="save the numbers of classes, for example 0 and 1, or give ?classes=NAME",
+            )
+        names = [str(number) for number in range(max(largest, 0) + 1)]
 
     def make(name: str, begin: float, end: float) -> ColumnSplit:
         return _mask_split(pairs[name], tuple(names), root, begin, end)
@@ -57,8 +65,18 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
     for needed in (images, masks):
         if not needed.is_dir():
             raise DataError("no such folder", given=str(needed), allowed="DIR/images and DIR/masks")
-    by_stem = {path.stem: path for path in masks.iterdir() if not is_hidden(path.name)}
-    found = []
+    by_stem: dict[str, Path] = {}
+    for path in sorted(masks.iterdir()):
+        if is_hidden(path.name):
+            continue
+        if path.stem in by_stem:
+            raise DataError(
+                "two masks of one name",
+                given=f"{by_stem[path.stem]}, {path.name}",
+                change="remove one of them",
+            )
+        by_stem[path.stem] = path
+    found: list[tuple[Path, Path]] = []
     for path in sorted(images.iterdir()):
         if is_hidden(path.name) or not path.name.lower().endswith(IMAGE_SUFFIXES):
             continue
@@ -68,12 +86,25 @@ def _pairs(folder: Path) -> list[tuple[Path, Path]]:
                 given=str(path),
                 change=f"add {masks / path.stem}.png, or remove the image",
             )
+        if found and found[-1][0].stem == path.stem:
+            raise DataError(
+                "two images of one name",
+                given=f"{found[-1][0]}, {path.name}",
+                change="remove one of them, or name it and its mask otherwise",
+            )
         found.append((path, by_stem[path.stem]))
+    without = by_stem.keys() - {image.stem for image, _ in found}
+    if without:
+        warnings.warn(
+            f"{masks}: left out {len(without)} without an image: {', '.join(sorted(without)[:5])}",
+            stacklevel=3,
+        )
     return found
 
 
 def _largest(masks: Sequence[Path]) -> int:
-    largest = 0
+    """The largest class of the masks that can be decoded, -1 if there are none."""
+    largest = -1
     for path in masks:
         try:
             pixels = decode_mask(path.read_bytes())
@@ -117,7 +148,8 @@ def coco(rest: str, split: str | None) -> Source:
     """`FILE.json[?images=DIR]`, or a folder with `annotations/*train*.json`, `annotations/*val*.json` and
     images below `train*/` and `val*/`, as COCO is laid out.
 
-    Boxes of crowds (`iscrowd`) are left out. Classes are the categories in the order of their ids.
+    Boxes of crowds (`iscrowd`) are left out, others are cut at the image's edge. Classes are the
+    categories in the order of their ids.
 
     Raises:
         DataError: If files are missing or not in this form.
@@ -158,20 +190,18 @@ def _coco_split(file: Path, folder: Path, begin: float, end: float) -> ColumnSpl
         numbers = {each["id"]: place for place, each in enumerate(categories)}
         names = tuple(str(each["name"]) for each in categories)
         pictures: list[Any] = sorted(found["images"], key=lambda each: each["id"])
-        boxes: dict[Any, list[list[float]]] = defaultdict(list)
-        for each in found["annotations"]:
-            if not each.get("iscrowd"):
-                left, top, width, height = each["bbox"]
-                if width > 0 and height > 0:
-                    corner = [left, top, left + width, top + height]
-                    boxes[each["image_id"]].append([*corner, numbers[each["category_id"]]])
         files = [str(picture["file_name"]) for picture in pictures]
+        for what in ("images", "categories"):
+            _check_ids(file, what, [each["id"] for each in found[what]])
+        boxes = _boxes(file, found["annotations"], numbers, {each["id"]: each for each in pictures})
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             "not annotations in COCO's form",
             given=str(file),
             change=f"{type(error).__name__}: {error}",
         ) from None
+    if files and not any(boxes.values()):
+        raise DataError("annotations without a box", given=str(file))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise DataError(
@@ -202,3 +232,53 @@ def _coco_split(file: Path, folder: Path, begin: float, end: float) -> ColumnSpl
         bytes_per_sample=max(1.0, float(np.mean(sizes))) if sizes else 1.0,
         fingerprint=digest.hexdigest(),
     )
+
+
+def _check_ids(file: Path, what: str, ids: Sequence[Any]) -> None:
+    number, times = Counter(ids).most_common(1)[0] if ids else (None, 1)
+    if times > 1:
+        raise DataError(
+            f"{what} of annotations have one id",
+            given=f"{times} of id {number} in {file}",
+            change="give each its own",
+        )
+
+
+def _boxes(
+    file: Path, annotations: Sequence[Any], numbers: Mapping[Any, int], pictures: Mapping[Any, Any]
+) -> dict[Any, list[list[float]]]:
+    """Boxes [left, top, right, bottom, class] by image id, cut at the edges of images of known size."""
+    boxes: dict[Any, list[list[float]]] = defaultdict(list)
+    cut = empty = 0
+    for each in annotations:
+        image, category = each["image_id"], each["category_id"]
+        for what, known in ((image, pictures), (category, numbers)):
+            if what not in known:
+                raise DataError(
+                    f"an annotation of an unknown {'image' if known is pictures else 'category'}",
+                    given=f"annotation {each.get('id')}, id {what} in {file}",
+                    change="add it, or remove the annotation",
+                )
+        if each.get("iscrowd"):
+            continue
+        left, top, width, height = each["bbox"]
+        right, bottom = left + width, top + height
+        if {"width", "height"} <= pictures[image].keys():
+            edges = (left, top, right, bottom)
+            wide, high = pictures[image]["width"], pictures[image]["height"]
+            left, top = max(left, 0), max(top, 0)
+            right, bottom = min(right, wide), min(bottom, high)
+            # COCO's own are rounded to hundredths.
+            cut += (
+                max(abs(a - b) for a, b in zip(edges, (left, top, right, bottom), strict=True))
+                > 0.01
+            )
+        if right <= left or bottom <= top:
+            empty += 1
+            continue
+        boxes[image].append([left, top, right, bottom, numbers[category]])
+    for count, what in ((empty, "left out {} without area"), (cut, "cut {} at the image's edge")):
+        if count:
+            several = "1 box" if count == 1 else f"{count:,} boxes"
+            warnings.warn(f"{file}: {what.format(several)}", stacklevel=3)
+    return boxes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from elastic_kfac.data.sources.source import ColumnSplit, Source, fixed_shuffle
 from elastic_kfac.errors import DataError
 from elastic_kfac.paths import user_path
 
+SUFFIXES = (".parquet", ".npz")
 FEATURES = "features"
 """The input that all columns of single numbers are joined into."""
 
@@ -35,15 +38,29 @@ def table(rest: str, split: str | None) -> Source:
     are all targets of text.
 
     Raises:
-        DataError: If files or columns are missing or hold no numbers.
+        DataError: If files or columns are missing or hold no numbers, or the options contradict.
     """
     options = Options("table", rest, ("targets", "inputs", "classes"))
-    splits = files_by_split(user_path(options.path), (".parquet", ".npz"), split)
-    if not options.names("targets"):
+    splits = files_by_split(user_path(options.path), SUFFIXES, split)
+    targets = options.names("targets")
+    if not targets:
         raise DataError(
             "a table needs the names of its targets",
             given=f"table:{rest}",
             change="add ?targets=NAME to the source",
+        )
+    if both := sorted(set(targets) & set(options.names("inputs"))):
+        raise DataError(
+            "a column of a table is both input and target",
+            given=", ".join(both),
+            change="leave it out of inputs or of targets",
+        )
+    if others := sorted(set(options.names("classes")) - set(targets)):
+        raise DataError(
+            "classes of a table are targets",
+            given=", ".join(others),
+            allowed=", ".join(targets),
+            change="name it in targets as well",
         )
 
     def make(name: str, begin: float, end: float) -> ColumnSplit:
@@ -65,13 +82,24 @@ def _split(
             given=", ".join(missing),
             allowed=", ".join(arrays),
         )
-    inputs = inputs or [
-        each
-        for each, values in arrays.items()
-        if each not in targets and values.dtype.kind in "biuf"
-    ]
+    if not inputs:
+        others = [each for each in arrays if each not in targets]
+        inputs = [each for each in others if arrays[each].dtype.kind in "biuf"]
+        if left := [each for each in others if each not in inputs]:
+            warnings.warn(
+                f"{options.name}: left out of the inputs, because they hold no numbers: "
+                f"{', '.join(left[:5])}{' …' if len(left) > 5 else ''}",
+                stacklevel=3,
+            )
     classes = {each for each in targets if arrays[each].dtype.kind in "OUS"}
     classes |= set(options.names("classes"))
+    for each in classes:
+        if arrays[each].ndim > 1 or _has_fractions(arrays[each]):
+            raise DataError(
+                "a target of classes has one whole number or text per row",
+                given=f"{each}: {arrays[each].dtype} of shape {arrays[each].shape}",
+                change="leave it out of classes",
+            )
     columns: list[Column] = []
     values: dict[str, NDArray[Any]] = {}
     flat = [each for each in inputs if arrays[each].ndim == 1]
@@ -107,6 +135,10 @@ def _split(
     )
 
 
+def _has_fractions(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" and bool((values != np.floor(values)).any())
+
+
 def _by_number(text: str) -> tuple[float, str]:
     try:
         return float(text), text
@@ -125,26 +157,43 @@ def _numbers(values: NDArray[Any], name: str) -> NDArray[Any]:
             given=f"{name}: {values.dtype}",
             change="leave it out of inputs, or name it in classes if it is a target",
         )
-    return values.astype(np.float32) if values.dtype.kind == "f" else values
+    with np.errstate(over="ignore"):  # Writing the shard names the record.
+        return values.astype(np.float32) if values.dtype.kind == "f" else values
 
 
 def _arrays(files: Sequence[Path]) -> dict[str, NDArray[Any]]:
     """All columns of the files of a split, samples first."""
-    parts = [_npz(file) if file.suffix == ".npz" else _parquet(file) for file in files]
+    parts = [_read(file) for file in files]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise DataError("files of one split have different columns", given=files[0].name)
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    try:
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    except ValueError as error:  # A single number, or rows of another shape in another file.
+        raise DataError(
+            "arrays of a table have no common rows", given=files[0].name, change=str(error)
+        ) from None
     counts = {name: len(values) for name, values in joined.items()}
-    if len(set(counts.values())) != 1:
-        raise DataError("columns of a table have different lengths", given=counts)
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
+        raise DataError("columns of a table have different lengths", given=listed)
+    if not any(counts.values()):
+        raise DataError("a table without rows", given=", ".join(file.name for file in files))
     return joined
+
+
+def _read(file: Path) -> dict[str, NDArray[Any]]:
+    if file.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            "a table of an unknown kind", given=str(file), allowed=f"*{', *'.join(SUFFIXES)}"
+        )
+    return _npz(file) if file.suffix.lower() == ".npz" else _parquet(file)
 
 
 def _npz(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(file, allow_pickle=False) as found:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as found:
             return {name: found[name] for name in found.files}
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise DataError("not a readable .npz file", given=str(file), change=str(error)) from None
 
 
@@ -162,6 +211,8 @@ def _parquet(file: Path) -> dict[str, NDArray[Any]]:
                 given=f"{name} in {file.name}: {column.null_count}",
                 change="fill them in, or leave the rows out",
             )
+        if pa.types.is_decimal(column.type):
+            column = column.cast(pa.float64())
         if pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
             rows = column.to_pylist()
             if len({len(row) for row in rows}) > 1:

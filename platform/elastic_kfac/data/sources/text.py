@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +43,11 @@ def text(rest: str, split: str | None) -> Source:
     """
     options = Options("text", rest, ("tokenizer", "length", "column", "label", "lines"))
     splits = files_by_split(user_path(options.path), SUFFIXES, split)
+    column, label = options.text("column"), options.text("label")
+    if column and not any(f.suffix == ".parquet" for part in splits.values() for f in part):
+        raise DataError("only Parquet files have a column of text", given=f"column={column}")
+    if label is not None and label == (column or "text"):
+        raise DataError("the column of text is no label", given=label, change="name another column")
     return Source(
         options.name,
         openers(splits, options.held_out, lambda *where: _split(splits, options, *where)),
@@ -100,7 +106,12 @@ def tokenizer_of(name: str, texts: Sequence[str]) -> tuple[Tokenize, int]:
     try:
         loaded = Tokenizer.from_file(str(user_path(name)))
     except Exception as error:  # The package raises plain exceptions.
-        raise DataError("not a tokenizer's file", given=name, change=str(error)) from None
+        raise DataError(
+            "not a tokenizer's file",
+            given=name,
+            allowed="bytes, characters, or a file of the package tokenizers",
+            change=str(error),
+        ) from None
     return (
         lambda text: np.asarray(loaded.encode(text).ids, dtype=np.int32),
         int(loaded.get_vocab_size()),
@@ -134,7 +145,14 @@ def _split(
     kept = [place for place, line in enumerate(texts) if line]
     tokenize, vocabulary = tokenizer_of(tokenizer, alphabet)
     sample = texts[:: max(1, len(texts) // 1000)]
-    tokens_seen = sum(len(tokenize(line)) for line in sample)
+    lengths = [len(tokenize(line)) for line in sample]
+    tokens_seen = sum(lengths)
+    if cut := sum(count > length for count in lengths):
+        warnings.warn(
+            f"{options.name}: {max(1, round(100 * cut / len(sample)))} % of the sequences of {name} are "
+            f"cut at {length} tokens; the longest of a sample has {max(lengths)} (option length)",
+            stacklevel=3,
+        )
     columns = [
         Column(
             TOKENS,
@@ -178,7 +196,15 @@ def _texts(files: tuple[Path, ...], column: str) -> tuple[str, ...]:
     found: list[str] = []
     for file in files:
         if file.suffix == ".parquet":
-            found += [str(value or "") for value in _column(file, column)]
+            values = _column(file, column)
+            odd = next((value for value in values if not isinstance(value, str | None)), None)
+            if odd is not None:
+                raise DataError(
+                    f"column {column} of {file.name} is no text",
+                    given=f"a value of type {type(odd).__name__}",
+                    change="name another: ?column=NAME",
+                )
+            found += [value or "" for value in values]
         else:
             try:
                 found.append(file.read_text(encoding="utf-8"))
@@ -191,7 +217,17 @@ def _labels(files: Sequence[Path], label: str) -> list[Any]:
     wrong = [file.name for file in files if file.suffix != ".parquet"]
     if wrong:
         raise DataError("only rows of Parquet files have a label", given=wrong[0])
-    return [value for file in files for value in _column(file, label)]
+    found = []
+    for file in files:
+        values = _column(file, label)
+        if missing := values.count(None):
+            raise DataError(
+                "a label of a text is missing",
+                given=f"{label} in {file.name}: {missing} of {len(values)} rows",
+                change="fill them in, or leave the rows out",
+            )
+        found += values
+    return found
 
 
 def _column(file: Path, name: str) -> list[Any]:
