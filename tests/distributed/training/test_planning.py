@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.kfac.calibration import calibration_from, with_links
 from elastic_kfac.placement.costs import CostModel
 from elastic_kfac.placement.devices import stored_calibration
+from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
 from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.planning import PlanReview
 from support.gloo import run_ranks
 from support.training_problems import (
     KFAC,
@@ -83,20 +86,50 @@ def _train(folder: str, changes: dict[str, Any], factor: float) -> list[dict[str
     return recording.events
 
 
-@pytest.mark.parametrize("factor", [1e6, 1e-6])
+def _train_and_watch(
+    folder: str, changes: dict[str, Any], factor: float, moves: bool
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Events, and what costs were multiplied by when they were corrected; with `moves` the plan changes
+    with them."""
+    ratios, replan = [], PlanReview.replan
+
+    def watched(self: PlanReview, kfac: Preconditioner, step: int) -> dict[str, Any] | None:
+        before = kfac.calibration
+        found = replan(self, kfac, step)
+        if kfac.calibration is not before and kfac.calibration is not None:
+            wrong = factor * stored_calibration("eigen").costs.seconds(64)
+            ratios.append(kfac.calibration.costs.seconds(64) / wrong)
+        return found
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(PlanReview, "replan", watched))
+        if moves:
+            moved = mock.patch.object(Plan, "diff", lambda *_: ["x: here -> there"])
+            stack.enter_context(moved)
+        return _train(folder, changes, factor), ratios
+
+
+@pytest.mark.parametrize(("factor", "moves"), [(1e6, False), (1e-6, True)])
 def test_wrong_costs_are_corrected_once_and_nothing_else_changes(
-    tmp_path: Path, factor: float
+    tmp_path: Path, factor: float, moves: bool
 ) -> None:
     changes = {**AUTO, "train.epochs": 9, "plan.margin": 1000.0}
     alone = in_one_process(tmp_path / "alone", changes)
-    events = run_ranks(2, _train, str(tmp_path / "pair"), changes, factor)[0]
+    events, ratios = run_ranks(2, _train_and_watch, str(tmp_path / "pair"), changes, factor, moves)[
+        0
+    ]
     state = CheckpointStore(tmp_path / "pair").load_latest()
     assert state is not None
     assert states_differ_in(alone, state) == []
     replanned = [row for row in events if row["kind"] == "replanned"]
-    assert len(replanned) == 1
-    assert "decompositions took" in replanned[0]["reason"]
-    assert "predicted were" in replanned[0]["reason"]
+    [ratio] = ratios
+    assert ratio < 1e-3 if factor > 1 else ratio > 1e3
+    # The same plan is no event.
+    assert len(replanned) == moves
+    for row in replanned:
+        assert "decompositions took" in row["reason"]
+        assert "predicted were" in row["reason"]
+        assert row["changes"] == ["x: here -> there"]
 
 
 def test_costs_within_the_margin_and_fixed_fractions_keep_the_plan(tmp_path: Path) -> None:
