@@ -133,6 +133,10 @@ class SlowRanks:
             < AGREE
         ):
             return None
+        elif factor < self.threshold**0.5:
+            # Much faster than it was, and noisy about what counts as fast enough.
+            del self.factors[rank]
+            return Verdict(rank, factor, is_slow=False)
         self.factors[rank] = factor
         return Verdict(rank, factor, is_slow=True)
 

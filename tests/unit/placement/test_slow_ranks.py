@@ -77,6 +77,14 @@ def test_a_recovered_rank_is_cleared() -> None:
     assert world.watch.factors == {}
 
 
+def test_a_recovered_rank_whose_times_are_noisy_is_cleared_and_not_named_again() -> None:
+    def slowness(step: int) -> Sequence[float]:
+        return [2.5 if step < 30 else (0.95, 1.05, 1.4)[step % 3], 1.0]
+
+    verdicts = [verdict for _, verdict in World(slowness).run(range(120)).verdicts]
+    assert [verdict.is_slow for verdict in verdicts] == [True, False]
+
+
 def test_two_slow_ranks_of_five_are_both_named() -> None:
     world = World(lambda step: [1.0, 2.0, 1.0, 3.0, 1.0]).run(range(40))
     assert world.watch.factors == pytest.approx({1: 2.0, 3: 3.0})
