@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from elastic_kfac.cluster.run import coordinator as coordinator_module
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.states import TRANSITIONS, RunState, transition
@@ -318,6 +319,36 @@ def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) 
         ("resize", 4096, True),
     ]
     assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "EXPLAINED_S", 0.05)
+
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.supervisor_started()
+        await coordinator.group_started({**PIDS, 2: 12}, {**NODES, 2: "c"})
+        await coordinator.record(1, [*_steps(1), *_restored(1, 2), *_steps(2)])
+        assert await coordinator.members_lost({2: "ActorDied"}, [], 2) is None
+        # Nobody ever tells why the next one was lost.
+        await coordinator.record(1, [*_restored(2, 1), *_steps(3)])
+        await asyncio.sleep(0.2)
+        await coordinator.record(1, [*_restored(3, 2), *_steps(4)])
+        await coordinator.close()
+
+    asyncio.run(scenario())
+    rows = [row for row in RunFolder(tmp_path).events() if "downtime_s" in row]
+    assert [
+        (r["kind"], r["from_world_size"], r["to_world_size"], r["step"], r["reason"]) for r in rows
+    ] == [
+        ("start", 0, 3, 0, "the run began"),
+        ("failure", 3, 2, 2, "worker process of rank 2 died"),
+        ("recovery", 3, 2, 1, "worker process of rank 2 died"),
+        ("recovery", 2, 1, 2, "a member of the world was lost"),
+        ("resize", 1, 2, 3, "a worker joined the others"),
+    ]
 
 
 def test_coordinator_of_an_attempt_without_members_begins_another_one(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ MEMBER = "a member"
 """Source of the state after a change in place."""
 LOST = "a member of the world was lost"
 JOINED = "a worker joined the others"
+EXPLAINED_S = 5.0
+"""So long the event of a loss waits for its reason."""
 
 REPLICAS_INTERVAL_S = 5.0
 """Between two measurements of what the replica actors hold."""
@@ -103,6 +105,7 @@ class RunCoordinator:
         self._breaker = breaker or CrashLoopBreaker()
         self._newcomers = CrashLoopBreaker()
         self._given_up = ""
+        self._unexplained: dict[str, Any] | None = None
         self._recorder = Recorder(self._folder)
         self._config = config
         if config is not None:
@@ -277,10 +280,15 @@ class RunCoordinator:
         error = self._judge(errors, lost_nodes)
         reason, group = self._breaker.last_reason, self._group
         if group is not None:
-            if self._change is not None and self._change.reason == LOST:
+            before = group.world_size
+            if self._unexplained is not None:
+                before = self._unexplained["from_world_size"]
+            elif self._change is not None and self._change.reason == LOST:
                 self._change.reason = reason
-            group.loss = reason
-            self._record_failure(group.world_size, left, in_place=left > 0)
+            else:
+                group.loss = reason
+            self._record_failure(before, left, in_place=left > 0)
+            self._explain(reason)
         return error
 
     async def newcomer_lost(self, error: str, left: int) -> RankError | None:
@@ -591,11 +599,22 @@ class RunCoordinator:
                 "moved_bytes": change.moved_bytes,
                 "phases_s": {name: round(at - began, 3) for name, at in change.marks.items()},
             }
-        self._record_event(
-            event_row(
-                step=self._last_step, to_world_size=group.world_size, plan=self._plan, **details
-            )
+        row = event_row(
+            step=self._last_step, to_world_size=group.world_size, plan=self._plan, **details
         )
+        if row["reason"] == LOST and self._is_supervised:
+            # The survivors were faster than the supervisor, who is about to tell why.
+            self._explain(LOST)
+            self._unexplained = row
+            asyncio.get_running_loop().call_later(EXPLAINED_S, self._explain, LOST)
+        else:
+            self._record_event(row)
+
+    def _explain(self, reason: str) -> None:
+        """Records the change that waits for its reason, if one does."""
+        row, self._unexplained = self._unexplained, None
+        if row is not None:
+            self._record_event({**row, "reason": reason})
 
     def _record_rank_event(self, group: Group, row: Mapping[str, Any]) -> None:
         self._plan = row.get("plan") or self._plan
@@ -652,6 +671,7 @@ class RunCoordinator:
 
     def _close_group(self) -> None:
         group, self._group = self._group, None
+        self._explain(LOST)
         if group is not None:
             self._change = self._change or group.next_change
             self._run.worker_seconds += (time.monotonic() - group.began) * group.world_size
