@@ -32,7 +32,8 @@ STEPS_PER_EPOCH = 45
 
 @dataclass(frozen=True)
 class Story:
-    """A run that lost a node and got it back, was interrupted, and was continued to its end."""
+    """A run that lost a node and got it back, was interrupted, and was continued to its end; every change
+    restarts its workers."""
 
     folder: RunFolder
     interrupted: RunResult
@@ -52,11 +53,12 @@ def story(run: Run, config: Make, tmp_path_factory: pytest.TempPathFactory) -> S
     path = tmp_path_factory.mktemp("story") / "run"
     # How long a node needs to come back depends on the machine: the run goes on until it has.
     display = _InterruptWhen(lambda view: list(view.world_sizes) == [2, 1, 2], steps=60)
-    interrupted = run(config(5000), path, resize_at=[(100, 1), (200, 2)], progress=display)
+    endless = _changed(config(5000), "elastic.in_place", False)
+    interrupted = run(endless, path, resize_at=[(100, 1), (200, 2)], progress=display)
     folder = RunFolder(path)
     step = int(folder.metrics()[-1]["step"])
     epochs = step // STEPS_PER_EPOCH + 3
-    finished = run(config(epochs), path)
+    finished = run(_changed(config(epochs), "elastic.in_place", False), path)
     return Story(folder, interrupted, step, finished, epochs, audit_run(folder))
 
 

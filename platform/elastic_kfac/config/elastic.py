@@ -34,9 +34,9 @@ class ElasticConfig(Section):
     """Newest checkpoints to keep."""
     resize_poll_s: Annotated[float, Field(gt=0)] = 1.0
     """Seconds between looks for capacity to grow into."""
-    in_place: bool = False
+    in_place: bool = True
     """Workers keep their processes when others come, leave or are lost: each is placed for itself, and
-    a change costs tenths of a second. Without it every change restarts all of them, as it does with
+    a change costs tenths of a second. With false every change restarts all of them, as it does with
     `plan.decomposers`, NCCL, or rank functions of one's own; the run's events say so."""
     slow_factor: Annotated[float, Field(gt=1)] | None = 1.5
     """A worker whose passes take this many times as long per sample as the median of the others, in 10 of
