@@ -205,8 +205,8 @@ def test_search_trials_are_runs_of_their_own_for_trackers(
 ) -> None:
     result, _ = story
     root = result.folder / "tracking"
-    assert {path.name for path in root.iterdir()} == {"t001-s0", "t001-s1", "t003-s0"}
-    for name, end in (("t001-s0", "finished"), ("t001-s1", "finished"), ("t003-s0", "failed")):
+    assert {path.name for path in root.iterdir()} == {"t001-s0", "t001-s1", "t004-s0"}
+    for name, end in (("t001-s0", "finished"), ("t001-s1", "finished"), ("t004-s0", "failed")):
         lines = (root / name / "values.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         assert {row["run"] for row in rows} == {f"story/{name}"}
