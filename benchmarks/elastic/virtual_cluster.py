@@ -17,7 +17,7 @@ from typing import Any
 
 from greenlet import getcurrent, greenlet
 
-from elastic_kfac.cluster.ray.places import Answer
+from elastic_kfac.cluster.ray.places import NODE_DIED, Answer
 from elastic_kfac.cluster.run import supervisor as supervision
 from elastic_kfac.cluster.run.supervisor import Supervisor
 from elastic_kfac.config import parse_config
@@ -185,11 +185,12 @@ class Replay:
         self.calls: list[tuple[float, str]] = []
         config = parse_config({"elastic": {"max_workers": max_workers, "in_place": True}})
         self.supervisor = Supervisor(
-            SimpleNamespace(config=config, share=None),  # type: ignore[arg-type]
+            SimpleNamespace(config=config, share=None, hangs_after_s=20.0),  # type: ignore[arg-type]
             self,
             ask=self._ask,
             open_store=self._open_store,
             leaving_nodes=lambda: self._leaving,
+            nodes=lambda: {node for node in self._places.values() if node} | set(self._free),
             clock=SimpleNamespace(
                 monotonic=self.clock.monotonic,
                 sleep=lambda seconds: self.clock.sleep(max(seconds, LOOK_S)),
@@ -232,7 +233,7 @@ class Replay:
         for process in self._processes:
             if process.node == node and process.alive:
                 self._die(process)
-                error = Answer(error="ActorDiedError: NodeDied")
+                error = Answer(error=f"{NODE_DIED}: its node has died")
                 heard = self.clock.now + self._costs.notice_of_loss
                 self.clock.start(lambda p=process, e=error: setattr(p, "answer", e), heard)
 
@@ -306,7 +307,7 @@ class Replay:
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         if method == "supervision":
-            return {"stop_reason": None, "wanted_workers": None}
+            return {"stop_reason": None, "wanted_workers": None, "step": self.steps}
         self.calls.append((self.clock.now, method))
         if method == "group_started":
             self._attempts += 1

@@ -181,6 +181,10 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         "elastic.rebalance=true needs mixing.mixup=none",
         {"elastic.rebalance": True, "mixing.mixup": "running"},
     ),
+    (
+        "kfac.momentum > 0 needs optimizer.momentum=0",
+        {"kfac.momentum": 0.9, "optimizer.momentum": 0.9},
+    ),
     ("plan.decomposers > 0 needs kfac.stagger=true", {"plan.decomposers": 1}),
     (
         "plan.decomposers > 0 needs kfac.enabled=true",

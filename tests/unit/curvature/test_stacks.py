@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kfac import KFAC
-from elastic_kfac.curvature import kronecker, passes
+from elastic_kfac.curvature import kronecker
 from elastic_kfac.curvature.kronecker import LinearLayer
 from elastic_kfac.curvature.layer import Observation
+from elastic_kfac.curvature.passes import recorder
 
 
 def _gradients(**options: Any) -> tuple[list[torch.Tensor], int]:
@@ -70,7 +71,7 @@ def test_calls_of_small_layers_are_summed_together_with_the_same_bits(
     monkeypatch.setattr(LinearLayer, "observe_all", counted)
 
     def trained(limit: int) -> dict[str, dict[str, Tensor]]:
-        monkeypatch.setattr(passes, "SMALL", limit)
+        monkeypatch.setattr(recorder, "SMALL", limit)
         torch.manual_seed(0)
         many = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)]
         model = nn.Sequential(*many, many[1], nn.Linear(5, 5, bias=False), nn.Linear(5, 3))
@@ -84,7 +85,7 @@ def test_calls_of_small_layers_are_summed_together_with_the_same_bits(
             kfac.step()
         return kfac.factors()
 
-    ours = trained(passes.SMALL)
+    ours = trained(recorder.SMALL)
     assert max(together) == 5
     together.clear()
     theirs = trained(0)
