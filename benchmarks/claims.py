@@ -115,16 +115,26 @@ def readme() -> Iterator[Row]:
         "50,000",
         "30,000 × 64",
     )
+    changes = load("changes_in_place")["results"]
+    gaps = {name: n(changes[name]["gap"]["p50_s"], ".2f") for name in ("grow", "drain", "kill")}
+    lost = changes["node lost"]
+    yield row(
+        "No step for so long, in place (the default): growth, drain, killed worker, lost node",
+        f"{gaps['grow']}, {gaps['drain']}, {gaps['kill']}, {n(lost['gap']['p50_s'], '.2f')} s; "
+        f"{n(sum(change['steps_redone'] for change in changes.values()))} steps redone",
+        "restarts, below",
+        file_of("changes_in_place"),
+    )
     recovery = load("elastic_recovery")["results"]
     ours, alone = recovery["ours"], recovery["plain_ray_train"]
     yield row(
-        "Planned node removal to next step",
+        "Planned node removal to next step, by a restart",
         f"{n(ours['planned_s']['median'], '.1f')} s",
         f"Ray Train alone {n(alone['planned_s']['median'], '.1f')} s",
         file_of("elastic_recovery"),
     )
     yield row(
-        "Killed node to next step",
+        "Killed node to next step, by a restart",
         f"{n(ours['kill_s']['median'], '.1f')} s (a killed worker in place "
         f"{n(recovery['ours_in_place']['kill_s']['median'], '.1f')} s); "
         f"{n(ours['steps_redone']['max'])} steps redone",
@@ -135,8 +145,9 @@ def readme() -> Iterator[Row]:
     chaos = load("chaos")
     quiet = "same final hash" if chaos["hash_equals_quiet_run"] else "another final hash"
     redone = sum(phase["steps_redone"] for phase in chaos["phases"])
+    way = "in place" if chaos["in_place"] else "by restarts"
     yield row(
-        "Share of time spent on new steps, one fault per 120 s / 30 s",
+        f"Share of time spent on new steps, {way}, one fault per 120 s / 30 s",
         f"{' / '.join(share(phase['goodput']) for phase in chaos['phases'])}; {quiet}, "
         f"{n(redone)} steps redone",
         "undisturbed run",

@@ -281,7 +281,12 @@ def main() -> int:
             )
 
         runs: dict[str, Callable[[Path], dict[str, list[float]]]] = {
-            "ours": lambda at: ours(at, config(), arguments.cycles, nodes=True),
+            "ours": lambda at: ours(
+                at,
+                config(in_place=False),
+                arguments.cycles,
+                nodes=True,
+            ),
             "ours_in_place": lambda at: ours(
                 at,
                 config(in_place=True),

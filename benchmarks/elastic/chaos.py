@@ -8,7 +8,7 @@ goodput is the share of the time that the steps took which count (see `goodput`)
 
 Steps take 0.1 s at least (see `paced_ranks.py`), so that the quiet run need not take as long.
 
-    python benchmarks/elastic/chaos.py [--phases 30:120,10:30] [--in-place] [--out FILE]
+    python benchmarks/elastic/chaos.py [--phases 30:120,10:30] [--no-in-place] [--out FILE]
 """
 
 from __future__ import annotations
@@ -215,7 +215,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--phases", default="30:120,10:30", help="minutes:seconds between faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--in-place", action="store_true", help="survivors keep their processes")
+    parser.add_argument(
+        "--in-place",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="survivors keep their processes",
+    )
     default = Path(__file__).parents[1] / "results" / "chaos.json"
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
