@@ -362,7 +362,10 @@ def test_coordinator_of_an_attempt_without_members_begins_another_one(tmp_path: 
         assert (await coordinator.view(0)).state == "waiting"
         assert await coordinator.group_started({0: 20}, {0: "b"}) == 2
         await coordinator.record(2, [*_restored(1, 1, "restore", 1), *_steps(2)])
-        # The process that supervises is lost, and the members with it.
+        # The process that supervises is lost, and the members with it, whose store it held.
+        await coordinator.rank_failed(
+            2, RankError(0, "DistNetworkError", "DistNetworkError: reset")
+        )
         assert await coordinator.supervisor_started() is None
         assert (await coordinator.view(0)).state == "waiting"
 

@@ -243,6 +243,10 @@ class RunCoordinator:
             self._is_supervised = True
             self._enter(RunState.STARTING, "")
             return None
+        # Members lose their store with it: what they report follows from that.
+        for report in self._breaker.take_reports():
+            if report.rank < 0:
+                self._breaker.reported(report)
         return await self.group_failed({-1: "the supervisor of the workers was lost"}, [])
 
     async def supervisor_failed(self, error: RankError) -> None:
