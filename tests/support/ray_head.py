@@ -54,18 +54,26 @@ class RayHead:
     def submit(
         self, script: str, *arguments: str, options: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` as the README says it, with the committed runtime environment."""
-        return self.ray(
-            "job",
-            "submit",
-            *("--working-dir", "."),
-            *("--runtime-env", "jobs/runtime_env.yaml"),
-            *options,
-            "--",
-            "python",
-            script,
-            *arguments,
-        )
+        """`ray job submit` as the README says it, with the committed runtime environment.
+
+        Asks again while the agent of a node that has just started is not up, as Ray's answer says.
+        """
+        deadline = time.monotonic() + 90
+        while True:
+            job = self.ray(
+                "job",
+                "submit",
+                *("--working-dir", "."),
+                *("--runtime-env", "jobs/runtime_env.yaml"),
+                *options,
+                "--",
+                "python",
+                script,
+                *arguments,
+            )
+            if "No available agent to submit job" not in job.stderr or time.monotonic() > deadline:
+                return job
+            time.sleep(2)
 
     def scrape(self) -> str:
         """What Prometheus would read now."""
