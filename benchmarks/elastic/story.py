@@ -28,6 +28,7 @@ import json
 import logging
 import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -112,7 +113,9 @@ class Faults:
         self._cluster.remove_node(node)
         if not self._over.wait(BACK_S):
             self.happened["back"] = time.time()
-            self._cluster.add_node()
+            # Ray sets a handler for a new node, which only the main thread may.
+            with patch.object(signal, "signal"):
+                self._cluster.add_node()
 
 
 def _drain(cluster: LocalCluster, node: int) -> None:
