@@ -168,13 +168,14 @@ def ours(folder: Path, course: str, epochs: int) -> dict[str, Any]:
                 cluster=cluster,
                 progress=watch,
                 rank_function="paced_ranks:run",
+                member_function="paced_ranks:member",
             )
     run = RunFolder(str(folder / "run"))
     events = run.events()
     first = next(row["time"] for row in events if row["kind"] == "start")
     rows = [row for row in run.metrics() if "loss" in row]
     moments = [(first + row["wall_time_s"], int(row["step"]), float(row["loss"])) for row in rows]
-    redone = sum(int(row.get("steps_redone", 0)) for row in events)
+    redone = sum(int(row.get("steps_redone") or 0) for row in events)
     found = summary(moments, faults, redone)
     return {**found, "final_state_sha256": result.values["final_state_sha256"]}
 
