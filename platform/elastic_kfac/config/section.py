@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+try:
     from pydantic import (
         BaseModel,
         ConfigDict,
@@ -16,22 +16,10 @@ if TYPE_CHECKING:
         field_validator,
         model_validator,
     )
-else:
-    try:
-        from pydantic import (
-            BaseModel,
-            ConfigDict,
-            Discriminator,
-            Field,
-            Tag,
-            TypeAdapter,
-            ValidationError,
-            field_validator,
-            model_validator,
-        )
-    except ModuleNotFoundError as error:
-        if error.name != "pydantic":
-            raise
+except ModuleNotFoundError as error:
+    if error.name != "pydantic":
+        raise
+    if not TYPE_CHECKING:
         from elastic_kfac.config.stand_in import (
             BaseModel,
             ConfigDict,
