@@ -58,7 +58,7 @@ test-trainers: $(STAMP) ## docs/trainers.md with Accelerate, transformers and Li
 soak: $(STAMP) ## The long-running tests that `make test` leaves out
 	@$(BIN)/pytest -m soak --timeout 7200 || test $$? -eq 5
 
-chaos: $(STAMP) ## A run with a fault every 120 s against the same run in peace: hash, samples, goodput
+chaos: $(STAMP) ## A run with a fault every 30 s against the same run in peace: hash, samples, goodput
 	@$(BIN)/python benchmarks/elastic/chaos.py
 
 test-tools: $(STAMP) ## Checks that need promtool, kubectl and a browser (Debian: prometheus, kubectl, chromium)

@@ -132,7 +132,7 @@ SMOKES = (
     Smoke("telemetry_cost.py", "--epochs 2 --repeats 1", {"RESULT": "OUT"}, on_ray=True),
     Smoke("vault_cost.py", "--out OUT", {"SIZES": (100_000,), "SNAPSHOTS": 4}, on_ray=True),
     Smoke("elastic/story.py", "--epochs 1 --only quiet --out OUT", on_ray=True),
-    Smoke("elastic/chaos.py", "--phases 0.3:9 --out OUT", on_ray=True),
+    Smoke("elastic/chaos.py", "--phases 0.3:9 --out OUT", {"QUIET_S": 3.0}, on_ray=True),
     Smoke("elastic_recovery.py", "--cycles 1 --cycles-in-place 1 --out OUT", on_ray=True),
 )
 LEFT_OUT = {

@@ -338,6 +338,7 @@ def real(trace: Trace, minutes: float) -> dict[str, Any]:
                 cluster=cluster,
                 progress=follow,
                 rank_function="paced_ranks:run",
+                member_function="paced_ranks:member",
             )
         folder = RunFolder(f"{name}/run")
         events = folder.events()

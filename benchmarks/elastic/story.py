@@ -69,6 +69,9 @@ FAULT_S = 12.0
 NOTICE_S = 20.0
 BACK_S = 10.0
 """From the moment that the node is gone."""
+FLOOR = 1e-3
+"""Losses below this are drawn here."""
+STANDSTILL_S = 5.0
 COURSES = ("quiet", "resized", "killed")
 Point = tuple[float, int, float]
 """Seconds since the first step, step, training loss."""
@@ -288,7 +291,10 @@ def summary(moments: list[Point], faults: Faults, redone: int) -> dict[str, Any]
 
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Loss over seconds (above) and over steps (below), here and under plain Ray Train."""
+    """Loss over seconds (above) and over steps (below), here and under plain Ray Train.
+
+    A dotted line is a standstill; losses below `FLOOR` are drawn there.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -301,17 +307,27 @@ def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for column, (side, title) in enumerate(titles.items()):
         for row, axis in enumerate(axes[:, column]):
             for course, run in results[side].items():
-                points = [(point[row], point[2]) for point in run["curve"]]
-                label = f"{course}: {run['seconds']:.0f} s, {run['steps_redone']} steps again"
-                axis.plot(
-                    *zip(*points, strict=True), color=colors[course], lw=widths[course], label=label
-                )
+                points = [(point[row], max(point[2], FLOOR)) for point in run["curve"]]
+                label = f"{course}: {run['seconds']:.0f} s, {run['steps_redone']} steps redone"
+                style = {"color": colors[course], "lw": widths[course]}
+                breaks = [
+                    at
+                    for at, (last, point) in enumerate(itertools.pairwise(run["curve"]), 1)
+                    if point[0] - last[0] > STANDSTILL_S
+                ]
+                for begin, end in itertools.pairwise([0, *breaks, len(points)]):
+                    axis.plot(*zip(*points[begin:end], strict=True), **style, label=label)
+                    label = ""
+                for at in breaks:  # no step for so long
+                    stretch = points[at - 1 : at + 1]
+                    axis.plot(*zip(*stretch, strict=True), color=colors[course], lw=0.8, ls=":")
             axis.set_yscale("log")
+            axis.set_ylim(0.7 * FLOOR, 6)
             axis.set_xlabel(("seconds since the first step", "step")[row])
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0, column].set_title(title, fontsize=11)
-        axes[0, column].legend(frameon=False, fontsize=8)
+        axes[0, column].legend(frameon=False, fontsize=8, loc="upper right")
         axes[0, column].axvline(FAULT_S, color="#999999", lw=0.8, ls=":")
         axes[0, column].set_xlim(
             0, 1.03 * max(r["seconds"] for s in results.values() for r in s.values())

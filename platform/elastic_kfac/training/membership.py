@@ -77,7 +77,7 @@ class Membership:
         slot: int,
         *,
         backend: str = "gloo",
-        settle_s: float = 0.3,
+        settle_s: float = 0.25,
         timeout_s: float = 30.0,
         join_s: float | None = None,
         ready_s: float = 5.0,
