@@ -26,15 +26,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import ray
 import torch
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from plain_ray_train import elastic_trainer, two_nodes
+from ray.train import Checkpoint
+from ray.train.torch import prepare_model
 
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.internals import ControllerCallback
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
@@ -165,23 +164,10 @@ def plain(folder: Path, cycles: int) -> dict[str, list[float]]:
     steps, decisions, stop = folder / "steps", folder / "decisions", folder / "stop"
     for path in (steps, decisions):
         path.touch()
-    threads = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(local_cluster, "_DETECTION", {}))
-        stack.enter_context(patch.object(local_cluster, "_WORKER_ENVIRONMENT", threads))
-        stack.enter_context(quiet_driver())
-        cluster = stack.enter_context(LocalCluster(2))
-        cluster.connect()
-        trainer = TorchTrainer(
-            plain_train_function,
-            train_loop_config={"steps": str(steps), "stop": str(stop)},
-            scaling_config=ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=5),
-            run_config=RunConfig(
-                name="plain",
-                storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=-1),
-                callbacks=[Decisions(str(decisions))],
-            ),
+    options = {"steps": str(steps), "stop": str(stop)}
+    with two_nodes() as cluster:
+        trainer = elastic_trainer(
+            plain_train_function, options, folder, callbacks=[Decisions(str(decisions))]
         )
         fit = threading.Thread(target=trainer.fit, daemon=True)
         fit.start()

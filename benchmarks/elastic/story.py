@@ -22,7 +22,6 @@ figure of a result again.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import logging
@@ -42,12 +41,11 @@ from unittest.mock import patch
 import paced_ranks
 import ray
 import torch
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_data_loader, prepare_model
+from ray.train import Checkpoint
+from ray.train.torch import prepare_data_loader, prepare_model
 
 from elastic_kfac import KFAC
 from elastic_kfac.cli.entry import main as elastic_kfac
-from elastic_kfac.cluster.ray import local_cluster
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
@@ -244,25 +242,13 @@ def plain_train_function(options: Mapping[str, Any]) -> None:
 
 def plain(folder: Path, course: str, epochs: int) -> dict[str, Any]:
     """The same under Ray Train as shipped."""
+    from plain_ray_train import elastic_trainer, two_nodes
+
     steps = folder / "steps"
     steps.touch()
-    threads = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(local_cluster, "_DETECTION", {}))
-        stack.enter_context(patch.object(local_cluster, "_WORKER_ENVIRONMENT", threads))
-        stack.enter_context(quiet_driver())
-        cluster = stack.enter_context(LocalCluster(2))
-        cluster.connect()
-        trainer = TorchTrainer(
-            plain_train_function,
-            train_loop_config={"steps": str(steps), "epochs": epochs},
-            scaling_config=ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=5),
-            run_config=RunConfig(
-                name="plain",
-                storage_path=str(folder),
-                failure_config=FailureConfig(max_failures=-1),
-            ),
-        )
+    options = {"steps": str(steps), "epochs": epochs}
+    with two_nodes() as cluster:
+        trainer = elastic_trainer(plain_train_function, options, folder)
         with Faults(cluster, course, lambda: steps.stat().st_size > 0) as faults:
             trainer.fit()
     rows = [line.split() for line in steps.read_text().splitlines()]

@@ -7,11 +7,11 @@ hardware would take is a delay: `Costs`.
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +22,14 @@ from elastic_kfac.cluster.run import supervisor as supervision
 from elastic_kfac.cluster.run.supervisor import Supervisor
 from elastic_kfac.config import parse_config
 from elastic_kfac.errors import CommunicationError
-from elastic_kfac.training import membership as protocol
 from elastic_kfac.training.membership import Departed, Membership
+
+# The clock and the store of the tests.
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+from support.virtual_time import Clock, Store, virtual
 
 LOOK_S = 0.5
 """The supervisor looks this often instead of every 20 ms: it reacts later here than in a run."""
-NETWORK_S = 0.001
-"""One call of a member to the store."""
 TIMEOUT_S = 60.0
 
 
@@ -44,85 +45,6 @@ class Costs:
     """From the loss of a node until the supervisor hears of it."""
     snapshot: float
     """Age that the kept state has at most when all members are lost."""
-
-
-class Clock:
-    """Virtual time: `monotonic` and `sleep`, as of the module `time`."""
-
-    def __init__(self, end: float) -> None:
-        self.now, self.end = 0.0, end
-        self._queue: list[tuple[float, int, greenlet]] = []
-        self._number = itertools.count()
-        self._killed: set[greenlet] = set()
-        self._main = getcurrent()
-
-    def start(self, work: Callable[[], None], at: float | None = None) -> greenlet:
-        process = greenlet(work, parent=self._main)
-        self.wake(process, self.now if at is None else at)
-        return process
-
-    def wake(self, process: greenlet, at: float) -> None:
-        heapq.heappush(self._queue, (at, next(self._number), process))
-
-    def run(self) -> None:
-        while self._queue and self._queue[0][0] < self.end:
-            self.now, _, process = heapq.heappop(self._queue)
-            if not process.dead and process not in self._killed:
-                process.switch()
-
-    def kill(self, process: greenlet) -> None:
-        """It never goes on."""
-        self._killed.add(process)
-
-    def wait(self) -> None:
-        """Until somebody wakes this one."""
-        self._main.switch()
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.wake(getcurrent(), self.now + seconds)
-        self.wait()
-
-
-class Store:
-    """What the protocol uses of a `torch.distributed` store; a member's call takes a moment."""
-
-    def __init__(self, clock: Clock, *, seconds: float = NETWORK_S) -> None:
-        self._clock, self._seconds = clock, seconds
-        self._values: dict[str, bytes] = {}
-
-    def at_once(self) -> Store:
-        """The same store as the process that hosts it sees it."""
-        near = Store(self._clock, seconds=0.0)
-        near._values = self._values
-        return near
-
-    def _travel(self) -> None:
-        if self._seconds:
-            self._clock.sleep(self._seconds)
-
-    def set(self, key: str, value: str) -> None:
-        self._travel()
-        self._values[key] = value.encode()
-
-    def get(self, key: str) -> bytes:
-        self._travel()
-        return self._values[key]
-
-    def check(self, keys: Sequence[str]) -> bool:
-        self._travel()
-        return all(key in self._values for key in keys)
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        self._travel()
-        if self._values.get(key, b"") == expected.encode():
-            self._values[key] = value.encode()
-        return self._values[key]
 
 
 @dataclass
@@ -203,7 +125,7 @@ class Replay:
         Raises:
             BaseException: What the supervisor or a member raised.
         """
-        with _virtual(self.clock):
+        with virtual(self.clock, supervision):
             self.clock.start(self._change)
             self.clock.start(lambda: self._must_not_end(self.supervisor.run()))
             self.clock.run()
@@ -403,15 +325,3 @@ class Replay:
         if world.broken:
             raise CommunicationError("a peer left the group")
         return world.result
-
-
-@contextmanager
-def _virtual(clock: Clock) -> Iterator[None]:
-    """Puts the clock, and stores without prefixes, below the protocol and the supervisor."""
-    real = protocol.time, protocol.dist, supervision.time  # type: ignore[attr-defined]
-    protocol.time = supervision.time = clock  # type: ignore[attr-defined]
-    protocol.dist = SimpleNamespace(PrefixStore=lambda _, store: store)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        protocol.time, protocol.dist, supervision.time = real  # type: ignore[attr-defined]

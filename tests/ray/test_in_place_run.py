@@ -54,6 +54,9 @@ def test_run_in_place_survivors_step_on_whoever_comes_leaves_or_dies(
     failures = [row["reason"] for row in events if row["kind"] == "failure" and row["in_place"]]
     assert failures[0] == "worker process of rank 0 died"
     assert "1 node lost" in failures
+    # The failures before have said why; pauses for a change are no events of their own.
+    assert {row["reason"] for row in changes_of_world if row["kind"] == "recovery"} == {None}
+    assert len([row for row in events if row["kind"] == "parked"]) == 1
     assert not [row for row in events if row["kind"] == "fallback"]
     # One process was there all the time.
     assert set.intersection(*(set(pids.values()) for pids in display.pids))

@@ -250,5 +250,7 @@ class Seen:
     rewinds: list[tuple[int, int]] = field(default_factory=list)
     continued: list[tuple[int, str, int]] = field(default_factory=list)
     """(world size, way, moved bytes) of every world that continued a run, as rank 0 reported it."""
+    ends: list[str] = field(default_factory=list)
+    """Kinds of events that say why stepping ended, as this slot reported them."""
     costs: list[tuple[int, int]] = field(default_factory=list)
     """(world size, step) of every world whose costs it reported."""

@@ -6,12 +6,9 @@ an order that the seed decides. Time passes only when all of them wait.
 
 from __future__ import annotations
 
-import heapq
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from greenlet import getcurrent, greenlet
@@ -19,6 +16,7 @@ from greenlet import getcurrent, greenlet
 from elastic_kfac.errors import CommunicationError
 from elastic_kfac.training import membership as protocol
 from elastic_kfac.training.membership import Departed, Membership, World
+from support.virtual_time import Clock, Store, virtual
 
 SUPERVISOR = -2
 
@@ -30,22 +28,18 @@ class Died(BaseException):
     """The member's process was killed."""
 
 
-class Clock:
-    """Members in virtual time: each a greenlet, which goes on where it slept when its moment comes."""
+class RandomClock(Clock):
+    """Members in virtual time: who goes on first, and how long each sleeps, is drawn from the seed."""
 
     def __init__(self, seed: int) -> None:
+        super().__init__()
         self.random = random.Random(seed)
-        self.now = 0.0
-        self._waiting: list[tuple[float, float, int]] = []
-        self._members: dict[int, greenlet] = {}
         self._deaths: dict[int, float] = {}
-        self._running = -1
-        self._turns = getcurrent()
+        self._names: dict[greenlet, int] = {}
         self.errors: list[BaseException] = []
 
     def spawn(self, name: int, work: Callable[[], None], *, at: float, dies_at: float) -> None:
         self._deaths[name] = dies_at
-        heapq.heappush(self._waiting, (at, self.random.random(), name))
 
         def body() -> None:
             try:
@@ -56,68 +50,22 @@ class Clock:
             except BaseException as error:
                 self.errors.append(error)
 
-        self._members[name] = greenlet(body)
-
-    def run(self) -> None:
-        while self._waiting:
-            moment, _, self._running = heapq.heappop(self._waiting)
-            self.now = max(self.now, moment)
-            self._members[self._running].switch()
+        self._names[self.start(body, at, self.random.random())] = name
 
     def is_alive(self, name: int) -> bool:
         return self.now < self._deaths[name]
 
-    def monotonic(self) -> float:
-        return self.now
-
     def sleep(self, seconds: float) -> None:
         jitter = self.random.random()
-        heapq.heappush(self._waiting, (self.now + seconds * (0.5 + jitter), jitter, self._running))
-        self._turns.switch()
+        self.wake(getcurrent(), self.now + seconds * (0.5 + jitter), jitter)
+        self.wait()
         self._die_if_due()
 
     def _die_if_due(self) -> None:
-        if not self.is_alive(self._running):
+        if not self.is_alive(self._names[getcurrent()]):
             raise Died
         if self.now > LIMIT_S:
             raise TimeoutError("the schedule hangs")
-
-
-class Store:
-    """What the protocol uses of a `torch.distributed` store; each call takes a random moment."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._values: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self._travel()
-        self._values[key] = value.encode()
-
-    def get(self, key: str) -> bytes:
-        self._travel()
-        while key not in self._values:
-            self._clock.sleep(0.01)
-        return self._values[key]
-
-    def add(self, key: str, amount: int) -> int:
-        self._travel()
-        total = int(self._values.get(key, b"0")) + amount
-        self._values[key] = str(total).encode()
-        return total
-
-    def check(self, keys: Sequence[str]) -> bool:
-        self._travel()
-        return all(key in self._values for key in keys)
-
-    def compare_set(self, key: str, expected: str, value: str) -> bytes:
-        self._travel()
-        if self._values.get(key, b"") == expected.encode():
-            self._values[key] = value.encode()
-        return self._values[key]
-
-    def _travel(self) -> None:
-        self._clock.sleep(0.001)
 
 
 @dataclass
@@ -173,29 +121,13 @@ class Played:
     committed_at: float | None = None
 
 
-@contextmanager
-def virtual(clock: Clock) -> Iterator[None]:
-    """Puts the clock and the store below the protocol."""
-    real = protocol.time, protocol.dist  # type: ignore[attr-defined]
-
-    def prefix(name: str, store: Store) -> Store:
-        return store
-
-    protocol.time = clock  # type: ignore[attr-defined]
-    protocol.dist = SimpleNamespace(PrefixStore=prefix)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        protocol.time, protocol.dist = real  # type: ignore[attr-defined]
-
-
 def play(seed: int, schedule: Schedule) -> Played:
     """Plays a schedule to its end.
 
     Raises:
         AssertionError: If a member failed or the schedule hangs.
     """
-    clock, played = Clock(seed), Played()
+    clock, played = RandomClock(seed), Played()
     store = Store(clock)
     groups: dict[int, Group] = {}
     ready = {"found": False}
@@ -248,7 +180,7 @@ class _Member:
         self,
         slot: int,
         membership: Membership,
-        clock: Clock,
+        clock: RandomClock,
         groups: dict[int, Group],
         schedule: Schedule,
         played: Played,

@@ -74,7 +74,7 @@ from elastic_kfac.experiments.trials import (
 )
 from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
-from elastic_kfac.runs.history import number
+from elastic_kfac.runs.history import is_change, number
 from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
 from elastic_kfac.state.identity import processor_name
@@ -528,9 +528,8 @@ def _evaluations(run: RunFolder, metric: str) -> Iterator[Evaluation]:
 def _resizes(run: RunFolder) -> Iterator[Resize]:
     for row in run.events():
         time_s = number(row, "time")
-        before, after = number(row, "from_world_size"), number(row, "to_world_size")
-        if time_s is not None and before and after:
-            yield Resize(time_s, int(before), int(after))
+        if time_s is not None and is_change(row):
+            yield Resize(time_s, int(row["from_world_size"]), int(row["to_world_size"]))
 
 
 def _about(folder: Path) -> dict[str, Any]:

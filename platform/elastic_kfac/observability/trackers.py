@@ -226,8 +226,8 @@ _PACKAGES: Mapping[TrackerName, str] = {
 
 
 def _reason(row: Mapping[str, Any]) -> str:
-    shown = {key: row[key] for key in ("reason", "from_world_size", "to_world_size") if key in row}
-    return ", ".join(f"{key} {value}" for key, value in shown.items())
+    keys = ("reason", "from_world_size", "to_world_size")
+    return ", ".join(f"{key} {row[key]}" for key in keys if row.get(key) is not None)
 
 
 def _as_table(settings: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from elastic_kfac.reports.run_card import (
     robustness_figure,
 )
 from elastic_kfac.reports.run_figures import curvature_figure, learning_figure, throughput_figure
-from elastic_kfac.runs.history import Run, number, read_run
+from elastic_kfac.runs.history import Run, is_change, number, read_run
 from elastic_kfac.runs.summary import duration, headline, moved_text
 from elastic_kfac.state.run_folder import Row
 
@@ -66,9 +66,7 @@ def render_report(run: Run) -> str:
         costs=cost_tables(run),
         plans=plan_changes(run),
         analysis=analysis_section(run),
-        events=_events(
-            [e for e in run.events if "provenance" not in e and e.get("kind") != "costs"]
-        ),
+        events=_events(_shown_events(run.events)),
         torn=f"{run.torn_lines} torn line(s) left out." if run.torn_lines else "",
         configuration=yaml_text(run.config),
         result=result or {"status": "no result yet"},
@@ -100,6 +98,20 @@ def _tiles(run: Run) -> dict[str, str]:
 
 def _goal(metric: str, target: float) -> str:
     return f"{target:.1%}" if quality_of(metric).is_share else f"{target:.4g}"
+
+
+def _shown_events(events: Sequence[Row]) -> list[Row]:
+    """The events of the table, without those that another one or another part of the page shows."""
+    changes = (i for i, e in enumerate(events) if is_change(e) or e.get("kind") == "continue")
+    last_change = max(changes, default=-1)
+    # A change gives the steps redone by itself; whoever has no rows of changes has only `restored`.
+    return [
+        event
+        for index, event in enumerate(events)
+        if "provenance" not in event
+        and event.get("kind") != "costs"
+        and not (event.get("kind") == "restored" and index < last_change)
+    ]
 
 
 def _events(events: Sequence[Row]) -> Table:

@@ -21,6 +21,8 @@ from elastic_kfac.observability.quality import Direction, is_worse, quality_of
 from elastic_kfac.state.run_folder import Row, RunFolder
 
 FINISHED = "finished"
+CAUSES = ("failure", "fallback")
+"""Kinds of events that say why the workers change; the row of the change follows."""
 ANALYSES = "analysis"
 """Folder of the JSON files of `analyze` and the probes."""
 
@@ -112,12 +114,21 @@ class Run:
 
     @cached_property
     def changes(self) -> list[Row]:
-        """Events that changed the group of workers, except the first start."""
-        return [
-            event
-            for event in self.events
-            if number(event, "from_world_size") and number(event, "to_world_size")
-        ]
+        """Events that changed the group of workers, except the first start.
+
+        The reason of a loss stands in the rows of failures before that of the recovery; here each change
+        has its reason.
+        """
+        found: list[Row] = []
+        causes: list[str] = []
+        for event in self.events:
+            if event.get("kind") in CAUSES and event.get("reason"):
+                causes.append(str(event["reason"]))
+            elif is_change(event):
+                reason = event.get("reason") or "; ".join(dict.fromkeys(causes))
+                found.append({**event, "reason": reason})
+                causes = []
+        return found
 
     @cached_property
     def pauses(self) -> list[Pause]:
@@ -254,6 +265,13 @@ def is_step(row: Row) -> bool:
     """Whether a row of `metrics.jsonl` comes from one training step."""
     aside = is_evaluation(row) or "analysis_time_s" in row or "hessian_time_s" in row
     return "step" in row and not aside
+
+
+def is_change(row: Row) -> bool:
+    """Whether a row of `events.jsonl` tells that another group or world of workers steps."""
+    # Failures of earlier versions have both sizes, too.
+    sized = number(row, "from_world_size") and number(row, "to_world_size")
+    return bool(sized) and row.get("kind") not in CAUSES
 
 
 def number(row: Row, key: str) -> float | None:

@@ -67,7 +67,7 @@ def run_member(
                 if repeat_rows:
                     loop.report_rows_again()
                 outcome = loop.run_until_stopped(
-                    _ControlOfMember(control, membership), durable=_is_durable
+                    _ControlOfMember(control, membership), durable=_ends_processes
                 )
             except CommunicationError:
                 pass
@@ -80,7 +80,7 @@ def run_member(
             # Outside the handler, whose traceback references the group: its connections close, and
             # wake the peers that still wait in it, only once the last reference is gone.
             if outcome is not None and (
-                outcome.status == "finished" or _is_durable(outcome.reasons)
+                outcome.status == "finished" or any(map(_ends_processes, outcome.reasons))
             ):
                 return outcome
             trainer.leave()
@@ -97,9 +97,9 @@ def run_member(
             opened.close()
 
 
-def _is_durable(reasons: tuple[str, ...]) -> bool:
-    """Whether stopping for these reasons ends the processes, so that the state must be saved."""
-    return any(reason != _CHANGE for reason in reasons)
+def _ends_processes(reason: str) -> bool:
+    """Whether the processes end after a stop for this reason, so that the state must be saved."""
+    return reason != _CHANGE
 
 
 class _ControlOfMember:

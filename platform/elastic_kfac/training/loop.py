@@ -249,11 +249,12 @@ class RunLoop:
         self,
         control: Control,
         *,
-        durable: Callable[[tuple[str, ...]], bool] = lambda reasons: True,
+        durable: Callable[[str], bool] = lambda reason: True,
     ) -> Outcome:
         """Steps until the run is over or a control requests a stop.
 
-        `durable` decides from the stop reasons whether a checkpoint must be saved first.
+        A checkpoint is saved first, and an event reports the stop, if a stop reason is `durable`; after
+        any other stop the processes go on by themselves, and whoever asked for it reports the pause.
         """
         trainer = self._trainer
         snapshot = False
@@ -265,7 +266,7 @@ class RunLoop:
             if trainer.analysis_is_due:
                 self._report.on_metrics({**trainer.analyse(), **self._where()})
             if trainer.finished:
-                return self._end("finished", (), save=True)
+                return self._end("finished")
             if replanned := trainer.review_plan():
                 step = trainer.progress.step
                 self._report.on_event(event_row("replanned", step, **self._world(), **replanned))
@@ -278,7 +279,7 @@ class RunLoop:
             if result.totals.stop:
                 given = trainer.communicator.all_gather_object(reason, tag="stop")
                 reasons = tuple(dict.fromkeys(r for r in given if r is not None))
-                return self._end("parked", reasons, save=durable(reasons))
+                return self._end("parked", reasons, tuple(filter(durable, reasons)))
             for row in trainer.review_ranks(result.totals):
                 self._report.on_event(row)
             snapshot = result.totals.snapshot > 0
@@ -321,9 +322,13 @@ class RunLoop:
         return state
 
     def _end(
-        self, status: Literal["finished", "parked"], reasons: tuple[str, ...], *, save: bool
+        self,
+        status: Literal["finished", "parked"],
+        reasons: tuple[str, ...] = (),
+        durable: tuple[str, ...] = (),
     ) -> Outcome:
         trainer = self._trainer
+        save = status == "finished" or bool(durable)
         state = self._captured()
         if self._is_rank_zero and save:
             self._store.wait()
@@ -334,8 +339,9 @@ class RunLoop:
         step = trainer.progress.step
         if costs is not None:
             self._report.on_event(event_row("costs", step, **self._world(), **costs))
-        details: dict[str, Any] = {"reason": "; ".join(reasons)} if reasons else {}
-        self._report.on_event(event_row(status, step, **self._world(), **details))
+        if save:
+            details = {"reason": "; ".join(durable)} if durable else {}
+            self._report.on_event(event_row(status, step, **self._world(), **details))
         return Outcome(
             status=status,
             reasons=reasons,

@@ -89,6 +89,7 @@ def member(folder: str, script: Script, dying: int = -1) -> Seen:
     seen.costs = [
         (row["world_size"], row["step"]) for row in recorded.events if row["kind"] == "costs"
     ]
+    seen.ends = [row["kind"] for row in recorded.events if row["kind"] in ("parked", "finished")]
     seen.continued = [
         (row["world_size"], row["way"], row["moved_bytes"])
         for row in recorded.events
@@ -256,6 +257,8 @@ def test_departure_and_newcomer_end_as_one_process_without_a_step_redone(
     script = Script((0, 1), changes, leaves={1: 4}, joins={2: 8})
     seen, state = play(tmp_path / "run", 3, script)
     assert states_differ_in(alone, state) == []
+    # Pauses for a change are no ends: nobody reports that the run was parked.
+    assert [one.ends for one in seen] == [["finished"], [], []]
     assert state.ledger.world_sizes == (2, 1, 2)
     assert seen[0].steps == list(range(1, 13))
     assert [lost for _, lost in seen[0].rewinds] == [0, 0]

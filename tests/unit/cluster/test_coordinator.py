@@ -13,10 +13,12 @@ import pytest
 from elastic_kfac.cluster.run import coordinator as coordinator_module
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
+from elastic_kfac.cluster.run.progress import event_line
 from elastic_kfac.cluster.run.states import TRANSITIONS, RunState, transition
 from elastic_kfac.config import parse_config
 from elastic_kfac.errors import RunError
 from elastic_kfac.observability.metric_names import label
+from elastic_kfac.runs.history import read_run
 from elastic_kfac.state import recorder
 from elastic_kfac.state.run_folder import METRICS, RunFolder
 
@@ -63,6 +65,9 @@ def test_coordinator_node_lost_writes_failure_and_recovery_with_redone_steps(
     assert (recovery["from_world_size"], recovery["to_world_size"]) == (2, 1)
     assert (recovery["step"], recovery["steps_redone"]) == (4, 2)
     assert recovery["downtime_s"] >= 0.0
+    # The row of the failure has said why, and only that one.
+    assert recovery["reason"] is None
+    assert "to_world_size" not in failure and "downtime_s" not in failure
     assert [row["step"] for row in folder.metrics()] == [1, 2, 3, 4, 5]
 
 
@@ -111,8 +116,8 @@ def test_coordinator_drain_asked_before_the_first_step_is_a_change_of_its_own(
         await coordinator.record(5, _steps(5))
 
     asyncio.run(scenario())
-    changes = [row for row in RunFolder(tmp_path).events() if "to_world_size" in row]
-    assert [(row["kind"], row["from_world_size"], row["to_world_size"]) for row in changes] == [
+    changes = [row for row in RunFolder(tmp_path).events() if "from_world_size" in row]
+    assert [(r["kind"], r["from_world_size"], r.get("to_world_size")) for r in changes] == [
         ("start", 0, 1),
         ("resize", 1, 2),
         ("failure", 2, None),
@@ -304,13 +309,22 @@ def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) 
         assert (await coordinator.close()).outcome == {"status": "finished", "steps": 5}
 
     asyncio.run(scenario())
-    rows = [row for row in RunFolder(tmp_path).events() if "downtime_s" in row]
-    assert [(r["kind"], r["to_world_size"], r["steps_redone"], r["reason"]) for r in rows] == [
+    rows = [row for row in RunFolder(tmp_path).events() if "from_world_size" in row]
+    told = ("to_world_size", "steps_redone", "reason")
+    assert [(r["kind"], *(r.get(name) for name in told)) for r in rows] == [
         ("start", 2, 0, "the run began"),
-        ("failure", 1, None, "worker process of rank 1 died"),
-        ("recovery", 1, 1, "worker process of rank 1 died"),
+        ("failure", None, None, "worker process of rank 1 died"),
+        ("recovery", 1, 1, None),
         ("resize", 2, 0, "a worker joined the others"),
         ("resize", 1, 0, "1 node being drained (n)"),
+    ]
+    lines = [str(event_line(row)).partition("; down")[0] for row in rows]
+    assert lines == [
+        "[step 0] training started on 2 workers",
+        "[step 2] worker process of rank 1 died; the others continue",
+        "[step 3] 2 -> 1 worker in place",
+        "[step 3] 1 -> 2 workers in place: a worker joined the others",
+        "[step 4] 2 -> 1 worker in place: 1 node being drained (n)",
     ]
     changes = [row for row in rows if "way" in row]
     assert [(r["way"], r["moved_bytes"], r["in_place"]) for r in changes] == [
@@ -339,13 +353,14 @@ def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reaso
         await coordinator.close()
 
     asyncio.run(scenario())
-    rows = [row for row in RunFolder(tmp_path).events() if "downtime_s" in row]
+    rows = [row for row in RunFolder(tmp_path).events() if "from_world_size" in row]
     assert [
-        (r["kind"], r["from_world_size"], r["to_world_size"], r["step"], r["reason"]) for r in rows
+        (r["kind"], r["from_world_size"], r.get("to_world_size"), r["step"], r["reason"])
+        for r in rows
     ] == [
         ("start", 0, 3, 0, "the run began"),
-        ("failure", 3, 2, 2, "worker process of rank 2 died"),
-        ("recovery", 3, 2, 1, "worker process of rank 2 died"),
+        ("failure", 3, None, 1, "worker process of rank 2 died"),
+        ("recovery", 3, 2, 1, None),
         ("recovery", 2, 1, 2, "a member of the world was lost"),
         ("resize", 1, 2, 3, "a worker joined the others"),
     ]
@@ -373,8 +388,67 @@ def test_coordinator_of_an_attempt_without_members_begins_another_one(tmp_path: 
     rows = [r for r in RunFolder(tmp_path).events() if r["kind"] in ("recovery", "failure")]
     assert [(r["kind"], r["reason"], bool(r.get("in_place"))) for r in rows] == [
         ("failure", "worker processes of rank 0, 1 died", False),
-        ("recovery", "worker processes of rank 0, 1 died", False),
+        ("recovery", None, False),
         ("failure", "the supervisor of the workers was lost", False),
+    ]
+
+
+def test_two_losses_before_the_next_step_are_two_causes_of_one_recovery(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.supervisor_started()
+        await coordinator.group_started({**PIDS, 2: 12}, {**NODES, 2: "c"})
+        await coordinator.record(1, _steps(1, 2))
+        await coordinator.members_lost({2: "ActorDied"}, [], 2)
+        await coordinator.record(1, _restored(2, 2))
+        await coordinator.members_lost({1: "NodeDied"}, ["b"], 1)
+        await coordinator.record(1, [*_restored(2, 1), *_steps(3)])
+        # The same words again are another loss.
+        await coordinator.members_lost({0: "NodeDied"}, ["a"], 0)
+        await coordinator.attempt_over()
+        await coordinator.group_started({0: 20}, {0: "d"})
+        await coordinator.record(2, [*_restored(3, 1, "restore"), *_steps(4)])
+        await coordinator.close()
+
+    asyncio.run(scenario())
+    folder = RunFolder(tmp_path)
+    rows = [row for row in folder.events() if row["kind"] in ("recovery", "failure")]
+    assert [(r["kind"], r["reason"], r["in_place"], r.get("to_world_size")) for r in rows] == [
+        ("failure", "worker process of rank 2 died", True, None),
+        ("failure", "1 node lost", True, None),
+        ("recovery", None, True, 1),
+        ("failure", "1 node lost", False, None),
+        ("recovery", None, False, 1),
+    ]
+    folder.write_config(parse_config({}))
+    assert [(row["kind"], row["reason"]) for row in read_run(folder.uri).changes] == [
+        ("recovery", "worker process of rank 2 died; 1 node lost"),
+        ("recovery", "1 node lost"),
+    ]
+
+
+def test_members_that_park_for_want_of_others_give_their_reason_once(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.supervisor_started()
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, _steps(1, 2))
+        await coordinator.park("2 nodes being drained (a, b)")
+        await coordinator.attempt_over()
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(2, [*_restored(2, 2, "restore"), *_steps(3)])
+        # A later change for the same reason that no event of its own announces.
+        await coordinator.member_leaves("2 nodes being drained (a, b)")
+        await coordinator.record(2, [*_restored(3, 1), *_steps(4)])
+        await coordinator.close()
+
+    asyncio.run(scenario())
+    kinds = ("fallback", "failure", "recovery", "resize")
+    rows = [row for row in RunFolder(tmp_path).events() if row["kind"] in kinds]
+    assert [(row["kind"], row["reason"]) for row in rows] == [
+        ("fallback", "2 nodes being drained (a, b)"),
+        ("resize", None),
+        ("resize", "2 nodes being drained (a, b)"),
     ]
 
 

@@ -61,6 +61,9 @@ def test_event_line_change_tells_why_how_long_and_what_was_redone() -> None:
     resized = {**event, "way": "resize", "moved_bytes": 3 * 2**19}
     assert event_line(resized) == f"{expected}, state kept, 1.5 MiB moved"
     assert event_line({"kind": "restored", "step": 60}) is None
+    # The line of the failure before has said why.
+    recovered = event_line({**event, "reason": None})
+    assert recovered == "[step 60] 2 -> 1 worker; down 4.2 s, 3 steps redone"
     in_place = event_line({**event, "in_place": True})
     assert in_place == expected.replace("1 worker:", "1 worker in place:")
     restarts = {"kind": "restarts", "step": 0, "reason": "plan.decomposers=1 are in use"}

@@ -201,6 +201,49 @@ def test_continued_run_shows_where_and_after_how_long_in_summary_and_figures(
     assert "continued after" not in page_of(make_run("other"))
 
 
+LOSS: list[dict[str, object]] = [
+    {
+        "kind": "failure",
+        "step": 60,
+        "from_world_size": 2,
+        "reason": "1 node lost",
+        "in_place": True,
+    },
+    {"kind": "restored", "step": 58, "world_size": 1, "steps_redone": 2, "way": "restore"},
+    {
+        "kind": "recovery",
+        "step": 60,
+        "from_world_size": 2,
+        "to_world_size": 1,
+        "reason": None,
+        "downtime_s": 1.5,
+        "steps_redone": 2,
+        "in_place": True,
+    },
+]
+
+
+def test_loss_in_place_is_one_story_in_report_and_summary(make_run: MakeRun) -> None:
+    def lines(*events: dict[str, object]) -> str:
+        return "".join(json.dumps({"time": 1000.0, **event}) + "\n" for event in events)
+
+    folder = make_run(events__jsonl=lines(*LOSS))
+    run, text = read_run(folder), page_of(folder)
+    line = "recovery    step 60: 2 → 1 (1 node lost), 1.5 s without steps, 2 steps redone"
+    assert summary_text(run).count("step 60") == 1 and line in summary_text(run)
+    assert (len(run.changes), run.downtime_s) == (1, 1.5)
+    assert text.count("1 node lost") == 1
+    table = text[text.index(">failure<") :]
+    assert ">recovery<" in table and ">restored<" not in table
+    # Before the run steps again, what was restored is the newest there is.
+    assert ">restored<" in page_of(make_run("recovering", events__jsonl=lines(*LOSS[:2])))
+    # Earlier versions repeated sizes and reason.
+    repeated = {"to_world_size": 1, "reason": "1 node lost"}
+    events = lines(*({**event, **repeated} for event in LOSS if "from_world_size" in event))
+    earlier = read_run(make_run("earlier", events__jsonl=events))
+    assert len(earlier.changes) == 1 and line in summary_text(earlier)
+
+
 def test_events_of_a_clock_that_was_set_back_do_not_run_backwards(make_run: MakeRun) -> None:
     events = [{"time": at, "kind": "note", "step": 1} for at in (1000.0, 1008.0, 1008.0 - 3600)]
     lines = "".join(json.dumps(event) + "\n" for event in events)

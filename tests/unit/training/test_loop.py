@@ -23,7 +23,9 @@ from elastic_kfac.state.state import TrainingState
 from elastic_kfac.tasks.models import build_model, create_model
 from elastic_kfac.training.activation_checkpointing import blocks_of
 from elastic_kfac.training.callbacks import Callbacks, FolderWriter, KeepGoing, Point
+from elastic_kfac.training.in_place import run_member
 from elastic_kfac.training.loop import Outcome, run_rank
+from elastic_kfac.training.membership import Membership
 from elastic_kfac.training.rank import RankTrainer
 from support.training_problems import (
     AtPoints,
@@ -102,6 +104,44 @@ def test_parked_and_resumed_run_ends_in_the_same_bits(tmp_path: Path, stop_at: i
     assert [row["step"] for row in recorded.metric_rows if "loss" in row] == list(range(1, 13))
     evaluated = [row["step"] for row in recorded.metric_rows if "eval_accuracy" in row]
     assert evaluated == [4, 8, 12]
+
+
+class ChangesAt(Membership):
+    """Alone in every world; asks for another one at the given polls."""
+
+    polls = (3, 7)
+    polled = 0
+
+    def change_is_wanted(self) -> bool:
+        self.polled += 1
+        return self.polled in self.polls
+
+
+@pytest.mark.parametrize("stop_at", [None, 9])
+def test_pause_in_place_is_no_event_and_a_stop_is_one(tmp_path: Path, stop_at: int | None) -> None:
+    meeting, recorded = torch.distributed.HashStore(), RecordingCallback()
+    Membership.found(meeting, [0])
+    membership = ChangesAt(meeting, 0, settle_s=0.01)
+    outcome = run_member(
+        small_config({"train.epochs": 3}),
+        membership,
+        store=CheckpointStore(tmp_path),
+        callback=recorded,
+        control=KeepGoing() if stop_at is None else StopAt(stop_at),
+        datasets=memory_datasets(),
+    )
+    status, reason = ("finished", None) if stop_at is None else ("parked", "test")
+    assert outcome.status == status
+    # Each pause continued without a loss, and only what ended the processes is reported.
+    assert recorded.rewinds == [(3, 0), (7, 0)]
+    events = [row for row in recorded.events if row["kind"] != "costs"]
+    assert [(row["kind"], row.get("reason")) for row in events] == [
+        ("restored", None),
+        ("restored", None),
+        (status, reason),
+    ]
+    checkpoint = CheckpointStore(tmp_path).load_latest()
+    assert checkpoint is not None and checkpoint.progress.step == (stop_at or 12)
 
 
 def test_lost_steps_are_repeated_and_said(tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ class RunCoordinator:
         self._newcomers = CrashLoopBreaker()
         self._given_up = ""
         self._unexplained: dict[str, Any] | None = None
+        self._recorded_reasons: set[str] = set()
+        """Reasons that events of their own give; the changes that follow do not repeat them."""
         self._recorder = Recorder(self._folder)
         self._config = config
         if config is not None:
@@ -217,7 +219,7 @@ class RunCoordinator:
         )
         reason = self._breaker.last_reason
         self._begin_change("failure", reason)
-        self._record_failure(group.world_size if group else None, None)
+        self._record_failure(group.world_size if group else None, self._last_step)
         self._close_group()
         self._enter(RunState.WAITING, reason)
         return self._run.error
@@ -284,14 +286,14 @@ class RunCoordinator:
         error = self._judge(errors, lost_nodes)
         reason, group = self._breaker.last_reason, self._group
         if group is not None:
-            before = group.world_size
-            if self._unexplained is not None:
-                before = self._unexplained["from_world_size"]
+            before, step = group.world_size, self._last_step
+            if (row := self._unexplained) is not None:
+                before, step = row["from_world_size"], row["step"]
             elif self._change is not None and self._change.reason == LOST:
                 self._change.reason = reason
             else:
                 group.loss = reason
-            self._record_failure(before, left, in_place=left > 0)
+            self._record_failure(before, step, in_place=left > 0)
             self._explain(reason)
         return error
 
@@ -330,7 +332,7 @@ class RunCoordinator:
         reason = group.drain_reason or self._breaker.last_reason
         if group.drain_reason is not None:
             # A failure has been recorded as such.
-            self._record_event(event_row("fallback", self._last_step, reason=reason))
+            self._record_cause("fallback", self._last_step, reason)
         self._close_group()
         self._enter(RunState.WAITING, reason)
 
@@ -353,7 +355,7 @@ class RunCoordinator:
         """Time [s] in which the run existed: that of earlier calls, and since this was first asked."""
         now = time.monotonic()
         self._asked_at = now if self._asked_at is None else self._asked_at
-        return self._wall_time_s + now - self._asked_at
+        return self._wall_time_s + (now - self._asked_at)
 
     async def publish_store(self, host: str, port: int) -> None:
         """Address of rank 0's rendezvous store."""
@@ -593,7 +595,7 @@ class RunCoordinator:
             details = {
                 "kind": "recovery" if change.kind == "failure" else "resize",
                 "from_world_size": change.from_world_size,
-                "reason": change.reason,
+                "reason": self._reason_unless_recorded(change.reason),
                 "downtime_s": round(now - began, 3),
                 "steps_redone": change.steps_redone,
                 "restored_from": change.restored_from,
@@ -618,7 +620,7 @@ class RunCoordinator:
         """Records the change that waits for its reason, if one does."""
         row, self._unexplained = self._unexplained, None
         if row is not None:
-            self._record_event({**row, "reason": reason})
+            self._record_event({**row, "reason": self._reason_unless_recorded(reason)})
 
     def _record_rank_event(self, group: Group, row: Mapping[str, Any]) -> None:
         self._plan = row.get("plan") or self._plan
@@ -635,20 +637,21 @@ class RunCoordinator:
         if self._config is not None:
             self._recorder.accept(partial(self._folder.write_config, self._config))
 
-    def _record_failure(self, before: int | None, after: int | None, **details: Any) -> None:
-        self._record_event(
-            event_row(
-                "failure",
-                self._last_step,
-                from_world_size=before,
-                to_world_size=after,
-                reason=self._breaker.last_reason,
-                downtime_s=None,
-                steps_redone=None,
-                plan=None,
-                **details,
-            )
-        )
+    def _record_failure(self, before: int | None, step: int, *, in_place: bool = False) -> None:
+        """Records what was lost and why; how the run went on is the row of the change that follows."""
+        reason = self._breaker.last_reason
+        self._record_cause("failure", step, reason, from_world_size=before, in_place=in_place)
+
+    def _record_cause(self, kind: str, step: int, reason: str, **details: Any) -> None:
+        self._recorded_reasons.add(reason)
+        self._record_event(event_row(kind, step, reason=reason, **details))
+
+    def _reason_unless_recorded(self, reason: str) -> str | None:
+        """The reason of a change; None if the row of a failure or fallback before it gives it."""
+        if reason not in self._recorded_reasons:
+            return reason
+        self._recorded_reasons.remove(reason)
+        return None
 
     def _record_event(self, row: Mapping[str, Any]) -> None:
         self._events.append(dict(row))

@@ -112,8 +112,10 @@ def event_line(event: Mapping[str, Any]) -> str | None:
         before, after = event["from_world_size"], event["to_world_size"]
         change = f"{before} -> {workers(after)}" if before != after else f"still {workers(after)}"
         change += " in place" if event.get("in_place") else ""
+        # The line of a failure or fallback has given the reason.
+        why = f": {event['reason']}" if event.get("reason") else ""
         line = (
-            f"[step {step}] {change}: {event['reason']}; down {event['downtime_s']:.1f} s, "
+            f"[step {step}] {change}{why}; down {event['downtime_s']:.1f} s, "
             f"{event['steps_redone']} steps redone"
         )
         moved = moved_text(event)

@@ -1,0 +1,60 @@
+"""docs/damping.md: rules for the damping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pages.values import Page, Row, load, n, of, pick
+
+DOCUMENT = "docs/damping.md"
+
+
+def rows() -> Iterator[Row]:
+    """Rules for the damping."""
+    labels = {
+        "**constant 1e-3**": "constant 1e-3",
+        "`levenberg_marquardt` from 1e-3": "levenberg_marquardt 1e-3",
+        "`levenberg_marquardt` from 1e-1": "levenberg_marquardt 1e-1",
+        "`warmup` from 1e-1 to 1e-3 in 50 steps": "warmup 1e-1 to 1e-3, 50 steps",
+        "0.1 of the mean eigenvalue of each layer's A ⊗ G, no absolute part": (
+            "0.1 x mean eigenvalue by layer (prototype)"
+        ),
+        "0.01 of it": "0.01 x mean eigenvalue by layer (prototype)",
+        "constant 1e-3, factors averaged from I (`ema_init: identity`)": (
+            "constant 1e-3, ema_init identity"
+        ),
+        "`levenberg_marquardt` from 1e-3 with `trust_region: fixed`, kl_clip 1e-3": (
+            "levenberg_marquardt 1e-3, trust_region fixed, kl_clip 1e-3"
+        ),
+    }
+    columns = ("train_better", "test_within_2_percent", "less_cpu_to_target", "ended_above_start")
+    for label, name in labels.items():
+        found = load("damping_rules")["summary"][name]
+        bold = "**" if label.startswith("**") else ""
+        cells = (f"{bold}{of(found[column], True)}{bold}" for column in columns)
+        yield Row(DOCUMENT, label, tuple(cells))
+
+
+def texts() -> Iterator[str]:
+    """A head of many outputs."""
+    words = pick(load("wide_layers")["quality"], problem="next word, head with 2000 outputs")
+    yield f"loss\n{n(words['whole']['loss'], '.2f')} against SGD's {n(words['sgd'], '.2f')}"
+
+
+PAGE = Page(
+    DOCUMENT,
+    rows,
+    texts,
+    given={
+        "1 % of the mean eigenvalue": "definition",
+        "× 1000, × 0.001": "setting",
+        "lr × 10": "setting",
+        "test loss within 2 %": "definition",
+        "Short runs at large batch": "single runs of an earlier state; their files were not kept",
+        "1024: 75 % at 13, 80 % at 18": "as above",
+        "batch 256: 83 %": "as above",
+        "85 % at 48": "as above",
+        "46 % at 29, 48 % at 32": "as above",
+        "10 to 40 % more CPU time": "single runs of an earlier state; their files were not kept",
+    },
+)

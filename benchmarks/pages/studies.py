@@ -1,0 +1,75 @@
+"""docs/studies.md: published trends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from statistics import mean
+from typing import Any
+
+from pages.values import Page, Row, load, n, share
+
+DOCUMENT = "docs/studies.md"
+
+
+def rows() -> Iterator[Row]:
+    """Published trends."""
+    runs = load("robust_spectra")["runs"]
+    for kind in ("plain", "robust"):
+        for size in (64, 1024):
+            chosen = [v for k, v in runs.items() if k.startswith(f"{kind} | {size} | ")]
+            ends = [run["epochs"][-1] for run in chosen]
+            largest = mean(end["largest"] for end in ends)
+            cells = (
+                n(largest, ".2f"),
+                n(mean(sum(end["top"]) for end in ends), ".1f"),
+                share(mean(-end["smallest"] / end["largest"] for end in ends), 1),
+                share(mean(run["end"]["attacked_accuracy"] for run in chosen), 1),
+            )
+            yield Row(DOCUMENT, f"{kind}, B = {size:,}", cells)
+    ends = load("dist_newton")["claims"]["end"]
+    for title, activation in (("tanh", "tanh"), ("ReLU", "relu")):
+        for rate in ("0.3", "1"):
+            found = ends[f"{activation} | {rate}"]
+            merged = (
+                " / ".join(n(found[f"{kind} m={m}"], ".3f") for m in (2, 4, 8))
+                for kind in ("paper", "split")
+            )
+            yield Row(
+                DOCUMENT,
+                f"{title}, rate {rate}",
+                (n(found["sgd"], ".3f"), n(found["sgd 2"], ".3f"), *merged),
+            )
+    schedules = load("schedules")
+    for name, row in schedules["cost table, B = 1024"].items():
+        eigenvalue = row.get("cpu ms per eigenvalue")
+        yield Row(
+            DOCUMENT,
+            name,
+            (
+                n(row["updates"], ",.0f"),
+                n(row["cpu ms per update"], ".1f"),
+                n(eigenvalue, ".0f") if eigenvalue else "–",
+                n(row["total cpu s"], ".1f"),
+                f"{n(row['speed-up'], '.1f')} ×",
+                share(row["accuracy"], 1),
+            ),
+        )
+    for size, row in schedules["large batch, accuracy by seed"].items():
+        label = f"accuracy, B = {int(size):,}"
+        yield Row(DOCUMENT, label, tuple(share(mean(v), 1) for v in row.values()))
+    for task, row in load("workloads")["summary"].items():
+        cells = (_epochs(found) for found in row.values())
+        yield Row(DOCUMENT, f"`{task}`", tuple(cells))
+
+
+def _epochs(found: Mapping[str, Any]) -> str:
+    """The median of epochs to a target, and how many seeds reached it."""
+    reached = [each for each in found["epochs_to_target"] if each is not None]
+    middle = "–" if found["median"] is None else n(found["median"], ".2f")
+    return f"{middle} ({n(len(reached))} of {n(len(found['epochs_to_target']))})"
+
+
+PAGE = Page(
+    DOCUMENT,
+    rows,
+)
