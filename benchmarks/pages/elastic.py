@@ -1,4 +1,4 @@
-"""docs/elastic.md: spot nodes."""
+"""docs/elastic.md: one story, and spot nodes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DOCUMENT = "docs/elastic.md"
 
 
 def rows() -> Iterator[Row]:
-    """Spot nodes."""
+    """One run and its faults; spot nodes."""
     replayed = load("spot_replay")["virtual"]
     for label, key in (
         ("elastic, in place", "ours"),
@@ -19,6 +19,21 @@ def rows() -> Iterator[Row]:
         row = replayed[key]
         cells = (share(row["of_oracle"], 1), n(row["price"], ".2f"))
         yield Row(DOCUMENT, label, cells)
+    story = load("story")["results"]
+    for label, side in (
+        ("elastic-kfac: seconds, longest pause, steps redone", "ours"),
+        ("plain Ray Train", "plain"),
+    ):
+        runs = (story[side][course] for course in ("quiet", "resized", "killed"))
+        yield Row(
+            DOCUMENT,
+            label,
+            tuple(
+                f"{n(run['seconds'], '.0f')}, {n(run['longest_gap_s'], '.1f')} s, "
+                f"{n(run['steps_redone'])}"
+                for run in runs
+            ),
+        )
     price = n(replayed["on_demand"]["price"], ".2f")
     yield Row(DOCUMENT, "on-demand nodes", ("all of it", price))
 
@@ -26,4 +41,9 @@ def rows() -> Iterator[Row]:
 PAGE = Page(
     DOCUMENT,
     rows,
+    given={
+        "wait 0.1 s": "setting",
+        "every 30 s": "setting",
+        "15 s later": "setting",
+    },
 )

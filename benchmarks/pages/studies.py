@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from pages.values import Page, Row, load, n, share
@@ -60,6 +60,57 @@ def rows() -> Iterator[Row]:
     for task, row in load("workloads")["summary"].items():
         cells = (_epochs(found) for found in row.values())
         yield Row(DOCUMENT, f"`{task}`", tuple(cells))
+    yield from _recipes()
+    yield from _fisher()
+
+
+def _recipes() -> Iterator[Row]:
+    table = load("recipes")["table"]
+    for name, recipe in table.items():
+        kind, published = name.split()
+        if kind == "recipe":
+            cells = (
+                f"{n(found['median epochs'], '.1f')}, {n(found['median updates'], '.0f')}"
+                for found in (recipe, table[f"plain {published}"])
+            )
+            yield Row(
+                DOCUMENT,
+                f"{recipe['batch']} ({int(published):,})",
+                (n(recipe["epochs of the recipe"]), *cells),
+            )
+
+
+def _fisher() -> Iterator[Row]:
+    found = load("fisher")
+    for when, title in (("start", "start"), ("after 5 natural gradient steps", "after 5 steps")):
+        for kind, name in (("exact", "exact"), ("kfac", "K-FAC")):
+            row = found["spectra"][when][kind]
+            cells = (
+                n(row["largest"], ".2f"),
+                n(row["trace"], ".1f"),
+                share(row["share of the trace in the largest 1 %"]),
+                share(row["share of eigenvalues below 1e-4 of the largest"]),
+            )
+            yield Row(DOCUMENT, f"{title}, {name}", cells)
+    for title, name in (
+        ("exact natural gradient", "natural"),
+        ("K-FAC", "kfac"),
+        ("gradient descent", "gradient"),
+    ):
+        row = found["steps"][name]
+        steps = "not reached" if row["median"] is None else n(row["median"])
+        yield Row(DOCUMENT, title, (steps, n(median(row["loss at the end"]), ".4f")))
+
+
+def texts() -> Iterator[str]:
+    """What 30 pairs of seeds leave open."""
+    found = load("schedules")["robustness"]
+    low, high = found["interval"]
+    yield (
+        f"with {n(found['pairs'])} pairs of seeds: accuracy on attacked samples is\n"
+        f"{n(100 * found['mean'], '.1f')} points higher, with an interval of {n(100 * low, '.1f')} "
+        f"to {n(100 * high, '.1f')}"
+    )
 
 
 def _epochs(found: Mapping[str, Any]) -> str:
@@ -72,4 +123,9 @@ def _epochs(found: Mapping[str, Any]) -> str:
 PAGE = Page(
     DOCUMENT,
     rows,
+    texts,
+    given={
+        "95 % of the test split": "setting",
+        "in the largest 1 %": "definition",
+    },
 )
