@@ -339,16 +339,15 @@ COMMANDS: dict[str, Command] = {
                 metavar="NAME",
             ),
             "--input-shape": _of(
-                "shape of a sample, e.g. 3x224x224 (default: that of the shards)",
+                "shape of a sample, e.g. 3x224x224 (default: of the shards or the configuration)",
                 type=_checked(
                     "--input-shape", "whole numbers from 1, joined by x", _shape, "3x224x224"
                 ),
                 metavar="SHAPE",
             ),
             "--classes": _of(
-                "outputs of the model, with --input-shape (default: 1000)",
+                "outputs of the model, where there are no shards (default: as published, or 1000)",
                 type=_number("--classes"),
-                default=1000,
                 metavar="N",
             ),
             "--layers": _of("also print where every layer goes", action="store_true"),

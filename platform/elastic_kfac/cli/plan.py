@@ -38,7 +38,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from elastic_kfac.data.manifest import has_splits
     from elastic_kfac.runs.feasibility import Sized
     from elastic_kfac.runs.prediction import Outlook
-    from elastic_kfac.zoo import MODELS
+    from elastic_kfac.runs.sample_form import form_of_shape, form_without_shards
 
     config = read_config(arguments.config, arguments.overrides)
     if not config.kfac.enabled and config.optimizer.name != "sharded_kfac":
@@ -47,17 +47,13 @@ def plan(arguments: argparse.Namespace) -> int:
             given="kfac.enabled=false",
             change="add --set kfac.enabled=true",
         )
-    if arguments.input_shape is None and not has_splits(config.data.shards):
-        source, name = config.data.source or "SOURCE", config.model.name
-        shape = "x".join(map(str, MODELS[name].input_shape)) if name in MODELS else "3x224x224"
-        raise UsageError(
-            "the shape of a sample comes from the shards, and there are none",
-            given=f"data.shards={config.data.shards}",
-            change=f"run `elastic-kfac shards make --source {source} --out {config.data.shards}`, "
-            f"or plan without data: --input-shape {shape} --classes N",
-        )
+    form = None
+    if arguments.input_shape is not None:
+        form = form_of_shape(config, arguments.input_shape, arguments.classes or 1000)
+    elif not has_splits(config.data.shards):
+        form = form_without_shards(config, arguments.classes)
     links = _links(arguments, config)
-    sized = Sized.of(config, arguments.input_shape, arguments.classes)
+    sized = Sized.of(config, form=form)
     profile = _profile(arguments, sized, links)
     budget = math.inf if arguments.memory_gib is None else arguments.memory_gib * 2**30
     outlook = Outlook(sized, profile, memory_budget_bytes=budget)
@@ -67,6 +63,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         found = {
             "basis": profile.basis,
+            "samples": f"the shards in {config.data.shards}" if form is None else form.basis,
             "decomposition_residual": profile.residual,
             "world_sizes": rows,
             "resizes": resizes,
@@ -75,6 +72,8 @@ def plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     print(*_head(sized, profile), sep="\n")
+    if form is not None:
+        print(f"without data, for samples of {form.basis}")
     print()
     print(*_table(rows), sep="\n")
     print()

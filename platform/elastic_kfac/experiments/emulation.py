@@ -18,7 +18,7 @@ from elastic_kfac.config import Config
 from elastic_kfac.experiments.search_space import Links
 from elastic_kfac.kfac.calibration import measured
 from elastic_kfac.placement.choice import kfac_workload
-from elastic_kfac.placement.simulator import Line, predict_step
+from elastic_kfac.placement.simulator import Line, device_bytes, predict_step
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.runs.profile import Profile, measure, with_intervals
 
@@ -62,21 +62,53 @@ def placed_step_seconds(config: Config, ranks: int) -> float:
     return step.placed
 
 
+def _is_on_grid(config: Config) -> bool:
+    """Whether K-FAC works on a grid of ranks, whose placement the model tells."""
+    return config.kfac.enabled and config.optimizer.name != "sharded_kfac"
+
+
 class Emulator:
     """Predicts the average step of any configuration; measures every model and method once."""
 
     def __init__(self, links: Links) -> None:
         self._links = links
         self._profiles: dict[str, Profile] = {}
+        self._known: dict[str, tuple[float, float | None]] = {}
 
     def step_seconds(self, config: Config) -> float:
         """Predicted seconds of the average step on `links.world_size` ranks."""
-        ranks, sized = self._links.world_size, Sized.of(config)
-        batch = config.train.global_batch_size
-        share = -(-batch // ranks)
-        micro = min(config.train.micro_batch_size or share, share)
+        return self._predicted(config)[0]
+
+    def memory_bytes(self, config: Config) -> float | None:
+        """Predicted device memory of the rank that holds most; None where that is not K-FAC's
+        on a grid."""
+        return self._predicted(config)[1]
+
+    def _predicted(self, config: Config) -> tuple[float, float | None]:
+        key = config.model_dump_json()
+        if key not in self._known:
+            sized = Sized.of(config)
+            self._known[key] = self._step_seconds(sized), self._memory_bytes(sized)
+        return self._known[key]
+
+    def _micro_batch(self, config: Config) -> int:
+        share = -(-config.train.global_batch_size // self._links.world_size)
+        return min(config.train.micro_batch_size or share, share)
+
+    def _memory_bytes(self, sized: Sized) -> float | None:
+        if not _is_on_grid(sized.config):
+            return None
         profile = self._measured(sized)
-        if not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
+        plan = sized.plan(self._links.world_size, calibration=profile.calibration)
+        work = profile.workload_of(sized.config)
+        return device_bytes(work, plan, self._micro_batch(sized.config))
+
+    def _step_seconds(self, sized: Sized) -> float:
+        ranks, config = self._links.world_size, sized.config
+        batch = config.train.global_batch_size
+        share, micro = -(-batch // ranks), self._micro_batch(config)
+        profile = self._measured(sized)
+        if not _is_on_grid(config):
             work = profile.workload
             computation = -(-share // micro) * work.forward_backward.at(micro) + work.optimizer_s
             exchange = profile.calibration.all_reduce_seconds(ranks, sized.parameter_elements * 4)

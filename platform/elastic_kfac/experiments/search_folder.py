@@ -17,14 +17,15 @@ One process writes, and it replaces every file as a whole; a search that was kil
 `trials.csv`
     One row per trial: `trial_id`, `stage` (`reference | search | confirm`), `point` (number of the
     searched point, or name of the reference), `status` (`running | finished | stopped | failed |
-    refused | shared | pending`), `reason`, `seed`, one column per parameter (`section.key`), `objective`,
-    `reached` (`true`/`false`/empty), `train_time_to_accuracy_s`, `time_to_accuracy_s`, `steps`,
-    `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_value`, `peak_memory_bytes`, `started`,
-    `ended` (Unix time), `run_folder` (relative to the experiment's folder), `parent` (trial whose
-    state a PB2 clone continued from, or whose training this one shares). Unknown values are empty.
+    refused | shared | pruned | pending`), `reason`, `seed`, one column per parameter (`section.key`),
+    `objective`, `reached` (`true`/`false`/empty), `train_time_to_accuracy_s`, `time_to_accuracy_s`,
+    `steps`, `train_time_s`, `worker_seconds`, `cpu_seconds`, `best_value`, `peak_memory_bytes`,
+    `model_memory_bytes` (of a worker on emulated links, by the model), `started`, `ended` (Unix time),
+    `run_folder` (relative to the experiment's folder), `parent` (trial whose state a PB2 clone
+    continued from, or whose training this one shares). Unknown values are empty.
 `trials/<trial_id>/`
     An ordinary run folder: `config.yaml`, `metrics.jsonl`, `events.jsonl`, `result.json`, …; absent
-    for refused, shared and pending trials.
+    for refused, shared and pending trials, and those pruned before they began.
 `best_config.yaml`
     A configuration for `elastic-kfac train`; there once a search trial has finished.
 `tune/`
@@ -58,6 +59,7 @@ from elastic_kfac.experiments.trials import (
     ENDED,
     FINISHED,
     PENDING,
+    PRUNED,
     REFUSED,
     RUNNING,
     SHARED,
@@ -133,7 +135,7 @@ class SearchFolder:
             ConfigError
         ):  # It may lack keys that are new, with their defaults.
             theirs = parse_space(theirs).model_dump(mode="json")
-        may_differ = {"keep_states"} if self.space.perturbed else {"keep_states", "num_trials"}
+        may_differ = {"keep_states", "prune"} | (set() if self.space.perturbed else {"num_trials"})
         ours = self.space.model_dump(mode="json")
         for each in (theirs, ours):  # Where metrics go as well changes no trial.
             mapping(each.get("base")).pop("tracking", None)  # type: ignore[attr-defined]
@@ -209,6 +211,7 @@ class SearchFolder:
             )
             for trial in list(self.trials.values())  # Ray Tune's thread may add trials meanwhile.
             if trial.status not in (REFUSED, SHARED)
+            and (trial.status != PRUNED or trial.run_folder)
         ]
 
     def values_of(self, trial: Trial) -> dict[str, Any]:

@@ -1,15 +1,19 @@
 """The trials of a search: references, points, further seeds of points, and the confirmation.
 
 A trial that cannot run here is rejected with a reason before it costs anything. Of searched trials that
-differ in placement only, the one that the model gives the shortest steps trains for all of them.
+differ in placement only, the one that the model gives the shortest steps trains for all of them. One that
+a finished trial has beaten whatever it still does is pruned (`pruning.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from elastic_kfac.config import Config
+from elastic_kfac.data.manifest import open_named_split
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.experiments.emulation import (
     PLACEMENT,
@@ -17,11 +21,13 @@ from elastic_kfac.experiments.emulation import (
     placed_step_seconds,
     trajectory,
 )
+from elastic_kfac.experiments.pruning import NOISE, Costs, beaten_by
 from elastic_kfac.experiments.search_folder import SearchFolder
 from elastic_kfac.experiments.searcher import Assignment, planned_points
 from elastic_kfac.experiments.trials import (
     FINISHED,
     PENDING,
+    PRUNED,
     REFUSED,
     RUNNING,
     SHARED,
@@ -33,6 +39,15 @@ from elastic_kfac.runs.feasibility import why_infeasible
 CONFIRMATION_SEED = 1000
 """Distance of the confirmation's seeds from those of the search."""
 
+
+_SPENT = {
+    "train_time_to_accuracy_s": "train_time_s",
+    "time_to_accuracy_s": "train_time_s",
+    "steps_to_accuracy": "steps",
+    "worker_seconds_to_accuracy": "least_worker_seconds",
+    "cpu_seconds_to_accuracy": "cpu_seconds",
+}
+"""The column of a result that an objective cannot fall below any more, where the target was missed."""
 
 _TRAINED = (PENDING, RUNNING, FINISHED, STOPPED)
 
@@ -68,6 +83,7 @@ class SearchPlan:
             points = enumerate(planned_points(space))
             found = [self._admit(self._trial_of(n, point)) for n, point in points]
             self._share(found)
+            self.prune()
             if all(trial.status == REFUSED for trial in found):
                 raise ConfigError(
                     "no point of the search space can run here", given=found[0].reason
@@ -78,6 +94,7 @@ class SearchPlan:
         """Adds one seed of a point."""
         trial = self._admit(self._trial_of(number, values, repeat))
         self._share([trial])
+        self.prune([trial])
         return trial
 
     def _trial_of(self, number: int, values: Mapping[str, Any], repeat: int = 0) -> Trial:
@@ -203,11 +220,101 @@ class SearchPlan:
             trial.note(trained.numbers, "best_value", "steps")
             if self.emulator is None or trained.status != FINISHED:
                 continue
+            self.note_model(trial)
             trial.status, trial.reached = FINISHED, trained.reached
             trial.run_folder = trained.run_folder
             if trained.reached:
                 step_s = self.emulator.step_seconds(self._folder.config_of(trial))
                 trial.numbers["objective"] = trained.numbers["steps"] * step_s
+
+    def note_model(self, trial: Trial) -> None:
+        """Notes what the model knows of a placement on links that are not there."""
+        if self.emulator is not None:
+            memory = self.emulator.memory_bytes(self._folder.config_of(trial))
+            trial.note({"model_memory_bytes": memory}, "model_memory_bytes")
+
+    # ---- trials that a finished one has beaten ----------------------------------------------
+
+    def prune(self, trials: Sequence[Trial] | None = None) -> None:
+        """Ends those of these trials (None: of all) that wait and that a finished one has beaten.
+
+        What has not begun is known by the model alone, on links that are not there.
+        """
+        if self.emulator is None:
+            return
+        for trial in list(self._table.values()) if trials is None else trials:
+            if trial.status == PENDING and (why := self.why_beaten(trial, trial.numbers)):
+                trial.status, trial.reason = PRUNED, why
+                self._say(f"{trial.id} pruned: {why}")
+
+    def why_beaten(self, trial: Trial, spent: Mapping[str, Any]) -> str | None:
+        """Why a searched trial cannot become better than a finished one in anything; None if it can.
+
+        Args:
+            spent: Columns of its last evaluation, which missed the target; empty before the first one.
+        """
+        space = self._space
+        # The median of several seeds may be smaller than the first seed is at any time.
+        if not space.prune or space.perturbed or space.repeats > 1 or trial.stage != "search":
+            return None
+        finished = {
+            other.id: self._costs(other)
+            for other in self._table.values()
+            if other.stage == "search" and other.value is not None
+        }
+        if not finished:
+            return None
+        if self.emulator is None:
+            return self._beaten_by_now(spent, finished)
+        return self._beaten_on_links(trial, spent, finished)
+
+    def _costs(self, trial: Trial) -> Costs:
+        get = trial.numbers.get
+        if (
+            self.emulator is not None
+        ):  # all workers are there all the time: hours are the seconds again
+            return Costs(trial.numbers["objective"], get("model_memory_bytes"))
+        return Costs(trial.numbers["objective"], get("peak_memory_bytes"), get("worker_seconds"))
+
+    def _beaten_by_now(self, spent: Mapping[str, Any], finished: Mapping[str, Costs]) -> str | None:
+        """By measured costs: those of the model are estimates, which rule nothing out."""
+        objective = spent.get(_SPENT[self._space.objective.metric])
+        if objective is None:
+            return None
+        memory, workers = spent.get("peak_memory_bytes"), spent.get("least_worker_seconds")
+        least = Costs(float(objective), memory, workers)
+        best = beaten_by(least, finished, NOISE)
+        unit = self._space.objective.unit
+        return best and self._beaten(best, finished, f"{least.objective:.4g} {unit} are spent")
+
+    def _beaten_on_links(
+        self, trial: Trial, spent: Mapping[str, Any], finished: Mapping[str, Costs]
+    ) -> str | None:
+        """By steps, which are those of every placement that shares the training, and by the model, whose
+        seconds are the objective itself."""
+        emulator, config = self.emulator, self._folder.config_of(trial)
+        assert emulator is not None
+        taken, first = int(spent.get("steps") or 0), _steps_to_first_evaluation(config)
+        steps = max(taken, first)
+        shared = [t for t in self._table.values() if t.status == SHARED and t.parent == trial.id]
+        found = []
+        for each in (trial, *shared):
+            config = self._folder.config_of(each)
+            seconds = steps * emulator.step_seconds(config)
+            best = beaten_by(Costs(seconds, emulator.memory_bytes(config)), finished)
+            if best is None:
+                return None
+            found.append((best, seconds))
+        best, seconds = found[0]
+        what = "steps" if taken >= first else "steps to its first evaluation"
+        return self._beaten(best, finished, f"{steps} {what} are {seconds:.4g} s by the model")
+
+    def _beaten(self, best: str, finished: Mapping[str, Costs], bound: str) -> str:
+        unit = self._space.objective.unit
+        return (
+            f"cannot beat {best} ({finished[best].objective:.4g} {unit}): {bound} without the "
+            "target, and not less memory or worker time"
+        )
 
     def _trajectory(self, trial: Trial) -> str:
         return trajectory(self._folder.config_of(trial))
@@ -219,3 +326,12 @@ class SearchPlan:
         if not config.kfac.enabled or config.optimizer.name == "sharded_kfac":
             return 0.0
         return placed_step_seconds(config, min(config.elastic.max_workers, self._room))
+
+
+def _steps_to_first_evaluation(config: Config) -> int:
+    """Before which no target is reached, where the batch stays what it is; else 0."""
+    if config.batch.policy != "constant" or config.elastic.batch_policy != "keep_global":
+        return 0
+    split = open_named_split(config.data.shards, config.data.train_split, "data.train_split")
+    samples = min(config.train.eval_every_epochs, config.train.epochs) * split.num_samples
+    return max(1, math.ceil(samples / config.train.global_batch_size - 1e-6))

@@ -19,6 +19,7 @@ from elastic_kfac.experiments.trials import (
     FAILED,
     FINISHED,
     PENDING,
+    PRUNED,
     RUNNING,
     STOPPED,
     Trial,
@@ -49,6 +50,8 @@ class SearchRecord:
         self._plan = plan
         self._broker = broker
         self._say = say
+        self._beaten: dict[str, str] = {}
+        """Why trials that are being stopped cannot win."""
         self._problem: OSError | None = None
         self._on_change = on_change
 
@@ -80,6 +83,18 @@ class SearchRecord:
             trial.parameters = known
             self.write()
 
+    def is_beaten(self, result: Mapping[str, Any]) -> bool:
+        """Whether a trial that has just missed the target at an evaluation is to stop, because a finished
+        one has beaten it."""
+        with self.lock:
+            trial = self._table.get(str(result.get("trial")))
+            if trial is None or trial.ended or result.get("ended"):
+                return False
+            why = self._plan.why_beaten(trial, result)
+            if why is not None:
+                self._beaten[trial.id] = why
+            return why is not None
+
     def on_end(self, trial_id: str, result: Mapping[str, Any], *, crash: str | None = None) -> None:
         """A trial has ended; its last result has the cause (no cause: the scheduler stopped it)."""
         with self.lock:
@@ -99,6 +114,8 @@ class SearchRecord:
                 trial.reason = "" if how == "target" else "the budget is used up"
             elif self.interrupted.is_set() or how == "interrupted":
                 trial.status, trial.reason = PENDING, cause or self.why_interrupted
+            elif trial_id in self._beaten:
+                trial.status, trial.reason = PRUNED, self._beaten.pop(trial_id)
             else:
                 trial.status = STOPPED
                 trial.reason = f"{self._space.scheduler.name}: others were better at the same point"
@@ -107,6 +124,7 @@ class SearchRecord:
                 trial.numbers["ended"] = max(time.time(), trial.numbers.get("started", 0.0))
                 self._read_result(trial)
                 self._say(self._line(trial))
+                self._plan.prune()
             self.write()
             if not self._space.keep_states:
                 # A stopped trial is still saving its state.
@@ -130,11 +148,11 @@ class SearchRecord:
         """Reads the results of stopped trials again: they save their state after they were stopped."""
         with self.lock:
             for trial in self._table.values():
-                if trial.status == STOPPED:
+                if trial.status in (STOPPED, PRUNED) and trial.run_folder:
                     self._read_result(trial)
             self.write()
             if not self._space.keep_states:
-                self._folder.drop_states(FINISHED, STOPPED)
+                self._folder.drop_states(FINISHED, STOPPED, PRUNED)
 
     def close(self) -> None:
         """Leaves unfinished trials to the next call."""
@@ -166,9 +184,10 @@ class SearchRecord:
         )
         trial.note(read_extras(folder), "cpu_seconds", "peak_memory_bytes")
         trial.reached = reached_s(result) is not None
-        if trial.reached and trial.status == STOPPED:
-            # It reached the target before the scheduler's decision came.
+        if trial.reached and trial.status in (STOPPED, PRUNED):
+            # It reached the target before the decision to stop it came.
             trial.status, trial.reason = FINISHED, ""
+        self._plan.note_model(trial)
         known = {**result, "cpu_seconds": trial.numbers.get("cpu_seconds")}
         if (emulator := self._plan.emulator) is not None:
             known["emulated_step_s"] = emulator.step_seconds(self._folder.config_of(trial))
@@ -225,13 +244,17 @@ class TuneCallback(RayTuneCallback):
 
 
 class StopWhen(Stopper):
-    """Ends a search once an event is set."""
+    """Ends a search once an event is set, and trials that are beaten, by their last result."""
 
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+    def __init__(
+        self,
+        event: threading.Event,
+        is_beaten: Callable[[Mapping[str, Any]], bool] = lambda result: False,
+    ) -> None:
+        self._event, self._is_beaten = event, is_beaten
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
+        return self._is_beaten(result)
 
     def stop_all(self) -> bool:
         return self._event.is_set()

@@ -39,7 +39,7 @@ from elastic_kfac.experiments.searcher import (
     make_scheduler,
     param_space,
 )
-from elastic_kfac.experiments.trials import REFUSED, SHARED, Trial
+from elastic_kfac.experiments.trials import PRUNED, REFUSED, SHARED, Trial
 
 STOP_TIMEOUT_S = 120.0
 """How long a stop signal waits for the trials to save their states."""
@@ -209,6 +209,11 @@ class _Search:
             open_ones = [self._plan.assignment(trial) for trial in added if not trial.ended]
             return open_ones if added or some_may_come else None
 
+    def is_wanted(self, assignment: Assignment) -> bool:
+        """Whether a planned trial is still to run."""
+        with self._record.lock:
+            return not self._folder.trials[str(assignment["trial"])].ended
+
     def score_of(self, assignment: Assignment) -> float | None:
         """The score of a trial's point."""
         with self._record.lock:
@@ -257,7 +262,7 @@ class _Search:
             run_config=tune.RunConfig(
                 name="tune",
                 storage_path=str(self._folder.folder),
-                stop=StopWhen(self._record.interrupted),
+                stop=StopWhen(self._record.interrupted, self._record.is_beaten),
                 callbacks=[TuneCallback(self._record), TBXLoggerCallback()],
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
@@ -275,7 +280,7 @@ class _Search:
         evaluated = [
             (first.parameters, score)
             for first in self._folder.first_seeds()
-            if first.status not in (REFUSED, SHARED)
+            if first.status not in (PRUNED, REFUSED, SHARED)
             and (score := self._folder.score_of(first)) is not None
         ]
         return TrialSearcher(self._space, self, planned, evaluated, points)

@@ -294,6 +294,9 @@ class SearchSpace(Section):
     """Seeds, unseen by the search, with which the winner and the references run once more."""
     max_concurrent: Annotated[int, Field(ge=1)] = 1
     """Trials at the same time; 1 keeps their clocks comparable on a small machine."""
+    prune: bool = True
+    """Whether a trial ends once a finished one has beaten it in everything that the report weighs, and
+    does not begin where that is sure before (`repeats: 1` only)."""
     keep_states: bool = False
     """Whether searched trials that lost keep their checkpoints; those of the best are always kept."""
 

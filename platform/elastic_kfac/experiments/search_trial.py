@@ -97,7 +97,8 @@ class TrialRun(tune.Trainable):
             )
         result = self._live.next_result()
         # TensorBoard's horizontal axis.
-        return {**result, "values": self._values, TIMESTEPS_TOTAL: result.get("steps")}
+        result = {**result, "trial": self._trial, "values": self._values}
+        return {**result, TIMESTEPS_TOTAL: result.get("steps")}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Stops the run and copies what another trial needs to continue from here."""
@@ -290,6 +291,9 @@ class _Watch(Display):
             float(extras.get("cpu_seconds") or 0.0), int(extras.get("peak_memory_bytes") or 0)
         )
         self._parent = str(extras.get("parent") or "")
+        self._least_worker_seconds = float(extras.get("least_worker_seconds") or 0.0)
+        self._seen: tuple[float, int] | None = None
+        """Seconds of training and workers at the last look."""
 
     def update(self, view: RunView) -> None:
         """About five times a second."""
@@ -299,6 +303,7 @@ class _Watch(Display):
             self._evaluated = int(row["step"])
             self._rows.put(_evaluation(row, self._settings.space.objective.goal.metric))
         trained_s = float(view.progress.get("train_time_s") or 0.0)
+        self._count_workers(trained_s, int(view.progress.get("world_size") or 0))
         if self._limit_s is not None and trained_s >= self._limit_s:
             self._stop.ask(_BUDGET)
         if time.monotonic() - self._asked > 0.5:
@@ -307,9 +312,16 @@ class _Watch(Display):
             if reason is not None:
                 self._stop.ask(reason)
 
+    def _count_workers(self, trained_s: float, workers: int) -> None:
+        """Adds what all workers together have trained at least since the last look."""
+        before, last = self._seen or (trained_s, workers)
+        self._least_worker_seconds += max(0.0, trained_s - before) * min(workers, last)
+        self._seen = max(trained_s, before), workers  # steps that are redone count once
+
     def extras(self) -> dict[str, Any]:
         """The content of `EXTRAS`."""
         return {
+            "least_worker_seconds": self._least_worker_seconds,
             "cpu_seconds": self._processes.cpu_seconds,
             "peak_memory_bytes": self._processes.peak_memory_bytes,
             "parent": self._parent,

@@ -132,6 +132,10 @@ class TrialSource(Protocol):
         """Further seeds that may start now; None if there are none, now or later."""
         ...
 
+    def is_wanted(self, assignment: Assignment) -> bool:
+        """Whether a planned trial is still to run."""
+        ...
+
     def score_of(self, assignment: Assignment) -> float | None:
         """The score of a trial's point; None until it is decided."""
         ...
@@ -182,6 +186,7 @@ class TrialSearcher(TuneSearcher):
             due = self._source.repeats_due()
             # First the seeds that decide a point: Optuna learns from them.
             self._queue[:0] = due or ()
+            self._queue = [each for each in self._queue if self._source.is_wanted(each)]
             refused = 0
             while not self._queue and self._left > 0 and refused < _MOST_REFUSED_IN_A_ROW:
                 self._left -= 1

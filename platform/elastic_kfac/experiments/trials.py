@@ -28,13 +28,15 @@ DIVERGED: Final = "diverged"
 """Training met a loss or a matrix that is not finite: a result, which a study does not try again."""
 SHARED: Final = "shared"
 """Another trial, its `parent`, has the same training."""
+PRUNED: Final = "pruned"
+"""A finished trial has beaten it already, whatever it would still do."""
 WAITING: Final = "waiting"
 """A cell of a study that has not been trained yet."""
 
 WORDS = {REFUSED: "rejected"}
 """States that people read under another name than the files have."""
 
-ENDED = (FINISHED, STOPPED, FAILED, REFUSED, SHARED)
+ENDED = (FINISHED, STOPPED, FAILED, REFUSED, SHARED, PRUNED)
 """States of trials that a search does not run again."""
 TRIED = (FINISHED, STOPPED)
 """States of trials whose outcome depends on their configuration."""
@@ -49,6 +51,7 @@ NUMBERS = (
     "cpu_seconds",
     "best_value",
     "peak_memory_bytes",
+    "model_memory_bytes",
     "started",
     "ended",
 )

@@ -389,7 +389,10 @@ class KFAC:
         if self.grad_scaler is None:
             return True
         self._rates.require_unscaled(self.grad_scaler)
-        return self.distribution.all_finite(p.grad for p in parameters if p.grad is not None)
+        usable = self.distribution.all_finite(p.grad for p in parameters if p.grad is not None)
+        if not usable:
+            self._rates.tell_overflow(self.grad_scaler)
+        return usable
 
     def micro_batch(
         self,

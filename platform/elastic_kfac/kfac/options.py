@@ -174,6 +174,14 @@ class Rates:
                     change="call scaler.unscale_(optimizer) before KFAC.step()",
                 )
 
+    def tell_overflow(self, scaler: torch.amp.GradScaler) -> None:
+        """Makes `scaler` skip the coming steps: it has seen only gradients, or pieces, of this rank."""
+        for optimizer in self.optimizers if scaler.is_enabled() else ():
+            for found in scaler._per_optimizer_states[id(optimizer)][
+                "found_inf_per_device"
+            ].values():
+                found.fill_(1.0)
+
     def _by_layer(self, layers: Sequence[Layer]) -> list[_Groups]:
         """The parameter groups of each layer, each group once."""
         found = [group for optimizer in self.optimizers for group in optimizer.param_groups]

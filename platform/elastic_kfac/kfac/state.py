@@ -25,6 +25,8 @@ from elastic_kfac.kfac.trust_region import LastStep
 STATE_VERSION = 1
 IDENTITY = ("method", "factor_scale", "bn_fisher", "precompute")
 """Options without which the saved tensors mean something else."""
+_COMMON = ("steps", "skipped_steps")
+"""Counters of what all ranks do together; the others are of events that a rank may see alone."""
 
 
 class Stateful(Protocol):
@@ -100,7 +102,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     counters = {name: int(value) for name, value in state["counters"].items()}
     if kfac.distribution.counts_are_local and kfac.distribution.rank:
         # Events were counted where they happened; from now on the saved ones belong to rank 0.
-        counters = {"steps": counters.get("steps", 0)}
+        counters = {name: value for name, value in counters.items() if name in _COMMON}
     _count_from(kfac, counters)
     if kfac.damping_rule is not None and state["damping"] is not None:
         kfac.damping_rule.value = float(state["damping"]["value"])
@@ -243,7 +245,8 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
     kfac.distribution.take(moved.tensors)
     counters = Counter(moved.facts["counters"])
     if kfac.distribution.counts_are_local:
-        counters = Counter({**kfac.counters, "steps": counters["steps"]})
+        common = {name: value for name, value in counters.items() if name in _COMMON}
+        counters = Counter({**kfac.counters, **common})
     _count_from(kfac, counters)
     if kfac.damping_rule is not None:
         kfac.damping_rule.value = moved.facts["damping"]
@@ -282,8 +285,8 @@ def _total(kfac: Stateful) -> dict[str, int]:
     for part in kfac.distribution.communicator.all_gather_object(
         dict(kfac.counters), tag="kfac/state"
     ):
-        total.update({name: value for name, value in part.items() if name != "steps"})
-    return {**total, "steps": kfac.counters["steps"]}
+        total.update({name: value for name, value in part.items() if name not in _COMMON})
+    return {**total, **{n: v for n, v in kfac.counters.items() if n in _COMMON}}
 
 
 def _collect_step(kfac: Stateful) -> dict[str, Any]:

@@ -45,6 +45,7 @@ STATUS: Mapping[str, str] = {
     "finished": EVALUATION,
     "running": GREEN,
     "stopped": TRAINING,
+    "pruned": TRAINING,
     "failed": "#b83280",
     "pending": GRID,
 }
@@ -100,10 +101,28 @@ def hours_name(experiment: Experiment) -> str:
     return "GPU-hours" if resources.get("use_gpu") else "worker-hours"
 
 
-def hours_of(point: Point) -> float | None:
+def hours_of(experiment: Experiment, point: Point) -> float | None:
     """Time of all workers together, h; the median of the seeds."""
     seconds = point.median("worker_seconds")
+    if _is_emulated(experiment):
+        size = mapping(experiment.space.get("links")).get("world_size")
+        seconds = point.value * size if point.value is not None and size else None
     return None if seconds is None else seconds / 3600
+
+
+def memory_name(experiment: Experiment) -> str:
+    """What the memory of a point is called."""
+    return "Memory by the model" if _is_emulated(experiment) else "Peak memory"
+
+
+def memory_of(experiment: Experiment, point: Point) -> float | None:
+    """Memory of a point's largest worker, bytes; of the model where the cluster is not there, which tells
+    that of every placement, trained or not."""
+    return point.median("model_memory_bytes" if _is_emulated(experiment) else "peak_memory_bytes")
+
+
+def _is_emulated(experiment: Experiment) -> bool:
+    return experiment.metric == "emulated_time_to_accuracy_s"
 
 
 def pareto_figure(experiment: Experiment, against: Literal["memory", "hours"]) -> Markup:
@@ -112,7 +131,9 @@ def pareto_figure(experiment: Experiment, against: Literal["memory", "hours"]) -
     is_memory = against == "memory"
     named = [(point, "") for point in experiment.points if point.tried]
     named += [(p, name) for name, p in experiment.references.items() if p.tried]
-    both = [(*at, p, name) for p, name in named if (at := _cost(p, against)) is not None]
+    both = [
+        (*at, p, name) for p, name in named if (at := _cost(experiment, p, against)) is not None
+    ]
     if not both:
         return Markup("")
     titles: Titles = {}
@@ -145,7 +166,9 @@ def pareto_figure(experiment: Experiment, against: Literal["memory", "hours"]) -
             horizontal_log_scale(axes)
         axes.margins(0.14)
         axes.set_xlabel(f"{experiment.unit} to the target (median of the seeds)")
-        axes.set_title("Peak memory, MiB" if is_memory else unit[0].upper() + unit[1:])
+        axes.set_title(
+            f"{memory_name(experiment)}, MiB" if is_memory else unit[0].upper() + unit[1:]
+        )
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{form}}"))
         axes.legend(loc="best")
@@ -347,9 +370,12 @@ def _curve(
     return 1
 
 
-def _cost(point: Point, against: str) -> tuple[float, float] | None:
-    memory = point.median("peak_memory_bytes")
-    cost = hours_of(point) if against == "hours" else None if memory is None else memory / MIB
+def _cost(experiment: Experiment, point: Point, against: str) -> tuple[float, float] | None:
+    if against == "hours":
+        cost = hours_of(experiment, point)
+    else:
+        memory = memory_of(experiment, point)
+        cost = None if memory is None else memory / MIB
     return None if cost is None or point.value is None else (point.value, cost)
 
 

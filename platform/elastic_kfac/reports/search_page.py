@@ -34,6 +34,8 @@ from elastic_kfac.reports.search_figures import (
     hours_name,
     hours_of,
     importance_figure,
+    memory_name,
+    memory_of,
     parallel_figure,
     pareto_figure,
     text_of,
@@ -43,7 +45,7 @@ from elastic_kfac.runs.summary import duration
 
 SECTIONS = {
     "result": "Result",
-    "failures": "Failed, rejected, shared and stopped trials",
+    "failures": "Failed, rejected, shared, pruned and stopped trials",
     "best": "Configuration to use",
     "curves": "Time to accuracy",
     "pareto": "Memory against time",
@@ -69,6 +71,12 @@ _FAILURES = (
         "shared",
         "Not trained, because another trial has the same training",
         "Placement changes only seconds: the fastest by the model was trained.",
+    ),
+    (
+        "pruned",
+        "Pruned, because a finished trial had beaten them",
+        "What they had spent, or had to spend before their first evaluation, was no less than all that "
+        "the named trial needed.",
     ),
     ("stopped", "Stopped early", "The scheduler gave their time to better ones."),
 )
@@ -109,6 +117,7 @@ def render_search(experiment: Experiment) -> str:
         most_others=MOST_OTHERS,
         pareto=pareto_figure(experiment, "memory"),
         hours=pareto_figure(experiment, "hours"),
+        memory_name=memory_name(experiment),
         hours_name=hours_name(experiment),
         missed=sum(p.tried and p.value is None for p in experiment.points),
         parallel=parallel_figure(experiment, order[:MOST_AXES]),
@@ -183,7 +192,7 @@ def progress_line(experiment: Experiment) -> str:
     text = f"· {experiment.done} of {experiment.total} trials done"
     if running := experiment.trials.count("running"):
         text += f", {running} running"
-    states = ("failed", "refused", "shared", "stopped")
+    states = ("failed", "refused", "shared", "pruned", "stopped")
     lost = [f"{n} {WORDS.get(s, s)}" for s in states if (n := experiment.trials.count(s))]
     return text + (f" ({', '.join(lost)})" if lost else "")
 
@@ -257,6 +266,7 @@ def _tiles(experiment: Experiment) -> dict[str, str]:
         "trials done": f"{experiment.done} of {experiment.total}",
         "failed": str(experiment.trials.count("failed")),
         "rejected": str(experiment.trials.count("refused")),
+        "pruned": str(experiment.trials.count("pruned")),
         "stopped early": str(experiment.trials.count("stopped")),
     }
 
@@ -305,14 +315,14 @@ def _point_columns(experiment: Experiment, names: Sequence[str]) -> list[Column]
         Column("steps", is_number=True, help="median of the seeds"),
         Column("CPU seconds", is_number=True, help="all processes of the trial; median"),
         Column(hours_name(experiment), is_number=True, help="median of the seeds"),
-        Column("peak memory", is_number=True, help="median of the seeds"),
+        Column(memory_name(experiment).lower(), is_number=True, help="median of the seeds"),
     ]
 
 
 def _point_row(
     experiment: Experiment, label: str, point: Point, names: Sequence[str], *, chosen: bool = False
 ) -> Row:
-    memory = point.median("peak_memory_bytes")
+    memory = memory_of(experiment, point)
     count = len(point.values)
     states = sorted({trial.status for trial in point.trials})
     cells = [
@@ -329,7 +339,7 @@ def _point_row(
         _number(point.median("best_value"), _format(experiment)),
         _number(point.median("steps"), ",.0f"),
         _number(point.median("cpu_seconds"), ",.1f"),
-        _number(hours_of(point), ".3g"),
+        _number(hours_of(experiment, point), ".3g"),
         Cell("–" if memory is None else f"{memory / MIB:,.0f} MiB", memory),
     ]
     return Row(cells, point.representative.index, chosen)

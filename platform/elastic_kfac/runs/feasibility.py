@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elastic_kfac.config import Config
 from elastic_kfac.data.batch import Batch, example, tensors_of, twice
-from elastic_kfac.data.columns import Column, image_columns
+from elastic_kfac.data.columns import Column
 from elastic_kfac.data.dataset import check_splits, open_split
 from elastic_kfac.data.manifest import open_named_split
 from elastic_kfac.errors import ConfigError, DataError, ElasticKfacError
@@ -17,6 +17,7 @@ from elastic_kfac.kfac.shapes import plan_of, shapes
 from elastic_kfac.placement.costs import LayerShape
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
+from elastic_kfac.runs.sample_form import Form, form_of_shape
 from elastic_kfac.tasks.choice import make_task
 from elastic_kfac.tasks.models import build_model, call_model, evaluating
 from elastic_kfac.tasks.preprocessing import Prepare, Preprocessor
@@ -36,7 +37,12 @@ class Sized:
 
     @classmethod
     def of(
-        cls, config: Config, input_shape: tuple[int, ...] | None = None, num_classes: int = 1000
+        cls,
+        config: Config,
+        input_shape: tuple[int, ...] | None = None,
+        num_classes: int = 1000,
+        *,
+        form: Form | None = None,
     ) -> Sized:
         """Builds the model of a configuration.
 
@@ -44,22 +50,27 @@ class Sized:
             input_shape: The shape of a sample, (channels, height, width), (features,) or (tokens,),
                 where there are no shards to take it and the classes from.
             num_classes: Or tokens of the vocabulary; used with `input_shape` only.
+            form: Of samples, instead of both.
 
         Raises:
             DataError: If the shards, which define the shapes, do not exist.
             ConfigError: If the model is impossible.
         """
-        if input_shape is None:
+        if form is None and input_shape is not None:
+            form = form_of_shape(config, input_shape, num_classes)
+        if form is None:
             with open_split(config, config.data.train_split) as split:
                 columns, input_shape = split.columns, split.input_shape
                 normalization = split.normalization
-            num_outputs = make_task(config, columns).num_outputs(columns)
+            outputs = None
         else:
-            columns, normalization = _columns_of(config, input_shape, num_classes), None
-            num_outputs = num_classes
+            columns, input_shape, outputs, _ = form
+            normalization = None
+        if outputs is None:
+            outputs = make_task(config, columns).num_outputs(columns)
         model = build_model(
             config.model,
-            num_outputs=num_outputs,
+            num_outputs=outputs,
             input_shape=input_shape,
             columns=columns,
             seed=config.train.seed,
@@ -123,30 +134,6 @@ class Sized:
             device_type="cuda" if self.config.resources.use_gpu else "cpu",
             previous=previous,
         )
-
-
-def _columns_of(
-    config: Config, input_shape: tuple[int, ...], num_classes: int
-) -> tuple[Column, ...]:
-    """Columns of samples that are known by their shape only."""
-    names = tuple(map(str, range(num_classes)))
-    if config.task.name in ("causal_lm", "masked_lm", "sequence_classification"):
-        if len(input_shape) != 1:
-            raise ConfigError(
-                f"samples of task.name={config.task.name} are sequences",
-                given="x".join(map(str, input_shape)),
-                allowed="one number, how many tokens they have",
-            )
-        (length,) = input_shape
-        tokens = Column(
-            "tokens", "tokens", "input", vocabulary=num_classes, shortest=length, longest=length
-        )
-        return tokens, Column("label", "class", "target", class_names=names)
-    if len(input_shape) == 3:
-        channels, height, width = input_shape
-        return image_columns((channels, height, width), names)
-    features = Column("features", "tensor", "input", dtype="float32", shape=input_shape)
-    return features, Column("label", "class", "target", class_names=names)
 
 
 def check_parts(config: Config) -> None:

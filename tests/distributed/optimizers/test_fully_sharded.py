@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -70,6 +71,7 @@ def train(
     rule: str,
     passes: int = 1,
     clip: float | None = None,
+    overflow_at: int | None = None,
     steps: int = STEPS,
     **options: Any,
 ) -> KFAC:
@@ -78,6 +80,7 @@ def train(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     inner = {
         "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        "plain sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.05),
         "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
     }[rule]()
     options = {**OPTIONS, "skip_layers": ["left_out"], **options}
@@ -85,6 +88,9 @@ def train(
         warnings.simplefilter("ignore")
         optimizer = KFACOptimizer(model, inner, **options) if form == "optimizer" else None
         kfac = optimizer.kfac if optimizer else KFAC(model, lr=inner, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=overflow_at is not None)
+    if scaler.is_enabled():
+        kfac.grad_scaler = scaler
     for step in range(steps):
         inner.zero_grad()
         tokens, labels = data(step)
@@ -95,14 +101,19 @@ def train(
             scale = world_size / BATCH
             with kfac.micro_batch(scale=scale):
                 losses = F.cross_entropy(model(tokens[share]), labels[share], reduction="sum")
-            (losses * scale).backward()
+            if step == overflow_at and rank == 0:
+                losses = losses * math.inf
+            scaler.scale(losses * scale).backward()
+        scaler.unscale_(inner)
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         if optimizer is not None:
             optimizer.step()
         else:
             kfac.step()
-            inner.step()
+            scaler.step(inner)
+            scaler.update()
+    assert kfac.counters["skipped_steps"] == (overflow_at is not None)
     return kfac
 
 
@@ -137,6 +148,10 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((3,), {"form": "plain", "rule": "adamw", "passes": 2, "clip": 0.5}),
     ((5,), {"form": "plain", "rule": "sgd", "refresh": "adaptive"}),
     ((2, 2), {"form": "optimizer", "rule": "sgd", "method": "inverse", "kl_clip": 1e-3}),
+    # Momentum before the preconditioner: M lives at the owner, too.
+    ((2,), {"form": "optimizer", "rule": "plain sgd", "momentum": 0.8, "passes": 2}),
+    ((3,), {"form": "plain", "rule": "plain sgd", "momentum": 0.8, "method": "ekfac", "clip": 0.5}),
+    ((3,), {"form": "plain", "rule": "plain sgd", "momentum": 0.8, "overflow_at": 2}),
 ]
 
 
@@ -153,10 +168,15 @@ def test_sharded_model_equals_one_process_with_each_layer_at_one_rank(
         for name, saved in state["layers"].items():
             found = result["state"]["layers"][name]
             torch.testing.assert_close(found["factors"], saved["factors"], rtol=1e-10, atol=1e-11)
+        assert result["state"]["counters"] == state["counters"]
+        averages = [s.get("trust_region", {}).get("average") for s in (result["state"], state)]
+        torch.testing.assert_close(*averages, rtol=1e-10, atol=1e-12)
     held = [name for result in results for name in result["layers"]]
     assert sorted(held) == sorted(state["layers"])
-    for kind in ("factors", "second_order"):
-        assert sum(r["memory"][kind] for r in results) == kfac.memory_usage()[kind]
+    usage = kfac.memory_usage()
+    assert ("average" in usage) == ("momentum" in settings)
+    for kind in {"factors", "second_order", "average"} & set(usage):
+        assert sum(r["memory"].get(kind, 0) for r in results) == usage[kind]
     for rank, result in enumerate(results):
         assert_gradients_went_to_their_owners_alone(rank, result, results, mesh_shape)
 
@@ -176,10 +196,11 @@ def assert_gradients_went_to_their_owners_alone(
             else:
                 sent["gather"] += mine if replica[0] <= owner < replica[1] else 0
                 received["scatter"] += mine
+    steps = result["state"]["counters"]["steps"]
     for way in ("gather", "scatter"):
         traffic = result["traffic"][f"fsdp/{way}"]
-        assert traffic.payload_bytes == 8 * STEPS * sent[way]
-        assert traffic.received_bytes == 8 * STEPS * received[way]
+        assert traffic.payload_bytes == 8 * steps * sent[way]
+        assert traffic.received_bytes == 8 * steps * received[way]
 
 
 def _equal_layers() -> tuple[dict[str, int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -78,6 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     "trust region": {"trust_region": "adaptive", "inverse_update_steps": 9},
     "momentum before": {"momentum": 0.5},
     "momentum before, one worker": {"momentum": 0.5, "grad_worker_frac": 0.5, "weight_decay": 0.1},
+    "momentum before and an overflow": {"momentum": 0.5, "grad_scaler": True, "overflow_at": 2},
     "trust region and loss scale": {"trust_region": "adaptive", "grad_scaler": True},
 }
 
@@ -86,6 +88,7 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
     model = Sequence()
     options = {"damping": 0.05, "inverse_update_steps": 2, **CASES[case]}
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if options.pop("grad_scaler", 0) else None
+    overflow_at = options.pop("overflow_at", None)
     behind = 0.0 if "momentum" in options else 0.5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=behind)
     with warnings.catch_warnings():
@@ -110,6 +113,8 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
             if options.get("fisher") == "exact":
                 kfac.sample_fisher(output)
             loss = F.cross_entropy(output, y[part], reduction="sum") / BATCH
+            if step == overflow_at and rank == ranks - 1:
+                loss = loss * math.inf
             (loss if scaler is None else scaler.scale(loss)).backward()
         if not kfac.sums_gradients:
             for p in model.parameters():
@@ -119,12 +124,18 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
         due = kfac.reduction_due()
         kfac.step(num_samples=len(x), loss_scale_per_sample=1 / BATCH)
         if not kfac.updates_weights:
-            optimizer.step()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
         if due:
             kfac.adapt_damping(-0.01 * (step + 1))
         if scaler is not None:
             scaler.update()
-    return {**model.state_dict(), "damping": torch.tensor(kfac.damping)}
+    assert kfac.counters["skipped_steps"] == (overflow_at is not None)
+    scale = 1.0 if scaler is None else scaler.get_scale()
+    return {
+        **model.state_dict(),
+        "damping": torch.tensor(kfac.damping),
+        "scale": torch.tensor(scale),
+    }
 
 
 def _all_cases(sharding: ShardedConfig | None) -> dict[str, dict[str, Any]]:

@@ -109,6 +109,11 @@ OSAWA: dict[str, Any] = {
     "kfac.kl_clip": None,
     "kfac.method": "inverse",
 }
+MOMENTUM_BEFORE: dict[str, Any] = {
+    "kfac.momentum": 0.9,
+    "optimizer.momentum": 0.0,
+    "kfac.trust_region": "adaptive",
+}
 CONSTANT = ("2", "3")
 SYSTEMS: dict[str, System] = {
     "sgd": System(
@@ -231,6 +236,23 @@ SYSTEMS: dict[str, System] = {
     "osawa-trust-region": System(
         {**OSAWA, "kfac.trust_region": "adaptive", "kfac.kl_clip": 1e-3},
         ("4-3-4",),
+        kinds=("trust region",),
+    ),
+    "kfac-momentum": System(
+        {
+            **KFAC,
+            **MOMENTUM_BEFORE,
+            "kfac.grad_worker_frac": 0.5,
+            "train.micro_batch_size": 3,
+        },
+        (*CONSTANT, "3-2-1", "4-2-3-4"),
+        killed_at=(6, "preconditioned"),
+        kinds=("trust region",),
+    ),
+    "osawa-momentum": System(
+        {**OSAWA, **MOMENTUM_BEFORE, "kfac.kl_clip": 1e-3},
+        ("3-2-1", "4-3-4"),
+        killed_at=(6, "gradients_exchanged"),
         kinds=("trust region",),
     ),
     "osawa": System(

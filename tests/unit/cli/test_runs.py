@@ -199,10 +199,27 @@ def test_plan_without_shards_says_how_to_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["plan", str(DIGITS), "--world-size", "2"]) == 2
+    own = ["--set", "data.source=imagefolder:photos"]
+    assert main(["plan", str(DIGITS), "--world-size", "2", *own]) == 2
     error = error_of(capsys)
-    assert "`elastic-kfac shards make --source digits --out data/digits`" in error
-    assert "--input-shape" in error
+    assert "`elastic-kfac shards make --source imagefolder:photos --out data/digits`" in error
+    assert "--input-shape 1x8x8 --classes 10" in error
+
+
+def test_plan_of_an_embedded_set_needs_no_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["plan", str(DIGITS), "--world-size", "1,5", "--device", "h100"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "without data, for samples of 1x8x8 (data.source=digits)" in out
+    assert main([*args, "--json"]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert main(["shards", "make", "--source", "digits", "--out", "data/digits"]) == 0
+    capsys.readouterr()
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["world_sizes"] == without["world_sizes"]
 
 
 def test_train_failed_run_still_writes_the_report_with_provenance(

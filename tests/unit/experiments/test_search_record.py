@@ -204,6 +204,7 @@ class Plan:
 
     def __init__(self, stopped: tuple[str, ...] = (), refused: tuple[str, ...] = ()) -> None:
         self.stopped, self.refused = stopped, refused
+        self.unwanted: tuple[str, ...] = ()
         self.running: list[str] = []
         self.ended: list[str] = []
         self.asked = 0
@@ -223,6 +224,9 @@ class Plan:
         if number in self.stopped:
             return 1.5 if f"{number}-0" in self.ended else None
         return 0.5 if {f"{number}-0", f"{number}-1"} <= set(self.ended) else None
+
+    def is_wanted(self, assignment: Any) -> bool:
+        return assignment["trial"] not in self.unwanted
 
     def repeats_due(self) -> list[dict[str, Any]] | None:
         seen = [*self.running, *self.ended]
@@ -282,6 +286,16 @@ def test_searcher_run_every_seed_and_tell_optuna_the_score_once() -> None:
         done,
     ]
     assert trials[0].params == values
+
+
+def test_searcher_passes_over_what_is_no_longer_wanted() -> None:
+    plan = Plan()
+    plan.points = {"0": {"kfac.damping": 0.1}, "1": {"kfac.damping": 0.2}}
+    searcher = TrialSearcher(make_space(), plan, [plan.trial("0", 0), plan.trial("1", 0)])
+    plan.unwanted = ("1-0",)
+    assert [plan.suggest(searcher) for _ in range(2)] == ["0-0", None]
+    plan.end(searcher, "0-0")
+    assert [plan.suggest(searcher) for _ in range(2)] == ["0-1", "FINISHED"]
 
 
 def test_searcher_wait_for_a_first_seed_and_end_at_once_when_closed() -> None:
@@ -414,6 +428,10 @@ def test_on_emulated_links_a_shared_training_decides_every_placement(
         "elastic_kfac.experiments.emulation.Emulator.step_seconds",
         lambda self, config: 0.5 * config.kfac.grad_worker_frac,
     )
+    monkeypatch.setattr(
+        "elastic_kfac.experiments.emulation.Emulator.memory_bytes",
+        lambda self, config: 1e6 / config.kfac.grad_worker_frac,
+    )
     story = _placement_search(tmp_path / "story", digits, "emulated_time_to_accuracy_s")
     _begun(story)
     story.end("t000", 4.0, "target", accuracy=0.95)
@@ -422,6 +440,10 @@ def test_on_emulated_links_a_shared_training_decides_every_placement(
     assert objectives == {"t000": 1.25, "t001": 5.0, "t002": None, "t003": None}
     assert {trial.status for trial in story.trials.values()} == {"finished"}
     assert [trial.reached for trial in story.trials.values()] == [True, True, False, False]
+    # The front has the memory of every placement, trained or not.
+    points = read_experiment(story.folder).points
+    memory = {p.name: p.median("model_memory_bytes") for p in points if p.value is not None}
+    assert memory == {"0": 4e6, "1": 1e6}
 
 
 def test_real_models_of_placements_find_a_difference(digits: str) -> None:
