@@ -15,7 +15,7 @@ A rank that owns nothing has a part of size 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -45,6 +45,18 @@ def reduce_scatter_v(
         ConfigError: If the method is unknown.
         CommunicationError: If a peer left.
     """
+    return begin_reduce_scatter_v(communicator, flat, sizes, method=method, tag=tag)()
+
+
+def begin_reduce_scatter_v(
+    communicator: Communicator,
+    flat: Tensor,
+    sizes: Sequence[int],
+    *,
+    method: VMethod = "per_owner",
+    tag: str,
+) -> Callable[[], Tensor]:
+    """Starts `reduce_scatter_v`; what is returned waits for its result."""
     starts = _starts(communicator, sizes, method)
     rank, world_size = communicator.rank, communicator.world_size
     if flat.shape != (starts[-1],) or not flat.is_contiguous():
@@ -54,23 +66,28 @@ def reduce_scatter_v(
             allowed=f"[{starts[-1]}]",
         )
     parts = [flat[starts[owner] : starts[owner + 1]] for owner in range(world_size)]
+    result = parts[rank]
     if method == "fused":
-        communicator.all_reduce(flat, tag=tag)
-        return parts[rank]
-    if method == "per_owner":
+        works = [communicator.all_reduce(flat, tag=tag, async_op=True)]
+    elif method == "per_owner":
         works = [
             communicator.reduce(part, owner, tag=tag, async_op=True)
             for owner, part in enumerate(parts)
         ]
+    else:
+        padded = flat.new_zeros((world_size, max(sizes)))
+        for owner, part in enumerate(parts):
+            padded[owner, : len(part)] = part
+        chunk = flat.new_empty(max(sizes))
+        works = [communicator.reduce_scatter(chunk, padded.view(-1), tag=tag, async_op=True)]
+        result = chunk[: sizes[rank]]
+
+    def finish() -> Tensor:
         for work in works:
             work.wait()
-        return parts[rank]
-    padded = flat.new_zeros((world_size, max(sizes)))
-    for owner, part in enumerate(parts):
-        padded[owner, : len(part)] = part
-    result = flat.new_empty(max(sizes))
-    communicator.reduce_scatter(result, padded.view(-1), tag=tag)
-    return result[: sizes[rank]]
+        return result
+
+    return finish
 
 
 def reduce_scatter_half(

@@ -173,6 +173,11 @@ class KfacOptions(Section):
     statistics and large ones on another thread, so that no step takes much longer than another. null
     does so on CPUs where inverse_update_steps is 50 or more and factor_update_steps 2 or more. With
     sampled labels (`fisher`) only decompositions are spread."""
+    overlap_reduction: bool = False
+    """Reduce statistics while the next step's passes run: `step()` starts the reduction and returns, and
+    the next `step()` averages and decomposes what has arrived. Preconditioning in every step but the
+    first then uses the curvature that is due one step before, at any number of ranks. For slow links
+    (docs/planning.md); needs refresh=fixed and a method other than ekfac."""
     inverse_damping: Literal["pi", "sqrt", "plain"] = "pi"
     """How `method: inverse` splits γ between A and G."""
     precompute: bool = False
@@ -267,6 +272,16 @@ class KfacOptions(Section):
             raise ValueError("factor_rank keeps eigenpairs: it needs method=eigen")
         if self.factor_rank is not None and self.max_factor_dim is None:
             raise ValueError("factor_rank is for factors wider than max_factor_dim: give a number")
+        if self.overlap_reduction and self.refresh == "adaptive":
+            raise ValueError(
+                "overlap_reduction=true needs refresh=fixed: refresh=adaptive chooses the next step's "
+                "statistics by this step's; change one of them"
+            )
+        if self.overlap_reduction and self.method == "ekfac":
+            raise ValueError(
+                "overlap_reduction=true needs method=eigen, inverse or one_sided: method=ekfac measures "
+                "the gradient that the statistics belong to; change one of them"
+            )
         if self.stagger and self.refresh == "adaptive":
             raise ValueError("stagger spreads a fixed interval: it needs refresh=fixed")
         return self

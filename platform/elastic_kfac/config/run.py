@@ -111,6 +111,8 @@ _NEEDS = {
     ),
     "plan.retune=true": "kfac.enabled=true kfac.refresh=fixed elastic.reproducible=false",
     "kfac.momentum>0": "optimizer.momentum=0",
+    # There statistics travel with the gradients, which the step itself needs.
+    "kfac.overlap_reduction=true": "elastic.reproducible=false optimizer.name!=sharded_kfac",
     "batch.eigenvalue=kfac": "kfac.method!=one_sided",
     "batch.policy=absa": "adversarial.attack!=none adversarial.fraction>0",
     "task.name!=classification": "train.loss=cross_entropy train.label_smoothing=0 mixing.mixup=none",

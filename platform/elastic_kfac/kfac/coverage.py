@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from elastic_kfac.curvature.discovery import Found
 from elastic_kfac.kfac.statistics import with_gradients
@@ -14,12 +14,14 @@ class Coverage:
 
     Attributes:
         used: Layers that a pass has gone through.
-        left_out: Layers whose statistics were wrong, and why.
+        left_out: Layers whose statistics were wrong, and why; the same layers on every rank.
     """
 
     def __init__(self) -> None:
         self.used: set[str] = set()
         self.left_out: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
+        """What this rank has seen wrong with layers, until all ranks know of it."""
         self._new: set[str] = set()
         """Layers whose first statistics are due at once."""
         self._named: set[str] = set()
@@ -54,11 +56,16 @@ class Coverage:
             for layer, names in zip(self._layers, due, strict=True)
         ]
 
+    def note(self, faults: Mapping[str, str]) -> None:
+        """Takes what this rank's passes have shown to be wrong, by layer."""
+        self._reasons |= faults
+
     def leave_out(self, indices: Iterable[int]) -> None:
         """Uncovers layers whose statistics cannot be right, on every rank alike."""
         names = [self._layers[i].name for i in sorted(indices)]
         for name in names:
-            self.left_out.setdefault(name, "its statistics cannot be right on another rank")
+            reason = self._reasons.pop(name, "its statistics cannot be right on another rank")
+            self.left_out.setdefault(name, reason)
         reasons = [f"{name} ({self.left_out[name]})" for name in names if name not in self._named]
         self._named.update(names)
         if reasons:

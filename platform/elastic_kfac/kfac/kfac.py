@@ -10,12 +10,14 @@ What is computed is `curvature/`; what passes recorded of it is `recording.py`, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +34,7 @@ from elastic_kfac.curvature.discovery import (
     unwrap,
 )
 from elastic_kfac.curvature.passes.batches import Batch
-from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.errors import CommunicationError, ConfigError, UsageError
 from elastic_kfac.kfac.averages import Averages
 from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import (
@@ -63,6 +65,8 @@ from elastic_kfac.kfac.statistics import (
     AGAIN,
     UNFOLLOWED,
     Captured,
+    Coming,
+    Late,
     Statistics,
     WarnOnce,
 )
@@ -147,6 +151,8 @@ class KFAC:
         self._warnings = WarnOnce()
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
+        self.late: Late | None = None
+        """What the last step has left to the next one, with `overlap_reduction`."""
         self._pool: Executor | None = None
         self._awaits_group = process_group is None
         """Whether a default process group that is made later is to be joined."""
@@ -201,7 +207,7 @@ class KFAC:
         if so."""
         if shape_of(self._model) == self._shape:
             return False
-        self.averages.settle()
+        self.flush()
         new = self.covered.keep(carry_over(self, self._rebuild))
         if new:
             warnings.warn(
@@ -234,12 +240,14 @@ class KFAC:
             statistics: With `tree`, the reduced sums of `take_statistics`.
 
         Raises:
-            UsageError: If there are no gradients, or no statistics where they are due.
+            UsageError: If there are no gradients, or no statistics where they are due (with
+                `overlap_reduction`, in the step after).
             NumericalError: If the first decomposition of a layer fails in every way.
         """
         if self._awaits_group and self.plan.world_size == 1:
             world = Communicator.world()
             if world.world_size > 1:
+                self.flush()
                 move_to(self, world)
         parameters = each_parameter(self._model)
         if not self._gradients_are_usable(parameters):
@@ -248,39 +256,93 @@ class KFAC:
         self._warnings.once("again", self._recording.are_gradients_marked(), AGAIN)
         self._last_damping = self.damping
         with self.timers("factors"):
+            self._take_late()
             due = self.factors_due()
             changed = due and statistics is not None and shape_of(self._model) != self._shape
             self._warnings.once("tree", changed, UNFOLLOWED)
             looks = statistics is None and (due or self.sums_gradients or self._was_cast())
             if looks and self._follow_model():
                 due = False  # layers that have changed are covered from the next pass on
-            if statistics is None and (due or self.sums_gradients):
-                self._enter("factor_exchange", if_=due)
-                captured = self._captured(num_samples, loss_scale_per_sample)
-                statistics = self.distribution.reduce(captured)
+            begin = self._reduction(due, num_samples, loss_scale_per_sample, statistics)
+            own, defers = Late(self.steps, self.due if due else ()), self._defers()
+            found = None if defers or begin is None else begin().wait()
             self.distribution.bring()
-            if due and statistics is not None:
-                self.bound.learn_scales(statistics, self.states, self.distribution.total)
-            refreshed = self._update_factors(statistics) if due else set()
+            refreshed = self._update_factors(found, own) if due and not defers else set()
         with self.timers("decompositions"):
-            renewed = self.averages.decompose(
-                refreshed, self.steps, self._tikhonov_at, lambda: self._enter("decomposition")
-            )
-            if renewed:
-                self.bound.look(self.states, renewed)
+            for turn in (self.late, None if defers else own):
+                if turn is not None:
+                    self._decompose(refreshed, turn.step)
         with self.timers("preconditioning"):
             self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
+        self.late = self._left_to_next(own, begin) if defers else None
         self.counters["steps"] += 1
         self._recording.mark_gradients()
         self._arm()
 
-    def _update_factors(self, statistics: Statistics | None) -> set[int]:
+    def _defers(self) -> bool:
+        """Whether the coming step leaves its statistics and decompositions to the one after it. The first
+        does not: without them there is neither curvature to take a step with nor a scale of the loss."""
+        trust = self.bound.trust
+        knows_scale = trust is None or trust.scale is not None
+        return self.options.overlap_reduction and self.steps > 0 and knows_scale
+
+    def _reduction(
+        self,
+        due: bool,
+        num_samples: int | None,
+        loss_scale: float | None,
+        statistics: Statistics | None,
+    ) -> Callable[[], Coming] | None:
+        """What starts the reduction of statistics (or of gradients); None where there are none."""
+        if statistics is not None:
+            return lambda: Coming(lambda: statistics)
+        if not (due or self.sums_gradients):
+            return None
+        captured = self._captured(num_samples, loss_scale)
+
+        def begin() -> Coming:
+            self._enter("factor_exchange", if_=due)
+            return self.distribution.begin_reduction(captured)
+
+        return begin
+
+    def _left_to_next(self, turn: Late, begin: Callable[[], Coming] | None) -> Late:
+        """Starts the reduction, if there is one: at the end of a step, whose own collectives would queue
+        up behind it otherwise."""
+        with self.timers("factors"):
+            return turn if begin is None else replace(turn, coming=begin())
+
+    def _take_late(self) -> None:
+        """Moves the running averages by the statistics that the last step has left to this one.
+
+        That may also be done between the steps: nothing in between depends on the averages.
+        """
+        late = self.late
+        if late is not None and late.coming is not None:
+            statistics = late.coming.wait()
+            self.late = replace(late, coming=None)
+            if any(late.due):
+                self._update_factors(statistics, late)
+
+    def _decompose(self, refreshed: set[int], step: int) -> None:
+        """What is due in a step."""
+        renewed = self.averages.decompose(
+            refreshed, step, self._tikhonov_at, lambda: self._enter("decomposition")
+        )
+        if renewed:
+            self.bound.look(self.states, renewed)
+
+    def _update_factors(self, statistics: Statistics | None, turn: Late) -> set[int]:
         """Moves the running averages; the layers whose statistics came and were finite."""
+        if statistics is not None:
+            self.bound.learn_scales(statistics, self.states, self.distribution.total)
+            if statistics.faulty:
+                self.covered.leave_out(statistics.faulty)
         seen = {i for i, (_, rows) in enumerate(statistics.counts) if rows} if statistics else set()
         # A sharded reduction does not count layers that are left out.
         uncounted = self.distribution.counts_are_local and (
-            bool(self.covered.left_out) or self.covered.are_without_gradients(self.due)
+            bool(self.covered.left_out) or self.covered.are_without_gradients(turn.due)
         )
         if statistics is None or not (seen or uncounted or self._recording.took_empty):
             sampled = "" if self.options.fisher == "empirical" else "sample_fisher(output) and "
@@ -289,14 +351,15 @@ class KFAC:
                 allowed="a pass in training mode with gradients enabled since the last step",
                 change=f"call {sampled}backward(); build KFAC before a model's first compiled pass",
             )
-        if statistics.faulty:
-            self.covered.leave_out(statistics.faulty)
-            seen -= statistics.faulty
+        # Late ones may be of layers that have been left out since their passes.
+        seen = {i for i in seen if self.layers[i].name not in self.covered.left_out}
         self._enter("factor_update")
-        self.refresh.see({self.layers[i].name: int(statistics.counts[i][1]) for i in seen})
+        if turn.step == self.steps:
+            # Late ones would change offsets at a time that depends on when a state is saved.
+            self.refresh.see({self.layers[i].name: int(statistics.counts[i][1]) for i in seen})
         self.covered.used |= {self.layers[i].name for i in seen}
-        self.covered.name_unseen(self.due)
-        return self.averages.update(statistics, seen, self.due, self.steps)
+        self.covered.name_unseen(turn.due)
+        return self.averages.update(statistics, seen, turn.due, turn.step)
 
     def _precondition(self, parameters: Sequence[nn.Parameter]) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""
@@ -365,7 +428,7 @@ class KFAC:
             passes=None if self.sums_gradients else self.accumulation_steps,
             grad_scale=None if self.grad_scaler is None else self.grad_scaler.get_scale(),
         )
-        self.covered.left_out |= faults
+        self.covered.note(faults)
         return captured
 
     def _gradients_are_usable(self, parameters: Sequence[nn.Parameter]) -> bool:
@@ -560,7 +623,9 @@ class KFAC:
     def memory_usage(self) -> dict[str, int]:
         """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
         `snapshots`, `momentum` and the trust region's `last_step`), and their total."""
-        return memory_usage(self, self._recording.tensors)
+        coming = None if self.late is None else self.late.coming
+        under_way = () if coming is None else coming.tensors
+        return memory_usage(self, [*self._recording.tensors, *under_way])
 
     # -- adaptive damping -----------------------------------------------------------------------
 
@@ -622,18 +687,19 @@ class KFAC:
         """
         if not self.holds_everything or self.options.refresh == "adaptive":
             self.communicator.meet("KFAC.state_dict()", seconds=120)
-        self.averages.settle()
+        self.flush()
         return save(self)
 
     def collect_state(self) -> dict[str, Any]:
         """`state_dict()` for a loop whose ranks all come here: a peer that dies on the way is noticed by
         the first collective, instead of being waited for. Collective."""
-        self.averages.settle()
+        self.flush()
         return save(self)
 
     def flush(self) -> None:
-        """Waits for what the device still has to tell about the last update, so that counters are
-        final."""
+        """Waits for the last step's statistics and for what the device still has to tell about them, so
+        that averages and counters are final."""
+        self._take_late()
         self.averages.settle()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -653,9 +719,10 @@ class KFAC:
 
         Keeps what this rank holds and receives what it lacks from ranks that hold it, under the plan that
         moves the fewest bytes: a rank that has just joined with a fresh preconditioner gets the state of
-        the ranks that went furthest.
+        the ranks that went furthest. Statistics that were under way and are lost with a peer do not enter
+        the averages.
         """
-        self.averages.settle()
+        self._flush_what_came()
         self.distribution.calibration = self.calibration
         report = move_to(self, as_communicator(process_group))
         self._recording.drop()
@@ -665,19 +732,29 @@ class KFAC:
     def leave(self) -> None:
         """Drops every reference to process groups and work under way; `resize` must follow.
 
-        What this rank holds, its plan and its number stay.
+        What this rank holds, its plan and its number stay. Statistics that were under way are waited for;
+        those that are lost with a peer do not enter the averages.
         """
-        self.averages.settle()
+        self._flush_what_came()
         leave(self)
+
+    def _flush_what_came(self) -> None:
+        with contextlib.suppress(CommunicationError):
+            self._take_late()
+        self.averages.settle()
 
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
+        if self.late is not None and self.late.coming is not None:
+            # A process that ends with its part unsent would fail its peers.
+            with contextlib.suppress(CommunicationError):
+                self.late.coming.wait()
         self._recording.close()
         self.refresh.ahead.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KFAC:
         """With a copy of the model, `copy.deepcopy((model, kfac))`: it follows the copy."""
-        self.averages.settle()
+        self.flush()
         twin = memo[id(self)] = type(self).__new__(type(self))
         own = {name: v for name, v in vars(self).items() if name != "_pool"}
         vars(twin).update({name: copy.deepcopy(v, memo) for name, v in own.items()})

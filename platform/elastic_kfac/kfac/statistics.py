@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elastic_kfac.communication.collectives import Work
 from elastic_kfac.curvature.capture import Sums
 from elastic_kfac.curvature.dtensors import local
 from elastic_kfac.curvature.factors import can_be_read, finite_sums
 from elastic_kfac.curvature.layer import Layer
+from elastic_kfac.errors import CommunicationError
 
 POSITIONS = (
     "the model's outputs have several positions per sample, and KFAC takes the loss for a mean over "
@@ -127,6 +130,64 @@ def reduced(facts: Sequence[Sequence[float]]) -> Statistics:
         faulty=frozenset(flagged),
         last_called=nearest if facts[nearest][3] else None,
     )
+
+
+class Coming:
+    """Statistics whose reduction may be under way.
+
+    Args:
+        finish: Waits for it.
+        tensors: What is held until then.
+    """
+
+    def __init__(self, finish: Callable[[], Statistics], tensors: Sequence[Tensor] = ()) -> None:
+        self._finish: Callable[[], Statistics] | None = finish
+        self._statistics: Statistics | None = None
+        self.tensors = tensors
+
+    def wait(self) -> Statistics:
+        """The statistics.
+
+        Raises:
+            CommunicationError: If a peer was lost, now or in an earlier call.
+        """
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            self._statistics = finish()
+        if self._statistics is None:
+            raise CommunicationError(
+                "the statistics of the last step were lost with a peer",
+                change="call leave() and resize(process_group), or load a state",
+            )
+        return self._statistics
+
+
+@dataclass(frozen=True)
+class Late:
+    """What a step has left to the next one, where reductions overlap with it."""
+
+    step: int
+    """The step whose statistics and decompositions these are."""
+    due: Sequence[frozenset[str]] = ()
+    """The factors that its passes were recorded for, by layer."""
+    coming: Coming | None = None
+    """None once the averages have taken them, and where none were due."""
+
+
+def arrived(tensor: Tensor, work: Work) -> Any:
+    """The values of a reduced tensor; the host waits for that reduction, and for no later work of a
+    device."""
+    if not tensor.is_cuda:
+        work.wait()
+        return tensor.tolist()
+    with torch.cuda.stream(torch.cuda.Stream(tensor.device)):
+        work.wait()
+        values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        values.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    event.synchronize()
+    return values.tolist()
 
 
 class Verdict:

@@ -85,6 +85,7 @@ class _Steps:
         kfac = {
             "enabled": True,
             "refresh": "fixed",
+            "overlap_reduction": False,  # costs are those of the step that causes them
             "stagger": spread,
             "factor_update_steps": _SPREAD_OVER if spread else _FACTORS_EVERY,
             "inverse_update_steps": _SPREAD_OVER if spread else _INVERSES_EVERY,

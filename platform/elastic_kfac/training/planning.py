@@ -128,7 +128,8 @@ class Retuning:
         shapes = _shapes(kfac)
         sizes = [factor_elements([shape]) for shape in shapes]
         costs = [sum(c for _, c in _factor_costs(_known(kfac).costs, x)) for x in shapes]
-        made = [state.inverse_step == kfac.steps - 1 for state in kfac.states]
+        newest = kfac.steps - 1 - kfac.options.overlap_reduction
+        made = [state.inverse_step == newest for state in kfac.states]
         parts = [len(d) / len(x.factor_names) for d, x in zip(due, kfac.layers, strict=True)]
         taken = sum(size * part for size, part in zip(sizes, parts, strict=True))
         done = sum(c for c, is_new in zip(costs, made, strict=True) if is_new)

@@ -147,6 +147,7 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2,), {"form": "optimizer", "rule": "sgd", "method": "ekfac", "passes": 2}),
     ((3,), {"form": "plain", "rule": "adamw", "passes": 2, "clip": 0.5}),
     ((5,), {"form": "plain", "rule": "sgd", "refresh": "adaptive"}),
+    ((3,), {"form": "plain", "rule": "sgd", "overlap_reduction": True}),
     ((2, 2), {"form": "optimizer", "rule": "sgd", "method": "inverse", "kl_clip": 1e-3}),
     # Momentum before the preconditioner: M lives at the owner, too.
     ((2,), {"form": "optimizer", "rule": "plain sgd", "momentum": 0.8, "passes": 2}),

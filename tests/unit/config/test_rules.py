@@ -62,6 +62,14 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         {**VELOCITY, "elastic.batch_policy": "keep_local"},
     ),
     (
+        "kfac.overlap_reduction=true needs elastic.reproducible=false",
+        {"kfac.overlap_reduction": True, "elastic.reproducible": True},
+    ),
+    (
+        "kfac.overlap_reduction=true needs optimizer.name other than sharded_kfac",
+        {"kfac.overlap_reduction": True, "optimizer.name": "sharded_kfac"},
+    ),
+    (
         "optimizer.name=sharded_kfac needs train.precision=fp32 or bf16",
         {"optimizer.name": "sharded_kfac", "train.precision": "fp16"},
     ),

@@ -100,7 +100,9 @@ class Reader(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("options", [{}, {"method": "inverse"}, {"kl_clip": 1e-3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "inverse"}, {"kl_clip": 1e-3}, {"overlap_reduction": True}]
+)
 @pytest.mark.parametrize("interval", [1, 100])
 def test_a_step_of_a_language_model_reads_no_value(options: dict[str, Any], interval: int) -> None:
     model = Reader()
@@ -148,11 +150,19 @@ def test_statistics_that_are_not_finite_are_discarded_on_the_device(
             assert value.isfinite().all() and ours["layers"][name]["factors"][factor].equal(value)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("touch", [lambda model: None, _clipped])
 @pytest.mark.parametrize("interval", [1, 100])
-def test_a_step_reads_no_value(touch: Callable[[nn.Module], None], interval: int) -> None:
+def test_a_step_reads_no_value(
+    touch: Callable[[nn.Module], None], interval: int, overlap: bool
+) -> None:
     model = network()
-    kfac = KFAC(model, factor_update_steps=interval, inverse_update_steps=100)
+    kfac = KFAC(
+        model,
+        factor_update_steps=interval,
+        inverse_update_steps=100,
+        overlap_reduction=overlap,
+    )
     x: Tensor = torch.randn(8, 2, 2, 2)
     waits = Waits()
     for step in range(5):
@@ -169,6 +179,23 @@ def test_a_step_reads_no_value(touch: Callable[[nn.Module], None], interval: int
     # Gradients that somebody has touched may have been zeroed: one look at all of them together.
     looks = 1 if touch is _clipped and interval == 1 else 0
     assert waits.seen == Counter(tolist=looks)
+
+
+def test_neither_a_step_that_leaves_statistics_nor_the_one_that_takes_them_reads_a_value() -> None:
+    model = network()
+    kfac = KFAC(
+        model, factor_update_steps=3, inverse_update_steps=99, overlap_reduction=True, stagger=False
+    )
+    x: Tensor = torch.randn(8, 2, 2, 2)
+    for step in range(8):
+        model.zero_grad()
+        waits = Waits()
+        with waits:
+            model(x).square().mean().backward()
+            kfac.step()
+        if step > 1:
+            assert not waits.seen, step
+    assert {s.factor_updates for s in kfac.states} == {3}
 
 
 @pytest.fixture

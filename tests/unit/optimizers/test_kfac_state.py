@@ -48,6 +48,19 @@ CASES = {
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1)},
     "adaptive trust region": {"trust_region": "adaptive"},
     "momentum before": {"momentum": 0.9},
+    "overlap": {"overlap_reduction": True, "trust_region": "adaptive"},
+    "overlap, mid-interval": {
+        "overlap_reduction": True,
+        "factor_update_steps": 2,
+        "inverse_update_steps": 4,
+    },
+    "overlap, staggered": {
+        "overlap_reduction": True,
+        "stagger": True,
+        "factor_update_steps": 2,
+        "inverse_update_steps": 4,
+        "damping": LevenbergMarquardt(initial=0.1),
+    },
 }
 
 

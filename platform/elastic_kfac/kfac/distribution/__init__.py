@@ -48,8 +48,17 @@ def make_distribution(
     """The strategy that KFAC's arguments name.
 
     Raises:
-        ConfigError: If they name two, or one for a fully sharded model.
+        ConfigError: If they name two, or one for a fully sharded model, or one whose statistics cannot
+            come a step later.
     """
+    if basis.options.overlap_reduction and (tree or sharding is not None):
+        raise ConfigError(
+            "overlap_reduction leaves statistics to the next step, and here they travel with the "
+            "gradients, which this step needs",
+            given="overlap_reduction=True with " + ("tree=True" if tree else "sharding"),
+            allowed="replicated gradients, or a fully_sharded model",
+            change="leave overlap_reduction out",
+        )
     if any(is_sharded(p) for layer in basis.layers for p in layer.parameters):
         if tree or sharding is not None:
             raise ConfigError(

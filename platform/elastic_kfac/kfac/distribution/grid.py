@@ -25,7 +25,7 @@ from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.errors import CommunicationError, NumericalError
 from elastic_kfac.kfac.distribution.strategy import Distribution, Gradients, Item, Slot, States
 from elastic_kfac.kfac.shapes import layer_shape, plan_of
-from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
+from elastic_kfac.kfac.statistics import Captured, Coming, Statistics, arrived, reduced
 from elastic_kfac.placement.plan import Plan
 
 
@@ -96,10 +96,11 @@ class KaisaGrid(Distribution):
 
     # -- statistics -----------------------------------------------------------------------------
 
-    def reduce(self, captured: Captured) -> Statistics:
+    def begin_reduction(self, captured: Captured) -> Coming:
         own = captured.statistics()
+        held = [tensor for sums in own.sums for tensor in sums.values()]
         if self.communicator.world_size == 1:
-            return own
+            return Coming(lambda: own, held)
         totals = torch.tensor(captured.facts, dtype=torch.float64, device=self.layers[0].device)
         counting = self.communicator.all_reduce(totals, tag="kfac/counts", async_op=True)
         bucketer = self.bucketer("kfac/factors")
@@ -107,9 +108,14 @@ class KaisaGrid(Distribution):
             for name, tensor in sums.items():
                 symmetric = self.options.symmetry_aware and not layer.is_diagonal(name)
                 bucketer.all_reduce(tensor, symmetric=symmetric)
-        bucketer.flush().wait()
-        counting.wait()
-        return replace(reduced(totals.tolist()), sums=own.sums)
+        summing = bucketer.flush()
+
+        def finish() -> Statistics:
+            facts = arrived(totals, counting)
+            summing.wait()
+            return replace(reduced(facts), sums=own.sums)
+
+        return Coming(finish, held)
 
     # -- decompositions -------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ all-reduce, to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -24,8 +24,8 @@ from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import pack_triangle, triangle_size, unpack_triangle
 from elastic_kfac.communication.v_collectives import (
     all_gather_v,
+    begin_reduce_scatter_v,
     reduce_scatter_half,
-    reduce_scatter_v,
 )
 from elastic_kfac.config.kfac import ShardedConfig
 from elastic_kfac.curvature.layer import Layer, LayerState
@@ -39,7 +39,7 @@ from elastic_kfac.kfac.distribution.strategy import (
 )
 from elastic_kfac.kfac.options import Rates
 from elastic_kfac.kfac.shapes import Unit, find_units, plan_of, unit_shape
-from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
+from elastic_kfac.kfac.statistics import Captured, Coming, Statistics, reduced
 from elastic_kfac.placement.plan import Plan
 
 _WIRE = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -123,7 +123,8 @@ class ShardedByOwner(Distribution):
 
     # -- reduce ---------------------------------------------------------------------------------
 
-    def reduce(self, captured: Captured) -> Statistics:
+    def begin_reduction(self, captured: Captured) -> Coming:
+        # What is sent depends on the counts: they are waited for, as they are few.
         found = self._global_facts(captured)
         counts = found.counts
         due = [
@@ -136,8 +137,10 @@ class ShardedByOwner(Distribution):
             own = [part for unit in units for part in self._payload(unit, captured, due, counts)]
             parts += own
             sizes.append(sum(part.numel() for part in own))
-        received = self._reduce_scatter(parts, sizes)
-        return replace(found, sums=self._unpack(received, due), are_means=True)
+        received, held = self._begin_reduce_scatter(parts, sizes)
+        return Coming(
+            lambda: replace(found, sums=self._unpack(received(), due), are_means=True), held
+        )
 
     def _global_facts(self, captured: Captured) -> Statistics:
         """What all ranks know of the layers with statistics that are due."""
@@ -178,17 +181,22 @@ class ShardedByOwner(Distribution):
                 packed = mean if layer.is_diagonal(name) else pack_triangle(mean)
                 yield packed.reshape(-1).to(dtype)
 
-    def _reduce_scatter(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
+    def _begin_reduce_scatter(
+        self, parts: list[Tensor], sizes: list[int]
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """What waits for the result, and the tensors under way."""
         method = self.sharding.v_method
         half = _WIRE.get(self.sharding.wire)
         if half is None:
             flat = torch.cat(parts or [self.layers[0].empty()])
-            return reduce_scatter_v(
+            received = begin_reduce_scatter_v(
                 self.communicator, flat, sizes, method=method, tag="sharded/reduce"
             )
-        return reduce_scatter_half(
+            return received, [flat]
+        result = reduce_scatter_half(
             self.communicator, parts, sizes, half, method=method, tag="sharded/reduce"
         )
+        return lambda: result, [result]
 
     def _unpack(self, received: Tensor, due: Sequence[frozenset[str]]) -> list[dict[str, Tensor]]:
         """Global gradients into `.grad` of owned units; global means of their due statistics."""

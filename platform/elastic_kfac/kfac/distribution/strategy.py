@@ -19,7 +19,7 @@ from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.stacks import StackTable
 from elastic_kfac.errors import StateError
 from elastic_kfac.kfac.options import Rates
-from elastic_kfac.kfac.statistics import Captured, Statistics
+from elastic_kfac.kfac.statistics import Captured, Coming, Statistics
 from elastic_kfac.placement.plan import Plan
 from elastic_kfac.placement.simulator import Calibration
 
@@ -130,8 +130,12 @@ class Distribution(ABC):
     # -- one step -------------------------------------------------------------------------------
 
     @abstractmethod
+    def begin_reduction(self, captured: Captured) -> Coming:
+        """Starts to sum statistics over all ranks (and gradients, with `sums_gradients`). Collective."""
+
     def reduce(self, captured: Captured) -> Statistics:
-        """Sums statistics over all ranks (and gradients, with `sums_gradients`). Collective."""
+        """The sums of `begin_reduction`. Collective."""
+        return self.begin_reduction(captured).wait()
 
     def bring(self) -> None:  # noqa: B027 (optional)
         """Brings whole gradients, into `.grad`, to the ranks that precondition them, where ranks hold
@@ -259,4 +263,5 @@ _AGREED = (
     "precompute",
     "ema_init",
     "refresh",
+    "overlap_reduction",
 )

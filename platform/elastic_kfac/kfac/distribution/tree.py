@@ -23,7 +23,7 @@ from elastic_kfac.communication.packing import pack_triangle, triangle_size, unp
 from elastic_kfac.curvature.layer import Layer
 from elastic_kfac.errors import UsageError
 from elastic_kfac.kfac.distribution.grid import KaisaGrid
-from elastic_kfac.kfac.statistics import Captured, Statistics, reduced
+from elastic_kfac.kfac.statistics import Captured, Coming, Statistics, reduced
 
 _LIMBS = 3
 _LIMB_BITS = 12
@@ -33,7 +33,7 @@ _LIMB_BITS = 12
 class CanonicalTree(KaisaGrid):
     """The KAISA grid whose statistics arrive reduced."""
 
-    def reduce(self, captured: Captured) -> Statistics:
+    def begin_reduction(self, captured: Captured) -> Coming:
         raise UsageError(
             "step() needs the statistics that the summation tree reduced",
             change="pass statistics=..., or build KFAC without tree=True",
