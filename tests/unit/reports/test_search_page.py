@@ -31,7 +31,7 @@ from support.search_folders import BEGAN, HOSTILE, PARAMETERS, TARGET, row, rows
 VOID = {"meta", "link", "br", "input"}
 ORDER = (
     "Result",
-    "Failed, rejected, shared and stopped trials",
+    "Failed, rejected, shared, pruned and stopped trials",
     "Configuration to use",
     "Time to accuracy",
     "Memory against time",
