@@ -722,7 +722,7 @@ class KFAC:
         the ranks that went furthest. Statistics that were under way and are lost with a peer do not enter
         the averages.
         """
-        self._flush_what_came()
+        self.flush_what_came()
         self.distribution.calibration = self.calibration
         report = move_to(self, as_communicator(process_group))
         self._recording.drop()
@@ -735,12 +735,16 @@ class KFAC:
         What this rank holds, its plan and its number stay. Statistics that were under way are waited for;
         those that are lost with a peer do not enter the averages.
         """
-        self._flush_what_came()
+        self.flush_what_came()
         leave(self)
 
-    def _flush_what_came(self) -> None:
-        with contextlib.suppress(CommunicationError):
+    def flush_what_came(self) -> None:
+        """`flush` where peers may be lost: statistics that went with them do not enter the averages."""
+        try:
             self._take_late()
+        except CommunicationError:
+            assert self.late is not None
+            self.late = replace(self.late, coming=None)
         self.averages.settle()
 
     def close(self) -> None:

@@ -232,7 +232,14 @@ class RunLoop:
             self._report.on_event(noted)
 
     def keep_live_state(self) -> None:
-        """Keeps the live state as the newest one; for ranks that hold all of it."""
+        """Keeps the live state as the newest one; for ranks that hold all of it.
+
+        Raises:
+            CommunicationError: If a part of it was lost with a peer, and there is an older state.
+        """
+        if self._newest is None and self._trainer.kfac is not None:
+            # Rather without the statistics that were under way than without any curvature.
+            self._trainer.kfac.flush_what_came()
         self._newest = self._trainer.capture()
 
     def drop_rows_of_lost_steps(self) -> None:

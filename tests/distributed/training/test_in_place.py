@@ -164,6 +164,45 @@ def test_kill_within_a_kfac_update_redoes_no_committed_step(
         assert survivor is None or survivor.steps == list(range(1, 13))
 
 
+@pytest.mark.parametrize(
+    ("point", "interval_s"),
+    [("step_begin", 1e9), ("factor_exchange", 1e-9), ("factor_update", 1e-9), ("committed", 1e-9)],
+)
+def test_kill_with_a_reduction_under_way_ends_as_one_process(
+    tmp_path: Path, point: Point, interval_s: float
+) -> None:
+    changes = {
+        **KFAC,
+        "kfac.overlap_reduction": True,
+        "kfac.factor_update_steps": 1,
+        "elastic.snapshot_interval_s": interval_s,
+    }
+    alone = in_one_process(tmp_path / "alone", changes)
+    seen, state = play(tmp_path / "run", 3, Script((0, 1, 2), changes, kills={1: (6, point)}))
+    assert seen[1] is None
+    assert states_differ_in(alone, state) == []
+    assert state.ledger.world_sizes == (3, 2)
+
+
+def test_survivors_without_a_saved_state_go_on_without_the_statistics_that_were_lost(
+    tmp_path: Path,
+) -> None:
+    changes = {
+        **KFAC,
+        "kfac.overlap_reduction": True,
+        "kfac.factor_update_steps": 1,
+        "elastic.snapshot_interval_s": 1e9,
+    }
+    # The lost rank has taken step 6, but for its part of the reduction that ends it.
+    script = Script((0, 1, 2), changes, kills={1: (6, "factor_exchange")})
+    seen, state = play(tmp_path / "run", 3, script)
+    assert state.ledger.world_sizes == (3, 2)
+    for survivor in (seen[0], seen[2]):
+        assert survivor is not None and survivor.steps == list(range(1, 13))
+    layers = state.part("kfac")["layers"].values()
+    assert {layer["factor_updates"] for layer in layers} == {11}
+
+
 @pytest.mark.filterwarnings("ignore:factors wider than max_factor_dim")
 @pytest.mark.parametrize(
     "variant",
