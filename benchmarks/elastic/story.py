@@ -50,6 +50,7 @@ from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display
+from elastic_kfac.cluster.run.result import CHANGES
 from elastic_kfac.cluster.run.trainer import train
 from elastic_kfac.config import parse_config
 from elastic_kfac.data.sources.generated import digit_images
@@ -176,7 +177,7 @@ def ours(folder: Path, course: str, epochs: int) -> dict[str, Any]:
     first = next(row["time"] for row in events if row["kind"] == "start")
     rows = [row for row in run.metrics() if "loss" in row]
     moments = [(first + row["wall_time_s"], int(row["step"]), float(row["loss"])) for row in rows]
-    redone = sum(int(row.get("steps_redone") or 0) for row in events)
+    redone = sum(int(row["steps_redone"]) for row in events if row["kind"] in CHANGES)
     found = summary(moments, faults, redone)
     return {**found, "final_state_sha256": result.values["final_state_sha256"]}
 
