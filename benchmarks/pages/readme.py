@@ -78,8 +78,8 @@ def rows() -> Iterator[Row]:
     every, minutes = f"{phase['fault_every_s']:.0f} s", f"{phase['seconds'] / 60:.0f} minutes"
     yield row(
         f"Goodput with a fault every {every} for {minutes}, in place",
-        f"{share(phase['goodput'], 1)} ({share(phase['time_not_lost'], 1)} of the time not lost to a change); "
-        f"{quiet}, {n(phase['steps_redone'])} steps redone",
+        f"{share(phase['goodput'], 1)} ({share(phase['time_not_lost'], 1)} of the time not lost to a "
+        f"change); {quiet}, {n(phase['steps_redone'])} steps redone",
         "undisturbed run",
         file_of("chaos"),
     )
