@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -15,15 +16,12 @@ from support.gloo import disband, run_ranks
 from support.training_loops import X, Y, loss_of, mlp
 
 
-def _train(model: nn.Module, kfac: KFAC, steps: int) -> int:
-    for done in range(steps):
-        try:
-            model.zero_grad()
-            loss_of(model).backward()
-            kfac.step()
-        except RuntimeError:  # torch's own, at the first rank without a batch
-            return done
-    return steps
+def _train(model: nn.Module, kfac: KFAC, steps: int) -> Iterator[int]:
+    for done in range(1, steps + 1):
+        model.zero_grad()
+        loss_of(model).backward()
+        kfac.step()
+        yield done
 
 
 def _in_join(early: bool) -> tuple[str, int]:
@@ -32,8 +30,9 @@ def _in_join(early: bool) -> tuple[str, int]:
     done = 0
     try:
         with model.join(throw_on_early_termination=early):
-            done = _train(model, kfac, 3 - dist.get_rank())
-    except (ElasticKfacError, RuntimeError) as error:
+            for step in _train(model, kfac, 3 - dist.get_rank()):
+                done = step
+    except (ElasticKfacError, RuntimeError) as error:  # torch's own: a rank has no batch left
         return str(error), done
     return "", done
 
@@ -47,7 +46,7 @@ def test_join_is_refused_on_every_rank_and_works_where_it_ends_for_all() -> None
 def _state_on_one_rank() -> tuple[str, float, set[str]]:
     model = DistributedDataParallel(mlp())
     kfac = KFAC(model, grad_worker_frac=0.5)
-    _train(model, kfac, 1)
+    list(_train(model, kfac, 1))
     error, begin = "", time.perf_counter()
     if dist.get_rank() == 0:
         try:
