@@ -6,8 +6,9 @@ finished. In the reproducible mode its final state must have the bits of a run o
 any fault, every sample must count exactly once.
 
 The first minute is quiet. `goodput` is the committed steps times the median step of that minute, over the
-wall time; a single worker computes the whole batch, so its longer steps count against it. `time_not_lost`
-leaves that out (see there). Steps take 0.1 s at least (see `paced_ranks.py`), so that the run in peace,
+wall time. Steps that refresh curvature take longer than the median, so it is below 1 in that minute, too
+(`quiet_goodput`), and a single worker computes the whole batch in every step. `time_not_lost` leaves both
+out (see there). Steps take 0.1 s at least (see `paced_ranks.py`), so that the run in peace,
 which does not wait, need not take as long.
 
     python benchmarks/elastic/chaos.py [--phases 30:30] [--no-in-place] [--out FILE]
@@ -186,8 +187,9 @@ def time_not_lost(
 
 def by_phase(
     folder: RunFolder, chaos: Chaos, phases: Sequence[Phase]
-) -> tuple[float, list[dict[str, Any]]]:
-    """The median step of the quiet minute, s; what became of every phase, a change where it ended."""
+) -> tuple[float, float, list[dict[str, Any]]]:
+    """The median step of the quiet minute, s, and its goodput; what became of every phase, a change where
+    it ended."""
     assert chaos.began is not None
     events, metrics = folder.events(), [row for row in folder.metrics() if "loss" in row]
     # The metrics know the time since the run's start, the first of them when that was.
@@ -195,10 +197,8 @@ def by_phase(
     committed = [first + row["wall_time_s"] for row in metrics]
     happened = [row["time"] for row in events if row["kind"] in {*CHANGES, *TURMOIL}]
     found, begin = [], chaos.began + QUIET_S
-    quiet_step_s = statistics.median(
-        after - before
-        for before, after in itertools.pairwise(t for t in committed if chaos.began <= t < begin)
-    )
+    quiet = [moment for moment in committed if chaos.began <= moment < begin]
+    quiet_step_s = statistics.median(b - a for a, b in itertools.pairwise(quiet))
     for phase in phases:
         end = begin + phase.seconds
         changes = [row for row in events if row["kind"] in CHANGES and begin <= row["time"] < end]
@@ -220,7 +220,7 @@ def by_phase(
             }
         )
         begin = end
-    return quiet_step_s, found
+    return quiet_step_s, len(quiet) * quiet_step_s / QUIET_S, found
 
 
 def main() -> int:
@@ -270,7 +270,7 @@ def main() -> int:
             chaos = Chaos(cluster, phases, arguments.seed)
             stopped = go(folder / "chaos", config(100_000), chaos, cluster)
             load.append(os.getloadavg()[0])
-            quiet_step_s, measured = by_phase(struck, chaos, phases)
+            quiet_step_s, quiet_goodput, measured = by_phase(struck, chaos, phases)
             print(json.dumps(measured, indent=1), flush=True)
             while len(cluster.nodes) < NODES:
                 cluster.add_node()
@@ -283,6 +283,7 @@ def main() -> int:
             "what": "a run under faults, stopped, continued and finished, against a quiet one",
             "in_place": arguments.in_place,
             "quiet_step_s": round(quiet_step_s, 4),
+            "quiet_goodput": round(quiet_goodput, 4),
             "phases": measured,
             "steps": values["steps"],
             "hash_equals_quiet_run": equal,

@@ -33,6 +33,15 @@ def rows() -> Iterator[Row]:
         bold = "**" if label.startswith("**") else ""
         cells = (f"{bold}{of(found[column], True)}{bold}" for column in columns)
         yield Row(DOCUMENT, label, tuple(cells))
+    placements = {
+        "**behind, 0.9**": "default",
+        "before, 0.9": "momentum_before",
+        "before, 0.6": "momentum_before_0.6",
+    }
+    columns = (*columns[:2], "fewer_steps_to_target", "less_cpu_to_target")
+    for label, name in placements.items():
+        found = load("momentum_placement")["summary"][f"{name}, search, 3 seeds"]
+        yield Row(DOCUMENT, label, tuple(of(found[column], True) for column in columns))
 
 
 def texts() -> Iterator[str]:
@@ -50,6 +59,7 @@ PAGE = Page(
         "× 1000, × 0.001": "setting",
         "lr × 10": "setting",
         "test loss within 2 %": "definition",
+        "test loss (within 2 %)": "definition",
         "Short runs at large batch": "single runs of an earlier state; their files were not kept",
         "1024: 75 % at 13, 80 % at 18": "as above",
         "batch 256: 83 %": "as above",

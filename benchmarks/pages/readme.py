@@ -80,7 +80,7 @@ def rows() -> Iterator[Row]:
         f"Goodput with a fault every {every} for {minutes}, in place",
         f"{share(phase['goodput'], 1)} ({share(phase['time_not_lost'], 1)} of the time not lost to a "
         f"change); {quiet}, {n(phase['steps_redone'])} steps redone",
-        "undisturbed run",
+        f"undisturbed {share(chaos['quiet_goodput'], 1)}",
         file_of("chaos"),
     )
     shares = [r["share"] for r in load("vault_cost")["rows"]]
