@@ -335,6 +335,24 @@ def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) 
     assert [row["step"] for row in RunFolder(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
+def test_a_loss_that_is_explained_after_the_run_was_stopped_was_in_place(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        coordinator = RunCoordinator(str(tmp_path), in_place=True)
+        await coordinator.supervisor_started()
+        await coordinator.group_started(PIDS, NODES)
+        await coordinator.record(1, [*_steps(1), *_restored(1, 1), *_steps(2)])
+        # The survivor has ended by now, so that nobody is left.
+        await coordinator.members_lost({1: "NodeDied"}, ["b"], 0)
+        await coordinator.close()
+
+    asyncio.run(scenario())
+    rows = [row for row in RunFolder(tmp_path).events() if "from_world_size" in row]
+    assert [(r["kind"], r["step"], r["reason"], r["in_place"]) for r in rows[1:]] == [
+        ("failure", 1, "1 node lost", True),
+        ("recovery", 1, None, True),
+    ]
+
+
 def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

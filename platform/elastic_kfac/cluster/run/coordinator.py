@@ -286,14 +286,15 @@ class RunCoordinator:
         error = self._judge(errors, lost_nodes)
         reason, group = self._breaker.last_reason, self._group
         if group is not None:
-            before, step = group.world_size, self._last_step
+            before, step, in_place = group.world_size, self._last_step, left > 0
             if (row := self._unexplained) is not None:
-                before, step = row["from_world_size"], row["step"]
+                # As it was then: the run may have been stopped since.
+                before, step, in_place = row["from_world_size"], row["step"], row["in_place"]
             elif self._change is not None and self._change.reason == LOST:
                 self._change.reason = reason
             else:
                 group.loss = reason
-            self._record_failure(before, step, in_place=left > 0)
+            self._record_failure(before, step, in_place=in_place)
             self._explain(reason)
         return error
 
