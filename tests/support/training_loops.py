@@ -48,3 +48,17 @@ def assert_same_factors(found: KFAC, right: KFAC) -> None:
     for layer, factors in theirs.items():
         for name, value in factors.items():
             torch.testing.assert_close(ours[layer][name], value, rtol=1e-9, atol=1e-12)
+
+
+class SharedQueries(nn.Module):
+    """A second layer whose input is one row for all samples while `shared`, which no statistics fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.queries = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.shared = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x[:1].expand(3, 4) if self.shared else x
+        return self.inner(x) + self.queries(given).mean(0)

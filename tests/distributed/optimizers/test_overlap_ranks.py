@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from elastic_kfac import KFAC
 from elastic_kfac.communication import collectives
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.errors import CommunicationError
 from support.gloo import run_ranks, wait_for
+from support.training_loops import SharedQueries
 
 BATCH = 11
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
@@ -262,22 +263,8 @@ def test_statistics_lost_with_a_peer_are_named_and_the_others_go_on_without_them
     assert "all_reduce 'kfac/" in seen[0] and seen[1:] == [{3}, {6}]
 
 
-class Leaves(nn.Module):
-    """Not every rank's passes go through the second layer as they should."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.queries = nn.Linear(4, 3), nn.Linear(4, 3)
-        self.shared = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        given = x[:1].expand(3, 4) if self.shared else x
-        return self.inner(x) + self.queries(given).mean(0)
-
-
 def _with_faults() -> tuple[list[str], list[set[int]]]:
-    world, model = Communicator.world(), Leaves().double()
+    world, model = Communicator.world(), SharedQueries().double()
     kfac = build(model, world, factor_update_steps=1, inverse_update_steps=1)
     for step in range(5):
         model.shared = step == 2 and world.rank == 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from elastic_kfac import KFAC
 from elastic_kfac.config.kfac import KfacConfig, KfacOptions, ShardedConfig
 from elastic_kfac.errors import ConfigError, UsageError
+from support.training_loops import SharedQueries
 
 GAMMA, DECAY, LR = 0.05, 0.7, 0.2
 FACTORS_EVERY, INVERSES_EVERY = 2, 4
@@ -258,18 +259,7 @@ def train_trainable(model: nn.Module, kfac: KFAC, steps: Sequence[int]) -> None:
 
 
 def test_a_layer_with_faults_is_left_out_though_more_statistics_of_it_are_under_way() -> None:
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.inner, self.queries = nn.Linear(4, 3), nn.Linear(4, 3)
-            self.shared = False
-
-        def forward(self, x: Tensor) -> Tensor:
-            given = x[:1].expand(3, 4) if self.shared else x
-            return self.inner(x) + self.queries(given).mean(0)
-
-    model = Positions().double()
+    model = SharedQueries().double()
     kfac = build(model, factor_update_steps=1, inverse_update_steps=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
