@@ -44,6 +44,7 @@ from elastic_kfac.placement.simulator import StepTime, device_bytes, predict_ste
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.runs.profile import PeakBytes, Profile, measure
 from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.sync.exchange import Exchange, Totals
 
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": "mlp", "arguments": {"hidden": [256, 256, 256]}, "shape": (1, 28, 28)},
@@ -188,19 +189,18 @@ def _play(case: Case, cycles: int) -> dict[str, float]:
     kfac = KFAC(model, sized.config.kfac, lr=optimizer, process_group=world)
     share = BATCH // case.ranks
 
+    vector = Exchange(model)
+
     def step() -> None:
+        vector.begin_step()
+        vector.begin_pass()
         sized.loss(share).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        world.all_reduce(flat, tag="gradients").wait()
-        flat /= case.ranks
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.reshape(gradient.shape))
+        vector.end_pass(share)
+        vector.reduce(world, Totals(count=share))
+        vector.publish_gradients(case.ranks)
+        vector.finish_step(BATCH)
         kfac.step()
         optimizer.step()
-        optimizer.zero_grad()
 
     interval = case.intervals[1]
     for _ in range(interval):

@@ -171,14 +171,14 @@ CELLS = [
     ("controller_lost", "rank0"),
     ("flapping", "last"),
 ]
-QUICK = {("buddies_lost", "owner")}
 
 
 @pytest.mark.parametrize(
     ("fault", "target"),
-    [pytest.param(*cell, marks=() if cell in QUICK else pytest.mark.soak) for cell in CELLS],
+    CELLS,
     ids=["-".join(cell) for cell in CELLS],
 )
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_cell_run_goes_on_and_every_sample_counts_once(
     config: Callable[[int], Config],

@@ -116,29 +116,23 @@ def test_run_with_decompositions_on_a_free_cpu_has_the_hash_of_one_without(
     assert costs["decomposed_elsewhere"] > 0
 
 
-def test_run_workers_killed_recovers_each_time(run: Run, config: Make, tmp_path: Path) -> None:
-    recovered: list[Any] = []
-
-    def from_both(view: RunView) -> bool:
-        recovered.extend(row for row in view.events if row["kind"] == "recovery")
-        return len(recovered) == 2
-
-    # However long the second kill takes, the run does not end before it.
-    display = _InterruptWhen(from_both, steps=60)
-    result = run(config(5000), tmp_path / "run", kill_at=[(60, 0), (360, 1)], progress=display)
+def test_run_worker_killed_on_request_recovers(run: Run, config: Make, tmp_path: Path) -> None:
+    # However long the kill takes, the run does not end before it.
+    display = _InterruptWhen(
+        lambda view: any(row["kind"] == "recovery" for row in view.events), steps=20
+    )
+    result = run(config(5000), tmp_path / "run", kill_at=[(60, 1)], progress=display)
 
     assert (result.status, result.unfired) == ("interrupted", ())
     folder = RunFolder(tmp_path / "run")
     assert audit_run(folder).problems == ()
     events = folder.events()
-    assert [row["reason"] for row in events if row["kind"] == "failure"] == [
-        "worker process of rank 0 died",
-        "worker process of rank 1 died",
-    ]
-    # In place, the world grows back between the kills.
+    [failure] = [row for row in events if row["kind"] == "failure"]
+    assert failure["reason"] == "worker process of rank 1 died"
+    # In place, the world may have grown back already.
     changes = [row["steps_redone"] for row in events if row["kind"] in ("recovery", "resize")]
     assert changes == [row["steps_redone"] for row in events if row["kind"] == "restored"]
-    assert [row["asked_at_step"] for row in events if row["kind"] == "fault"] == [60, 360]
+    assert [row["asked_at_step"] for row in events if row["kind"] == "fault"] == [60]
 
 
 def test_run_drained_nodes_hand_over_and_a_drain_cut_short_is_a_loss(

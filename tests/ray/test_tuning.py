@@ -22,8 +22,9 @@ import yaml
 from safetensors.torch import load_file
 
 from elastic_kfac.cluster.ray.local_cluster import LocalCluster
-from elastic_kfac.cluster.run.result import RunResult
-from elastic_kfac.config import Config, apply_overrides, read_config
+from elastic_kfac.cluster.run.in_process import train_in_process
+from elastic_kfac.cluster.run.progress import Display
+from elastic_kfac.config import Config, apply_overrides, parse_config, read_config
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.resource_broker import shares
 from elastic_kfac.experiments.search_runner import SearchResult, search
@@ -155,7 +156,7 @@ def test_search_counts_what_the_best_trial_took(story: tuple[SearchResult, list[
 
 
 def test_search_best_config_is_one_that_train_takes(
-    story: tuple[SearchResult, list[str]], run: Callable[..., RunResult], tmp_path: Path
+    story: tuple[SearchResult, list[str]], tmp_path: Path
 ) -> None:
     result, _ = story
     path = result.folder / "best_config.yaml"
@@ -163,9 +164,9 @@ def test_search_best_config_is_one_that_train_takes(
     assert config.kfac.damping == 0.01
     assert config.model_dump(mode="json") == yaml.safe_load(path.read_text())
     assert not config.train.stop_at_target
-    trained = run(config, tmp_path / "best", rank_function="recording_ranks:ends_once_grown")
-    assert trained.status == "finished"
-    assert trained.values["train_time_to_accuracy_s"] is not None
+    short = parse_config(apply_overrides(config.model_dump(), [("train.epochs", 1)]))
+    trained = train_in_process(short, name="best", storage=str(tmp_path), progress=Display())
+    assert (trained.status, trained.values["steps"]) == ("finished", 45)
 
 
 def test_search_leaves_a_report_and_tensorboard_events(
@@ -295,15 +296,13 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
     with pytest.raises(UsageError, match="exists with another space"):
         again(space.model_copy(update={"repeats": 3}))
     trial = RunFolder(folder / "trials/t001")
-    parked = []
-    for name in ("SIGINT", "SIGTERM"):
-        with signal_once(signal.Signals[name], lambda: len(_restored(trial)) == len(parked) + 1):
-            interrupted = again(space)
-        assert (interrupted.status, interrupted.exit_code) == ("interrupted", 130)
-        row = rows_of(folder)["t001"]
-        assert row["status"] == "pending"
-        assert name in row["reason"]
-        parked.append(trial.metrics()[-1]["step"])
+    with signal_once(signal.SIGINT, lambda: _restored(trial)):
+        interrupted = again(space)
+    assert (interrupted.status, interrupted.exit_code) == ("interrupted", 130)
+    row = rows_of(folder)["t001"]
+    assert row["status"] == "pending"
+    assert "SIGINT" in row["reason"]
+    parked = trial.metrics()[-1]["step"]
 
     (folder / "finish").touch()
     result = again(space)
@@ -311,9 +310,9 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
     assert [row.status for row in result.trials] == ["finished", "finished"]
     after = rows_of(folder)
     assert after["t000"] == before["t000"]
-    after_kill, *after_interrupts = _restored(trial)
-    assert after_interrupts == parked
-    assert 0 < after_kill <= parked[0] <= parked[1] <= float(after["t001"]["steps"])
+    after_kill, after_interrupt = _restored(trial)
+    assert after_interrupt == parked
+    assert 0 < after_kill <= parked <= float(after["t001"]["steps"])
     assert json.loads((folder / "experiment.json").read_text())["status"] == "finished"
 
 

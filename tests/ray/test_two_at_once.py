@@ -18,7 +18,8 @@ from elastic_kfac.config import Config, apply_overrides, parse_config
 from elastic_kfac.runs.audit import audit_run
 from elastic_kfac.state.run_folder import RunFolder
 
-pytestmark = pytest.mark.timeout(900)
+# More than a minute.
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 def test_run_and_search_of_one_name_share_a_cluster(

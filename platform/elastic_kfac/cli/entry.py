@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; without `argv`, as a program, ends the process."""
     if argv is None:
         warnings.formatwarning = format_warning
+        warnings.simplefilter(
+            "once", UserWarning, append=True
+        )  # a model may be built several times
     code = _run(argv)
     if argv is None:
         end_process(code)
@@ -50,7 +53,8 @@ def format_warning(
     line: str | None = None,
 ) -> str:
     """A warning of this package as one line without the place in its source."""
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+    # One that KFAC gives about its caller's model names this program's start as the caller.
+    if Path(filename).is_relative_to(Path(__file__).parents[1]) or filename == sys.argv[0]:
         return f"{PROGRAM}: warning: {message}\n"
     return _python_format(message, category, filename, lineno, line)
 

@@ -172,10 +172,11 @@ class KFAC:
         self.bound.cover(self.layers)
         weights = [layer.parameters[0] for layer in self.layers]
         self._placed = [(w, w.dtype, w.device, w.shape) for w in weights]
-        wide = ", ".join(f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept)
+        wide = [f"{layer.name} ({layer.kept})" for layer in self.layers if layer.kept]
+        named = wide if len(wide) <= 5 else [*wide[:4], f"{len(wide) - 4} more (in `plan`)"]
         text = (
             f"factors wider than max_factor_dim={self.options.max_factor_dim} are kept in part: "
-            f"{wide}; raise it to keep more, or None to keep all"
+            f"{', '.join(named)}; raise it to keep more, or None to keep all"
         )
         self._warnings.once(text, bool(wide), text)
         if self.options.weight_sharing == "reduce":

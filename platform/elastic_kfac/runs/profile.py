@@ -40,6 +40,7 @@ from elastic_kfac.placement.simulator import Calibration, Line, Workload, fit_li
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.training.first_order import make_optimizer
 from elastic_kfac.training.preconditioner import make_preconditioner
+from elastic_kfac.training.sync.exchange import Exchange
 
 _FACTORS_EVERY, _INVERSES_EVERY = 2, 4
 """Intervals while measuring: of eight steps four are plain, four move factors, two decompose."""
@@ -101,6 +102,7 @@ class _Steps:
             "optimizer": optimizer,
         }
         self.sized = sized
+        self.vector = Exchange(sized.model)
         self.optimizer = make_optimizer(sized.model, optimizer)
         made = make_preconditioner(
             sized.model, self.optimizer, config.model_copy(update=changes), Communicator.solo()
@@ -108,12 +110,19 @@ class _Steps:
         assert made is not None
         self.kfac: KFAC = made
 
+    def passes(self, samples: int) -> None:
+        """Leaves the gradients where a run has them to be summed over the ranks."""
+        self.vector.begin_step()
+        self.vector.begin_pass()
+        self.sized.loss(samples).backward()
+        self.vector.end_pass(samples)
+        self.vector.finish_step(samples)
+
     def whole(self, samples: int) -> None:
         """Passes, K-FAC and optimizer."""
-        self.sized.loss(samples).backward()
+        self.passes(samples)
         self.kfac.step()
         self.optimizer.step()
-        self.optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -369,15 +378,15 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         counts.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
     sized.model.zero_grad()
     steps = _Steps(sized)
-    sized.loss(1).backward()  # gradients exist from here on
-    steps.kfac.skip_step()
+    # Nothing is decomposed here, and wide factors take minutes: what is held is added.
+    moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
+    is_bounded = sized.config.kfac.trust_region == "adaptive"
     for n in (1, 2):
         with PeakBytes() as bytes_:
-            with_statistics.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
+            with_statistics.append(_flops(lambda n=n: steps.passes(n)))  # type: ignore[misc]
         steps.kfac.skip_step()
-        # Nothing is decomposed here, and wide factors take minutes: what is held is added.
-        moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
-        peaks.append(bytes_.peak + moments * 4.0 * sized.parameter_elements + _held(sized))
+        kept = moments * sized.parameter_elements + is_bounded * weight_elements(sized.layers)
+        peaks.append(bytes_.peak + 4.0 * kept + _held(sized))
     steps.kfac.close()
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]

@@ -326,4 +326,5 @@ def test_what_is_gone_or_damaged_is_not_passed_over(place: Path, capsys: Any) ->
 def test_warnings_of_this_package_are_one_line_without_its_source() -> None:
     ours = format_warning("wide", UserWarning, elastic_kfac.__file__, 7)
     assert ours == "elastic-kfac: warning: wide\n"
+    assert format_warning("wide", UserWarning, sys.argv[0], 7) == ours
     assert "else.py:7: UserWarning: wide" in format_warning("wide", UserWarning, "else.py", 7)

@@ -27,7 +27,10 @@ from elastic_kfac.placement.simulator import Line, device_bytes
 from elastic_kfac.runs.feasibility import Sized, why_infeasible
 from elastic_kfac.runs.prediction import Outlook
 from elastic_kfac.runs.profile import PeakBytes, estimate, measure
+from elastic_kfac.state.checkpoint import CheckpointStore
+from elastic_kfac.training.callbacks import Callback, KeepGoing, Point
 from elastic_kfac.training.first_order import make_optimizer
+from elastic_kfac.training.loop import run_rank
 from elastic_kfac.training.preconditioner import make_preconditioner
 
 
@@ -192,6 +195,48 @@ def test_profile_knows_what_spread_statistics_hold_and_cost(base: Config) -> Non
     gained = device_bytes(together, plan, 16) - device_bytes(spread, plan, 16)
     most = factor_elements(spread.layers) + second_order_elements(spread.layers)
     assert 0 < gained < 4 * most
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 16])
+def test_predicted_memory_is_what_a_run_holds_at_most(
+    base: Config, tmp_path: Path, micro_batch_size: int | None
+) -> None:
+    config = changed(
+        base,
+        model__name="mlp",
+        model__arguments={"hidden": [256, 256]},
+        kfac__factor_update_steps=2,
+        kfac__inverse_update_steps=4,
+        kfac__stagger=False,
+        train__epochs=1,
+        train__global_batch_size=64,
+        train__micro_batch_size=micro_batch_size,
+        elastic__snapshot_interval_s=1e6,
+    )
+    sized = Sized.of(config)
+    workload = measure(sized, stored_calibration("eigen")).workload_of(config)
+    predicted = device_bytes(workload, sized.plan(1), micro_batch_size or 64)
+    with PeakBytes() as held:
+        steps = _PeakOfSteps(held)
+        run_rank(
+            config,
+            Communicator.solo(),
+            store=CheckpointStore(tmp_path),
+            callback=steps,
+            control=KeepGoing(),
+        )
+    assert steps.peak == pytest.approx(predicted, rel=0.05)
+
+
+class _PeakOfSteps(Callback):
+    """The most that training has held; a snapshot at the end is another copy, in the host's memory."""
+
+    def __init__(self, held: PeakBytes) -> None:
+        self._held, self.peak = held, 0
+
+    def on_point(self, point: Point, step: int) -> None:
+        if point == "committed":
+            self.peak = self._held.peak
 
 
 def test_estimate_for_a_device_counts_operations(base: Config) -> None:
