@@ -350,7 +350,8 @@ class KFAC:
             raise UsageError(
                 "step() found no statistics of a forward and backward pass on any rank",
                 allowed="a pass in training mode with gradients enabled since the last step",
-                change=f"call {sampled}backward(); build KFAC before a model's first compiled pass",
+                change=f"call {sampled}backward() (not torch.autograd.grad); build KFAC "
+                "before a model's first compiled pass",
             )
         # Late ones may be of layers that have been left out since their passes.
         seen = {i for i in seen if self.layers[i].name not in self.covered.left_out}
