@@ -42,7 +42,8 @@ from elastic_kfac.placement.choice import choose_plan
 from elastic_kfac.placement.devices import NETWORK
 from elastic_kfac.placement.simulator import StepTime, device_bytes, predict_step
 from elastic_kfac.runs.feasibility import Sized
-from elastic_kfac.runs.profile import PeakBytes, Profile, measure
+from elastic_kfac.runs.profile import Profile, measure
+from elastic_kfac.runs.profiled_steps import PeakBytes
 from elastic_kfac.training.first_order import make_optimizer
 from elastic_kfac.training.sync.exchange import Exchange, Totals
 

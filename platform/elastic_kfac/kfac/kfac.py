@@ -10,14 +10,12 @@ What is computed is `curvature/`; what passes recorded of it is `recording.py`, 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -34,7 +32,7 @@ from elastic_kfac.curvature.discovery import (
     unwrap,
 )
 from elastic_kfac.curvature.passes.batches import Batch
-from elastic_kfac.errors import CommunicationError, ConfigError, UsageError
+from elastic_kfac.errors import ConfigError, UsageError
 from elastic_kfac.kfac.averages import Averages
 from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution import (
@@ -67,6 +65,7 @@ from elastic_kfac.kfac.statistics import (
     Captured,
     Coming,
     Late,
+    Overlap,
     Statistics,
     WarnOnce,
 )
@@ -151,7 +150,7 @@ class KFAC:
         self._warnings = WarnOnce()
         self.covered = Coverage()
         self.bound = StepBound(self.options, self._rates)
-        self.late: Late | None = None
+        self.overlap = Overlap()
         """What the last step has left to the next one, with `overlap_reduction`."""
         self._pool: Executor | None = None
         self._awaits_group = process_group is None
@@ -257,7 +256,7 @@ class KFAC:
         self._warnings.once("again", self._recording.are_gradients_marked(), AGAIN)
         self._last_damping = self.damping
         with self.timers("factors"):
-            self._take_late()
+            self.overlap.take(self._update_factors)
             due = self.factors_due()
             changed = due and statistics is not None and shape_of(self._model) != self._shape
             self._warnings.once("tree", changed, UNFOLLOWED)
@@ -270,13 +269,16 @@ class KFAC:
             self.distribution.bring()
             refreshed = self._update_factors(found, own) if due and not defers else set()
         with self.timers("decompositions"):
-            for turn in (self.late, None if defers else own):
+            for turn in (self.overlap.late, None if defers else own):
                 if turn is not None:
                     self._decompose(refreshed, turn.step)
         with self.timers("preconditioning"):
             self._precondition(parameters)
             self.distribution.publish(self._rates, self.steps)
-        self.late = self._left_to_next(own, begin) if defers else None
+        self.overlap.late = None
+        if defers:
+            with self.timers("factors"):
+                self.overlap.leave(own, begin)
         self.counters["steps"] += 1
         self._recording.mark_gradients()
         self._arm()
@@ -307,24 +309,6 @@ class KFAC:
             return self.distribution.begin_reduction(captured)
 
         return begin
-
-    def _left_to_next(self, turn: Late, begin: Callable[[], Coming] | None) -> Late:
-        """Starts the reduction, if there is one: at the end of a step, whose own collectives would queue
-        up behind it otherwise."""
-        with self.timers("factors"):
-            return turn if begin is None else replace(turn, coming=begin())
-
-    def _take_late(self) -> None:
-        """Moves the running averages by the statistics that the last step has left to this one.
-
-        That may also be done between the steps: nothing in between depends on the averages.
-        """
-        late = self.late
-        if late is not None and late.coming is not None:
-            statistics = late.coming.wait()
-            self.late = replace(late, coming=None)
-            if any(late.due):
-                self._update_factors(statistics, late)
 
     def _decompose(self, refreshed: set[int], step: int) -> None:
         """What is due in a step."""
@@ -625,9 +609,7 @@ class KFAC:
     def memory_usage(self) -> dict[str, int]:
         """Bytes this rank holds by category (`factors`, `second_order`, `pending`, where they are used
         `snapshots`, `momentum` and the trust region's `last_step`), and their total."""
-        coming = None if self.late is None else self.late.coming
-        under_way = () if coming is None else coming.tensors
-        return memory_usage(self, [*self._recording.tensors, *under_way])
+        return memory_usage(self, [*self._recording.tensors, *self.overlap.tensors])
 
     # -- adaptive damping -----------------------------------------------------------------------
 
@@ -701,7 +683,7 @@ class KFAC:
     def flush(self) -> None:
         """Waits for the last step's statistics and for what the device still has to tell about them, so
         that averages and counters are final."""
-        self._take_late()
+        self.overlap.take(self._update_factors)
         self.averages.settle()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -742,19 +724,12 @@ class KFAC:
 
     def flush_what_came(self) -> None:
         """`flush` where peers may be lost: statistics that went with them do not enter the averages."""
-        try:
-            self._take_late()
-        except CommunicationError:
-            assert self.late is not None
-            self.late = replace(self.late, coming=None)
+        self.overlap.take_what_came(self._update_factors)
         self.averages.settle()
 
     def close(self) -> None:
         """Removes the hooks; the model is as before."""
-        if self.late is not None and self.late.coming is not None:
-            # A process that ends with its part unsent would fail its peers.
-            with contextlib.suppress(CommunicationError):
-                self.late.coming.wait()
+        self.overlap.end()
         self._recording.close()
         self.refresh.ahead.close()
 

@@ -19,7 +19,7 @@ from elastic_kfac.kfac.coverage import Coverage
 from elastic_kfac.kfac.distribution.resize import Held, ResizeReport, move
 from elastic_kfac.kfac.distribution.strategy import Distribution, Item, Slot
 from elastic_kfac.kfac.refresh import Refresh
-from elastic_kfac.kfac.statistics import Late
+from elastic_kfac.kfac.statistics import Late, Overlap
 from elastic_kfac.kfac.step_bound import StepBound
 from elastic_kfac.kfac.trust_region import LastStep
 
@@ -42,7 +42,7 @@ class Stateful(Protocol):
     covered: Coverage
     bound: StepBound
     tuned: dict[str, float]
-    late: Late | None
+    overlap: Overlap
 
     @property
     def options(self) -> KfacOptions: ...
@@ -87,7 +87,7 @@ def numbers(kfac: Stateful) -> dict[str, Any]:
         "options": {name: getattr(kfac.options, name) for name in IDENTITY},
         "counters": _total(kfac),
         "damping": None if kfac.damping_rule is None else {"value": kfac.damping_rule.value},
-        **({} if kfac.late is None else {"late": kfac.late.step}),
+        **({} if kfac.overlap.late is None else {"late": kfac.overlap.late.step}),
     }
 
 
@@ -99,7 +99,7 @@ def load(kfac: Stateful, state: Mapping[str, Any]) -> None:
     """
     _check(state, {name: getattr(kfac.options, name) for name in IDENTITY}, kfac.layers)
     kfac.refresh.ahead.clear()
-    kfac.late = Late(state["late"]) if "late" in state else None
+    kfac.overlap.late = Late(state["late"]) if "late" in state else None
     kfac.retune(**state.get("tuned", {}))
     put(kfac, state)
     kfac.covered.used = {n for n, saved in state["layers"].items() if saved["factor_updates"]}
@@ -188,7 +188,7 @@ def _identity(layer: Layer) -> tuple[object, ...]:
 def leave(kfac: Stateful) -> None:
     """Drops process groups and work under way; a decomposition that did not arrive is dropped too."""
     kfac.refresh.ahead.clear()
-    kfac.late = None if kfac.late is None else Late(kfac.late.step)
+    kfac.overlap.late = None if kfac.overlap.late is None else Late(kfac.overlap.late.step)
     for index in kfac.distribution.leave():
         kfac.states[index] = replace(kfac.states[index], decomposition={}, inverse_step=-1)
 
@@ -220,14 +220,14 @@ def move_to(kfac: Stateful, communicator: Communicator) -> ResizeReport:
         "clocks": kfac.refresh.saved_clocks(),
         "damping": None if kfac.damping_rule is None else kfac.damping_rule.value,
         "tuned": kfac.tuned,
-        "late": None if kfac.late is None else kfac.late.step,
+        "late": None if kfac.overlap.late is None else kfac.overlap.late.step,
         "used": sorted(kfac.covered.used),
         "floors": {x.name: s.floor for x, s in zip(kfac.layers, kfac.states, strict=True)},
     }
     moved = move(kfac.distribution, communicator, held, facts)
     kfac.retune(**moved.facts["tuned"])
     late = moved.facts["late"]
-    kfac.late = None if late is None else Late(late)
+    kfac.overlap.late = None if late is None else Late(late)
     for index, layer in enumerate(kfac.layers):
         kept, curvature = Item("factors", layer.name), Item("decomposition", layer.name)
         floor = moved.facts["floors"][layer.name]

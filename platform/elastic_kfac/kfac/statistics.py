@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 import warnings
@@ -172,6 +173,64 @@ class Late:
     """The factors that its passes were recorded for, by layer."""
     coming: Coming | None = None
     """None once the averages have taken them, and where none were due."""
+
+
+Move = Callable[[Statistics, Late], object]
+"""Moves the running averages by statistics that have come."""
+
+
+class Overlap:
+    """What a step leaves to the next one, with `overlap_reduction`.
+
+    Step t takes what t - 1 left, and begins to reduce its own statistics at its end. Step t + 1 runs its
+    passes meanwhile, then takes the sums, for the averages and decompositions that were due in t.
+    """
+
+    def __init__(self) -> None:
+        self.late: Late | None = None
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """What is held until a reduction has ended."""
+        return () if self.late is None or self.late.coming is None else self.late.coming.tensors
+
+    def leave(self, turn: Late, begin: Callable[[], Coming] | None) -> None:
+        """Leaves a step to the next one.
+
+        Args:
+            begin: Starts the reduction of its statistics, if there are any: at the end of a step, whose
+                own collectives would queue up behind it otherwise.
+        """
+        self.late = turn if begin is None else replace(turn, coming=begin())
+
+    def take(self, move: Move) -> None:
+        """Waits for the statistics that were left. That may also be done between the steps: nothing in
+        between depends on the averages.
+
+        Raises:
+            CommunicationError: If they were lost with a peer.
+        """
+        late = self.late
+        if late is not None and late.coming is not None:
+            statistics = late.coming.wait()
+            self.late = replace(late, coming=None)
+            if any(late.due):
+                move(statistics, late)
+
+    def take_what_came(self, move: Move) -> None:
+        """`take`, where peers may be lost: statistics that went with them are dropped."""
+        try:
+            self.take(move)
+        except CommunicationError:
+            assert self.late is not None
+            self.late = replace(self.late, coming=None)
+
+    def end(self) -> None:
+        """Waits for a reduction that is under way: a process that ended with its part unsent would fail
+        its peers."""
+        if self.late is not None and self.late.coming is not None:
+            with contextlib.suppress(CommunicationError):
+                self.late.coming.wait()
 
 
 def arrived(tensor: Tensor, work: Work) -> Any:

@@ -7,7 +7,6 @@ what other ranks hold and do follows from shapes (`placement.simulator`).
 from __future__ import annotations
 
 import time
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import CACHED_WIDTH, triangle_size
 from elastic_kfac.config import Config
 from elastic_kfac.config.kfac import KfacOptions
@@ -38,91 +34,13 @@ from elastic_kfac.placement.costs import (
 from elastic_kfac.placement.devices import Device
 from elastic_kfac.placement.simulator import Calibration, Line, Workload, fit_line
 from elastic_kfac.runs.feasibility import Sized
-from elastic_kfac.training.first_order import make_optimizer
-from elastic_kfac.training.preconditioner import make_preconditioner
-from elastic_kfac.training.sync.exchange import Exchange
-
-_FACTORS_EVERY, _INVERSES_EVERY = 2, 4
-"""Intervals while measuring: of eight steps four are plain, four move factors, two decompose."""
-_SPREAD_OVER = 8
-"""Steps that statistics are spread over while it is measured what that costs."""
-
-
-class PeakBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations take or return and somebody still holds: `now`, and at most
-    `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._live: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        tree_map_only(Tensor, self._add, (args, kwargs))
-        result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._add, result)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._live:
-            self._live[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.now -= self._live.pop(key)
-
-
-class _Steps:
-    """One rank's training steps of a configuration, on random samples; all layers at once, or spread."""
-
-    def __init__(self, sized: Sized, *, spread: bool = False) -> None:
-        config = sized.config
-        kfac = {
-            "enabled": True,
-            "refresh": "fixed",
-            "overlap_reduction": False,  # costs are those of the step that causes them
-            "stagger": spread,
-            "factor_update_steps": _SPREAD_OVER if spread else _FACTORS_EVERY,
-            "inverse_update_steps": _SPREAD_OVER if spread else _INVERSES_EVERY,
-        }
-        first_order: dict[str, object] = {"lr": 1e-6}
-        if config.optimizer.name == "sharded_kfac":
-            first_order["name"] = "sgd"
-        optimizer = config.optimizer.model_copy(update=first_order)
-        changes = {
-            "kfac": config.kfac.model_copy(update=kfac),
-            # On one rank alone the state may not fit the budget of many.
-            "plan": config.plan.model_copy(update={"memory_budget_gib": None, "calibrate": False}),
-            "optimizer": optimizer,
-        }
-        self.sized = sized
-        self.vector = Exchange(sized.model)
-        self.optimizer = make_optimizer(sized.model, optimizer)
-        made = make_preconditioner(
-            sized.model, self.optimizer, config.model_copy(update=changes), Communicator.solo()
-        )
-        assert made is not None
-        self.kfac: KFAC = made
-
-    def passes(self, samples: int) -> None:
-        """Leaves the gradients where a run has them to be summed over the ranks."""
-        self.vector.begin_step()
-        self.vector.begin_pass()
-        self.sized.loss(samples).backward()
-        self.vector.end_pass(samples)
-        self.vector.finish_step(samples)
-
-    def whole(self, samples: int) -> None:
-        """Passes, K-FAC and optimizer."""
-        self.passes(samples)
-        self.kfac.step()
-        self.optimizer.step()
+from elastic_kfac.runs.profiled_steps import (
+    FACTORS_EVERY,
+    INVERSES_EVERY,
+    SPREAD_OVER,
+    PeakBytes,
+    Steps,
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +103,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
 
     plain = [passes(n) for n in batches]
     sized.model.zero_grad()
-    steps = _Steps(sized)
+    steps = Steps(sized)
     kfac = steps.kfac
     statistics = [
         max(0.0, passes(n, kfac.skip_step) - without)
@@ -200,7 +118,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         sized,
         forward_backward=fit_line(batches, plain),
         factor_statistics=fit_line(batches, statistics),
-        bytes_=_bytes_of(steps, batches, _INVERSES_EVERY),
+        bytes_=_bytes_of(steps, batches, INVERSES_EVERY),
     )
     products = _products(kfac)
     scale = phases["products"] / max(sum(products.values()), 1e-12)
@@ -230,22 +148,22 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     )
 
 
-def _phases(steps: _Steps, samples: int, count: int = 3 * _INVERSES_EVERY) -> dict[str, float]:
+def _phases(steps: Steps, samples: int, count: int = 3 * INVERSES_EVERY) -> dict[str, float]:
     """Seconds of every part of a step, where it is due."""
     kfac, found = steps.kfac, defaultdict[str, list[float]](list)
     kfac.timers.clock = time.thread_time
     steps.whole(samples)  # warms up
     for _ in range(count):
         kind = "plain"
-        if kfac.steps % _FACTORS_EVERY == 0:
-            kind = "decomposing" if kfac.steps % _INVERSES_EVERY == 0 else "averaging"
+        if kfac.steps % FACTORS_EVERY == 0:
+            kind = "decomposing" if kfac.steps % INVERSES_EVERY == 0 else "averaging"
         begin = time.thread_time()
         steps.sized.loss(samples).backward()
         passed = time.thread_time()
         kfac.step()
         found[kind].append(time.thread_time() - passed)
         whole = passed - begin + kfac.timers.last["factors"]
-        found["watched" if kfac.steps % _FACTORS_EVERY == 1 else "unwatched"].append(whole)
+        found["watched" if kfac.steps % FACTORS_EVERY == 1 else "unwatched"].append(whole)
         found["products"].append(kfac.timers.last["products"])
         begin = time.thread_time()
         steps.optimizer.step()
@@ -272,7 +190,7 @@ class _Bytes:
     """When statistics are sent."""
 
 
-def _bytes_of(steps: _Steps, batches: Sequence[int], count: int) -> _Bytes:
+def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
     """Measured in so many steps."""
     peaks, held = {}, [0.0]
 
@@ -306,23 +224,23 @@ def _spreading(
         rows: Of one sample, by layer.
         together_s: What they take in one step.
     """
-    steps = _Steps(sized, spread=True)
+    steps = Steps(sized, spread=True)
     kfac = steps.kfac
     kfac.timers.clock = time.thread_time
     # Offsets follow the rows: those of a batch that is large enough to spread all that can be.
     kfac.refresh.see({name: round(1e6 * r) for name, r in rows.items()})
     found = defaultdict[tuple[int, bool], list[float]](list)
-    for _ in range(_SPREAD_OVER * (rounds + 1)):
+    for _ in range(SPREAD_OVER * (rounds + 1)):
         at = kfac.steps
-        kind = at % _SPREAD_OVER, kfac.factors_due()
+        kind = at % SPREAD_OVER, kfac.factors_due()
         begin = time.thread_time()
         sized.loss(batches[0]).backward()
         passed = time.thread_time() - begin
         kfac.step()
-        if at >= _SPREAD_OVER:
+        if at >= SPREAD_OVER:
             found[kind].append(passed + kfac.timers.last["factors"])
         steps.optimizer.zero_grad()
-    memory = _memory(_bytes_of(steps, batches, _SPREAD_OVER), _held(sized))
+    memory = _memory(_bytes_of(steps, batches, SPREAD_OVER), _held(sized))
     kfac.close()
     usual = {kind: median(values) for kind, values in found.items()}
     watched = [seconds for (_, is_due), seconds in usual.items() if is_due]
@@ -377,7 +295,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
     for n in (1, 2):
         counts.append(_flops(lambda n=n: sized.loss(n).backward()))  # type: ignore[misc]
     sized.model.zero_grad()
-    steps = _Steps(sized)
+    steps = Steps(sized)
     # Nothing is decomposed here, and wide factors take minutes: what is held is added.
     moments = 2 if sized.config.optimizer.name in ("adam", "adamw", "lamb") else 1
     is_bounded = sized.config.kfac.trust_region == "adaptive"

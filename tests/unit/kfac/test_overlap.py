@@ -139,9 +139,9 @@ def test_the_first_step_has_its_curvature_at_once() -> None:
     kfac = build(model)
     train(model, kfac, [0])
     assert {(s.factor_updates, s.inverse_step) for s in kfac.states} == {(1, 0)}
-    assert kfac.late is None
+    assert kfac.overlap.late is None
     train(model, kfac, [1, 2])
-    assert {s.factor_updates for s in kfac.states} == {1} and kfac.late is not None
+    assert {s.factor_updates for s in kfac.states} == {1} and kfac.overlap.late is not None
     train(model, kfac, [3])
     assert {s.factor_updates for s in kfac.states} == {2}
 

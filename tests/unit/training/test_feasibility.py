@@ -26,7 +26,8 @@ from elastic_kfac.placement.planner import max_second_order_elements
 from elastic_kfac.placement.simulator import Line, device_bytes
 from elastic_kfac.runs.feasibility import Sized, why_infeasible
 from elastic_kfac.runs.prediction import Outlook
-from elastic_kfac.runs.profile import PeakBytes, estimate, measure
+from elastic_kfac.runs.profile import estimate, measure
+from elastic_kfac.runs.profiled_steps import PeakBytes
 from elastic_kfac.state.checkpoint import CheckpointStore
 from elastic_kfac.training.callbacks import Callback, KeepGoing, Point
 from elastic_kfac.training.first_order import make_optimizer
