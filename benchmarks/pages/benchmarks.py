@@ -14,7 +14,7 @@ DOCUMENT = "docs/benchmarks.md"
 
 COMMANDS: dict[str, str] = {
     "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
-    "chaos": "python benchmarks/elastic/chaos.py --phases 10:30",
+    "chaos": "python benchmarks/elastic/chaos.py",
     "clusters10": "elastic-kfac compare benchmarks/studies/clusters10.yaml",
     "damping_rules": "python benchmarks/defaults/run.py (candidates.yaml)",
     "data": "python benchmarks/data/bench_data.py",
