@@ -39,7 +39,7 @@ COMMANDS: dict[str, str] = {
     "row_log_cost": "python benchmarks/row_log_cost.py",
     "schedules": "python benchmarks/studies/schedules.py",
     "slow_rank": "python benchmarks/elastic/slow_rank.py",
-    "spot_replay": "python benchmarks/elastic/spot_replay.py",
+    "spot_replay": "python benchmarks/elastic/spot_replay.py --real-minutes 10",
     "start_up": "python benchmarks/start_up.py --against PLATFORM_OF_ANOTHER_CHECKOUT",
     "story": "python benchmarks/elastic/story.py",
     "suggested": "python benchmarks/suggested.py",

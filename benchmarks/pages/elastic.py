@@ -19,6 +19,9 @@ def rows() -> Iterator[Row]:
         row = replayed[key]
         cells = (share(row["of_oracle"], 1), n(row["price"], ".2f"))
         yield Row(DOCUMENT, label, cells)
+    stretch = load("spot_replay")["real"]
+    label = f"the same, {stretch['minutes']:.0f} minutes of it with real processes"
+    yield Row(DOCUMENT, label, (share(stretch["of_oracle"], 1), "not priced"))
     story = load("story")["results"]
     for label, side in (
         ("elastic-kfac: seconds, longest pause, steps redone", "ours"),
