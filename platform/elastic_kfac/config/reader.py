@@ -174,8 +174,11 @@ def _one_line(error: ValidationError, model: type[BaseModel], what: str) -> Conf
     if problem["type"] == "extra_forbidden":
         if path in REMOVED:
             return ConfigError(f"{path} has been removed{more}", change=REMOVED[path])
-        known = sorted(_model_at(model, problem["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        known, name = (
+            sorted(_model_at(model, problem["loc"][:-1]).model_fields),
+            str(problem["loc"][-1]),
+        )
+        close = difflib.get_close_matches(name, known, n=1) or _elsewhere(model, name)
         return ConfigError(
             f"unknown key {path} in {what}{more}",
             allowed=", ".join(known),
@@ -218,6 +221,12 @@ def _model_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel
         if field is not None:
             model = next(models_in(field.annotation), model)
     return model
+
+
+def _elsewhere(model: type[BaseModel], name: str) -> list[str]:
+    """Paths of a key of this name in the model's sections."""
+    sections = ((key, m) for key, f in model.model_fields.items() for m in models_in(f.annotation))
+    return [f"{key}.{name}" for key, section in sections if name in section.model_fields]
 
 
 def models_in(annotation: Any) -> typing.Iterator[type[Any]]:

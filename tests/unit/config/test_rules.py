@@ -333,6 +333,8 @@ def test_bad_value_or_key_is_one_line(changes: dict[str, Any], line: str) -> Non
 def test_misspelt_key_is_refused_with_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match=r"did you mean kfac\?"):
         configured({"kfca.damping": 1})
+    with pytest.raises(ConfigError, match=r"did you mean optimizer.clip_grad_norm\?"):
+        configured({"train.clip_grad_norm": 1.0})
 
 
 @pytest.mark.parametrize("key", REMOVED)
