@@ -147,7 +147,12 @@ LEFT_OUT = {
 def run_here(script: str, sizes: dict[str, str], arguments: list[str]) -> None:
     """Runs a script with other constants, in a process of its own."""
     path = HERE / script
-    sys.path[:0] = [str(path.parent), str(HERE)]
+    folders = [str(path.parent), str(HERE)]
+    sys.path[:0] = folders
+    # Processes that it starts find what it is made of: as a script, it would be sent to them by value.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [*folders, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
     module = importlib.import_module(path.stem)
     smoke = next(each for each in SMOKES if each.script == script)
     for name, value in smoke.sizes.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "defaults"))
+sys.path.append(str(Path(__file__).parents[1] / "defaults"))  # which has a `run` of its own
 from small_problems import (
     Images,
     Problem,
