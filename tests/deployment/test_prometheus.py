@@ -31,6 +31,7 @@ ONLY_WITH_EIGENVALUES = (
 )
 ONLY_WITH_ATTACKS = ("eval_adversarial_loss", "eval_adversarial_accuracy")
 ONLY_AFTER_A_MERGE = ("merged_workers", "merge_newton_rank", "merge_sigma")
+ONLY_WITH_A_SLOW_RANK = ("slow_rank_factor",)
 OF_RAY_AFTER_A_CHANGE = {"ray_train_worker_group_shutdown_total_time_s"}
 MAY_BE_EMPTY = OF_RAY_AFTER_A_CHANGE | {
     prometheus_name(metric(name))
@@ -41,6 +42,7 @@ MAY_BE_EMPTY = OF_RAY_AFTER_A_CHANGE | {
         *ONLY_WITH_EIGENVALUES,
         *ONLY_WITH_ATTACKS,
         *ONLY_AFTER_A_MERGE,
+        *ONLY_WITH_A_SLOW_RANK,
     )
 }
 
