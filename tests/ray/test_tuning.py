@@ -27,6 +27,7 @@ from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.config import Config, apply_overrides, parse_config, read_config
 from elastic_kfac.errors import UsageError
 from elastic_kfac.experiments.resource_broker import shares
+from elastic_kfac.experiments.search_folder import SearchFolder
 from elastic_kfac.experiments.search_runner import SearchResult, search
 from elastic_kfac.experiments.search_space import SearchSpace, parse_space
 from elastic_kfac.experiments.searcher import planned_points
@@ -350,8 +351,10 @@ def _no_page(folder: Path) -> None:
 # A minute and a half; its rounds are played without a cluster in tests/unit/experiments.
 @pytest.mark.soak
 def test_search_pb2_clone_trains_on_from_its_donors_whole_state(
-    cluster: LocalCluster, config: Make, tmp_path: Path
+    cluster: LocalCluster, config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The states that were passed on are compared below; the end of a search deletes them.
+    monkeypatch.setattr(SearchFolder, "drop_tune_checkpoints", lambda folder: None)
     space = space_of(
         config(4),
         {"elastic.max_workers": 1, "train.eval_every_epochs": 2},
