@@ -302,7 +302,7 @@ def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) 
         await coordinator.record(1, [*_restored(3, 2), *_steps(4)])
         view = await coordinator.view(0)
         assert (view.world_sizes, view.pids[1], view.state) == ([2, 1, 2], 12, "running")
-        await coordinator.member_leaves("1 node being drained (n)")
+        await coordinator.member_leaves("1 node being drained (n)", 30.0)
         await coordinator.record(1, [*_restored(4, 1), *_steps(5)])
         for slot in (0, 2):
             await coordinator.rank_left(1, slot, {"status": "finished", "steps": 5})
@@ -327,6 +327,9 @@ def test_coordinator_in_place_follows_the_worlds_of_one_attempt(tmp_path: Path) 
         "[step 4] 2 -> 1 worker in place: 1 node being drained (n)",
     ]
     changes = [row for row in rows if "way" in row]
+    [noticed] = [row for row in RunFolder(tmp_path).events() if row["kind"] == "preemption"]
+    assert (noticed["step"], noticed["notice_s"]) == (4, 30.0)
+    assert [row["hand_over_s"] is not None for row in changes] == [False, False, True]
     assert [(r["way"], r["moved_bytes"], r["in_place"]) for r in changes] == [
         ("restore", 0, True),
         ("resize", 4096, True),

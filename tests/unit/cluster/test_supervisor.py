@@ -186,7 +186,7 @@ def test_member_on_a_draining_node_leaves_and_a_successor_joins() -> None:
     cluster.at(15, lambda: cluster.free.append("new"))
     cluster.at(25, cluster.finish)
     assert cluster.supervisor.run() == "finished"
-    assert cluster.said("member_leaves") == [("1 node being drained (node-1)",)]
+    assert cluster.said("member_leaves") == [("1 node being drained (node-1)", 0.0)]
     assert cluster.said("park") == [] and cluster.said("members_lost") == []
     assert set(cluster.said("world_formed")[-1][2].values()) == {"node-0", "new"}
 
@@ -214,7 +214,7 @@ def test_fewer_than_the_least_park_and_the_next_attempt_waits_for_them() -> None
     cluster.at(30, lambda: cluster.free.append("new"))
     cluster.at(50, cluster.finish)
     assert cluster.supervisor.run() == "finished"
-    assert cluster.said("park") == [("1 of at least 2 workers are left",)]
+    assert cluster.said("park") == [("1 of at least 2 workers are left", None)]
     assert [len(pids) for pids, _ in cluster.said("group_started")] == [2, 2]
     assert len(cluster.said("attempt_over")) == 1
 

@@ -195,12 +195,7 @@ class RunCoordinator:
             return
         self._begin_change("resize", reason)
         if notice_s is not None:
-            change = group.next_change or self._change
-            assert change is not None
-            change.is_preemption = True
-            self._record_event(
-                event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
-            )
+            self._note_preemption(reason, notice_s)
         self._enter(RunState.DRAINING, reason)
         group.drain_reason = reason
         group.changed.set()
@@ -271,9 +266,15 @@ class RunCoordinator:
         if group is not None and group.attempt == attempt:
             group.pids, group.nodes = dict(pids), dict(nodes)
 
-    async def member_leaves(self, reason: str) -> None:
-        """A member has been asked to leave at the next boundary."""
+    async def member_leaves(self, reason: str, notice_s: float | None = None) -> None:
+        """A member has been asked to leave at the next boundary.
+
+        Args:
+            notice_s: Seconds until its node leaves; None if it stays, or was named already.
+        """
         self._begin_change("resize", reason)
+        if notice_s is not None:
+            self._note_preemption(reason, notice_s)
         group, change = self._group, self._change
         change = group.next_change if group is not None and not group.stepped else change
         if change is not None:
@@ -513,7 +514,10 @@ class RunCoordinator:
         change, group = self._change, self._group
         before = group.world_size if group is not None else 0
         if kind == "resize" and group is not None and not group.stepped:
-            group.next_change = Change(kind, reason, before, marks={"noticed": time.monotonic()})
+            if group.next_change is None or group.next_change.reason != reason:
+                group.next_change = Change(
+                    kind, reason, before, marks={"noticed": time.monotonic()}
+                )
             return
         if change is None:
             self._change = Change(kind, reason, before)
@@ -521,6 +525,14 @@ class RunCoordinator:
             # A failure before the first new step is part of the same downtime.
             change.kind, change.reason = kind, reason
         self._mark("noticed")
+
+    def _note_preemption(self, reason: str, notice_s: float) -> None:
+        """The change that is under way began with the notice that a node leaves."""
+        change = (self._group and self._group.next_change) or self._change
+        assert change is not None
+        change.mark("preemption")
+        row = event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
+        self._record_event(row)
 
     def _begin_world(self, group: Group) -> None:
         """Survivors of this group have formed another world."""

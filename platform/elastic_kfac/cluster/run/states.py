@@ -68,8 +68,6 @@ class Change:
     reason: str
     from_world_size: int
     steps_redone: int = 0
-    is_preemption: bool = False
-    """Whether it began with the notice that a node will be preempted."""
     restored_from: str | None = None
     """Source of the state: a replica, the disk or a member."""
     in_place: bool = False
@@ -83,10 +81,11 @@ class Change:
 
     @property
     def hand_over_s(self) -> float | None:
-        """From the notice of a preemption until the state of all ranks was safe."""
-        if not self.is_preemption or "parked" not in self.marks:
-            return None
-        return round(self.marks["parked"] - self.marks["noticed"], 3)
+        """From the notice that a node leaves until the state of all ranks was safe: on disk, or in place
+        with the members that stay."""
+        told = self.marks.get("preemption")
+        safe = self.marks.get("restored" if self.in_place else "parked")
+        return None if told is None or safe is None else round(safe - told, 3)
 
     def mark(self, name: str) -> None:
         """A phase was reached; when a restart is retried, the last time counts."""

@@ -250,11 +250,12 @@ class Supervisor:
         names = ", ".join(node[:8] for node in nodes)
         reason = f"{_count(len(nodes), 'node')} being drained ({names})"
         staying = [seat for seat in members if seat not in leaving and seat.in_world]
+        notice_s = self._notice_s(nodes)
         if len(staying) >= self._least:
-            for seat in leaving:
-                self._let_go(seat, reason)
-        elif self._notice_s(nodes) < SHORT_NOTICE_S:
-            self._park(attempt, reason)
+            for place, seat in enumerate(leaving):
+                self._let_go(seat, reason, None if place else notice_s)
+        elif notice_s < SHORT_NOTICE_S:
+            self._park(attempt, reason, notice_s)
 
     def _notice_s(self, nodes: list[str]) -> float:
         deadlines = [self._leaving.get(node, 0) for node in nodes]
@@ -357,9 +358,9 @@ class Supervisor:
         arguments = (self._settings, attempt.number, attempt.address, seat.slot)
         seat.run = self._hands.call(seat.actor, "run", *arguments)
 
-    def _let_go(self, seat: Seat, reason: str) -> None:
+    def _let_go(self, seat: Seat, reason: str, notice_s: float | None = None) -> None:
         seat.leaves = True
-        self._ask("member_leaves", reason)
+        self._ask("member_leaves", reason, notice_s)
         self._hands.call(seat.actor, "leave")
 
     def _returned(self, seat: Seat, answer: Answer, now: float) -> None:
@@ -427,11 +428,11 @@ class Supervisor:
             self._park(attempt, f"{left} of at least {self._least} workers are left")
         return error
 
-    def _park(self, attempt: _Attempt, reason: str) -> None:
+    def _park(self, attempt: _Attempt, reason: str, notice_s: float | None = None) -> None:
         """Members save their state and return; the next attempt begins when there is room."""
         if not attempt.parks:
             attempt.parks = True
-            self._ask("park", reason)
+            self._ask("park", reason, notice_s)
 
     def _end_if_over(self, attempt: _Attempt, now: float) -> str | None:
         late = attempt.ended and now - attempt.ended_at > ENDING_S
