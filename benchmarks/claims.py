@@ -18,13 +18,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from pages import benchmarks, damping, elastic, planning, readme, studies, variants
+from pages import (
+    benchmarks,
+    damping,
+    elastic,
+    planning,
+    readme,
+    studies,
+    time_to_accuracy,
+    variants,
+)
 from pages.values import RESULTS, ROOT, Page, Row, plain
 
 UNITS = r"(?:CPU |training )?(?:s|ms|min|minutes?|seconds|hours?)\b|%|[kMGT]i?B\b|×"
 MEASURED = re.compile(rf"(?<![\w.(/])[−-]?\d[\d.,]*(?: to [+−-]?\d[\d.,]*)?\s?(?:{UNITS})")
 PAGES = (
-    *(each.PAGE for each in (readme, damping, variants, planning, elastic, studies)),
+    *(
+        each.PAGE
+        for each in (readme, damping, variants, planning, elastic, studies, time_to_accuracy)
+    ),
     Page(
         "docs/install.md",
         given={
