@@ -259,6 +259,7 @@ def test_search_killed_and_then_interrupted_continues_its_trials(
         budget={"epochs": 5000},
         searcher={"name": "optuna"},
         num_trials=2,
+        prune=False,  # the second one trains for as long as this test needs
     )
     (tmp_path / "space.json").write_text(space.model_dump_json())
     (tmp_path / "driver.py").write_text(_DRIVER)
