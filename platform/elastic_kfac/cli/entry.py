@@ -36,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand and returns its exit code; without `argv`, as a program, ends the process."""
     if argv is None:
         warnings.formatwarning = format_warning
-        warnings.simplefilter(
-            "once", UserWarning, append=True
-        )  # a model may be built several times
+        # A model may be built several times.
+        warnings.simplefilter("once", UserWarning, append=True)
     code = _run(argv)
     if argv is None:
         end_process(code)

@@ -174,10 +174,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], what: str) -> Conf
     if problem["type"] == "extra_forbidden":
         if path in REMOVED:
             return ConfigError(f"{path} has been removed{more}", change=REMOVED[path])
-        known, name = (
-            sorted(_model_at(model, problem["loc"][:-1]).model_fields),
-            str(problem["loc"][-1]),
-        )
+        known = sorted(_model_at(model, problem["loc"][:-1]).model_fields)
+        name = str(problem["loc"][-1])
         close = difflib.get_close_matches(name, known, n=1) or _elsewhere(model, name)
         return ConfigError(
             f"unknown key {path} in {what}{more}",

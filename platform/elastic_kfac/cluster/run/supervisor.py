@@ -259,7 +259,7 @@ class Supervisor:
 
     def _notice_s(self, nodes: list[str]) -> float:
         deadlines = [self._leaving.get(node, 0) for node in nodes]
-        return min(deadline / 1000 - time.time() if deadline else 0.0 for deadline in deadlines)
+        return max(0.0, min(at / 1000 - time.time() if at else 0.0 for at in deadlines))
 
     def _advance(self, seat: Seat, now: float) -> None:
         if seat.prepared is not None:
