@@ -45,6 +45,8 @@ BASELINES = ("sgd", "adamw")
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
     "adamw": (torch.optim.AdamW, {"lr": 1e-3}),
+    "sgd_0.7": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.7}),
+    "sgd_0.5": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.5}),
     "sgd_alone": (torch.optim.SGD, {"lr": 0.1}),  # momentum is elsewhere
 }
 VARIANTS = {

@@ -34,7 +34,9 @@ def rows() -> Iterator[Row]:
         cells = (f"{bold}{of(found[column], True)}{bold}" for column in columns)
         yield Row(DOCUMENT, label, tuple(cells))
     placements = {
-        "**behind, 0.9**": "default",
+        "behind, 0.9": "momentum_behind_0.9",
+        "**behind, 0.7**": "momentum_behind_0.7",
+        "behind, 0.5": "momentum_behind_0.5",
         "before, 0.9": "momentum_before",
         "before, 0.6": "momentum_before_0.6",
     }

@@ -158,7 +158,7 @@ def _shampoo(model: nn.Module, at: Setting) -> Built:
 
 
 def _behind(model: nn.Module, at: Setting) -> torch.optim.Optimizer:
-    rate, momentum = at.get("lr", 0.1), 1 - at.get("forgets", 0.1)
+    rate, momentum = at.get("lr", 0.1), 1 - at.get("forgets", 0.3)
     return torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 TAU = 4.0
 Runs = Sequence[Mapping[str, Any]]
-"""Each with `workload`, `method`, `study`, `point` and `curve`: (step, CPU seconds, metric)."""
+"""Each with `workload`, `method`, `study`, `point` and `curve`: (step, CPU seconds, metric); those that
+were repeated up to the target with `again`: `target` and `cpu_s`."""
 
 
 def target(runs: Runs, workload: str, methods: Sequence[str]) -> float:
@@ -30,17 +31,42 @@ def reached(run: Mapping[str, Any], goal: float) -> tuple[float, float]:
     """Steps and CPU seconds to the target; a miss is infinite."""
     for step, seconds, metric in run["curve"]:
         if metric is not None and metric <= goal:
-            return step, seconds
+            return step, run["again"]["cpu_s"] if is_timed(run, goal) else seconds
     return math.inf, math.inf
 
 
+def is_timed(run: Mapping[str, Any], goal: float) -> bool:
+    """Whether a run was repeated up to this target."""
+    return "again" in run and run["again"]["target"] == goal
+
+
 def score(runs: Runs, workload: str, method: str, goal: float, column: int) -> list[float]:
-    """Per study, the fastest point."""
-    studies: dict[int, float] = {}
+    """Per study, the fastest point; in CPU seconds, of the points that were repeated, if any were."""
+    studies: dict[int, list[Mapping[str, Any]]] = {}
     for run in _of(runs, workload, method):
-        value = reached(run, goal)[column]
-        studies[run["study"]] = min(value, studies.get(run["study"], math.inf))
-    return [studies[key] for key in sorted(studies)]
+        studies.setdefault(run["study"], []).append(run)
+    found = []
+    for _, points in sorted(studies.items()):
+        timed = [run for run in points if is_timed(run, goal)]
+        found.append(min(reached(run, goal)[column] for run in timed or points))
+    return found
+
+
+def fastest(runs: Runs, workload: str, goal: float) -> list[Mapping[str, Any]]:
+    """The points to repeat, so that CPU seconds of all methods are of one time: of each study and
+    method the one with the fewest steps to the target and the one with the least CPU time; methods take
+    turns."""
+    places: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["workload"] == workload and math.isfinite(reached(run, goal)[0]):
+            places.setdefault((run["study"], run["method"]), []).append(run)
+    chosen: dict[tuple[int, int, str], Mapping[str, Any]] = {}
+    for (study, method), points in places.items():
+        chosen[study, 0, method] = by_steps = min(points, key=lambda run: reached(run, goal))
+        by_time = min(points, key=lambda run: reached(run, goal)[::-1])
+        if by_time is not by_steps:
+            chosen[study, 1, method] = by_time
+    return [chosen[key] for key in sorted(chosen)]
 
 
 def profile(times: Mapping[str, Mapping[str, float]]) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ class SmallEngine:
 
     def __init__(self, model: nn.Module, lr: float) -> None:
         self.module = model
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.7)
         self._backwards = 0
 
     def gradient_accumulation_steps(self) -> int:

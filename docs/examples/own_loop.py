@@ -27,7 +27,7 @@ def train(folder: str, most_steps: int = 10**9) -> str:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).double()
     images, labels = torch.randn(300, 20).double(), torch.randint(0, 3, (300,))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.7)
     kfac = KFAC(model, lr=optimizer, damping=0.01, process_group=ranks)
     state = ElasticState(model, optimizer, kfac, folder=folder, communicator=ranks)
     exchange = Exchange(model)  # all gradients of a step as one flat vector

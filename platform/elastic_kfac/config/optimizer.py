@@ -8,6 +8,9 @@ from pydantic import Field
 
 from elastic_kfac.config.section import Section
 
+BEHIND_KFAC = 0.7
+"""Momentum behind K-FAC with the adaptive trust region."""
+
 
 class OptimizerConfig(Section):
     """The rule that applies the (preconditioned) gradient, and its learning rate."""
@@ -19,7 +22,8 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 0.1
     """Base learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum; also β1 of `adam`, `adamw` and `lamb`."""
+    """Momentum; also β1 of `adam`, `adamw` and `lamb`. Not given, it is 0.7 in `sgd` and `sharded_kfac`
+    behind `kfac.trust_region: adaptive`, where that does better (docs/damping.md)."""
     momentum_rule: Literal["constant", "ratio0", "ratio_prev"] = "constant"
     """How momentum follows the learning rate in `velocity_sgd` and `sharded_kfac`: not, as
     momentum·lr/lr_0, or as momentum·lr/lr_previous while the rate falls."""

@@ -18,7 +18,7 @@ from elastic_kfac.config.elastic import (
     ResourcesConfig,
 )
 from elastic_kfac.config.kfac import KfacConfig, LevenbergMarquardt, ShardedConfig
-from elastic_kfac.config.optimizer import BatchConfig, OptimizerConfig
+from elastic_kfac.config.optimizer import BEHIND_KFAC, BatchConfig, OptimizerConfig
 from elastic_kfac.config.section import Section
 from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.config.train import ModelConfig, TaskConfig, TrainConfig
@@ -45,6 +45,17 @@ class Config(Section):
     analysis: AnalysisConfig = AnalysisConfig()
     resources: ResourcesConfig = ResourcesConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _momentum_behind_kfac(self) -> Config:
+        """See `OptimizerConfig.momentum`."""
+        optimizer, kfac = self.optimizer, self.kfac
+        is_behind = optimizer.name == "sharded_kfac" or (kfac.enabled and optimizer.name == "sgd")
+        is_given = "momentum" in optimizer.model_fields_set
+        if is_behind and not is_given and kfac.trust_region == "adaptive" and not kfac.momentum:
+            # Sections are frozen for others.
+            self.__dict__["optimizer"] = optimizer.model_copy(update={"momentum": BEHIND_KFAC})
+        return self
 
     @model_validator(mode="after")
     def _obeys_the_rules(self) -> Config:

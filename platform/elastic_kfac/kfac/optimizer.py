@@ -17,7 +17,7 @@ from elastic_kfac.kfac.kfac import KFAC
 class KFACOptimizer(torch.optim.Optimizer):
     """Preconditions the gradients by K-FAC, then steps another optimizer.
 
-        optimizer = KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        optimizer = KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.7))
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     Parameter groups, state and defaults are those of the inner optimizer, so that learning-rate
@@ -53,7 +53,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         right = (
-            "write KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))"
+            "write KFACOptimizer(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.7))"
         )
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(

@@ -21,6 +21,9 @@ depends on the units of the loss. P = (F/c² + γI)⁻¹ D/c.
              from stopping it. Where ρ > 0 by more than noise, the optimizer's momentum is cut to λ m: its
              buffer is a sum of gradients handed over here, so that (1 − λ) m times it is taken out of the
              next one (adaptive restart, O'Donoghue and Candès 2015).
+    warm-up  That sum is multiplied by the rate of the coming step. Where the rate has risen, momentum is
+             therefore cut, in the same way, to m lr_{t−1}/lr_t: what is carried on is the step as it was
+             taken. Otherwise steps that were as long as the bound become longer than it.
 
 With momentum before the preconditioner, P = (F/c² + γI)⁻¹ M/c for M ← m M + (1 − m) D, the optimizer has
 none of its own: a step is the whole step, so that the bound has no factor 1 − m, and the brake cuts M. ρ
@@ -262,6 +265,7 @@ class TrustRegion:
         scale: Of the loss; None before the first statistics.
         rows: Of the largest batch so far, positions counted, at the layer that is called last.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
+        last_lr: The largest learning rate of the last step; None before the first.
         steps_taken: δ by layer, where this rank has P.
         averages: M by layer in the same places, with momentum before the preconditioner.
         carried: Weight of M before the last step in this one's, over the αν of that step, a number.
@@ -284,6 +288,7 @@ class TrustRegion:
         self.scale: LossScale | None = None
         self.rows = 0
         self.largest_lr = 0.0
+        self.last_lr: float | None = None
         self.steps_taken: dict[str, LastStep] = {}
         self.squares = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.growth, self.descent, self.carried = self._numbers(1.0, 0.0, 0.0)
@@ -370,6 +375,10 @@ class TrustRegion:
                 product = product / (1.0 - self.momentum)
             rho = self._grow(product * square, slope)
             cut = within((rho - BRAKE) / (1.0 - BRAKE), 0.0, 1.0)
+            carried_over = self._carried_over(rates)
+            if averages is None and carried_over < 1.0:
+                cut = 1.0 - (1.0 - cut) * carried_over
+        self.last_lr = max(rates.lr)
         factor = where(usable, nu * self.growth, 0.0)
         if averages is not None:
             kept = self.momentum * (1.0 - cut)
@@ -389,6 +398,13 @@ class TrustRegion:
             momenta = [rates.momentum[index] for index in indices]
             self._follow(names, results, used, momenta, usable, cut)
         return factor, raw
+
+    def _carried_over(self, rates: StepRates) -> float:
+        """The part of the optimizer's momentum that a rising rate leaves."""
+        lr, last = max(rates.lr), self.last_lr
+        if last is None or last >= lr or not any(rates.momentum):
+            return 1.0
+        return last / lr
 
     def _follow(
         self,
@@ -477,11 +493,12 @@ class TrustRegion:
     def apply_plain(self, gradients: list[Tensor], rates: StepRates) -> None:
         """Brings gradients of parameters without curvature to the normalised loss, in place, and bounds
         the whole step of each by `PLAIN`."""
-        lr, momentum = max(rates.lr), max(rates.momentum)
-        if not gradients or not lr:
+        if not gradients:
             return
         torch._foreach_div_(gradients, (self.scale or self.kind()).loss)
-        longest = PLAIN * (1.0 - momentum) / self.largest_lr
+        if not self.largest_lr:  # no step yet; a warm-up begins
+            return
+        longest = PLAIN * (1.0 - max(rates.momentum)) / self.largest_lr
         scales = [(longest / norm).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
         torch._foreach_mul_(gradients, scales)
 
@@ -538,6 +555,7 @@ class TrustRegion:
             "scale": None if self.scale is None else asdict(self.scale),
             "rows": self.rows,
             "largest_lr": self.largest_lr,
+            "last_lr": self.last_lr,
             **{name: float(getattr(self, name)) for name in _SCALARS},
             "squares": dict(zip(self.names, self.squares.tolist(), strict=True)),
         }
@@ -547,6 +565,7 @@ class TrustRegion:
         self.scale = None if saved["scale"] is None else self.kind(**saved["scale"])
         self.rows = int(saved.get("rows", 0))  # not in states of earlier versions
         self.largest_lr = float(saved["largest_lr"])
+        self.last_lr = saved.get("last_lr")
         for name in _SCALARS:
             setattr(self, name, self._numbers(float(saved[name]))[0])
         (self.carried,) = self._numbers(float(saved.get("carried", 0.0)))

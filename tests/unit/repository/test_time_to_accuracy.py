@@ -40,6 +40,21 @@ def test_a_study_counts_its_fastest_point_and_a_miss_is_infinite() -> None:
     assert PROTOCOL["score"](runs, "w", "a", 0.4, 1) == [2.0, math.inf]
 
 
+def test_the_seconds_that_count_are_those_of_points_repeated_together() -> None:
+    slow_start = _run("a", 0, (10, 8.0, 0.3))
+    cheap_steps = _run("a", 0, (10, 1.0, 0.9), (20, 2.0, 0.4))
+    neither = _run("a", 0, (10, 1.0, 0.9), (20, 9.0, 0.4))
+    other, miss = _run("b", 0, (5, 1.0, 0.2)), _run("b", 1, (5, 1.0, 0.9))
+    runs = [slow_start, cheap_steps, neither, other, miss]
+    assert PROTOCOL["fastest"](runs, "w", 0.4) == [slow_start, other, cheap_steps]
+    slow_start["again"] = {"target": 0.4, "cpu_s": 3.0}
+    cheap_steps["again"] = {"target": 0.4, "cpu_s": 4.0}
+    assert PROTOCOL["score"](runs, "w", "a", 0.4, 0) == [10]
+    assert PROTOCOL["score"](runs, "w", "a", 0.4, 1) == [3.0]
+    # A target that has moved since.
+    assert PROTOCOL["score"](runs, "w", "a", 0.3, 1) == [8.0]
+
+
 def test_profile_score_is_the_integral_of_the_profile() -> None:
     times = {
         "one": {"a": 1.0, "b": 2.0, "c": math.inf},
