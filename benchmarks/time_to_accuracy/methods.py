@@ -178,7 +178,7 @@ def _kfac_pytorch(model: nn.Module, at: Setting) -> Built:
 
 def _ours(model: nn.Module, at: Setting) -> Built:
     optimizer = _behind(model, at)
-    options: dict[str, Any] = {"damping": at["damping"]} if "damping" in at else {}
+    options: dict[str, Any] = {k: at[k] for k in ("damping", "trust_radius") if k in at}
     if "every" in at:
         every = round(at["every"])
         options |= {"factor_update_steps": every, "inverse_update_steps": 2 * every}
@@ -198,6 +198,7 @@ CLIPPED = {
 ADAPTIVE = {
     "forgets": Range(0.05, 0.5),
     "damping": Range(1e-4, 1e-1),
+    "trust_radius": Range(0.5, 4.0),
     **EVERY,
     **LR_SHARE,
 }

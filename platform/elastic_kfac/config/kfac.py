@@ -144,6 +144,9 @@ class KfacOptions(Section):
     damping then is on the scale of the normalised loss, and of the learning rate only its course
     counts, from the largest value on. `fixed` bounds one preconditioned gradient by `kl_clip`, and is
     what a given `kl_clip` stands for. `none` bounds nothing."""
+    trust_radius: Positive = 1.0
+    """Factor on the longest step of `trust_region: adaptive`, which follows from the size of the batch:
+    what to tune in place of the learning rate."""
     kl_clip: Clip = 1e-3
     """Bound κ of `trust_region: fixed` on the approximate KL divergence of a step; null is
     `trust_region: none`; or a schedule."""
@@ -250,6 +253,8 @@ class KfacOptions(Section):
             raise ValueError(
                 "kl_clip has no effect with trust_region=adaptive: set trust_region=fixed"
             )
+        if self.trust_radius != 1.0 and self.trust_region != "adaptive":
+            raise ValueError("trust_radius needs trust_region=adaptive: leave kl_clip out")
         if self.momentum and self.trust_region != "adaptive":
             raise ValueError("momentum before the preconditioner needs trust_region=adaptive")
         if self.trust_region == "adaptive" and self.factor_scale != "per_sample":

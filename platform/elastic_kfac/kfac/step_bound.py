@@ -76,7 +76,9 @@ class StepBound:
         if self.options.trust_region == "adaptive":
             kind = InputScale if self.options.method == "one_sided" else LossScale
             names, device = [layer.name for layer in layers], layers[0].device
-            self.trust = TrustRegion(names, device, kind, self.options.momentum)
+            self.trust = TrustRegion(
+                names, device, kind, self.options.momentum, self.options.trust_radius
+            )
 
     def tikhonov(self, damping: float) -> float:
         """What is added to F: γ in the units of the loss, and the curvature of weight decay.

@@ -280,8 +280,11 @@ class TrustRegion:
         device: torch.device,
         kind: type[LossScale] = LossScale,
         momentum: float = 0.0,
+        radius: float = 1.0,
     ) -> None:
         self.names, self.kind = tuple(names), kind
+        self.radius = radius
+        """Factor on sqrt(κ)."""
         self.momentum = momentum
         """m before the preconditioner."""
         self.averages: dict[str, Tensor] = {}
@@ -304,7 +307,7 @@ class TrustRegion:
     @property
     def kappa(self) -> float:
         """κ for batches of this size."""
-        return min(max(PER_ROW * self.rows, LEAST), MOST)
+        return self.radius**2 * min(max(PER_ROW * self.rows, LEAST), MOST)
 
     def _numbers(self, *values: float) -> list[Number]:
         return numbers(self.squares.new_tensor(values))

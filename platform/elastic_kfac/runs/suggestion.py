@@ -409,8 +409,10 @@ def _published(config: Config) -> Directions:
 
 
 def _rate(config: Config) -> Directions:
-    """Not where only the course of the rate counts."""
-    if not config.kfac.enabled or config.kfac.trust_region != "adaptive":
+    """The longest step instead, where only the course of the rate counts."""
+    if config.kfac.enabled and config.kfac.trust_region == "adaptive":
+        yield from _scaled("kfac.trust_radius", config.kfac.trust_radius, 2.0, 2)
+    else:
         yield from _scaled("optimizer.lr", config.optimizer.lr, 3.0, 2)
 
 

@@ -142,6 +142,16 @@ def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> Non
     assert kfac.bound.trust.scale.loss == pytest.approx(expected)
 
 
+def test_the_radius_multiplies_the_longest_step() -> None:
+    runs = [Run(network(), momentum=0.0, trust_radius=radius) for radius in (1.0, 3.0)]
+    for run in runs:
+        run.step(0)
+    moved = [torch.cat(weights(run.model)) - torch.cat(weights(network())) for run in runs]
+    torch.testing.assert_close(moved[1], 3.0 * moved[0])
+    with pytest.raises(ConfigError, match="trust_radius needs trust_region=adaptive"):
+        KFAC(network(), trust_radius=3.0, kl_clip=1e-3)
+
+
 def test_the_bound_follows_the_rows_of_the_largest_batch() -> None:
     def step(rows: int) -> None:
         x = torch.randn(rows, 5, dtype=torch.double)
