@@ -53,9 +53,18 @@ class Config(Section):
         is_behind = optimizer.name == "sharded_kfac" or (kfac.enabled and optimizer.name == "sgd")
         is_given = "momentum" in optimizer.model_fields_set
         if is_behind and not is_given and kfac.trust_region == "adaptive" and not kfac.momentum:
-            # Sections are frozen for others.
-            self.__dict__["optimizer"] = optimizer.model_copy(update={"momentum": BEHIND_KFAC})
+            optimizer = optimizer.model_copy(update={"momentum": BEHIND_KFAC})
+            optimizer.model_fields_set.discard("momentum")
+            self.__dict__["optimizer"] = optimizer  # sections are frozen for others
         return self
+
+    def to_change(self) -> dict[str, Any]:
+        """The values as JSON has them, to be parsed again with others in their place: what depends on
+        others and was not given is left out."""
+        values = self.model_dump(mode="json")
+        if "momentum" not in self.optimizer.model_fields_set:
+            del values["optimizer"]["momentum"]
+        return values
 
     @model_validator(mode="after")
     def _obeys_the_rules(self) -> Config:

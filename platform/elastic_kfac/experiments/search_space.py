@@ -380,7 +380,7 @@ class SearchSpace(Section):
         ]
         if self.budget.epochs is not None:
             overrides.append(("train.epochs", self.budget.epochs))
-        return parse_config(apply_overrides(self.base.model_dump(mode="json"), overrides))
+        return parse_config(apply_overrides(self.base.to_change(), overrides))
 
     def shipped_config(self, point: Point) -> Config:
         """The content of `best_config.yaml`: the point, trained to the end of the budget."""

@@ -182,7 +182,7 @@ def changed(config: Config, changes: Changes) -> Config:
     Raises:
         ConfigError: If they do not fit.
     """
-    return parse_config(apply_overrides(config.model_dump(mode="json"), [*changes.items()]))
+    return parse_config(apply_overrides(config.to_change(), [*changes.items()]))
 
 
 # -- trials ---------------------------------------------------------------------------------------

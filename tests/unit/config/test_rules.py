@@ -361,3 +361,25 @@ def test_a_clip_given_over_a_complete_configuration_decides_the_bound(
     assert (kfac.trust_region, kfac.kl_clip) == (rule, value)
     again = parse_config(parse_config({"kfac": base}).model_dump(mode="json")).kfac
     assert again == parse_config({"kfac": base}).kfac
+
+
+@pytest.mark.parametrize(
+    ("given", "momentum"),
+    [
+        ({}, 0.7),
+        ({"optimizer.name": "sharded_kfac"}, 0.7),
+        ({"optimizer.momentum": 0.9}, 0.9),
+        ({"kfac.enabled": False}, 0.9),
+        ({"kfac.kl_clip": 1e-3}, 0.9),
+        ({"optimizer.name": "adamw"}, 0.9),
+    ],
+)
+def test_momentum_that_is_not_given_depends_on_what_it_stands_behind(
+    given: dict[str, Any], momentum: float
+) -> None:
+    config = parse_config(apply_overrides({}, [*given.items()]))
+    assert config.optimizer.momentum == momentum
+    assert parse_config(config.model_dump(mode="json")) == config
+    # Other values in its place find their own.
+    other = apply_overrides(config.to_change(), [("optimizer.name", "lamb")])
+    assert parse_config(other).optimizer.momentum == 0.9
