@@ -87,7 +87,7 @@ def plain(batches: Batches, rule: str = "sgd", schedule: Any = None) -> dict[str
         torch.set_default_dtype(torch.float32)
     model: nn.Module = scope["model"]
     inner: torch.optim.Optimizer = (
-        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.7)
         if rule == "sgd"
         else torch.optim.AdamW(model.parameters(), lr=0.01)
     )
