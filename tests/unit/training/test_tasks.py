@@ -37,7 +37,12 @@ CASES: dict[str, tuple[Callable[[Path], str], dict[str, Any], str, float]] = {
     "masked_lm": (letters, {"model.name": f"{MODELS}:NextToken"}, "accuracy", 0.15),
     "sequence_classification": (reviews, {"model.name": f"{MODELS}:BagOfTokens"}, "f1", 0.9),
     "segmentation": (scenes, {"model.name": f"{MODELS}:pixel_network"}, "miou", 0.7),
-    "detection": (objects, {"model.name": f"{MODELS}:Anchors", "train.epochs": 16}, "map50", 0.5),
+    "detection": (
+        objects,
+        {"model.name": f"{MODELS}:Anchors", "train.epochs": 16, "optimizer.momentum": 0.9},
+        "map50",
+        0.5,
+    ),
     "autoencoding": (scenes, {"model.name": f"{MODELS}:autoencoder"}, "mse", 3.0),
     f"{MODELS}:AbsoluteError": (own, {"model.name": f"{MODELS}:TwoInputs"}, "close", 0.5),
 }
