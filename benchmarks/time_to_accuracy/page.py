@@ -54,11 +54,10 @@ def write_report(target: Path, content: dict[str, Any]) -> None:
         "cpu_ms_per_step": "CPU milliseconds per step",
         "points_that_reached": "Runs that reached the target",
     }.items():
-        cells = {
-            w: ["–" if row[m] is None else row[m] for m in methods]
+        rows = [
+            (w, *("–" if row[m] is None else row[m] for m in methods))
             for w, row in summary[key].items()
-        }
-        rows = [(w, *row) for w, row in cells.items()]
+        ]
         tables.append((Table.of(name, "workload|" + "|".join(f"#{m}" for m in methods), rows), ""))
     spaces = [
         (m, ", ".join(f"{k} {low:g}–{high:g}" for k, (low, high) in space.items()) or "none")
