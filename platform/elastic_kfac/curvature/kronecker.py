@@ -447,13 +447,7 @@ class EmbeddingLayer(KroneckerLayer):
         # Finding them on a device would have the host wait for it; there the whole table is cheap.
         if weight_decay or grad is None or not factors.can_be_read(grad):
             return None
-        if looked_up is None:
-            return _nonzero_rows(grad)
-        used = torch.zeros(grad.shape[0], dtype=torch.bool)
-        used[looked_up.flatten()] = True
-        rows = used.nonzero().squeeze(1)
-        found = _nonzero_rows(grad.index_select(0, rows))
-        return rows if len(found) == len(rows) else rows[found]
+        return _nonzero_rows(grad) if looked_up is None else looked_up
 
     def gradient(self, weight_decay: float = 0.0, used: Tensor | None = None) -> Tensor:
         if used is None:

@@ -47,21 +47,22 @@ class LookUps:
             self._known = weakref.ref(grad), *made[1:]
 
     def rows(self, grad: Tensor | None) -> Tensor | None:
-        """Indices of all rows of `.grad` that may be other than zero; None where they are not known."""
+        """All rows of `.grad` that may be other than zero, ascending; None where they are not known."""
         if self._known is None or grad is None or not can_be_read(grad) or _have_company():
             return None
         seen, version, indices, its_version = self._known
         if seen() is not grad or grad._version != version or indices._version != its_version:
             return None
-        return None if _was_filled(grad, indices) else indices
+        looked_up = torch.zeros(len(grad), dtype=torch.bool)
+        looked_up[indices.flatten()] = True
+        return None if _was_filled(grad, looked_up) else looked_up.nonzero().squeeze(1)
 
 
-def _was_filled(grad: Tensor, indices: Tensor) -> bool:
+def _was_filled(grad: Tensor, looked_up: Tensor) -> bool:
     """Whether others of a few rows than those looked up are not zero: what is done to `.grad.data`, as
     adding a decay, leaves the version as it was."""
     every = max(1, len(grad) // _PROBES)
-    rows = grad[::every].any(1).nonzero() * every
-    return not bool(torch.isin(rows, indices).all())
+    return bool((grad[::every].any(1) > looked_up[::every]).any())
 
 
 _PROBES = 32
