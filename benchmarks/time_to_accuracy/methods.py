@@ -178,10 +178,10 @@ def _kfac_pytorch(model: nn.Module, at: Setting) -> Built:
 
 def _ours(model: nn.Module, at: Setting) -> Built:
     optimizer = _behind(model, at)
-    options: dict[str, Any] = {k: at[k] for k in ("damping", "trust_radius") if k in at}
-    if "every" in at:
-        every = round(at["every"])
-        options |= {"factor_update_steps": every, "inverse_update_steps": 2 * every}
+    options: dict[str, Any] = {}
+    if "trust_radius" in at:
+        radius = at["trust_radius"]
+        options = {"trust_radius": radius, "damping": at["damping_over_radius_squared"] * radius**2}
     reduction = "positions" if getattr(model, "causal", False) else "mean"
     return [optimizer], KFAC(model, lr=optimizer, loss_reduction=reduction, **options)
 
@@ -196,13 +196,11 @@ CLIPPED = {
     **EVERY,
 }
 ADAPTIVE = {
-    "forgets": Range(0.05, 0.5),
-    "damping": Range(1e-4, 1e-1),
     "trust_radius": Range(0.5, 4.0),
-    **EVERY,
+    "damping_over_radius_squared": Range(3e-4, 6e-3),
     **LR_SHARE,
 }
-"""Of the rate only its course counts."""
+"""Of the rate only its course counts; longer steps want more damping."""
 DECAY = {"decay": Range(1e-6, 1e-3)}
 DECOUPLED = {"decay": Range(1e-3, 1e-1)}
 

@@ -129,8 +129,9 @@ class KfacOptions(Section):
     have the scale of squared per-sample gradients (of the normalised loss with
     `trust_region: adaptive`: 1 at the output). Too small lets noise in flat directions dominate the
     step; too large turns K-FAC into gradient descent. A layer never gets less than its gradient's
-    rounding needs: in float32, about 2e-6 of its largest eigenvalue. A number, a schedule
-    (`schedule: warmup` or `milestones`) or `rule: levenberg_marquardt`."""
+    rounding needs: in float32, about 2e-6 of its largest eigenvalue. With `trust_region: adaptive` γ is
+    that of the first batch, and is halved whenever the gradient at the output has halved. A number, a
+    schedule (`schedule: warmup` or `milestones`) or `rule: levenberg_marquardt`."""
     factor_decay: Decay = 0.95
     """Weight of the OLD factor in the moving average; or a schedule."""
     factor_update_steps: Interval = 5

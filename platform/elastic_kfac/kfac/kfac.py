@@ -345,7 +345,9 @@ class KFAC:
             self.refresh.see({self.layers[i].name: int(statistics.counts[i][1]) for i in seen})
         self.covered.used |= {self.layers[i].name for i in seen}
         self.covered.name_unseen(turn.due)
-        return self.averages.update(statistics, seen, turn.due, turn.step)
+        refreshed = self.averages.update(statistics, seen, turn.due, turn.step)
+        self.bound.follow_residual(self.states, self.distribution.total)
+        return refreshed
 
     def _precondition(self, parameters: Sequence[nn.Parameter]) -> None:
         """`.grad` becomes ν (F + γI)⁻¹ D in the covered layers that have a decomposition."""

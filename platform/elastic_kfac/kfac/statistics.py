@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -249,6 +249,38 @@ def arrived(tensor: Tensor, work: Work) -> Any:
     return values.tolist()
 
 
+class Arriving:
+    """Numbers or flags of a device that the host will read, without waiting for later work.
+
+    Args:
+        values: One-dimensional.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._known: list[Any] | None = values.tolist() if can_be_read(values) else None
+        self._coming = values
+        if values.is_cuda:
+            self._coming = torch.empty_like(values, device="cpu", pin_memory=True)
+            self._coming.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> list[Any]:
+        """Waits for no work but what had been asked for when this was built."""
+        if self._event is not None:
+            self._event.synchronize()
+        if self._known is None:
+            # The bytes that have arrived; an operation would be one that waits for the device.
+            size = self._coming.numel() * self._coming.element_size()
+            arrived = memoryview(ctypes.string_at(self._coming.data_ptr(), size))
+            self._known = arrived.cast(_FORMATS[self._coming.dtype]).tolist()
+        return self._known
+
+
+_FORMATS: dict[torch.dtype, Literal["?", "d"]] = {torch.bool: "?", torch.float64: "d"}
+
+
 class Verdict:
     """Which layers' statistics in an update were finite: known at once, or, so that the host does not
     wait for a device, at the next update.
@@ -263,27 +295,13 @@ class Verdict:
         self.indices = indices
         self.flags: dict[int, Tensor] = {}
         """By layer, for the device to decide with; empty where the host knows."""
-        self._event: torch.cuda.Event | None = None
-        if at_once or can_be_read(finite):
-            self._values: list[bool] | None = finite.tolist()
-            return
-        self.flags = dict(zip(indices, finite.unbind(), strict=True))
-        self._values, self._coming = None, finite
-        if finite.is_cuda:
-            self._coming = torch.empty_like(finite, device="cpu", pin_memory=True)
-            self._coming.copy_(finite, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._coming = Arriving(finite.cpu() if at_once else finite)
+        if not (at_once or can_be_read(finite)):
+            self.flags = dict(zip(indices, finite.unbind(), strict=True))
 
     def finite(self) -> set[int]:
         """The layers; waits for no work but that of the update."""
-        if self._event is not None:
-            self._event.synchronize()
-        if self._values is None:
-            # The bytes that have arrived; an operation would be one that waits for the device.
-            arrived = ctypes.string_at(self._coming.data_ptr(), self._coming.numel())
-            self._values = list(map(bool, arrived))
-        return {i for i, good in zip(self.indices, self._values, strict=True) if good}
+        return {i for i, good in zip(self.indices, self._coming.read(), strict=True) if good}
 
 
 def with_gradients(layers: Sequence[Layer]) -> list[str]:

@@ -81,16 +81,15 @@ class StepBound:
             )
 
     def tikhonov(self, damping: float) -> float:
-        """What is added to F: γ in the units of the loss, and the curvature of weight decay.
+        """What is added to F: γq in the units of the loss, and the curvature of weight decay.
 
         Args:
             damping: γ, the coupled weight decay included.
         """
-        scale = None if self.trust is None else self.trust.scale
-        if scale is None:
+        trust, decay = self.trust, self.options.weight_decay
+        if trust is None or trust.scale is None:
             return damping
-        decay = self.options.weight_decay
-        return (damping - decay) * scale.fisher + decay * scale.step
+        return (damping - decay) * trust.residual * trust.scale.fisher + decay * trust.scale.step
 
     def learn_scales(self, statistics: Statistics, states: list[LayerState], total: Total) -> None:
         """With the adaptive rule, takes the scale of the loss and, into `states`, that of each layer's
@@ -135,6 +134,18 @@ class StepBound:
                 square = known[i] * math.prod(shape[:-1] or shape)
                 if 0 < square < math.inf and samples:
                     self.trust.scale = LossScale(math.sqrt(square), rows / samples)
+
+    def follow_residual(self, states: Sequence[LayerState], total: Total) -> None:
+        """With the adaptive rule, has the damping follow the output gradients. Call after each update.
+        Collective."""
+        output = self._output
+        if self.trust is None or output is None or self.options.ema_init == "identity":
+            return
+        square, floor = self.trust.squares.new_zeros(1), states[output].floor
+        held = states[output].factors.get("G")
+        if held is not None and floor:
+            square += mean_eigenvalue(held).mean() * (FLOOR / floor)
+        self.trust.follow(total(square))
 
     def _input_scale(self, statistics: Statistics, total: Total) -> InputScale | None:
         """c from gradients and inputs: `c² = ‖D‖² / tr A`, the mean over the layers, is the square of an

@@ -4,6 +4,11 @@ With c the root mean square of a sample's loss gradient at the last layer's outp
 batch, everything here is about the normalised loss L/c: its gradient is D/c, its Fisher F/c², and nothing
 depends on the units of the loss. P = (F/c² + γI)⁻¹ D/c.
 
+    damping  γ is multiplied by q, the root mean square of a sample's gradient at the last layer's output,
+             averaged as the factors are, over that of the first batch. F of the training loss falls with
+             the square of the residuals: a γ that does not ends up far above it, and the last of them are
+             learned by plain gradients. q is the next power of two above, between 2⁻¹⁰ and 1, so that γ
+             seldom changes, and known one update later, so that no host waits for it.
     floor    εg I is added to each layer's factor of output gradients, g its mean eigenvalue in the first
              batch. F of the training loss vanishes as samples are fitted; a metric that does allows any
              step, and the next sample that is wrong takes it.
@@ -58,6 +63,7 @@ from elastic_kfac.curvature.scalars import (
     where,
     within,
 )
+from elastic_kfac.kfac.statistics import Arriving
 
 PER_ROW = 1e-5
 """κ, squared length of the whole step in the Fisher metric of the normalised loss while α = 1, for each
@@ -84,6 +90,8 @@ PLAIN = 1.0
 """Longest whole step of a parameter without curvature, at the largest learning rate."""
 FLOOR = 0.01
 """ε."""
+LEAST_RESIDUAL = 2.0**-10
+"""Of q."""
 _SMALLEST_SCALE = 2.0**-20
 """Of a `LastStep`, before its matrix is brought to scale 1."""
 
@@ -264,6 +272,7 @@ class TrustRegion:
     Attributes:
         scale: Of the loss; None before the first statistics.
         rows: Of the largest batch so far, positions counted, at the layer that is called last.
+        residual: q, what γ is multiplied by.
         largest_lr: The largest learning rate so far, which the course of the rate is measured by.
         last_lr: The largest learning rate of the last step; None before the first.
         steps_taken: δ by layer, where this rank has P.
@@ -290,6 +299,9 @@ class TrustRegion:
         self.averages: dict[str, Tensor] = {}
         self.scale: LossScale | None = None
         self.rows = 0
+        self.residual = 1.0
+        self._next_residual = _on_host(1.0)
+        """The mean square after the last update, over that of the first batch."""
         self.largest_lr = 0.0
         self.last_lr: float | None = None
         self.steps_taken: dict[str, LastStep] = {}
@@ -308,6 +320,12 @@ class TrustRegion:
     def kappa(self) -> float:
         """κ for batches of this size."""
         return self.radius**2 * min(max(PER_ROW * self.rows, LEAST), MOST)
+
+    def follow(self, square: Tensor) -> None:
+        """Takes q from the update before, and the mean square after this one, over that of the first
+        batch, float64 `[1]`, for the next."""
+        self.residual = _power_above(self._next_residual.read()[0])
+        self._next_residual = Arriving(square)
 
     def _numbers(self, *values: float) -> list[Number]:
         return numbers(self.squares.new_tensor(values))
@@ -557,6 +575,7 @@ class TrustRegion:
             **({"carried": float(self.carried)} if self.momentum else {}),
             "scale": None if self.scale is None else asdict(self.scale),
             "rows": self.rows,
+            "residuals": [self.residual, *self._next_residual.read()],
             "largest_lr": self.largest_lr,
             "last_lr": self.last_lr,
             **{name: float(getattr(self, name)) for name in _SCALARS},
@@ -567,6 +586,8 @@ class TrustRegion:
         """Continues from `saved()`; layers that it does not have start afresh."""
         self.scale = None if saved["scale"] is None else self.kind(**saved["scale"])
         self.rows = int(saved.get("rows", 0))  # not in states of earlier versions
+        self.residual, coming = saved.get("residuals", (1.0, 1.0))
+        self._next_residual = _on_host(coming)
         self.largest_lr = float(saved["largest_lr"])
         self.last_lr = saved.get("last_lr")
         for name in _SCALARS:
@@ -576,6 +597,17 @@ class TrustRegion:
 
 
 _SCALARS = ("growth", "descent")
+
+
+def _on_host(value: float) -> Arriving:
+    return Arriving(torch.tensor([value], dtype=torch.float64, device="cpu"))
+
+
+def _power_above(square: float) -> float:
+    """q for a relative mean square."""
+    if not 0.0 < square < math.inf:
+        return 1.0
+    return min(max(2.0 ** math.ceil(0.5 * math.log2(square)), LEAST_RESIDUAL), 1.0)
 
 
 def _kept(value: Tensor, usable: bool | Tensor) -> Tensor:

@@ -77,6 +77,8 @@ CASES: dict[str, dict[str, Any]] = {
     "levenberg-marquardt": {"damping": LevenbergMarquardt(initial=0.1, interval=2)},
     "adaptive": {"refresh": "adaptive", "refresh_threshold": 0.6},
     "trust region": {"trust_region": "adaptive", "inverse_update_steps": 9},
+    "gradients that shrink": {"trust_region": "adaptive", "factor_decay": 0.3, "shrinking": 0.3},
+    "gradients that shrink, inverses": {"method": "inverse", "factor_decay": 0.3, "shrinking": 0.3},
     "momentum before": {"momentum": 0.5},
     "momentum before, one worker": {"momentum": 0.5, "grad_worker_frac": 0.5, "weight_decay": 0.1},
     "momentum before and an overflow": {"momentum": 0.5, "grad_scaler": True, "overflow_at": 2},
@@ -89,6 +91,7 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
     options = {"damping": 0.05, "inverse_update_steps": 2, **CASES[case]}
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if options.pop("grad_scaler", 0) else None
     overflow_at = options.pop("overflow_at", None)
+    shrinking = options.pop("shrinking", 1.0)
     behind = 0.0 if "momentum" in options else 0.5
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=behind)
     with warnings.catch_warnings():
@@ -112,7 +115,7 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
             output = model(x[part])
             if options.get("fisher") == "exact":
                 kfac.sample_fisher(output)
-            loss = F.cross_entropy(output, y[part], reduction="sum") / BATCH
+            loss = shrinking**step * F.cross_entropy(output, y[part], reduction="sum") / BATCH
             if step == overflow_at and rank == ranks - 1:
                 loss = loss * math.inf
             (loss if scaler is None else scaler.scale(loss)).backward()
@@ -131,10 +134,14 @@ def _train(case: str, communicator: Communicator, sharding: ShardedConfig | None
             scaler.update()
     assert kfac.counters["skipped_steps"] == (overflow_at is not None)
     scale = 1.0 if scaler is None else scaler.get_scale()
+    trust = kfac.bound.trust
+    residual = 1.0 if trust is None else trust.residual
+    assert (residual < 0.5) is (shrinking < 1.0)
     return {
         **model.state_dict(),
         "damping": torch.tensor(kfac.damping),
         "scale": torch.tensor(scale),
+        "residual": torch.tensor(residual),
     }
 
 

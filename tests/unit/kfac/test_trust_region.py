@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -140,6 +141,53 @@ def test_the_scale_is_the_size_of_the_gradient_at_the_layer_called_last() -> Non
     expected = math.sqrt(float((output.grad * len(x)).square().sum(1).mean()))
     assert kfac.bound.trust is not None and kfac.bound.trust.scale is not None
     assert kfac.bound.trust.scale.loss == pytest.approx(expected)
+
+
+def test_damping_follows_the_size_of_the_output_gradient() -> None:
+    run = Run(network(), factor_update_steps=2, inverse_update_steps=2, factor_decay=0.2)
+    head, trust = run.model[2], run.kfac.bound.trust
+    assert isinstance(head, nn.Linear) and trust is not None
+    gradients: list[Tensor] = []
+    head.register_full_backward_pre_hook(lambda _, g: gradients.append(g[0]))
+    first = average = known = math.nan
+    damping = []
+    for step in range(16):
+        run.step(step, 0.4**step)
+        if step % 2 == 0:
+            now = float(gradients[-1].mul(32).square().sum(1).mean())
+            # Known from the next update on.
+            expected = 2.0 ** math.ceil(math.log2(math.sqrt(known))) if step else 1.0
+            first = first if step else now
+            average = 0.2 * average + 0.8 * now if step else now
+            known = average / first
+        assert trust.scale is not None
+        damping.append(run.kfac.bound.tikhonov(0.01))
+        assert damping[-1] == pytest.approx(0.01 * expected * trust.scale.fisher), step
+        if step % 5 == 0:  # a state holds what is not known yet
+            trust.restore(json.loads(json.dumps(trust.saved())))
+    assert damping[0] / damping[-1] >= 32.0
+    assert damping[0] == pytest.approx(0.01 * trust.scale.fisher)
+
+
+def test_the_preconditioner_is_that_of_the_damping_which_follows() -> None:
+    options = {"factor_update_steps": 1, "inverse_update_steps": 1, "factor_decay": 0.2}
+    run = Run(network(), momentum=0.0, **options)
+    trust = run.kfac.bound.trust
+    assert trust is not None
+    for step in range(15):
+        before = torch.cat(weights(run.model))
+        x, y = batch(step)
+        loss = 0.8**step * F.cross_entropy(run.model(x), y)
+        plain = torch.autograd.grad(loss, list(run.model.parameters()))
+        run.step(step, 0.8**step)
+    assert trust.residual < 0.2
+    dense = [
+        torch.linalg.solve(c, torch.cat((w, b[:, None]), 1).reshape(-1))
+        for c, w, b in zip(dense_curvature(run.kfac), plain[::2], plain[1::2], strict=True)
+    ]
+    moved = torch.cat(weights(run.model)) - before
+    direction = -torch.cat(dense)
+    torch.testing.assert_close(moved / moved.norm(), direction / direction.norm())
 
 
 def test_the_radius_multiplies_the_longest_step() -> None:
