@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from elastic_kfac.errors import StateError, UsageError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.kfac.exported import Curvature, curvature_of
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.kfac.optimizer import KFACOptimizer
@@ -312,4 +313,4 @@ def read_tree(path: Path) -> dict[str, Any]:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if skeleton is None:
         raise StateError("not a file of optimizer or K-FAC state", given=path)
-    return {name: join_tree(part, tensors) for name, part in json.loads(skeleton).items()}
+    return {name: join_tree(part, tensors) for name, part in parsed(skeleton).items()}

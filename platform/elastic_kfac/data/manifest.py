@@ -22,6 +22,7 @@ from elastic_kfac.data.columns import Column, Kind
 from elastic_kfac.data.order import SampleOrder
 from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
+from elastic_kfac.json_text import parsed
 
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH: Final = "manifest.sha256"
@@ -86,7 +87,7 @@ class ShardSet:
                 if written != hashlib.sha256(content).hexdigest():
                     raise ValueError(f"its hash is not that of {MANIFEST_HASH}")
             return cls._parse(storage.uri, content)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 "damaged manifest",
                 given=f"{join_uri(storage.uri, MANIFEST_NAME)} ({type(error).__name__}: {error})",
@@ -95,7 +96,7 @@ class ShardSet:
 
     @classmethod
     def _parse(cls, uri: str, content: bytes) -> ShardSet:
-        values: dict[str, Any] = json.loads(content)
+        values: dict[str, Any] = parsed(content)
         if not isinstance(values, dict) or values.pop("format") != FORMAT:
             raise ValueError("not a shard manifest")
         if (version := values.pop("version")) not in VERSIONS:

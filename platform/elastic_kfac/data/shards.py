@@ -51,6 +51,7 @@ from elastic_kfac.data.manifest import (
 from elastic_kfac.data.sources import Records, SourceSplit, absolute_source, is_inside, open_source
 from elastic_kfac.data.storage import Storage, join_uri
 from elastic_kfac.errors import DataError
+from elastic_kfac.json_text import parsed
 
 FULL_SHUFFLE_BYTES: Final = 4 << 30
 """An epoch of a larger set is shuffled in blocks, so that a cache smaller than the set suffices."""
@@ -349,7 +350,7 @@ class _Making:
             if not self.storage.exists(task.record):
                 continue
             try:
-                result = json.loads(self.storage.read(task.record))
+                result = parsed(self.storage.read(task.record))
                 if self.storage.size(task.file) == result["bytes"] and result["bad"] is not None:
                     finished[task.index] = result
             except (ValueError, KeyError, TypeError):

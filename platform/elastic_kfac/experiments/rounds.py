@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from elastic_kfac.json_text import parsed
 from elastic_kfac.state.run_folder import RunFolder
 from elastic_kfac.training.callbacks import Callback, Callbacks, Control, Trainer
 from elastic_kfac.training.in_place import run_member
@@ -133,7 +134,7 @@ def run_member_in_rounds(
 def _gate(store: Any, control: Control) -> RoundGate:
     def read_round() -> tuple[str, float] | None:
         try:
-            row = json.loads(store.storage.read(_FILE))
+            row = parsed(store.storage.read(_FILE))
         except FileNotFoundError:
             return None
         return str(row["measure"]), float(row["end"])

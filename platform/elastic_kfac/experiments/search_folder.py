@@ -74,6 +74,7 @@ from elastic_kfac.experiments.trials import (
     read_trials,
     trials_csv,
 )
+from elastic_kfac.json_text import parsed
 from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import is_change, number
@@ -543,7 +544,7 @@ def _about(folder: Path) -> dict[str, Any]:
     """
     problem, about = "it is not a mapping", None
     try:
-        about = json.loads((folder / EXPERIMENT).read_text(encoding="utf-8", errors="replace"))
+        about = parsed((folder / EXPERIMENT).read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError) as error:
         problem = str(error)
     if not isinstance(about, dict):

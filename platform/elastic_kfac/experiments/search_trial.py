@@ -411,7 +411,7 @@ def read_extras(folder: Path) -> dict[str, Any]:
     """The content of `EXTRAS`; empty where there is none."""
     try:
         return dict(json.loads((folder / EXTRAS).read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

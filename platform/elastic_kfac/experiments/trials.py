@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
+from elastic_kfac.json_text import parsed
 from elastic_kfac.observability.quality import Direction
 
 PENDING: Final = "pending"
@@ -334,7 +335,7 @@ def _cell(value: Any) -> str:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parsed(text)
     except ValueError:
         return text
 

@@ -26,6 +26,7 @@ import torch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import Bucketer, pack_triangle, unpack_triangle
 from elastic_kfac.curvature import inverses
+from elastic_kfac.json_text import parsed
 from elastic_kfac.paths import user_cache
 from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
 from elastic_kfac.placement.devices import NETWORK
@@ -105,7 +106,7 @@ def measured(
     name = hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache() / "calibration" / f"{name}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parsed(path.read_text(encoding="utf-8"))
         if kept["kind"] == kind:
             return calibration_from(kept["calibration"])
     matrix = torch.randn(256, 256, dtype=dtype, device=device)

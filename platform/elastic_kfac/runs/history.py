@@ -7,7 +7,6 @@ the rows that exist.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from elastic_kfac.json_text import parsed
 from elastic_kfac.observability.quality import Direction, is_worse, quality_of
 from elastic_kfac.state.run_folder import Row, RunFolder
 
@@ -295,7 +295,7 @@ def _analyses(folder: RunFolder, metrics: Sequence[Row]) -> list[Row]:
     ]
     for name in folder.storage.files(ANALYSES):
         if name.endswith(".json"):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(folder.storage.read(f"{ANALYSES}/{name}"))
+            with contextlib.suppress(ValueError):
+                row = parsed(folder.storage.read(f"{ANALYSES}/{name}"))
                 found += [row] if isinstance(row, dict) else []
     return sorted(found, key=lambda row: number(row, "step") or 0.0)

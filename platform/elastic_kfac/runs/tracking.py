@@ -6,7 +6,6 @@ The folder is the record: a tracker that is slow, out of reach or broken neither
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 from elastic_kfac.config import Config
 from elastic_kfac.config.tracking import TrackingConfig
 from elastic_kfac.errors import ConfigError, ElasticKfacError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.observability.trackers import (
     TrackedRun,
     Tracker,
@@ -65,7 +65,7 @@ class Follower:
         self._sent[name] = max(end, begin)
         for line in content[begin:end].splitlines():
             with contextlib.suppress(ValueError):
-                yield json.loads(line)
+                yield parsed(line)
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._trackers.items()):

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ElasticKfacError, StateError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.state.state import TrainingState
 
 FORMAT_VERSION = 1
@@ -123,7 +124,7 @@ class CheckpointStore:
         """
         files = self._manifest(step)["files"]
         contents = {kind: self._content(step, entry) for kind, entry in files.items()}
-        state = TrainingState.from_parts(json.loads(contents["meta"]), contents["tensors"])
+        state = TrainingState.from_parts(parsed(contents["meta"]), contents["tensors"])
         # The ledger's older rows are part of the state and stored elsewhere.
         state.ledger.rows(self.storage)
         return state
@@ -136,7 +137,7 @@ class CheckpointStore:
         with contextlib.suppress(StateError):
             for step in self.steps()[-1:]:
                 content = self._content(step, self._manifest(step)["files"]["meta"])
-                return TrainingState.outline(json.loads(content))
+                return TrainingState.outline(parsed(content))
         return None
 
     def _content(self, step: int, entry: Mapping[str, Any]) -> bytes:
@@ -243,7 +244,7 @@ class CheckpointStore:
         except FileNotFoundError:
             raise StateError("the checkpoint is unfinished", given=_folder(step)) from None
         try:
-            manifest = dict(json.loads(content))
+            manifest = dict(parsed(content))
             version = int(manifest["version"])
             if version <= FORMAT_VERSION:
                 entries = manifest["files"]

@@ -27,6 +27,7 @@ from typing import IO, Any
 
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import DataError, UsageError
+from elastic_kfac.json_text import parsed
 
 LOCK_FILE = ".lock"
 CLAIMS_FOLDER = ".claims"
@@ -106,7 +107,7 @@ def _me() -> dict[str, Any]:
 def _owner(content: bytes) -> str:
     """An owner in words."""
     try:
-        found = json.loads(content)
+        found = parsed(content)
         return f"host {found['host']}, pid {found['pid']}, since {found['started']}"
     except (KeyError, TypeError, ValueError):
         return "unknown"

@@ -16,6 +16,7 @@ from elastic_kfac.config import Config, dump_yaml, load_yaml, parse_config
 from elastic_kfac.data.manifest import has_splits
 from elastic_kfac.data.storage import Storage
 from elastic_kfac.errors import ConfigError, UsageError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.paths import local_folder
 from elastic_kfac.state.claim import Claim, claimed
 from elastic_kfac.state.line_log import LineLog
@@ -114,8 +115,8 @@ class RunFolder:
 
     def _recorded_shards(self) -> list[str]:
         try:
-            return [str(json.loads(self.storage.read(_SHARDS))["shards"])]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return [str(parsed(self.storage.read(_SHARDS))["shards"])]
+        except (OSError, ValueError, KeyError, TypeError):
             return []  # Runs of earlier versions have none.
 
     def append_events(self, rows: Iterable[Row]) -> None:
@@ -190,7 +191,7 @@ class RunFolder:
 def _row(line: bytes) -> dict[str, Any] | None:
     # A killed writer leaves at most one torn line; the restart repeats it.
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parsed(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None

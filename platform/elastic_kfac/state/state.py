@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from elastic_kfac.errors import StateError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.state.ledger import ROW, LedgerValue, Rows, Segment
 
 _TAIL = "ledger/tail"
@@ -206,7 +207,7 @@ class TrainingState:
         begin = 8 + length
         tensors = {}
         try:
-            meta = json.loads(bytes(view[8:begin]))
+            meta = parsed(bytes(view[8:begin]))
             unwritten = tuple((Segment(**s), bytes.fromhex(text)) for s, text in meta["unwritten"])
             for name, dtype_name, shape in meta["tensors"]:
                 tensor = torch.empty(shape, dtype=getattr(torch, dtype_name))

@@ -243,6 +243,20 @@ def test_damaged_files_are_noticed(
     tries(40, stage, tmp_path, monkeypatch)
 
 
+def test_files_that_are_nested_without_end_are_noticed(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in [f for f in stage.files if f.endswith((".json", ".jsonl"))]:
+        place = tmp_path / file.replace("/", "-")
+        shutil.copytree(stage.root, place)
+        monkeypatch.chdir(place)
+        Path(file).write_bytes(b"[" * 9000)
+        for name in ("quick", "evaluate", "audit"):
+            code, _, err = call(LINES[name].split())
+            wrong = judge(code, err, (0, 1, 2) if name == "audit" else (0, 2))
+            assert wrong is None, f"{file}, {name}: {wrong}"
+
+
 @pytest.mark.soak
 def test_damaged_files_are_noticed_in_thousands_of_tries(
     stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections import defaultdict
@@ -22,6 +21,7 @@ from elastic_kfac.data.columns import Column, check_class_labels, image_columns
 from elastic_kfac.data.manifest import MANIFEST_NAME, fixed_size_rows
 from elastic_kfac.data.sources.source import BATCH_ROWS, Images, Records, Source, is_hidden
 from elastic_kfac.errors import DataError
+from elastic_kfac.json_text import parsed
 
 _WORDS = "train|training|test|testing|eval|evaluation|validation|valid|val|dev"
 _FILE_NAME = re.compile(
@@ -320,7 +320,7 @@ class _Texts:
         """The value of a key that holds JSON; None without the key."""
         text = self.get(key)
         try:
-            return None if text is None else json.loads(text)
+            return None if text is None else parsed(text)
         except ValueError as error:
             raise self._bad(key, str(error)) from None
 

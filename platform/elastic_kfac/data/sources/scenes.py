@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from elastic_kfac.data.sources.image_files import IMAGE_SUFFIXES
 from elastic_kfac.data.sources.options import WORDS, Options, openers, share_of
 from elastic_kfac.data.sources.source import ColumnSplit, Source, fixed_shuffle, is_hidden
 from elastic_kfac.errors import DataError
+from elastic_kfac.json_text import parsed
 from elastic_kfac.paths import user_path
 
 CLASS_FILE = "classes.txt"
@@ -185,7 +185,7 @@ def coco(rest: str, split: str | None) -> Source:
 def _coco_split(file: Path, folder: Path, begin: float, end: float) -> ColumnSplit:
     content = file.read_bytes()
     try:
-        found = json.loads(content)
+        found = parsed(content)
         categories = sorted(found["categories"], key=lambda each: each["id"])
         numbers = {each["id"]: place for place, each in enumerate(categories)}
         names = tuple(str(each["name"]) for each in categories)
