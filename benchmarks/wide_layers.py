@@ -83,7 +83,7 @@ TIMED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Embedding(30000, 64),
         lambda: torch.randint(30000, (64, 32)),
     ),
-    "embedding 30000 x 64, 2048 tokens, momentum 0.9": (
+    "embedding 30000 x 64, 2048 tokens, momentum 0.7": (
         lambda: nn.Embedding(30000, 64),
         lambda: torch.randint(30000, (64, 32)),
     ),
@@ -107,7 +107,7 @@ def _timed(name: str, steps: int) -> dict[str, object]:
     def stepper(options: dict[str, Any] | None) -> tuple[Callable[[], float], KFAC | None]:
         model = make_model()
         model.load_state_dict(state)
-        momentum = 0.9 if "momentum" in name else 0.0
+        momentum = 0.7 if "momentum" in name else 0.0
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
         kfac = None
         if options is not None:

@@ -117,7 +117,7 @@ def _preconditioner(
         warnings.simplefilter("ignore")  # uncovered layers are on purpose
         if "build" in candidate:
             file, function = candidate["build"].split(":")
-            return _module(file)[function](model, optimizer, **options)
+            return _module(str(HERE / file))[function](model, optimizer, **options)
         return KFAC(model, lr=optimizer, **options)
 
 

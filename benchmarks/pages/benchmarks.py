@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
     "chaos": "python benchmarks/elastic/chaos.py",
     "clusters10": "elastic-kfac compare benchmarks/studies/clusters10.yaml",
+    "damping_follows": "python benchmarks/defaults/run.py (damping_follows_*)",
     "damping_rules": "python benchmarks/defaults/run.py (candidates.yaml)",
     "data": "python benchmarks/data/bench_data.py",
     "defaults": "python benchmarks/defaults/run.py",

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
+from typing import Any
 
 from pages.values import Page, Row, load, n, of, pick
 
 DOCUMENT = "docs/damping.md"
+
+
+PARTS = ("train", "test")
+
+
+def _over(found: dict[str, Any], other: dict[str, Any], part: str) -> float:
+    """The geometric mean of the ratios of two candidates' losses."""
+    pairs = zip(found["problems"], other["problems"], strict=True)
+    return statistics.geometric_mean(mine[part][1] / its[part][1] for mine, its in pairs)
 
 
 def rows() -> Iterator[Row]:
@@ -33,6 +44,18 @@ def rows() -> Iterator[Row]:
         bold = "**" if label.startswith("**") else ""
         cells = (f"{bold}{of(found[column], True)}{bold}" for column in columns)
         yield Row(DOCUMENT, label, tuple(cells))
+    follows = load("damping_follows")["summary"]
+    rules = {
+        "constant": "damping_constant",
+        "times its mean square": "damping_follows_mean_square",
+        "times its root mean square": "damping_follows_root",
+        "**the same, as the next power of two above**": "default",
+    }
+    for label, name in rules.items():
+        found = follows[f"{name}, search, 3 seeds"]
+        losses = (_over(found, follows["damping_constant, search, 3 seeds"], p) for p in PARTS)
+        counts = (of(found[column], True) for column in (*columns[:2], "less_cpu_to_target"))
+        yield Row(DOCUMENT, label, (*counts, *(n(value, ".2f") for value in losses)))
     placements = {
         "behind, 0.9": "momentum_behind_0.9",
         "**behind, 0.7**": "momentum_behind_0.7",

@@ -39,7 +39,7 @@ def rows() -> Iterator[Row]:
         "Plain K-FAC step, Linear 2,048 / 4,096 wide, 128 rows",
         f"{times('linear 2048')} / {times('linear 4096')} the CPU time; a head of 50,000 outputs "
         f"{times('head 512')}, a table of 30,000 × 64 {wide[table]} × "
-        f"({wide[f'{table}, momentum 0.9']} × with momentum)",
+        f"({wide[f'{table}, momentum 0.7']} × with the default's momentum)",
         "SGD",
         file_of("wide_layers"),
         "50,000",
