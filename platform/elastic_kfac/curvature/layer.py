@@ -315,7 +315,7 @@ class Layer(ABC):
 
         Args:
             weight_decay: Of the gradient.
-            looked_up: Indices outside of which the gradient is known to be zero.
+            looked_up: Rows, ascending, outside of which the gradient is known to be zero.
         """
         return None
 
