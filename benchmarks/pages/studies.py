@@ -60,8 +60,26 @@ def rows() -> Iterator[Row]:
     for task, row in load("workloads")["summary"].items():
         cells = (_epochs(found) for found in row.values())
         yield Row(DOCUMENT, f"`{task}`", tuple(cells))
+    yield from _cifar()
     yield from _recipes()
     yield from _fisher()
+
+
+PUBLISHED = {
+    "256": "92.77, 92.58, 92.76",
+    "512": "92.58, 92.36, 92.90",
+    "1,024": "92.69, 91.71, 92.92",
+}
+"""Accuracies of Yokota (2018): SGD, factored inverses, eigendecompositions."""
+
+
+def _cifar() -> Iterator[Row]:
+    table = load("cifar10_jpeg")["tables"][0]
+    for size, *cells in table["rows"]:
+        measured = (n(cell.split(" / ")[0], "") for cell in cells)
+        yield Row(
+            DOCUMENT, f"CIFAR-10, B = {size}", (*measured, PUBLISHED[size]), (PUBLISHED[size],)
+        )
 
 
 def _recipes() -> Iterator[Row]:
