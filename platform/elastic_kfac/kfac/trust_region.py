@@ -193,21 +193,22 @@ class LastStep:
         )
         return {"": self.matrix, **scale}
 
-    def columns_at(self, used: Tensor | None) -> Tensor:
-        """`used` columns of the matrix; None for all."""
+    def beside(self, gradient: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Columns of the matrix and of a gradient that has those of `used`, None for all; where the
+        matrix is zero, both may be left out."""
         if used is None:
-            return self.matrix
+            return self.matrix, gradient
         if self._part is None:
             self._matrix = self._by_columns()
-            return self._matrix.mT.index_select(0, used).mT
+            return self._matrix.mT.index_select(0, used).mT, gradient
         values, columns = self._part
-        places = torch.full((self._matrix.shape[1],), -1)
-        places[columns] = torch.arange(len(columns))
-        found = places.index_select(0, used)
-        common = (found >= 0).nonzero().squeeze(1)
-        rows = values.new_zeros(len(used), len(values))
-        rows.index_copy_(0, common, values.mT.index_select(0, found.index_select(0, common)))
-        return rows.mT
+        if not len(columns):
+            return values, gradient[:, :0]
+        # Both ascend: where each of `used` is, or would be, among the columns.
+        at = torch.searchsorted(columns, used).clamp_(max=len(columns) - 1)
+        common = (columns.index_select(0, at) == used).nonzero().squeeze(1)
+        mine = values.mT.index_select(0, at.index_select(0, common))
+        return mine.mT, gradient.mT.index_select(0, common).mT
 
     def decay(self, momentum: float) -> None:
         """Multiplies δ by `momentum`, in the matrix."""
@@ -483,11 +484,13 @@ class TrustRegion:
         rows = 2 if averages is None else 3
         if not indices:
             return self.squares.new_zeros(rows, len(self.names))
-        matrices = [
-            gradient.new_zeros(gradient.shape) if step is None else step.columns_at(columns)
-            for step, gradient, columns in zip(before, gradients, used, strict=True)
-        ]
-        left, right = [*results, *matrices], [*(averages or gradients), *gradients]
+        lasts, theirs = [], []
+        for step, gradient, columns in zip(before, gradients, used, strict=True):
+            none = gradient[:0]
+            last, its = (none, none) if step is None else step.beside(gradient, columns)
+            lasts.append(last)
+            theirs.append(its)
+        left, right = [*results, *lasts], [*(averages or gradients), *theirs]
         if averages is not None:
             left, right = [*left, *results], [*right, *gradients]
         part = inner_products(left, right).view(rows, -1)
