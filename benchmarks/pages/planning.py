@@ -51,6 +51,15 @@ def rows() -> Iterator[Row]:
             ours = f"{n(setup['local_batch'])} images, {ours}"
             theirs = f"{n(setup['published_local_batch'])} images, {theirs}"
         yield Row(DOCUMENT, label, (ours, theirs))
+    by_width: dict[int, dict[str, Mapping[str, float]]] = {}
+    for part in load("planner_decomposers")["rows"]:
+        by_width.setdefault(part["width"], {})[part["way"]] = part
+    for width, ways in by_width.items():
+        cells = (
+            f"{n(part['mean_ms'], '.0f')} ms (longest {n(part['longest_ms'], '.0f')})"
+            for part in ways.values()
+        )
+        yield Row(DOCUMENT, f"MLP 784-{width}×3-10", tuple(cells))
 
 
 def _zero(text: str) -> str:

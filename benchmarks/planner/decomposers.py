@@ -7,7 +7,7 @@ The critical path of a step is the CPU time of the thread that trains, and what 
 so that neither other processes nor too few cores count. Spare ranks are emulated: a decomposition takes
 the CPU time that it needs here, begins when it was given and its rank is free, and is waited for by the
 step that uses it if it is not ready. Packing arguments and unpacking results is time of the training
-thread. Parameters are compared bit for bit.
+thread. The ways take turns, step by step; parameters are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from elastic_kfac import KFAC, __version__
 from elastic_kfac.kfac.calibration import host_kind
 
 WARM_UP, INTERVALS = 50, (5, 50)
+TOGETHER, APART = "in the step, all layers at once", "in the step, layers apart"
 
 
 class SpareRanks(Executor):
@@ -40,10 +41,19 @@ class SpareRanks(Executor):
         self._free = [0.0] * count
         """When each rank has done what it was given."""
         self._not_ours = self.waited = 0.0
+        self._paused = time.thread_time()
 
     def now(self) -> float:
         """The training thread's time, with waiting and without what the spare ranks computed."""
         return time.thread_time() - self._not_ours + self.waited
+
+    def pause(self) -> None:
+        """The thread does something else from here on."""
+        self._paused = time.thread_time()
+
+    def resume(self) -> None:
+        """The thread is back."""
+        self._not_ours += time.thread_time() - self._paused
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         packed = pickle.dumps((args, kwargs))
@@ -81,17 +91,16 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     equal = True
     for width in arguments.widths:
-        ends = {}
-        for way in ("in the step, all layers at once", "in the step, layers apart", 1, 4):
-            label = way if isinstance(way, str) else f"spare ranks: {way}"
-            found, ends[label] = _train(way, width, arguments.steps)
-            rows.append({"width": width, "way": label, **found})
+        trainings = [Training(way, width) for way in (TOGETHER, APART, 1, 4)]
+        for _ in range(WARM_UP + arguments.steps):
+            for training in trainings:
+                training.step()
+        for training in trainings:
+            rows.append({"width": width, "way": training.label, **training.found()})
             print(json.dumps(rows[-1]), flush=True)
-        apart = [*ends.values()][1:]
+        first, *others = [training.parameters for training in trainings[1:]]
         equal &= all(
-            torch.equal(one, other)
-            for end in apart[1:]
-            for one, other in zip(apart[0], end, strict=True)
+            torch.equal(one, other) for end in others for one, other in zip(first, end, strict=True)
         )
     result = {
         "benchmark": "planner_decomposers",
@@ -105,47 +114,61 @@ def main() -> None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def _train(way: str | int, width: int, steps: int) -> tuple[dict[str, float], list[Tensor]]:
-    torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for a, b in pairwise([784, width, width, width, 10]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    kfac = KFAC(
-        model,
-        lr=optimizer,
-        factor_update_steps=INTERVALS[0],
-        inverse_update_steps=INTERVALS[1],
-        stagger=way != "in the step, all layers at once",
-    )
-    ranks = SpareRanks(way if isinstance(way, int) else 1)
-    if isinstance(way, int):
-        kfac.decompose_in(ranks)
-    else:  # no thread either
-        kfac.refresh.ahead.begin = lambda *_: None  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(1)
-    seconds = []
-    for step in range(WARM_UP + steps):
-        x = torch.randn(128, 784, generator=generator)
-        y = torch.randint(10, (128,), generator=generator)
-        if step == WARM_UP:
-            waited = ranks.waited
-        begin = ranks.now()
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        kfac.step()
-        optimizer.step()
-        if step >= WARM_UP:
-            seconds.append(ranks.now() - begin)
-    found = {
-        "mean_ms": 1e3 * statistics.mean(seconds),
-        "median_ms": 1e3 * statistics.median(seconds),
-        "longest_ms": 1e3 * max(seconds),
-        "waited_ms": 1e3 * (ranks.waited - waited) / steps,
-    }
-    kfac.close()
-    return {name: round(value, 3) for name, value in found.items()}, [*model.parameters()]
+class Training:
+    """An MLP, and where its layers are decomposed: in the step, or on so many spare ranks."""
+
+    def __init__(self, way: str | int, width: int) -> None:
+        self.label = way if isinstance(way, str) else f"spare ranks: {way}"
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for a, b in pairwise([784, width, width, width, 10]):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self._model = nn.Sequential(*layers[:-1])
+        self.parameters = list(self._model.parameters())
+        self._optimizer = torch.optim.SGD(self.parameters, lr=0.05, momentum=0.9)
+        self._kfac = KFAC(
+            self._model,
+            lr=self._optimizer,
+            factor_update_steps=INTERVALS[0],
+            inverse_update_steps=INTERVALS[1],
+            stagger=way != TOGETHER,
+        )
+        self._ranks = SpareRanks(way if isinstance(way, int) else 1)
+        if isinstance(way, int):
+            self._kfac.decompose_in(self._ranks)
+        else:  # no thread either
+            self._kfac.refresh.ahead.begin = lambda *_: None  # type: ignore[method-assign]
+        self._generator = torch.Generator().manual_seed(1)
+        self._seconds: list[float] = []
+        self._waited: list[float] = []
+
+    def step(self) -> None:
+        """One of training, and what it took."""
+        x = torch.randn(128, 784, generator=self._generator)
+        y = torch.randint(10, (128,), generator=self._generator)
+        # While others took their turns nobody worked.
+        ranks = self._ranks
+        ranks.resume()
+        begin, waited = ranks.now(), ranks.waited
+        self._optimizer.zero_grad()
+        F.cross_entropy(self._model(x), y).backward()
+        self._kfac.step()
+        self._optimizer.step()
+        self._seconds.append(ranks.now() - begin)
+        self._waited.append(ranks.waited - waited)
+        ranks.pause()
+
+    def found(self) -> dict[str, float]:
+        """Milliseconds of the steps after the warm-up."""
+        seconds = self._seconds[WARM_UP:]
+        self._kfac.close()
+        found = {
+            "mean_ms": statistics.mean(seconds),
+            "median_ms": statistics.median(seconds),
+            "longest_ms": max(seconds),
+            "waited_ms": statistics.mean(self._waited[WARM_UP:]),
+        }
+        return {name: round(1e3 * value, 3) for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from torch import nn
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.kronecker import LinearLayer
+from elastic_kfac.curvature.sides import Whole
 
 
 def test_linear_sums_reduce_average_inputs_and_add_gradients() -> None:
@@ -58,3 +59,17 @@ def test_sums_of_half_precision_accumulate_in_float32(dtype: torch.dtype) -> Non
     result = factors.linear_input_sum(rows, bias=False)
     assert result.dtype == torch.float32
     assert result.tolist() == [[4096, 4096], [4096, 4096]]
+
+
+@pytest.mark.parametrize("width", [256, 257, 785, 1024])
+def test_gram_matrices_by_halves_are_the_sum_of_outer_products(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(600, width, dtype=torch.float64, generator=generator)
+    found = factors.linear_output_sum(rows)
+    brute_force = torch.einsum("ni,nj->ij", rows, rows)
+    assert torch.allclose(found, brute_force, rtol=1e-12, atol=1e-10)
+    half = width // 2
+    assert torch.equal(found[half:, :half], found[:half, half:].mT)
+    groups = Whole(width).gram(torch.stack([rows.mT, 2 * rows.mT]))
+    wanted = torch.stack([brute_force, 4 * brute_force])
+    assert torch.allclose(groups, wanted, rtol=1e-12, atol=1e-10)
