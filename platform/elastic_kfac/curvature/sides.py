@@ -131,11 +131,11 @@ class Side(ABC):
 
     def left(self, matrix: Tensor, x: Tensor) -> Tensor:
         """`M X` for `x [..., padded, k]`, with M as it is kept."""
-        return matrix @ x
+        return multiplied(matrix, x)
 
     def right(self, x: Tensor, matrix: Tensor) -> Tensor:
         """`X M` for `x [..., k, padded]`."""
-        return x @ matrix
+        return multiplied(x, matrix)
 
     def left_onto(self, vectors: Tensor, x: Tensor) -> Tensor:
         """Coordinates `[..., coordinates, k]` of the columns of `x [..., padded, k]`."""
@@ -166,6 +166,22 @@ class Side(ABC):
     def part(self, kept: Tensor, span: slice) -> Tensor:
         """What belongs to a span, of a tensor with the shape of a factor or of its eigenvalues."""
         return kept
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """`A B`. A large product on the host takes up to a third less time with zeros up to multiples of 8:
+    a bias makes sides odd."""
+    (rows, inner), outer = a.shape[-2:], b.shape[-1]
+    lacking, beyond = -inner % 8, -outer % 8
+    is_large = rows >= _MANY and rows * inner * outer >= _LARGE
+    if not (is_large and (lacking or beyond) and a.device.type == "cpu"):
+        return a @ b
+    product = F.pad(a, (0, lacking)) @ F.pad(b, (0, beyond, 0, lacking))
+    return product[..., :outer].contiguous()
+
+
+_MANY, _LARGE = 512, 200_000_000
+"""Rows and multiplications from which copies of both matrices cost less than they gain."""
 
 
 class Whole(Side):

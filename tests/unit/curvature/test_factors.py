@@ -9,7 +9,7 @@ from torch import nn
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.kronecker import LinearLayer
-from elastic_kfac.curvature.sides import Whole
+from elastic_kfac.curvature.sides import Whole, multiplied
 
 
 def test_linear_sums_reduce_average_inputs_and_add_gradients() -> None:
@@ -73,3 +73,17 @@ def test_gram_matrices_by_halves_are_the_sum_of_outer_products(width: int) -> No
     groups = Whole(width).gram(torch.stack([rows.mT, 2 * rows.mT]))
     wanted = torch.stack([brute_force, 4 * brute_force])
     assert torch.allclose(groups, wanted, rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(600, 601, 603), (640, 640, 513), (512, 1025, 400)]
+)
+def test_large_products_of_odd_sides_are_those_of_rows_and_columns(
+    rows: int, inner: int, outer: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(2, rows, inner, dtype=torch.float64, generator=generator)
+    b = torch.randn(outer, inner, dtype=torch.float64, generator=generator).mT
+    found = multiplied(a, b)
+    assert found.is_contiguous()
+    assert torch.allclose(found, torch.einsum("bik,kj->bij", a, b), rtol=1e-12, atol=1e-10)
