@@ -176,7 +176,7 @@ def multiplied(a: Tensor, b: Tensor) -> Tensor:
     is_large = rows >= _MANY and rows * inner * outer >= _LARGE
     if not (is_large and (lacking or beyond) and a.device.type == "cpu"):
         return a @ b
-    product = F.pad(a, (0, lacking)) @ F.pad(b, (0, beyond, 0, lacking))
+    product = (F.pad(a, (0, lacking)) if lacking else a) @ F.pad(b, (0, beyond, 0, lacking))
     return product[..., :outer].contiguous()
 
 
