@@ -9,7 +9,9 @@ side by side. To both sides the same links are added (10 Gbit/s, 50 µs): bytes 
 model, whose bytes tests compare with counted ones. Predicted follows from a profile that each rank takes
 alone, as `elastic-kfac plan` does, the host's time per collective as ranks measure it when they start,
 and shapes. All ranks take theirs at the same time, so that both sides share caches with as many others.
-Memory is the most bytes that tensors of a rank held at once.
+Profile and cases take turns, since a shared machine's speed varies by the minute: a round takes a
+profile, then an inverse interval of every case. Both sides are the median of the rounds. Memory is the
+most bytes that tensors of a rank held at once.
 
 With `--out`, what an earlier call has measured stays.
 """
@@ -40,7 +42,7 @@ from elastic_kfac.config import Config, parse_config
 from elastic_kfac.kfac.calibration import host_kind, measured, with_links
 from elastic_kfac.placement.choice import choose_plan
 from elastic_kfac.placement.devices import NETWORK
-from elastic_kfac.placement.simulator import StepTime, device_bytes, predict_step
+from elastic_kfac.placement.simulator import device_bytes, predict_step
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.runs.profile import Profile, measure
 from elastic_kfac.runs.profiled_steps import PeakBytes
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--cycles", type=int, default=2, help="measured inverse intervals")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of profile and cases")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -101,7 +103,7 @@ def main() -> None:
                 for columns in sorted({1, (ranks + 1) // 2, ranks})
                 for intervals in INTERVALS
             ]
-            for row in _compare(cases, arguments.cycles):
+            for row in _compare(cases, arguments.rounds):
                 rows.append(row)
                 print(json.dumps(row), flush=True)
             result = {
@@ -149,28 +151,41 @@ def _sized(model: str, intervals: tuple[int, int], fraction: float) -> Sized:
 # -- measured ---------------------------------------------------------------------------------------
 
 
-def _compare(cases: list[Case], cycles: int) -> list[dict[str, Any]]:
+def _compare(cases: list[Case], rounds: int) -> list[dict[str, Any]]:
     """Both sides of every case, in one set of processes."""
     ranks = cases[0].ranks
     with tempfile.TemporaryDirectory() as folder:
         store, out = f"{folder}/store", f"{folder}/rows.json"
-        mp.spawn(_rank, (ranks, store, out, cases, cycles), nprocs=ranks)
+        mp.spawn(_rank, (ranks, store, out, cases, rounds), nprocs=ranks)
         rows: list[dict[str, Any]] = json.loads(Path(out).read_text(encoding="utf-8"))
     return rows
 
 
-def _rank(rank: int, ranks: int, store: str, out: str, cases: list[Case], cycles: int) -> None:
+def _rank(rank: int, ranks: int, store: str, out: str, cases: list[Case], rounds: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     world = Communicator.world()
     links = with_links(measured("eigen"), world)
-    profile = measure(_sized(cases[0].model, INTERVALS[0], 1.0), links)
+    playing = [_Playing(case) for case in cases]
+    profiles: list[Profile] = []
+    for number in range(rounds):
+        profiles.append(measure(_sized(cases[0].model, INTERVALS[0], 1.0), links))
+        first = number % len(playing)
+        for one in playing[first:] + playing[:first]:
+            one.play()
     rows = []
-    for case in cases:
-        everybody = world.all_gather_object(_play(case, cycles), tag="found")
-        found = {key: max(one[key] for one in everybody) for key in everybody[0]}
-        rows.append(_row(case, profile, found))
+    for one in playing:
+        own = {"seconds": one.seconds, "bytes": [one.peak_bytes()]}
+        everybody = world.all_gather_object(own, tag="found")
+        found = {
+            # The slowest rank of each round.
+            key: statistics.median(
+                max(turn) for turn in zip(*(x[key] for x in everybody), strict=True)
+            )
+            for key in own
+        }
+        rows.append(_row(one.case, profiles, found))
     if rank == 0:
         Path(out).write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
@@ -183,94 +198,120 @@ def _cpu_s() -> float:
     return time.thread_time() + sum(map(time.clock_gettime, clocks))
 
 
-def _play(case: Case, cycles: int) -> dict[str, float]:
-    sized = _sized(case.model, case.intervals, case.fraction)
-    world, model = Communicator.world(), sized.model
-    optimizer = make_optimizer(model, sized.config.optimizer)
-    kfac = KFAC(model, sized.config.kfac, lr=optimizer, process_group=world)
-    share = BATCH // case.ranks
+def _cpu_s() -> float:
+    """CPU time of this thread and of the one that decompositions run on."""
+    aside = [t.ident for t in threading.enumerate() if t.name.startswith("decomposition")]
+    clocks = [time.pthread_getcpuclockid(ident) for ident in aside if ident is not None]
+    return time.thread_time() + sum(map(time.clock_gettime, clocks))
 
-    vector = Exchange(model)
 
-    def step() -> None:
-        vector.begin_step()
-        vector.begin_pass()
-        sized.loss(share).backward()
-        vector.end_pass(share)
-        vector.reduce(world, Totals(count=share))
-        vector.publish_gradients(case.ranks)
-        vector.finish_step(BATCH)
-        kfac.step()
-        optimizer.step()
+class _Playing:
+    """One case's training on this rank."""
 
-    interval = case.intervals[1]
-    for _ in range(interval):
-        step()  # warms up; the first one decomposes
-    seconds = []
-    for _ in range(cycles):
-        begin = _cpu_s()
-        for _ in range(interval):
-            step()
-        seconds.append((_cpu_s() - begin) / interval)
-    with PeakBytes() as bytes_:
-        for _ in range(interval):  # meets all that is held
-            step()
-        bytes_.peak = bytes_.now
-        for _ in range(interval):
-            step()
-    kfac.close()
-    return {"seconds": min(seconds), "bytes": float(bytes_.peak)}
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.seconds: list[float] = []
+        """CPU seconds of a step, by round."""
+        sized = _sized(case.model, case.intervals, case.fraction)
+        self._sized, self._share = sized, BATCH // case.ranks
+        self._world = Communicator.world()
+        self._optimizer = make_optimizer(sized.model, sized.config.optimizer)
+        self._kfac = KFAC(
+            sized.model, sized.config.kfac, lr=self._optimizer, process_group=self._world
+        )
+        self._vector = Exchange(sized.model)
+        self._steps()  # warms up; the first one decomposes
+
+    def _steps(self) -> None:
+        """An inverse interval."""
+        vector, share = self._vector, self._share
+        for _ in range(self.case.intervals[1]):
+            vector.begin_step()
+            vector.begin_pass()
+            self._sized.loss(share).backward()
+            vector.end_pass(share)
+            vector.reduce(self._world, Totals(count=share))
+            vector.publish_gradients(self.case.ranks)
+            vector.finish_step(BATCH)
+            self._kfac.step()
+            self._optimizer.step()
+
+    def play(self) -> None:
+        """One round: at least 20 steps."""
+        begin, intervals = _cpu_s(), max(1, 20 // self.case.intervals[1])
+        for _ in range(intervals):
+            self._steps()
+        self.seconds.append((_cpu_s() - begin) / (intervals * self.case.intervals[1]))
+
+    def peak_bytes(self) -> float:
+        """The most that was held in an interval. Ends the training."""
+        with PeakBytes() as bytes_:
+            self._steps()  # meets all that is held
+            bytes_.peak = bytes_.now
+            self._steps()
+        self._kfac.close()
+        return float(bytes_.peak)
 
 
 # -- predicted --------------------------------------------------------------------------------------
 
 
-def _row(case: Case, profile: Profile, found: dict[str, float]) -> dict[str, Any]:
+def _row(case: Case, profiles: list[Profile], found: dict[str, float]) -> dict[str, Any]:
     sized = _sized(case.model, case.intervals, case.fraction)
-    workload = profile.workload_of(sized.config)
     share = BATCH // case.ranks
-    plan = sized.plan(case.ranks, calibration=profile.calibration)
-
-    def step(links: str) -> StepTime:
-        calibration = replace(profile.calibration, network=LINKS[links])
-        return predict_step(
-            workload,
-            calibration,
-            plan,
-            global_batch_size=BATCH,
-            micro_batch_size=share,
-        )
-
-    exchange = {
-        name: sum(
-            seconds
-            for phase, seconds in step(name).parts.items()
-            if phase.endswith(("_reduce", "_broadcast"))
-        )
-        for name in LINKS
-    }
-    computed = step(FAST).total - exchange[FAST]
-    memory = device_bytes(workload, plan, share)
+    computed, exchanges = [], []
+    for profile in profiles:
+        plan = sized.plan(case.ranks, calibration=profile.calibration)
+        workload = profile.workload_of(sized.config)
+        steps = {
+            name: predict_step(
+                workload,
+                replace(profile.calibration, network=line),
+                plan,
+                global_batch_size=BATCH,
+                micro_batch_size=share,
+            )
+            for name, line in LINKS.items()
+        }
+        exchange = {
+            name: sum(
+                seconds
+                for phase, seconds in step.parts.items()
+                if phase.endswith(("_reduce", "_broadcast"))
+            )
+            for name, step in steps.items()
+        }
+        computed.append(steps[FAST].total - exchange[FAST])
+        exchanges.append(exchange)
     row: dict[str, Any] = {
         "model": case.model,
         "ranks": case.ranks,
         "fraction": round(case.fraction, 4),
         "intervals": list(case.intervals),
         "measured_cpu_ms": 1e3 * found["seconds"],
-        "predicted_cpu_ms": 1e3 * computed,
-        "exchange_ms": {name: 1e3 * seconds for name, seconds in exchange.items()},
+        "predicted_cpu_ms": 1e3 * statistics.median(computed),
+        "exchange_ms": {
+            name: 1e3 * statistics.median(exchange[name] for exchange in exchanges)
+            for name in LINKS
+        },
         "measured_mib": found["bytes"] / 2**20,
-        "predicted_mib": memory / 2**20,
+        "predicted_mib": statistics.median(
+            device_bytes(profile.workload_of(sized.config), plan, share) for profile in profiles
+        )
+        / 2**20,
     }
     if case.columns == 1:
         row["chosen_columns"] = {
-            name: choose_plan(
-                workload,
-                replace(profile.calibration, network=LINKS[name]),
-                case.ranks,
-                global_batch_size=BATCH,
-            ).num_columns
-            for name in LINKS
+            name: [
+                choose_plan(
+                    profile.workload_of(sized.config),
+                    replace(profile.calibration, network=line),
+                    case.ranks,
+                    global_batch_size=BATCH,
+                ).num_columns
+                for profile in profiles
+            ]
+            for name, line in LINKS.items()
         }
     return row
 
@@ -304,10 +345,10 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         groups.setdefault((row["model"], row["ranks"], tuple(row["intervals"])), []).append(row)
     for group in groups.values():
         first = next(row for row in group if row["fraction"] == 1.0)
-        for links, columns in first["chosen_columns"].items():
+        for links, chosen in first["chosen_columns"].items():
             tried = {round(1 / row["fraction"]): _time(row, "measured", links) for row in group}
-            if columns in tried:
-                losses.append(tried[columns] / min(tried.values()) - 1)
+            best = min(tried.values())
+            losses += [tried[columns] / best - 1 for columns in chosen if columns in tried]
     return {
         "cases": len(rows),
         "time_within_20_percent": sum(abs(e) <= 0.2 for e in errors),

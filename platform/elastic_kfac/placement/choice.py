@@ -97,7 +97,9 @@ def choose_plan(
             speeds=calibration.decomposition_speeds(world_size),
             previous=None if current is None else current.plan,
         )
-        passes = replace(workload, least_bytes=0.0, exchange_bytes=-math.inf)
+        passes = replace(
+            workload, least_bytes=0.0, exchange_bytes=-math.inf, decomposing_bytes=-math.inf
+        )
         fixed = device_bytes(passes, plan, 0)  # samples come on top of that
         needed = device_bytes(workload, plan, 1)
         least = min(least, needed)

@@ -157,6 +157,8 @@ class Workload:
     """What a step needs however few samples there are, factors and decompositions not included."""
     exchange_bytes: float = 0.0
     """What is held when statistics are sent, factors and decompositions not included."""
+    decomposing_bytes: float = 0.0
+    """What is held when new decompositions are sent, these not included either."""
     index_bytes: float = 0.0
     """What a rank among others keeps to pack triangles."""
     bucket_bytes: float = 25 * 2**20
@@ -357,9 +359,10 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
         return alone
     packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]
     buffers: float = sum(packed) if workload.statistics_steps == 1 else max(packed, default=0)
+    most = max(alone, workload.exchange_bytes + held + buffers)
     if max(map(len, plan.columns)) > 1:
-        buffers = max(buffers, _sent_bytes(workload, plan))
-    return workload.index_bytes + max(alone, workload.exchange_bytes + held + buffers)
+        most = max(most, workload.decomposing_bytes + held + _sent_bytes(workload, plan))
+    return workload.index_bytes + most
 
 
 def _sent_bytes(workload: Workload, plan: Plan) -> float:

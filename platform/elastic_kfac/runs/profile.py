@@ -27,6 +27,7 @@ from elastic_kfac.kfac.options import value_at
 from elastic_kfac.kfac.refresh import busy_steps
 from elastic_kfac.placement.costs import (
     CostModel,
+    LayerShape,
     factor_elements,
     second_order_elements,
     weight_elements,
@@ -90,24 +91,29 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     is_quick = time.thread_time() - begin < 1.0
     largest = max(3, min(128, sized.config.train.global_batch_size))
     batches = (max(1, largest // 8), max(2, largest // 2), largest) if is_quick else (1, 2, 3)
-    repeats = 3 if is_quick else 1
 
-    def passes(n: int, after: Callable[[], object] = lambda: None) -> float:
-        seconds = []
-        for _ in range(repeats + 1):
-            begin = time.thread_time()
-            sized.loss(n).backward()
-            seconds.append(time.thread_time() - begin)
-            after()
-        return median(seconds[1:])
+    def passes(after: Callable[[], object] = lambda: None) -> list[float]:
+        """Seconds by batch: these take turns, as a machine's speed varies."""
+        found: list[list[float]] = []
+        whole = time.thread_time()
+        while len(found) < (4 if is_quick else 2) or (
+            len(found) < 16 and time.thread_time() - whole < 1.0
+        ):
+            found.append([])
+            for n in batches:
+                begin = time.thread_time()
+                sized.loss(n).backward()
+                found[-1].append(time.thread_time() - begin)
+                after()
+        return [median(seconds) for seconds in zip(*found[1:], strict=True)]
 
-    plain = [passes(n) for n in batches]
+    plain = passes()
     sized.model.zero_grad()
     steps = Steps(sized)
     kfac = steps.kfac
     statistics = [
-        max(0.0, passes(n, kfac.skip_step) - without)
-        for n, without in zip(batches, plain, strict=True)
+        max(0.0, seconds - without)
+        for seconds, without in zip(passes(kfac.skip_step), plain, strict=True)
     ]
     sized.loss(batches[0]).backward()
     counts = kfac.take_statistics().counts
@@ -188,15 +194,18 @@ class _Bytes:
     """The most in a step, by samples, in ascending order."""
     exchanging: float
     """When statistics are sent."""
+    decomposing: float
+    """When new decompositions are sent, these not included."""
 
 
 def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
     """Measured in so many steps."""
-    peaks, held = {}, [0.0]
+    peaks = {}
+    held = defaultdict[str, dict[int, float]](dict)
+    """By step, as a phase begins."""
 
     def look(phase: str) -> None:
-        if phase == "factor_exchange":
-            held.append(float(bytes_.now))
+        held[phase].setdefault(steps.kfac.steps, float(bytes_.now))
 
     with PeakBytes() as bytes_:
         for _ in range(count):  # meets all that is held
@@ -208,7 +217,12 @@ def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
                 steps.whole(n)
             peaks[n] = float(bytes_.peak)
     steps.kfac.on_phase = None
-    return _Bytes(peaks, max(held))
+    exchanging, decomposing = (
+        max(held[phase].values(), default=0.0) for phase in ("factor_exchange", "decomposition")
+    )
+    due: Callable[[list[float]], float] = max if steps.spread else sum
+    new = due([_second_order_bytes(steps.sized, [layer]) for layer in steps.sized.layers])
+    return _Bytes(peaks, exchanging, decomposing - new)
 
 
 def _spreading(
@@ -306,6 +320,9 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         kept = moments * sized.parameter_elements + is_bounded * weight_elements(sized.layers)
         peaks.append(bytes_.peak + 4.0 * kept + _held(sized))
     steps.kfac.close()
+    # A vector of gradients, the optimizer's state and the sums of the statistics are held as well.
+    stepping = 4.0 * ((3 + moments) * sized.parameter_elements + factor_elements(sized.layers))
+    stepping += _held(sized)
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]
     size, layers = 4.0, sized.layers
@@ -313,11 +330,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         sized,
         forward_backward=fit_line((1, 2), [c / rate for c in counts]),
         factor_statistics=fit_line((1, 2), [c / rate for c in more]),
-        bytes_=_Bytes(
-            dict(enumerate(peaks, 1)),
-            4.0 * ((3 + moments) * sized.parameter_elements + factor_elements(layers))
-            + _held(sized),
-        ),
+        bytes_=_Bytes(dict(enumerate(peaks, 1)), stepping, stepping),
     )
     workload = replace(
         workload,
@@ -371,16 +384,18 @@ def _memory(bytes_: _Bytes, held: float) -> dict[str, Any]:
         "base_bytes": high - slope * n2 - held,
         "least_bytes": min(peaks.values()) - held,
         "exchange_bytes": bytes_.exchanging - held,
+        "decomposing_bytes": bytes_.decomposing - held,
     }
 
 
 def _held(sized: Sized) -> float:
     """Bytes of all factors and decompositions."""
+    return 4.0 * factor_elements(sized.layers) + _second_order_bytes(sized, sized.layers)
+
+
+def _second_order_bytes(sized: Sized, layers: Sequence[LayerShape]) -> float:
     kfac = sized.config.kfac
-    return 4.0 * (
-        factor_elements(sized.layers)
-        + second_order_elements(sized.layers, method=kfac.method, precompute=kfac.precompute)
-    )
+    return 4.0 * second_order_elements(layers, method=kfac.method, precompute=kfac.precompute)
 
 
 def with_intervals(workload: Workload, options: KfacOptions) -> Workload:

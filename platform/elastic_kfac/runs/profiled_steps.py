@@ -75,7 +75,7 @@ class Steps:
             "plan": config.plan.model_copy(update={"memory_budget_gib": None, "calibrate": False}),
             "optimizer": optimizer,
         }
-        self.sized = sized
+        self.sized, self.spread = sized, spread
         self.vector = Exchange(sized.model)
         self.optimizer = make_optimizer(sized.model, optimizer)
         made = make_preconditioner(

@@ -127,6 +127,7 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
         base_bytes=0.0,
         activation_bytes=Line(0.0, 1.0),
         exchange_bytes=300.0,
+        decomposing_bytes=250.0,
         index_bytes=7.0,
     )
 
@@ -136,10 +137,10 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
 
     assert needed(1, 1, 2) == s + e + 2
     # Old decompositions, new ones, and the buffers that bring them.
-    assert needed(2, 1, 2) == 7 + 300 + s + 3 * e
+    assert needed(2, 1, 2) == 7 + 250 + s + 3 * e
     assert needed(2, 1, 10**6) == 7 + s + e + 10**6
-    assert needed(2, 1, 2, bucket_bytes=1.0) == 7 + 300 + s + 2 * e
-    assert needed(2, 1, 2, decomposition_steps=2) == 7 + 300 + s + e + 2 * 4 * (100 + 25 + 50)
+    assert needed(2, 1, 2, bucket_bytes=1.0) == 7 + 250 + s + 2 * e
+    assert needed(2, 1, 2, decomposition_steps=2) == 7 + 250 + s + e + 2 * 4 * (100 + 25 + 50)
     # With one worker per layer only statistics are in a buffer, as triangles.
     own = s + 4 * (100 + 25 + 50)
     assert needed(2, 2, 2) == 7 + 300 + own + 4 * (55 + 15 + 10 + 10)
