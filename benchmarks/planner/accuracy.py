@@ -4,14 +4,15 @@
 
 Every case is a model, a number of gloo processes, a fraction of gradient workers and intervals. Measured
 is the CPU time of the threads that train and decompose (waiting for a peer takes none), per step and
-rank; the largest over the ranks is the computation on the critical path: two cores cannot run five ranks
+rank; that of the slowest rank is the computation on the critical path: two cores cannot run five ranks
 side by side. To both sides the same links are added (10 Gbit/s, 50 µs): bytes and rounds by the traffic
 model, whose bytes tests compare with counted ones. Predicted follows from a profile that each rank takes
 alone, as `elastic-kfac plan` does, the host's time per collective as ranks measure it when they start,
 and shapes. All ranks take theirs at the same time, so that both sides share caches with as many others.
 Profile and cases take turns, since a shared machine's speed varies by the minute: a round takes a
-profile, then an inverse interval of every case. Both sides are the median of the rounds. Memory is the
-most bytes that tensors of a rank held at once.
+profile, then an inverse interval of every case (20 steps at least). Measured is the median of the rounds,
+of the rank where that is largest, predicted the median of the rounds and ranks. Memory is the most bytes
+that tensors of a rank held at once. Each profile of each rank chooses a fraction of its own.
 
 With `--out`, what an earlier call has measured stays.
 """
@@ -176,16 +177,12 @@ def _rank(rank: int, ranks: int, store: str, out: str, cases: list[Case], rounds
             one.play()
     rows = []
     for one in playing:
-        own = {"seconds": one.seconds, "bytes": [one.peak_bytes()]}
-        everybody = world.all_gather_object(own, tag="found")
-        found = {
-            # The slowest rank of each round.
-            key: statistics.median(
-                max(turn) for turn in zip(*(x[key] for x in everybody), strict=True)
-            )
-            for key in own
+        own = {
+            "seconds": statistics.median(one.seconds),
+            "bytes": one.peak_bytes(),
+            "predicted": [_predicted(one.case, profile) for profile in profiles],
         }
-        rows.append(_row(one.case, profiles, found))
+        rows.append(_row(one.case, world.all_gather_object(own, tag="found")))
     if rank == 0:
         Path(out).write_text(json.dumps(rows), encoding="utf-8")
     dist.destroy_process_group()
@@ -256,63 +253,56 @@ class _Playing:
 # -- predicted --------------------------------------------------------------------------------------
 
 
-def _row(case: Case, profiles: list[Profile], found: dict[str, float]) -> dict[str, Any]:
+def _predicted(case: Case, profile: Profile) -> dict[str, Any]:
+    """By one rank's profile of one round."""
     sized = _sized(case.model, case.intervals, case.fraction)
-    share = BATCH // case.ranks
-    computed, exchanges = [], []
-    for profile in profiles:
-        plan = sized.plan(case.ranks, calibration=profile.calibration)
-        workload = profile.workload_of(sized.config)
-        steps = {
-            name: predict_step(
-                workload,
-                replace(profile.calibration, network=line),
-                plan,
-                global_batch_size=BATCH,
-                micro_batch_size=share,
-            )
-            for name, line in LINKS.items()
-        }
-        exchange = {
-            name: sum(
-                seconds
-                for phase, seconds in step.parts.items()
-                if phase.endswith(("_reduce", "_broadcast"))
-            )
-            for name, step in steps.items()
-        }
-        computed.append(steps[FAST].total - exchange[FAST])
-        exchanges.append(exchange)
+    workload = profile.workload_of(sized.config)
+    plan = sized.plan(case.ranks, calibration=profile.calibration)
+    computed, exchange, chosen = 0.0, {}, {}
+    for name, line in LINKS.items():
+        calibration = replace(profile.calibration, network=line)
+        step = predict_step(
+            workload,
+            calibration,
+            plan,
+            global_batch_size=BATCH,
+            micro_batch_size=BATCH // case.ranks,
+        )
+        exchange[name] = sum(
+            seconds
+            for phase, seconds in step.parts.items()
+            if phase.endswith(("_reduce", "_broadcast"))
+        )
+        computed = step.total - exchange[name]
+        if case.columns == 1:
+            choice = choose_plan(workload, calibration, case.ranks, global_batch_size=BATCH)
+            chosen[name] = choice.num_columns
+    return {
+        "computed": computed,
+        "exchange": exchange,
+        "bytes": device_bytes(workload, plan, BATCH // case.ranks),
+        "chosen": chosen,
+    }
+
+
+def _row(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    predicted = [one for rank in ranks for one in rank["predicted"]]
     row: dict[str, Any] = {
         "model": case.model,
         "ranks": case.ranks,
         "fraction": round(case.fraction, 4),
         "intervals": list(case.intervals),
-        "measured_cpu_ms": 1e3 * found["seconds"],
-        "predicted_cpu_ms": 1e3 * statistics.median(computed),
+        "measured_cpu_ms": 1e3 * max(rank["seconds"] for rank in ranks),
+        "predicted_cpu_ms": 1e3 * statistics.median(one["computed"] for one in predicted),
         "exchange_ms": {
-            name: 1e3 * statistics.median(exchange[name] for exchange in exchanges)
+            name: 1e3 * statistics.median(one["exchange"][name] for one in predicted)
             for name in LINKS
         },
-        "measured_mib": found["bytes"] / 2**20,
-        "predicted_mib": statistics.median(
-            device_bytes(profile.workload_of(sized.config), plan, share) for profile in profiles
-        )
-        / 2**20,
+        "measured_mib": max(rank["bytes"] for rank in ranks) / 2**20,
+        "predicted_mib": statistics.median(one["bytes"] for one in predicted) / 2**20,
     }
     if case.columns == 1:
-        row["chosen_columns"] = {
-            name: [
-                choose_plan(
-                    profile.workload_of(sized.config),
-                    replace(profile.calibration, network=line),
-                    case.ranks,
-                    global_batch_size=BATCH,
-                ).num_columns
-                for profile in profiles
-            ]
-            for name, line in LINKS.items()
-        }
+        row["chosen_columns"] = {name: [one["chosen"][name] for one in predicted] for name in LINKS}
     return row
 
 
