@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of profile and cases")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of profile and cases")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -292,6 +292,7 @@ def _row(case: Case, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         "ranks": case.ranks,
         "fraction": round(case.fraction, 4),
         "intervals": list(case.intervals),
+        "rounds": len(ranks[0]["predicted"]),
         "measured_cpu_ms": 1e3 * max(rank["seconds"] for rank in ranks),
         "predicted_cpu_ms": 1e3 * statistics.median(one["computed"] for one in predicted),
         "exchange_ms": {
