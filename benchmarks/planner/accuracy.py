@@ -20,6 +20,7 @@ With `--out`, what an earlier call has measured stays.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -188,18 +189,15 @@ def _rank(rank: int, ranks: int, store: str, out: str, cases: list[Case], rounds
     dist.destroy_process_group()
 
 
-def _cpu_s() -> float:
-    """CPU time of this thread and of the one that decompositions run on."""
-    aside = [t.ident for t in threading.enumerate() if t.name.startswith("decomposition")]
-    clocks = [time.pthread_getcpuclockid(ident) for ident in aside if ident is not None]
-    return time.thread_time() + sum(map(time.clock_gettime, clocks))
-
-
-def _cpu_s() -> float:
-    """CPU time of this thread and of the one that decompositions run on."""
-    aside = [t.ident for t in threading.enumerate() if t.name.startswith("decomposition")]
-    clocks = [time.pthread_getcpuclockid(ident) for ident in aside if ident is not None]
-    return time.thread_time() + sum(map(time.clock_gettime, clocks))
+def _clocks() -> dict[int, float]:
+    """CPU time of this thread and of those that decompositions run on, by thread."""
+    found = {0: time.thread_time()}
+    for thread in threading.enumerate():
+        if thread.name.startswith("decomposition") and thread.ident is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                clock = time.pthread_getcpuclockid(thread.ident)
+                found[thread.ident] = time.clock_gettime(clock)
+    return found
 
 
 class _Playing:
@@ -235,10 +233,11 @@ class _Playing:
 
     def play(self) -> None:
         """One round: at least 20 steps."""
-        begin, intervals = _cpu_s(), max(1, 20 // self.case.intervals[1])
+        begin, intervals = _clocks(), max(1, 20 // self.case.intervals[1])
         for _ in range(intervals):
             self._steps()
-        self.seconds.append((_cpu_s() - begin) / (intervals * self.case.intervals[1]))
+        seconds = sum(now - begin.get(thread, 0.0) for thread, now in _clocks().items())
+        self.seconds.append(seconds / (intervals * self.case.intervals[1]))
 
     def peak_bytes(self) -> float:
         """The most that was held in an interval. Ends the training."""
