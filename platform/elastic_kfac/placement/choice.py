@@ -8,9 +8,10 @@ which it no longer helps.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.placement.costs import LayerShape, factor_elements, second_order_elements
@@ -97,22 +98,18 @@ def choose_plan(
             speeds=calibration.decomposition_speeds(world_size),
             previous=None if current is None else current.plan,
         )
-        passes = replace(
-            workload, least_bytes=0.0, exchange_bytes=-math.inf, decomposing_bytes=-math.inf
-        )
-        fixed = device_bytes(passes, plan, 0)  # samples come on top of that
         needed = device_bytes(workload, plan, 1)
         least = min(least, needed)
         if needed > memory_budget_bytes:
             continue
-        micro_batch = _best_micro_batch(
-            workload,
-            -(-global_batch_size // world_size),
-            memory_budget_bytes - fixed,
-            max_micro_batch_size,
+        share = -(-global_batch_size // world_size)
+        largest = share if max_micro_batch_size is None else min(share, max_micro_batch_size)
+        fits = bisect.bisect_right(
+            range(1, largest + 1),
+            memory_budget_bytes,
+            key=lambda n: device_bytes(workload, plan, n),
         )
-        if micro_batch is None:
-            continue
+        micro_batch = _best_micro_batch(workload, share, fits)
         step_time = predict_step(
             workload,
             calibration,
@@ -244,18 +241,8 @@ def _column_candidates(world_size: int) -> list[int]:
     return sorted({-(-world_size // workers) for workers in range(1, world_size + 1)})
 
 
-def _best_micro_batch(
-    workload: Workload, share: int, room_bytes: float, upper: int | None
-) -> int | None:
+def _best_micro_batch(workload: Workload, share: int, largest: int) -> int:
     """The size whose passes over a rank's share take the least time; the largest of equals."""
-    slope = workload.activation_bytes.slope
-    largest = share if upper is None else min(share, upper)
-    if slope > 0:
-        largest = min(largest, math.floor(min(room_bytes / slope, largest)))
-    elif room_bytes < 0:
-        largest = 0
-    if largest < 1:
-        return None
     import numpy as np
 
     sizes = np.arange(1, largest + 1)

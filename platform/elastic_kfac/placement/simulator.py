@@ -155,6 +155,8 @@ class Workload:
     """Parameters, gradients, optimizer state and buffers."""
     least_bytes: float = 0.0
     """What a step needs however few samples there are, factors and decompositions not included."""
+    few_bytes: Line = Line(-math.inf, 0.0)
+    """The same in dependence of few samples, where it grows by less per sample than with many."""
     exchange_bytes: float = 0.0
     """What is held when statistics are sent, factors and decompositions not included."""
     decomposing_bytes: float = 0.0
@@ -353,7 +355,10 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
     held = size * max(
         memory_elements(plan, layers, method=workload.method, precompute=workload.precompute)
     )
-    samples = workload.base_bytes + workload.activation_bytes.at(micro_batch_size)
+    samples = max(
+        workload.base_bytes + workload.activation_bytes.at(micro_batch_size),
+        workload.few_bytes.at(micro_batch_size),
+    )
     alone = max(samples, workload.least_bytes) + held
     if plan.world_size == 1:
         return alone

@@ -6,6 +6,7 @@ what other ranks hold and do follows from shapes (`placement.simulator`).
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,7 @@ class _Bytes:
 def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
     """Measured in so many steps."""
     peaks = {}
+    sizes = sorted({batches[0], -(-batches[1] // 2), *batches[1:]})
     held = defaultdict[str, dict[int, float]](dict)
     """By step, as a phase begins."""
 
@@ -211,7 +213,7 @@ def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
         for _ in range(count):  # meets all that is held
             steps.whole(batches[0])
         steps.kfac.on_phase = look
-        for n in batches:
+        for n in sizes:
             bytes_.peak = bytes_.now
             for _ in range(count):
                 steps.whole(n)
@@ -220,9 +222,9 @@ def _bytes_of(steps: Steps, batches: Sequence[int], count: int) -> _Bytes:
     exchanging, decomposing = (
         max(held[phase].values(), default=0.0) for phase in ("factor_exchange", "decomposition")
     )
-    due: Callable[[list[float]], float] = max if steps.spread else sum
-    new = due([_second_order_bytes(steps.sized, [layer]) for layer in steps.sized.layers])
-    return _Bytes(peaks, exchanging, decomposing - new)
+    new = [_second_order_bytes(steps.sized, [layer]) for layer in steps.sized.layers]
+    due = max(new, default=0.0) if steps.spread else sum(new)
+    return _Bytes(peaks, exchanging, decomposing - due)
 
 
 def _spreading(
@@ -375,17 +377,23 @@ def _workload(
 
 def _memory(bytes_: _Bytes, held: float) -> dict[str, Any]:
     """Fields of a workload."""
-    peaks = bytes_.peaks
+    points = list(bytes_.peaks.items())
     # With few samples the step needs more than the forward pass: the line is that of the larger ones.
-    (n1, low), (n2, high) = list(peaks.items())[-2:]
-    slope = (high - low) / (n2 - n1)
+    many = _through(*points[-2:])
+    few = _through(*points[-3:-1]) if len(points) > 2 else many
     return {
-        "activation_bytes": Line(0.0, slope),
-        "base_bytes": high - slope * n2 - held,
-        "least_bytes": min(peaks.values()) - held,
+        "activation_bytes": Line(0.0, many.slope),
+        "base_bytes": many.fixed - held,
+        "few_bytes": Line(few.fixed - held if few.slope < many.slope else -math.inf, few.slope),
+        "least_bytes": min(bytes_.peaks.values()) - held,
         "exchange_bytes": bytes_.exchanging - held,
         "decomposing_bytes": bytes_.decomposing - held,
     }
+
+
+def _through(one: tuple[int, float], other: tuple[int, float]) -> Line:
+    slope = (other[1] - one[1]) / (other[0] - one[0])
+    return Line(one[1] - slope * one[0], slope)
 
 
 def _held(sized: Sized) -> float:

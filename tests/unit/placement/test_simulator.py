@@ -138,6 +138,10 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
     assert needed(1, 1, 2) == s + e + 2
     # Old decompositions, new ones, and the buffers that bring them.
     assert needed(2, 1, 2) == 7 + 250 + s + 3 * e
+    # The line of few samples, until that of many is above.
+    few = Line(2000.0, 0.5)
+    assert needed(1, 1, 2, few_bytes=few) == s + e + 2001
+    assert needed(1, 1, 10**6, few_bytes=few) == s + e + 10**6
     assert needed(2, 1, 10**6) == 7 + s + e + 10**6
     assert needed(2, 1, 2, bucket_bytes=1.0) == 7 + 250 + s + 2 * e
     assert needed(2, 1, 2, decomposition_steps=2) == 7 + 250 + s + e + 2 * 4 * (100 + 25 + 50)
@@ -167,6 +171,7 @@ def test_choice_equals_brute_force_and_never_exceeds_the_budget() -> None:
             layers,
             inverse_update_steps=rng.choice([1, 5, 50]),
             forward_backward=Line(rng.uniform(0, 0.02), rng.uniform(0, 0.01)),
+            few_bytes=Line(rng.choice([-math.inf, 6000.0]), 80.0),
         )
         calibration = Calibration(
             CostModel(rng.uniform(0, 1e-3), 1e-7, 3.0),
