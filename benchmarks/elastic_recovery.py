@@ -53,12 +53,13 @@ class Changes(Display):
     def __init__(self, cluster: LocalCluster, cycles: int, *, nodes: bool) -> None:
         self._cluster, self._cycles, self._nodes = cluster, cycles, nodes
         self._since: dict[int, int] = {}
-        self._acted = 0
+        self._acted_in = 0
+        """The number of worlds so far when it last acted."""
         self.killed_at: list[float] = []
 
     def update(self, view: RunView) -> None:
         changes = len(view.world_sizes)
-        if changes != self._acted + 1:
+        if changes == self._acted_in:
             return
         step = int(view.progress.get("step", 0))
         if step < self._since.setdefault(changes, step) + STEPS:
@@ -74,7 +75,7 @@ class Changes(Display):
                 self._cluster.kill_worker(view.pids[len(self.killed_at) % 2])
         elif self._nodes:
             self._cluster.add_node()
-        self._acted += 1
+        self._acted_in = changes
 
 
 def ours(folder: Path, config: Config, cycles: int, *, nodes: bool) -> dict[str, list[float]]:
