@@ -156,7 +156,7 @@ class Workload:
     least_bytes: float = 0.0
     """What a step needs however few samples there are, factors and decompositions not included."""
     few_bytes: Line = Line(-math.inf, 0.0)
-    """The same in dependence of few samples, where it grows by less per sample than with many."""
+    """The same as a function of the samples, where there are few and each adds less than with many."""
     exchange_bytes: float = 0.0
     """What is held when statistics are sent, factors and decompositions not included."""
     decomposing_bytes: float = 0.0

@@ -96,9 +96,9 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
     def passes(after: Callable[[], object] = lambda: None) -> list[float]:
         """Seconds by batch: these take turns, as a machine's speed varies."""
         found: list[list[float]] = []
-        whole = time.thread_time()
+        start = time.thread_time()
         while len(found) < (4 if is_quick else 2) or (
-            len(found) < 16 and time.thread_time() - whole < 1.0
+            len(found) < 16 and time.thread_time() - start < 1.0
         ):
             found.append([])
             for n in batches:
