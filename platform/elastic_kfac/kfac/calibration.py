@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from elastic_kfac.communication.collectives import Communicator
-from elastic_kfac.communication.packing import Bucketer, pack_triangle, unpack_triangle
+from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.curvature import inverses
 from elastic_kfac.json_text import parsed
 from elastic_kfac.paths import user_cache
@@ -113,7 +113,6 @@ def measured(
     tiny = torch.randn(8, 8, dtype=dtype, device=device)
     copied = torch.randn(1 << 18, dtype=dtype, device=device)
     buffer = torch.empty_like(copied)
-    triangle = pack_triangle(matrix)
     calibration = Calibration(
         costs=measure_costs(method, device=device, dtype=dtype),
         seconds_per_flop=least_seconds(lambda: matrix @ matrix, device, 10) / (2 * 256**3),
@@ -124,11 +123,6 @@ def measured(
         seconds_per_copied_byte=2
         * least_seconds(lambda: buffer.copy_(copied), device, 10)
         / copied.nbytes,
-        seconds_per_packed_byte=(
-            least_seconds(lambda: pack_triangle(matrix, out=triangle), device, 10)
-            + least_seconds(lambda: unpack_triangle(triangle, 256, out=matrix), device, 10)
-        )
-        / triangle.nbytes,
     )
     _keep(path, {"kind": kind, "calibration": asdict(calibration)})
     return calibration

@@ -45,7 +45,6 @@ class Device:
             network=network,
             seconds_per_layer=self.layer_s,
             seconds_per_copied_byte=4.0 / self.bytes_per_s,
-            seconds_per_packed_byte=8.0 / self.bytes_per_s,
         )
 
 

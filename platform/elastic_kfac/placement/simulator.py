@@ -90,8 +90,6 @@ class Calibration:
     """Time to precondition a layer however small it is, where the layers were not measured."""
     seconds_per_copied_byte: float = 0.0
     """Time to move a byte into a buffer to send, and out again."""
-    seconds_per_packed_byte: float = 0.0
-    """The same for a byte of a packed triangle."""
     seconds_per_call: float = 0.0
     """Time that the host computes for one collective, however small it is."""
     speeds: tuple[RankSpeed, ...] = ()
@@ -182,6 +180,8 @@ class Workload:
     """Measured seconds to precondition each of `layers`; empty takes the calibration's estimate."""
     factor_update_s: float = 0.0
     """Seconds to move the running averages of all layers, which every rank does every t_f steps."""
+    packing_s: float = 0.0
+    """Seconds to pack the statistics of all layers for the other ranks and to unpack their sums."""
     statistics_step_s: float = 0.0
     """Seconds that each further step with statistics takes beyond the work of its layers."""
     bound_s: float = 0.0
@@ -314,17 +314,8 @@ def predict_step(
         bound=workload.bound_s,
         optimizer=workload.optimizer_s,
         packing=calls * calibration.seconds_per_call
-        + size
-        * (
-            copied * calibration.seconds_per_copied_byte
-            + send_factors
-            / (both_ways * workload.factor_update_steps)
-            * (
-                calibration.seconds_per_packed_byte
-                if workload.symmetric
-                else calibration.seconds_per_copied_byte
-            )
-        ),
+        + size * copied * calibration.seconds_per_copied_byte
+        + (n > 1) * workload.packing_s / workload.factor_update_steps,
         gradient_all_reduce=calibration.all_reduce_seconds(n, workload.parameter_elements * size),
         factor_all_reduce=calibration.all_reduce_seconds(n, send_factors / both_ways * size)
         / workload.factor_update_steps,

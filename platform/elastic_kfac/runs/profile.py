@@ -135,6 +135,7 @@ def measure(sized: Sized, calibration: Calibration) -> Profile:
         factor_update_s=phases["factors"],
         bound_s=phases["bound"],
         optimizer_s=phases["optimizer"],
+        packing_s=phases["packing"],
     )
     layers = kfac.layers
     kfac.close()
@@ -160,6 +161,7 @@ def _phases(steps: Steps, samples: int, count: int = 3 * INVERSES_EVERY) -> dict
     kfac, found = steps.kfac, defaultdict[str, list[float]](list)
     kfac.timers.clock = time.thread_time
     steps.whole(samples)  # warms up
+    steps.exchange()
     for _ in range(count):
         kind = "plain"
         if kfac.steps % FACTORS_EVERY == 0:
@@ -175,6 +177,10 @@ def _phases(steps: Steps, samples: int, count: int = 3 * INVERSES_EVERY) -> dict
         begin = time.thread_time()
         steps.optimizer.step()
         found["optimizer"].append(time.thread_time() - begin)
+        if kind != "plain":
+            begin = time.thread_time()
+            steps.exchange()
+            found["packing"].append(time.thread_time() - begin)
         steps.optimizer.zero_grad()
     usual = {name: median(values) for name, values in found.items()}
     return {
@@ -183,6 +189,7 @@ def _phases(steps: Steps, samples: int, count: int = 3 * INVERSES_EVERY) -> dict
         "factors": max(0.0, usual["averaging"] - usual["plain"]),
         "decompositions": max(0.0, usual["decomposing"] - usual["averaging"]),
         "optimizer": usual["optimizer"],
+        "packing": usual["packing"],
         "with statistics": max(0.0, usual["watched"] - usual["unwatched"]),
     }
 
@@ -327,7 +334,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
     stepping += _held(sized)
     rate = device.flops_per_s
     more = [max(0.0, b - a) for a, b in zip(counts, with_statistics, strict=True)]
-    size, layers = 4.0, sized.layers
+    size, layers, symmetric = 4.0, sized.layers, sized.config.kfac.symmetry_aware
     workload = _workload(
         sized,
         forward_backward=fit_line((1, 2), [c / rate for c in counts]),
@@ -339,6 +346,7 @@ def estimate(sized: Sized, device: Device, network: Line) -> Profile:
         factor_update_s=3 * size * factor_elements(layers) / device.bytes_per_s,
         bound_s=10 * size * weight_elements(layers) / device.bytes_per_s,
         optimizer_s=5 * size * sized.parameter_elements / device.bytes_per_s,
+        packing_s=8 * size * factor_elements(layers, packed=symmetric) / device.bytes_per_s,
     )
     calibration = device.calibration(workload.method, network)
     return Profile(workload, calibration, f"estimated for {device.name} from data sheets")

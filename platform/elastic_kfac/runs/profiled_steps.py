@@ -5,11 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from elastic_kfac.communication.collectives import Communicator
+from elastic_kfac.communication.collectives import Communicator, Work
+from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.kfac.kfac import KFAC
 from elastic_kfac.runs.feasibility import Sized
 from elastic_kfac.training.first_order import make_optimizer
@@ -52,6 +54,17 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self._live.pop(key)
 
 
+class _Echo(Communicator):
+    """Of two ranks, the other of which has nothing to add: sums are there at once."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.world_size = 2
+
+    def all_reduce(self, tensor: Tensor, *, tag: str, async_op: bool = False) -> Work:
+        return Work()
+
+
 class Steps:
     """One rank's training steps of a configuration, on random samples; all layers at once, or spread."""
 
@@ -91,6 +104,16 @@ class Steps:
         self.sized.loss(samples).backward()
         self.vector.end_pass(samples)
         self.vector.finish_step(samples)
+
+    def exchange(self) -> None:
+        """Packs statistics as they are sent to other ranks, and unpacks them."""
+        options = self.sized.config.kfac
+        bucketer = Bucketer(_Echo(), tag="profile", cap_bytes=int(options.bucket_mib * 2**20))
+        for layer, state in zip(self.kfac.layers, self.kfac.states, strict=True):
+            for name, factor in state.factors.items():
+                symmetric = options.symmetry_aware and not layer.is_diagonal(name)
+                bucketer.all_reduce(torch.empty_like(factor), symmetric=symmetric)
+        bucketer.flush().wait()
 
     def whole(self, samples: int) -> None:
         """Passes, K-FAC and optimizer."""

@@ -61,8 +61,8 @@ def test_fit_line_recovers_and_never_goes_below_zero() -> None:
 
 def test_predicted_step_on_one_rank_is_compute_only() -> None:
     layers = (LayerShape("x", 10, 5, 50),)
-    workload = _workload(layers, inverse_update_steps=4, factor_update_steps=2)
-    calibration = Calibration(COMPUTE, 1e-6, Line(1.0, 1.0))
+    workload = _workload(layers, inverse_update_steps=4, factor_update_steps=2, packing_s=3.0)
+    calibration = Calibration(COMPUTE, 1e-6, Line(1.0, 1.0), seconds_per_copied_byte=1.0)
     step = predict_step(
         workload, calibration, make_plan(layers, 1, 1.0), global_batch_size=10, micro_batch_size=4
     )
@@ -71,12 +71,13 @@ def test_predicted_step_on_one_rank_is_compute_only() -> None:
     assert step.decompositions == pytest.approx((1000 + 125) / 4)
     assert step.precondition == pytest.approx(4 * 50 * 15 * 1e-6)
     communication = (
+        step.packing,
         step.gradient_all_reduce,
         step.factor_all_reduce,
         step.second_order_broadcast,
         step.preconditioned_broadcast,
     )
-    assert communication == (0, 0, 0, 0)
+    assert communication == (0, 0, 0, 0, 0)
     assert step.total == pytest.approx(
         step.forward_backward + step.factor_statistics + step.decompositions + step.precondition
     )
@@ -84,8 +85,8 @@ def test_predicted_step_on_one_rank_is_compute_only() -> None:
 
 def test_predicted_collectives_are_latency_and_bytes() -> None:
     layers = (LayerShape("x", 10, 5, 50), LayerShape("y", 4, 4, 16))
-    workload = _workload(layers, inverse_update_steps=5, factor_update_steps=2)
-    calibration = Calibration(COMPUTE, 0.0, Line(0.5, 0.001))
+    workload = _workload(layers, inverse_update_steps=5, factor_update_steps=2, packing_s=3.0)
+    calibration = Calibration(COMPUTE, 0.0, Line(0.5, 0.001), seconds_per_copied_byte=0.01)
     plan = make_plan(layers, 4, 0.5)
     step = predict_step(workload, calibration, plan, global_batch_size=8, micro_batch_size=2)
     parameters = 4 * (66 + 50)
@@ -95,6 +96,8 @@ def test_predicted_collectives_are_latency_and_bytes() -> None:
     e = 4 * (100 + 25 + 50 + 16 + 16 + 16)
     assert step.second_order_broadcast == pytest.approx((0.5 + e / 4 * 0.001) / 5)
     assert step.preconditioned_broadcast == pytest.approx(0.5 + 4 * 66 / 2 * 0.001)
+    copied = parameters + e / 4 / 5 + 4 * 66 / 2
+    assert step.packing == pytest.approx(3.0 / 2 + 0.01 * copied)
 
 
 def test_spread_work_costs_further_steps_and_calls() -> None:
