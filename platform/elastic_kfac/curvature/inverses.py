@@ -83,8 +83,9 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
         shift = torch.as_tensor(damping, dtype=x.dtype, device=x.device)
         diagonal.add_(shift.unsqueeze(-1) if shift.dim() else shift)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
-        # Exactly symmetric and row-major: what a receiver unpacks from a triangle.
-        return ((inverse + inverse.mT) / 2).contiguous()
+        # Exactly symmetric and row-major: what a receiver unpacks from a triangle. LAPACK computes one
+        # triangle, column-major, of which the other is a copy.
+        return inverse.mT if x.device.type == "cpu" else ((inverse + inverse.mT) / 2).contiguous()
 
     return _with_fallback(invert, matrix, "damped inverse").to(matrix.dtype)
 

@@ -78,6 +78,21 @@ def test_decompositions_read_the_lower_triangle_only() -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(1,), (7,), (64,), (785,), (3, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damped_inverse_is_row_major_and_what_its_triangle_unpacks_to(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    d = shape[-1]
+    root = torch.randn(*shape, 2 * d, dtype=dtype)
+    factor = root @ root.mT / d
+    inverse = inverses.damped_inverse(factor, 0.1)
+    assert inverse.is_contiguous()
+    assert torch.equal(inverse, inverse.mT)
+    dense = torch.linalg.inv(factor.double() + 0.1 * torch.eye(d, dtype=torch.float64))
+    assert torch.allclose(inverse.double(), dense, atol=1e-4, rtol=1e-3)
+
+
 def test_eigen_failure_in_own_precision_falls_back_to_float64(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
