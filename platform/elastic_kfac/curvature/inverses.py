@@ -11,11 +11,31 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kfac.errors import NumericalError
 
 Result = TypeVar("Result")
+
+
+_WIDE = 512
+"""Width from which padding costs less than it gains."""
+
+
+def _beyond(x: Tensor) -> int:
+    """Rows and columns to add to a wide matrix on the host, up to an odd multiple of 8: LAPACK takes up to
+    a quarter less time if rows begin at aligned addresses that do not compete for the same cache lines."""
+    width = x.shape[-1]
+    return (8 - width) % 16 if width >= _WIDE and x.device.type == "cpu" else 0
+
+
+def _padded(x: Tensor, beyond: int, value: Tensor) -> Tensor:
+    """`x [..., d, d]` with so many further rows and columns of zeros, and `value` on their diagonal."""
+    width = x.shape[-1]
+    x = F.pad(x, (0, beyond, 0, beyond))
+    x.diagonal(dim1=-2, dim2=-1)[..., width:] = value
+    return x
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,10 +46,19 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
 
     def decompose(x: Tensor) -> tuple[Tensor, Tensor]:
+        width, beyond = x.shape[-1], _beyond(x)
+        if beyond:
+            # Their eigenvalues lie below all others, which are not negative, and come first.
+            mean = x.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            x = _padded(x, beyond, -torch.where(mean == 0, 1.0, mean))
         values, vectors = torch.linalg.eigh(x)
         # eigh returns column-major vectors; receivers hold row-major copies, and products of the two
         # layouts differ in the last bit, so that the ranks' parameters would drift apart.
-        return values.clamp_(min=0), vectors.contiguous()
+        values, vectors = values.clamp_(min=0), vectors.contiguous()
+        if beyond:
+            values = values[..., beyond:].contiguous()
+            vectors = vectors[..., :width, beyond:].contiguous()
+        return values, vectors
 
     values, vectors = _with_fallback(decompose, matrix, "eigen-decomposition")
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
@@ -78,14 +107,17 @@ def damped_inverse(matrix: Tensor, damping: Tensor | float) -> Tensor:
     """
 
     def invert(x: Tensor) -> Tensor:
-        shifted = x.clone()
-        diagonal = shifted.diagonal(dim1=-2, dim2=-1)
+        width, beyond = x.shape[-1], _beyond(x)
+        shifted = _padded(x, beyond, torch.ones((), dtype=x.dtype)) if beyond else x.clone()
+        diagonal = shifted.diagonal(dim1=-2, dim2=-1)[..., :width]
         shift = torch.as_tensor(damping, dtype=x.dtype, device=x.device)
         diagonal.add_(shift.unsqueeze(-1) if shift.dim() else shift)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(shifted))
         # Exactly symmetric and row-major: what a receiver unpacks from a triangle. LAPACK computes one
         # triangle, column-major, of which the other is a copy.
-        return inverse.mT if x.device.type == "cpu" else ((inverse + inverse.mT) / 2).contiguous()
+        if x.device.type == "cpu":
+            return inverse.mT[..., :width, :width].contiguous()
+        return ((inverse + inverse.mT) / 2).contiguous()
 
     return _with_fallback(invert, matrix, "damped inverse").to(matrix.dtype)
 

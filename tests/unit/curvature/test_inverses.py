@@ -78,7 +78,7 @@ def test_decompositions_read_the_lower_triangle_only() -> None:
     )
 
 
-@pytest.mark.parametrize("shape", [(1,), (7,), (64,), (785,), (3, 33)])
+@pytest.mark.parametrize("shape", [(1,), (7,), (64,), (512,), (785,), (3, 33), (2, 520)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_damped_inverse_is_row_major_and_what_its_triangle_unpacks_to(
     shape: tuple[int, ...], dtype: torch.dtype
