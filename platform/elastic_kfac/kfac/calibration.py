@@ -214,7 +214,8 @@ def _time_link(group: Communicator, device: torch.device, rounds: int) -> tuple[
     """α and β for which an all-reduce of so many rounds takes the time that the slowest rank saw, and the
     host's own time per call."""
     seconds = []
-    call_s = max(group.all_gather_object(_call_seconds(group, device), tag="plan/links"))
+    # Of the usual rank: the slowest one's is mostly what else its processor did.
+    call_s = median(group.all_gather_object(_call_seconds(group, device), tag="plan/links"))
     for size in _MESSAGES:
         tensor = torch.ones(size // 4, device=device)
         own = least_seconds(
