@@ -55,13 +55,11 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
             mean = x.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
             x = _padded(x, beyond, -torch.where(mean == 0, 1.0, mean))
         values, vectors = torch.linalg.eigh(x)
+        del x  # before the next copy of that size
         # eigh returns column-major vectors; receivers hold row-major copies, and products of the two
         # layouts differ in the last bit, so that the ranks' parameters would drift apart.
-        values, vectors = values.clamp_(min=0), vectors.contiguous()
-        if beyond:
-            values = values[..., beyond:].contiguous()
-            vectors = vectors[..., :width, beyond:].contiguous()
-        return values, vectors
+        values = values[..., beyond:].clamp(min=0)
+        return values, vectors[..., :width, beyond:].contiguous()
 
     values, vectors = _with_fallback(decompose, matrix, "eigen-decomposition")
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
