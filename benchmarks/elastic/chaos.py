@@ -9,9 +9,10 @@ The first minute is quiet. `goodput` is the committed steps times the median ste
 wall time. Steps that refresh curvature take longer than the median, so it is below 1 in that minute, too
 (`quiet_goodput`), and a single worker computes the whole batch in every step. `time_not_lost` leaves both
 out (see there). Steps take 0.1 s at least (see `paced_ranks.py`), so that the run in peace,
-which does not wait, need not take as long.
+which does not wait, need not take as long. With `--equal-steps` they take 0.3 s, on one worker as on two
+(see `equal_ranks.py`): `goodput` then is the price of the changes alone.
 
-    python benchmarks/elastic/chaos.py [--phases 30:30] [--no-in-place] [--out FILE]
+    python benchmarks/elastic/chaos.py [--phases 30:30] [--equal-steps] [--no-in-place] [--out FILE]
 """
 
 from __future__ import annotations
@@ -158,11 +159,13 @@ def _drain(cluster: LocalCluster, node: int, *, deadline_s: float) -> None:
     drain_node(cluster, node, deadline_s=deadline_s)
 
 
-def go(folder: Path, config: Config, display: Display, cluster: LocalCluster) -> RunResult:
-    """One call of `train`; a quiet one does not wait in its steps."""
+def go(
+    folder: Path, config: Config, display: Display, cluster: LocalCluster, ranks: str | None = None
+) -> RunResult:
+    """One call of `train`; its steps wait if there is a module of `ranks` that do."""
     options: dict[str, Any] = {"storage": str(folder), "cluster": cluster, "progress": display}
-    if isinstance(display, Chaos):
-        options |= {"rank_function": "paced_ranks:run", "member_function": "paced_ranks:member"}
+    if ranks is not None:
+        options |= {"rank_function": f"{ranks}:run", "member_function": f"{ranks}:member"}
     return train(config, name="run", **options)
 
 
@@ -233,9 +236,14 @@ def main() -> int:
         default=True,
         help="survivors keep their processes",
     )
-    default = Path(__file__).parents[1] / "results" / "chaos.json"
-    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument(
+        "--equal-steps", action="store_true", help="of 0.3 s, on one worker as on two"
+    )
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    ranks = "equal_ranks" if arguments.equal_steps else "paced_ranks"
+    result = "chaos_equal_steps" if arguments.equal_steps else "chaos"
+    out = arguments.out or Path(__file__).parents[1] / "results" / f"{result}.json"
     logging.disable(logging.INFO)
     phases = Phase.parse(arguments.phases)
     here = str(Path(__file__).parent)
@@ -268,7 +276,7 @@ def main() -> int:
         with quiet_driver(), LocalCluster(NODES) as cluster:
             cluster.connect()
             chaos = Chaos(cluster, phases, arguments.seed)
-            stopped = go(folder / "chaos", config(100_000), chaos, cluster)
+            stopped = go(folder / "chaos", config(100_000), chaos, cluster, ranks)
             load.append(os.getloadavg()[0])
             quiet_step_s, quiet_goodput, measured = by_phase(struck, chaos, phases)
             print(json.dumps(measured, indent=1), flush=True)
@@ -282,6 +290,7 @@ def main() -> int:
         report: dict[str, Any] = {
             "what": "a run under faults, stopped, continued and finished, against a quiet one",
             "in_place": arguments.in_place,
+            "equal_steps": arguments.equal_steps,
             "quiet_step_s": round(quiet_step_s, 4),
             "quiet_goodput": round(quiet_goodput, 4),
             "phases": measured,
@@ -297,7 +306,7 @@ def main() -> int:
             "load": [round(x, 1) for x in load],
             "versions": {"torch": torch.__version__, "ray": ray.__version__},
         }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     return 0 if equal and not report["ledger_problems"] else 1
 
