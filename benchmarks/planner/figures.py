@@ -124,9 +124,9 @@ def _budget(workload: Workload, calibration: Calibration) -> list[dict[str, Any]
     """The largest local batch in the budget in which SGD fits 128, and minutes to the target."""
     nothing = replace(workload, layers=(), factor_statistics=Line(0.0, 0.0), factor_update_s=0.0)
     nothing = replace(nothing, exchange_bytes=0.0, decomposing_bytes=0.0, index_bytes=0.0)
-    held = device_bytes(workload, _plan(workload, calibration, 1, 1), 0) - workload.base_bytes
-    nothing = replace(nothing, bound_s=0.0, least_bytes=workload.least_bytes - held)
-    budget = nothing.base_bytes + nothing.activation_bytes.at(128)
+    passes = max(workload.step_bytes, key=lambda line: line.slope)
+    nothing = replace(nothing, bound_s=0.0, step_bytes=(passes,))
+    budget = passes.at(128)
     rows: list[dict[str, Any]] = []
     for label, columns in (("SGD", 0), ("1/64", 64), ("1/2", 2), ("1", 1)):
         if columns:

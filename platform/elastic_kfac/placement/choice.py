@@ -160,7 +160,7 @@ def kfac_workload(layers: Sequence[LayerShape], **options: object) -> Workload:
     """A workload of which only the parts that a plan places take time."""
     nothing = Line(0.0, 0.0)
     elements = sum(layer.weight_elements for layer in layers)
-    return Workload(tuple(layers), elements, nothing, nothing, nothing, **options)  # type: ignore[arg-type]
+    return Workload(tuple(layers), elements, nothing, nothing, (nothing,), **options)  # type: ignore[arg-type]
 
 
 def auto_fraction(

@@ -147,14 +147,9 @@ class Workload:
     """Seconds of one pass over x samples."""
     factor_statistics: Line
     """Seconds to add the factor statistics of x samples."""
-    activation_bytes: Line
-    """Device memory of a pass over x samples, measured at two sizes."""
-    base_bytes: float = 0.0
-    """Parameters, gradients, optimizer state and buffers."""
-    least_bytes: float = 0.0
-    """What a step needs however few samples there are, factors and decompositions not included."""
-    few_bytes: Line = Line(-math.inf, 0.0)
-    """The same as a function of the samples, where there are few and each adds less than with many."""
+    step_bytes: tuple[Line, ...]
+    """Device memory of a step of x samples, factors and decompositions not included: the largest of these
+    lines. With few samples the step needs more than the passes, and each further one adds less."""
     exchange_bytes: float = 0.0
     """What is held when statistics are sent, factors and decompositions not included."""
     decomposing_bytes: float = 0.0
@@ -337,7 +332,7 @@ def _most_owners(plan: Plan) -> int:
 
 
 def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:
-    """Device memory of the rank that holds most: base, activations, factors and decompositions.
+    """Device memory of the rank that holds most, factors and decompositions included.
 
     The most is needed either at the end of the forward pass, which grows with the samples, or in the
     step that follows; with several ranks perhaps where factors or decompositions are in buffers.
@@ -346,11 +341,7 @@ def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float
     held = size * max(
         memory_elements(plan, layers, method=workload.method, precompute=workload.precompute)
     )
-    samples = max(
-        workload.base_bytes + workload.activation_bytes.at(micro_batch_size),
-        workload.few_bytes.at(micro_batch_size),
-    )
-    alone = max(samples, workload.least_bytes) + held
+    alone = max(line.at(micro_batch_size) for line in workload.step_bytes) + held
     if plan.world_size == 1:
         return alone
     packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]

@@ -6,7 +6,6 @@ what other ranks hold and do follows from shapes (`placement.simulator`).
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -372,7 +371,7 @@ def _workload(
         parameter_elements=sized.parameter_elements,
         forward_backward=forward_backward,
         factor_statistics=factor_statistics,
-        activation_bytes=Line(0.0, 0.0),
+        step_bytes=(),
         method=kfac.method,
         precompute=kfac.precompute,
         colocate=kfac.colocate,
@@ -386,14 +385,12 @@ def _workload(
 def _memory(bytes_: _Bytes, held: float) -> dict[str, Any]:
     """Fields of a workload."""
     points = list(bytes_.peaks.items())
-    # With few samples the step needs more than the forward pass: the line is that of the larger ones.
     many = _through(*points[-2:])
-    few = _through(*points[-3:-1]) if len(points) > 2 else many
+    lines = [many, Line(min(bytes_.peaks.values()), 0.0)]
+    if len(points) > 2 and (few := _through(*points[-3:-1])).slope < many.slope:
+        lines.append(few)
     return {
-        "activation_bytes": Line(0.0, many.slope),
-        "base_bytes": many.fixed - held,
-        "few_bytes": Line(few.fixed - held if few.slope < many.slope else -math.inf, few.slope),
-        "least_bytes": min(bytes_.peaks.values()) - held,
+        "step_bytes": tuple(Line(line.fixed - held, line.slope) for line in lines),
         "exchange_bytes": bytes_.exchanging - held,
         "decomposing_bytes": bytes_.decomposing - held,
     }

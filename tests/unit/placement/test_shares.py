@@ -100,7 +100,7 @@ def test_least_moved_plan_keeps_the_makespan_of_unequal_ranks() -> None:
 
 def test_predicted_step_follows_the_shares_and_another_world_counts_as_equal() -> None:
     layers = (LayerShape("x", 10, 5, 50),)
-    workload = Workload(layers, 50, Line(0.0, 1.0), Line(0.0, 0.0), Line(0.0, 1.0))
+    workload = Workload(layers, 50, Line(0.0, 1.0), Line(0.0, 0.0), (Line(0.0, 1.0),))
     calibration = Calibration(
         CostModel(c0=0.0, c1=1.0), 0.0, Line(0.0, 0.0), speeds=(RankSpeed(), RankSpeed(0.5, 0.25))
     )

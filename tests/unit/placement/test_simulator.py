@@ -35,8 +35,7 @@ def _workload(layers: Layers, **changes: object) -> Workload:
         parameter_elements=sum(layer.weight_elements for layer in layers) + 50,
         forward_backward=Line(0.01, 0.002),
         factor_statistics=Line(0.001, 0.0002),
-        activation_bytes=Line(1000.0, 100.0),
-        base_bytes=5000.0,
+        step_bytes=(Line(6000.0, 100.0),),
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -127,8 +126,7 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
     s, e = 4 * (100 + 25 + 32), 4 * (100 + 25 + 50 + 32 + 16)
     workload = _workload(
         layers,
-        base_bytes=0.0,
-        activation_bytes=Line(0.0, 1.0),
+        step_bytes=(Line(0.0, 1.0),),
         exchange_bytes=300.0,
         decomposing_bytes=250.0,
         index_bytes=7.0,
@@ -142,9 +140,9 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
     # Old decompositions, new ones, and the buffers that bring them.
     assert needed(2, 1, 2) == 7 + 250 + s + 3 * e
     # The line of few samples, until that of many is above.
-    few = Line(2000.0, 0.5)
-    assert needed(1, 1, 2, few_bytes=few) == s + e + 2001
-    assert needed(1, 1, 10**6, few_bytes=few) == s + e + 10**6
+    lines = (Line(0.0, 1.0), Line(2000.0, 0.5))
+    assert needed(1, 1, 2, step_bytes=lines) == s + e + 2001
+    assert needed(1, 1, 10**6, step_bytes=lines) == s + e + 10**6
     assert needed(2, 1, 10**6) == 7 + s + e + 10**6
     assert needed(2, 1, 2, bucket_bytes=1.0) == 7 + 250 + s + 2 * e
     assert needed(2, 1, 2, decomposition_steps=2) == 7 + 250 + s + e + 2 * 4 * (100 + 25 + 50)
@@ -174,7 +172,7 @@ def test_choice_equals_brute_force_and_never_exceeds_the_budget() -> None:
             layers,
             inverse_update_steps=rng.choice([1, 5, 50]),
             forward_backward=Line(rng.uniform(0, 0.02), rng.uniform(0, 0.01)),
-            few_bytes=Line(rng.choice([-math.inf, 6000.0]), 80.0),
+            step_bytes=(Line(6000.0, 100.0), Line(rng.choice([0.0, 7000.0]), 80.0)),
         )
         calibration = Calibration(
             CostModel(rng.uniform(0, 1e-3), 1e-7, 3.0),
@@ -211,7 +209,7 @@ def test_choice_equals_brute_force_and_never_exceeds_the_budget() -> None:
 def test_ample_memory_and_rare_inverses_choose_comm_opt_tight_memory_mem_opt(
     resnet50: Layers,
 ) -> None:
-    workload = _workload(resnet50, inverse_update_steps=100, base_bytes=0.0)
+    workload = _workload(resnet50, inverse_update_steps=100)
     bandwidth_bound = replace(GPU, seconds_per_flop=0.0, network=Line(0.0, 1e-9))
     ample = choose_plan(workload, bandwidth_bound, 16, global_batch_size=512)
     assert ample.plan.strategy == "COMM-OPT"
@@ -305,9 +303,7 @@ def test_suggested_interval_bounds_the_share_of_decompositions(resnet50: Layers)
 
 
 def test_fixed_budget_gives_smaller_batches_to_larger_fractions(resnet50: Layers) -> None:
-    workload = _workload(
-        resnet50, activation_bytes=Line(0.0, 80e6), base_bytes=4e8, inverse_update_steps=100
-    )
+    workload = _workload(resnet50, step_bytes=(Line(4e8, 80e6),), inverse_update_steps=100)
     sizes = [
         choose_plan(
             workload,
