@@ -9,8 +9,9 @@ The first minute is quiet. `goodput` is the committed steps times the median ste
 wall time. Steps that refresh curvature take longer than the median, so it is below 1 in that minute, too
 (`quiet_goodput`), and a single worker computes the whole batch in every step. `time_not_lost` leaves both
 out (see there). Steps take 0.1 s at least (see `paced_ranks.py`), so that the run in peace,
-which does not wait, need not take as long. With `--equal-steps` they take 0.3 s, on one worker as on two
-(see `equal_ranks.py`): `goodput` then is the price of the changes alone.
+which does not wait, need not take as long. With `--equal-steps` they take 0.3 s, on one worker as on two,
+and a node that starts takes no time from the others (see `equal_ranks.py`): `goodput` then is the price
+of the changes alone.
 
     python benchmarks/elastic/chaos.py [--phases 30:30] [--equal-steps] [--no-in-place] [--out FILE]
 """
@@ -30,7 +31,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from unittest.mock import patch
 
 import ray
 import torch
+from equal_ranks import low_priority
 
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray.connection import quiet_driver
@@ -76,8 +79,14 @@ class Phase:
 class Chaos(Display):
     """Strikes at its times, whatever the run is doing; presses Ctrl-C after the last phase."""
 
-    def __init__(self, cluster: LocalCluster, phases: Sequence[Phase], seed: int) -> None:
-        self._cluster = cluster
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        phases: Sequence[Phase],
+        seed: int,
+        starting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._cluster, self._starting = cluster, starting
         self._random = random.Random(seed)
         self._strikes: list[tuple[float, Phase]] = []
         begin = QUIET_S
@@ -102,7 +111,8 @@ class Chaos(Display):
         if self._return_at is not None and now >= self._return_at and self._leaving is None:
             self._return_at = None
             if len(self._cluster.nodes) < NODES:
-                self._cluster.add_node()
+                with self._starting():
+                    self._cluster.add_node()
         elif self._strikes and now >= self._strikes[0][0]:
             _, phase = self._strikes.pop(0)
             self.faults.append((round(now, 1), self._strike(view, now, phase)))
@@ -275,7 +285,8 @@ def main() -> int:
         struck = RunFolder(str(folder / "chaos" / "run"))
         with quiet_driver(), LocalCluster(NODES) as cluster:
             cluster.connect()
-            chaos = Chaos(cluster, phases, arguments.seed)
+            starting = low_priority if arguments.equal_steps else nullcontext
+            chaos = Chaos(cluster, phases, arguments.seed, starting)
             stopped = go(folder / "chaos", config(100_000), chaos, cluster, ranks)
             load.append(os.getloadavg()[0])
             quiet_step_s, quiet_goodput, measured = by_phase(struck, chaos, phases)
