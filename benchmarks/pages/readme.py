@@ -83,6 +83,15 @@ def rows() -> Iterator[Row]:
         f"undisturbed {share(chaos['quiet_goodput'], 1)}",
         file_of("chaos"),
     )
+    equal = load("chaos_equal_steps")
+    (phase,) = equal["phases"]
+    quiet = "same final hash" if equal["hash_equals_quiet_run"] else "another final hash"
+    yield row(
+        "The same, steps as long on one worker as on two, nodes starting at low priority",
+        f"{share(phase['goodput'], 1)}; {quiet}, {n(phase['steps_redone'])} steps redone",
+        f"undisturbed {share(equal['quiet_goodput'], 1)}",
+        file_of("chaos_equal_steps"),
+    )
     shares = [r["share"] for r in load("vault_cost")["rows"]]
     yield row(
         "CPU time of snapshots, 0.1 to 25 M parameters",
