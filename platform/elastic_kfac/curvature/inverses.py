@@ -26,8 +26,8 @@ _WIDE = 512
 def _beyond(x: Tensor) -> int:
     """Rows and columns to add to a wide matrix on the host, up to an odd multiple of 8.
 
-    LAPACK takes up to a quarter less time if rows begin at aligned addresses that do not compete for
-    the same cache lines.
+    LAPACK takes less time if rows begin at aligned addresses that do not compete for the same cache
+    lines.
     """
     width = x.shape[-1]
     return (8 - width) % 16 if width >= _WIDE and x.device.type == "cpu" else 0
