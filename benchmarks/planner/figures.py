@@ -125,7 +125,7 @@ def _budget(workload: Workload, calibration: Calibration) -> list[dict[str, Any]
     nothing = replace(workload, layers=(), factor_statistics=Line(0.0, 0.0), factor_update_s=0.0)
     nothing = replace(nothing, exchange_bytes=0.0, decomposing_bytes=0.0, index_bytes=0.0)
     passes = max(workload.step_bytes, key=lambda line: line.slope)
-    nothing = replace(nothing, bound_s=0.0, step_bytes=(passes,))
+    nothing = replace(nothing, bound_s=0.0, packing_s=0.0, step_bytes=(passes,))
     budget = passes.at(128)
     rows: list[dict[str, Any]] = []
     for label, columns in (("SGD", 0), ("1/64", 64), ("1/2", 2), ("1", 1)):
