@@ -15,7 +15,7 @@ DOCUMENT = "docs/benchmarks.md"
 COMMANDS: dict[str, str] = {
     "changes_in_place": "python benchmarks/elastic/changes_in_place.py",
     "chaos": "python benchmarks/elastic/chaos.py",
-    "chaos_equal_steps": "python benchmarks/elastic/chaos.py --equal-steps",
+    "chaos_shared_cores": "python benchmarks/elastic/chaos.py --shared-cores",
     "cifar10_jpeg": "python benchmarks/studies/cifar10_jpeg.py",
     "clusters10": "elastic-kfac compare benchmarks/studies/clusters10.yaml",
     "damping_follows": "python benchmarks/defaults/run.py (damping_follows_*)",
