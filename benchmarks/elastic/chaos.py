@@ -10,10 +10,10 @@ wall time. A step takes 0.3 s, on one worker as on two, and a node that starts t
 others, as on a machine of its own (see `equal_ranks.py`): what is missing from 1 is the price of the
 changes. The run in peace that the final state is compared with does not wait.
 
-With `--shared-cores` steps wait 0.1 s beside what they compute (see `paced_ranks.py`), and all nodes share
-the cores of this machine. Goodput then is below 1 without any fault (`quiet_goodput`), as steps that
-refresh curvature take longer than the median; a single worker computes the whole batch, and the start of a
-node takes time from those who train. `time_not_lost` leaves all of that out (see there).
+With `--shared-cores` steps wait 0.1 s beside what they compute (see `paced_ranks.py`), and all nodes
+share the cores of this machine. Goodput then is below 1 without any fault (`quiet_goodput`), as steps
+that refresh curvature take longer than the median; a single worker computes the whole batch, and the start of
+a node takes time from those who train. `time_not_lost` leaves all of that out (see there).
 
     python benchmarks/elastic/chaos.py [--phases 30:30] [--shared-cores] [--no-in-place] [--out FILE]
 """
