@@ -12,8 +12,8 @@ changes. The run in peace that the final state is compared with does not wait.
 
 With `--shared-cores` steps wait 0.1 s beside what they compute (see `paced_ranks.py`), and all nodes
 share the cores of this machine. Goodput then is below 1 without any fault (`quiet_goodput`), as steps
-that refresh curvature take longer than the median; a single worker computes the whole batch, and the start of
-a node takes time from those who train. `time_not_lost` leaves all of that out (see there).
+that refresh curvature take longer than the median; a single worker computes the whole batch, and the
+start of a node takes time from those who train. `time_not_lost` leaves all of that out (see there).
 
     python benchmarks/elastic/chaos.py [--phases 30:30] [--shared-cores] [--no-in-place] [--out FILE]
 """
