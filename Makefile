@@ -56,7 +56,7 @@ test-trainers: $(STAMP) ## docs/trainers.md with Accelerate, transformers and Li
 	@$(BIN)/pytest tests/distributed/test_trainers.py
 
 soak: $(STAMP) ## The long-running tests that `make test` leaves out
-	@$(BIN)/pytest -m soak --timeout 7200 || test $$? -eq 5
+	@$(BIN)/pytest -n $(TEST_WORKERS) -m soak --timeout 7200 || test $$? -eq 5
 
 chaos: $(STAMP) ## A run with a fault every 30 s against the same run in peace: hash, samples, goodput
 	@$(BIN)/python benchmarks/elastic/chaos.py

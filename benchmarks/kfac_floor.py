@@ -1,13 +1,15 @@
 """The bare kernels of an exact K-FAC step on given statistics: what no implementation can leave out.
 
-Nothing is captured, scheduled, checked or distributed here. Layers of one shape are one batch, widths are
-padded to multiples of 8 (a bias makes them odd), Gram matrices are computed without their upper half
-where that is faster, and a convolution's A comes from `curvature.patches`, which forms no patches.
+Nothing is captured, scheduled, checked or distributed here. The kernels run in the place of a
+preconditioner's step, between the passes and the optimizer: alone, one after the other, they would find
+their matrices in the processor's caches, and leave the model's there. Layers of one shape are one batch,
+widths are padded to multiples of 8 (a bias makes them odd), Gram matrices are computed without their
+upper half where that is faster, and a convolution's A comes from `curvature.patches`, which forms no
+patches.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -29,8 +31,12 @@ class Floor:
         *,
         method: str,
         skip: Sequence[str],
+        factor_update_steps: int,
+        inverse_update_steps: int,
     ) -> None:
         self._method = method
+        self._intervals = factor_update_steps, inverse_update_steps
+        self._steps = 0
         layers = [
             module
             for name, module in model.named_modules()
@@ -48,16 +54,15 @@ class Floor:
             for (g, a), members in by_shape.items()
         ]
 
-    def cycle(self, factor_update_steps: int, inverse_update_steps: int) -> float:
-        """Process CPU seconds of the kernels of one inverse-update cycle."""
-        begin = time.process_time()
-        for step in range(inverse_update_steps):
-            if step % factor_update_steps == 0:
-                self._statistics()
-            if step == 0:
-                self._decompositions()
-            self._products()
-        return time.process_time() - begin
+    def step(self) -> None:
+        """The kernels that are due."""
+        statistics, decompositions = (self._steps % interval == 0 for interval in self._intervals)
+        self._steps += 1
+        if statistics:
+            self._statistics()
+        if decompositions:
+            self._decompositions()
+        self._products()
 
     def _sizes(self) -> list[tuple[tuple[nn.Module, Tensor, Tensor], int]]:
         return [(one, one[0].weight[0].numel() + (one[0].bias is not None)) for one in self._passes]

@@ -4,11 +4,11 @@
 
 Process CPU time, one thread, whole inverse-update cycles, the same Linear and Conv2d layers. Variants
 take turns, cycle by cycle, so that a noisy machine hits them alike; what counts are the ratios. `floor`
-is kfac_floor.py's: the kernels of an exact step and nothing else. Spikes are p99 over the median of the
-steps after the first, by wall clock and by CPU time of the training thread; decompositions on another
-thread are part of the former and of the process's time. `--peer` is a folder with
-kfac-pytorch installed (`pip install --no-deps --target FOLDER` of a checkout of gpauloski/kfac-pytorch);
-without it only our own time is measured.
+is kfac_floor.py's: the kernels of an exact step and nothing else, where a preconditioner's step would be.
+Spikes are p99 over the median of the steps after the first, by wall clock and by CPU time of the training
+thread; decompositions on another thread are part of the former and of the process's time. `--peer` is a
+folder with kfac-pytorch installed (`pip install --no-deps --target FOLDER` of a checkout of
+gpauloski/kfac-pytorch); without it only our own time is measured.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def _result(
     return {
         "benchmark": "kfac_step",
         "what": "process CPU ms per step, float32, one thread; extra = K-FAC minus SGD; "
-        "extra_ratio = our extra / peer's extra; floor = bare kernels; floor_ratio = floor / peer's "
-        "extra; p99 = p99 / median of a step's "
-        "time, by wall clock and by CPU time of the training thread",
+        "extra_ratio = our extra / peer's extra; floor = SGD and the bare kernels; floor_ratio = its "
+        "extra / peer's extra; p99 = p99 / median of a step's time, by wall clock and by CPU time of "
+        "the training thread",
         "cases": {name: cases[name].description for name in arguments.cases},
         "rows": rows,
         "peer": {"name": "kfac-pytorch", "commit": arguments.peer_commit} if peer else None,
@@ -183,14 +183,19 @@ def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str
         builders["peer"] = lambda model: peer(
             model, inv_update_steps=inverse_steps, compute_method=method, **common
         )
-    runners: dict[str, Any] = {
-        n: _Runner(copy.deepcopy(base), build, case.loss) for n, build in builders.items()
-    }
-    runners["floor"] = Floor(copy.deepcopy(base), case.loss, method=method, skip=skip)
+    builders["floor"] = lambda model: Floor(
+        model,
+        case.loss,
+        method=method,
+        skip=skip,
+        factor_update_steps=factor_steps,
+        inverse_update_steps=inverse_steps,
+    )
+    runners = {n: _Runner(copy.deepcopy(base), build, case.loss) for n, build in builders.items()}
     times: dict[str, list[float]] = {n: [] for n in runners}
     for number in range(case.cycles[at] + 1):
         for n, runner in runners.items():
-            seconds = runner.cycle(factor_steps, inverse_steps)
+            seconds = runner.cycle(inverse_steps)
             if number:  # the first one warms up, and every later cycle starts at the same phase
                 times[n].append(seconds)
     per_step = {n: 1e3 * statistics.median(t) / inverse_steps for n, t in times.items()}
@@ -203,13 +208,13 @@ def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str
         "n": case.cycles[at],
         **{f"{n}_ms": round(value, 2) for n, value in per_step.items()},
         "ours_over_sgd": round(per_step["ours"] / per_step["sgd"], 3),
-        "ours_over_floor": round(extra["ours"] / per_step["floor"], 3),
-        "p99": {n: runners[n].spikes() for n in builders},
+        "ours_over_floor": round(extra["ours"] / extra["floor"], 3),
+        "p99": {n: runner.spikes() for n, runner in runners.items() if n != "floor"},
     }
     if "peer" in per_step:
         row["peer_over_sgd"] = round(per_step["peer"] / per_step["sgd"], 3)
         row["extra_ratio"] = round(extra["ours"] / extra["peer"], 3)
-        row["floor_ratio"] = round(per_step["floor"] / extra["peer"], 3)
+        row["floor_ratio"] = round(extra["floor"] / extra["peer"], 3)
     return row
 
 
@@ -230,10 +235,10 @@ class _Runner:
         self.steps: list[tuple[float, float]] = []
         """Seconds of each step: wall clock, CPU time of this thread."""
 
-    def cycle(self, factor_update_steps: int, inverse_update_steps: int) -> float:
+    def cycle(self, steps: int) -> float:
         """Process CPU seconds of one inverse-update cycle."""
         start = time.process_time()
-        for _ in range(inverse_update_steps):
+        for _ in range(steps):
             begin = time.perf_counter(), time.thread_time()
             self.optimizer.zero_grad()
             self.loss(self.model).backward()

@@ -169,6 +169,8 @@ def test_run_drained_nodes_hand_over_and_a_drain_cut_short_is_a_loss(
     assert audit_run(folder).problems == ()
 
 
+# The two of the default, in place, are in `make test`.
+@pytest.mark.soak
 def test_run_same_error_at_every_attempt_ends_with_the_cause(
     run: Run, config: Make, tmp_path: Path
 ) -> None:
@@ -189,6 +191,7 @@ def _failed_so_often(folder: RunFolder, times: int) -> None:
     assert result["status"] == "failed"
 
 
+@pytest.mark.soak
 def test_run_data_error_of_a_rank_is_not_tried_again(
     run: Run, config: Make, tmp_path: Path
 ) -> None:

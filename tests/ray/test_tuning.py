@@ -244,6 +244,8 @@ if __name__ == "__main__":
 """
 
 
+# Four groups, one after another.
+@pytest.mark.soak
 def test_search_killed_and_then_interrupted_continues_its_trials(
     cluster: LocalCluster, config: Make, tmp_path: Path
 ) -> None:

@@ -61,8 +61,7 @@ def linear_input_sum(inputs: Tensor, *, bias: bool, side: Side = WHOLE) -> Tenso
     """
     x = inputs.to(statistics_dtype(inputs.dtype))
     x = x.reshape(-1, x.shape[-1])
-    core = side.gram(x.t())
-    return side.bordered(core, x.sum(0), x.shape[0]) if bias else core
+    return side.bordered_gram(x.t()) if bias else side.gram(x.t())
 
 
 def linear_input_sums(inputs: Sequence[Tensor], *, bias: bool, side: Side = WHOLE) -> list[Tensor]:

@@ -139,12 +139,14 @@ class EigenForm:
         self, held: Mapping[str, Tensor], gradient: Tensor, damping: float, least: Tensor | None
     ) -> Tensor:
         x = self._onto(held, gradient)
+        if x is gradient:
+            x = gradient.clone()
         if least is not None:
-            x = x / self._divisor(held, damping, least)
+            x.div_(self._divisor(held, damping, least))
         elif "E_divisor" in held:
-            x = x / held["E_divisor"]
+            x.div_(held["E_divisor"])
         else:
-            x = x * held["E_reciprocal"]
+            x.mul_(held["E_reciprocal"])
         return self._back(held, x, gradient)
 
     def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
@@ -157,9 +159,9 @@ class EigenForm:
     def _denominator(
         self, a_values: Tensor, g_values: Tensor, damping: float, least: Tensor
     ) -> Tensor:
-        """`d_G d_Aᵀ + γ` `[..., g, a]`, at least `least_damping`."""
+        """`d_G d_Aᵀ + γ` `[..., g, a]`, with γ at least `least_damping`."""
         a, g = self.A.values(a_values), self.G.values(g_values)
-        return (g.unsqueeze(-1) * a.unsqueeze(-2)).add_(damping).clamp_(min=least)
+        return (g.unsqueeze(-1) * a.unsqueeze(-2)).add_(least.clamp(min=damping))
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class CorrectedForm(EigenForm):
         )
 
     def _divisor(self, held: Mapping[str, Tensor], damping: float, least: Tensor) -> Tensor:
-        return (held["E_moments"] + damping).clamp_(min=least)
+        return held["E_moments"] + least.clamp(min=damping)
 
 
 @dataclass(frozen=True)

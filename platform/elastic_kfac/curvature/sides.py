@@ -80,6 +80,10 @@ class Side(ABC):
         """What is kept of `Σ r rᵀ` over `rows [..., d, m]`; without the coordinate of a bias it can be
         `bordered` with that."""
 
+    def bordered_gram(self, rows: Tensor) -> Tensor:
+        """`bordered(gram(rows), …)` of `rows [d, m]` without the coordinate of the bias."""
+        return self.bordered(self.gram(rows), rows.sum(-1), rows.shape[-1])
+
     @abstractmethod
     def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
         """A factor from one without biases, the sums of its rows `[..., inputs]` and their count."""
@@ -192,26 +196,49 @@ class Whole(Side):
         return (self.width, self.width)
 
     def gram(self, rows: Tensor) -> Tensor:
-        d, m = rows.shape[-2:]
-        if d < _HALVED_FROM or m < _LONG or rows.device.type != "cpu":
+        if not self._is_halved(rows):
             return rows @ rows.mT
+        return self._gram_into(rows.new_empty(*rows.shape[:-1], rows.shape[-2]), rows)
+
+    def _is_halved(self, rows: Tensor) -> bool:
+        d, m = rows.shape[-2:]
+        return d >= _HALVED_FROM and m >= _LONG and rows.device.type == "cpu"
+
+    def _gram_into(self, total: Tensor, rows: Tensor) -> Tensor:
+        if not self._is_halved(rows):
+            return torch.matmul(rows, rows.mT, out=total)
         # Above the diagonal is a copy of what is below.
-        upper, lower = rows.split([d // 2, d - d // 2], dim=-2)
-        below, total = lower @ upper.mT, rows.new_empty(*rows.shape[:-1], d)
-        total[..., : d // 2, : d // 2] = self.gram(upper)
-        total[..., d // 2 :, d // 2 :] = self.gram(lower)
-        total[..., d // 2 :, : d // 2] = below
-        total[..., : d // 2, d // 2 :] = below.mT
+        half = rows.shape[-2] // 2
+        upper, lower = rows[..., :half, :], rows[..., half:, :]
+        self._gram_into(total[..., :half, :half], upper)
+        self._gram_into(total[..., half:, half:], lower)
+        below = torch.matmul(lower, upper.mT, out=total[..., half:, :half])
+        total[..., :half, half:] = below.mT
         return total
+
+    def bordered_gram(self, rows: Tensor) -> Tensor:
+        d, m = rows.shape
+        if d < _BORDERED_FROM:
+            return super().bordered_gram(rows)
+        full = self._border(rows.new_empty(0), d, rows.sum(-1), m)
+        self._gram_into(full[:d, :d], rows)
+        return full
 
     def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
         d = core.shape[-1]
-        place = d if self.bias_at is None else self.bias_at
-        width = max(self.width, d + 1)
-        full = core.new_zeros(*core.shape[:-2], width, width)
+        full = self._border(core, d, sums, count)
         full[..., :d, :d] = core
-        full[..., :d, place] = sums
-        full[..., place, :d] = sums
+        return full
+
+    def _border(self, like: Tensor, inputs: int, sums: Tensor, count: float) -> Tensor:
+        """A factor, all but what is of inputs alone."""
+        place = inputs if self.bias_at is None else self.bias_at
+        width = max(self.width, inputs + 1)
+        shape = (*sums.shape[:-1], width, width)
+        # Zeros for the biases of other uses of a shared weight.
+        full = like.new_zeros(shape) if width > inputs + 1 else like.new_empty(shape)
+        full[..., :inputs, place] = sums
+        full[..., place, :inputs] = sums
         full[..., place, place] = count
         return full
 
@@ -222,6 +249,10 @@ class Whole(Side):
 
 _HALVED_FROM, _LONG = 256, 512
 """Width and number of rows from which computing a Gram matrix by halves takes less time on the host."""
+
+_BORDERED_FROM = 256
+"""Width from which a copy of a Gram matrix into a larger one costs more than it is worth. Narrower layers
+are summed in stacks, with the bits that they have one by one: those of a product depend on its layout."""
 
 WHOLE = Whole(0)
 """A whole side of any width, for statistics."""

@@ -75,6 +75,21 @@ def test_gram_matrices_by_halves_are_the_sum_of_outer_products(width: int) -> No
     assert torch.allclose(groups, wanted, rtol=1e-12, atol=1e-10)
 
 
+@pytest.mark.parametrize("count", [40, 600])  # below and above what is computed by halves
+@pytest.mark.parametrize("bias_at", [None, 300])  # 300: the first bias of two uses of a weight
+def test_inputs_with_a_bias_are_summed_into_one_matrix(bias_at: int | None, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 300, dtype=torch.float64, generator=generator, requires_grad=True)
+    side = Whole(301 if bias_at is None else 302, bias_at=bias_at)
+    with torch.no_grad():
+        found = factors.linear_input_sum(x, bias=True, side=side)
+        more = [x.new_ones(count, 1)] + [x.new_zeros(count, 1)] * (side.width - 301)
+        wide = torch.cat([x, *more], 1)
+    brute_force = torch.einsum("ni,nj->ij", wide, wide)
+    assert torch.allclose(found, brute_force, rtol=1e-12, atol=1e-10)
+    assert found.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("rows", "inner", "outer"), [(600, 601, 603), (640, 640, 513), (512, 1025, 400)]
 )

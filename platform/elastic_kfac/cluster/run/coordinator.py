@@ -31,7 +31,7 @@ MEMBER = "a member"
 """Source of the state after a change in place."""
 LOST = "a member of the world was lost"
 JOINED = "a worker joined the others"
-EXPLAINED_S = 5.0
+EXPLAINED_S = 15.0
 """So long the event of a loss waits for its reason."""
 
 REPLICAS_INTERVAL_S = 5.0
