@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from elastic_kfac.cluster.run import coordinator as coordinator_module
+from elastic_kfac.cluster.run import event_record
 from elastic_kfac.cluster.run.coordinator import RunCoordinator, RunView
 from elastic_kfac.cluster.run.crash_loop import RankError
 from elastic_kfac.cluster.run.progress import event_line
@@ -359,7 +359,7 @@ def test_a_loss_that_is_explained_after_the_run_was_stopped_was_in_place(tmp_pat
 def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coordinator_module, "EXPLAINED_S", 0.05)
+    monkeypatch.setattr(event_record, "EXPLAINED_S", 0.05)
 
     async def scenario() -> None:
         coordinator = RunCoordinator(str(tmp_path), in_place=True)
@@ -384,6 +384,33 @@ def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reaso
         ("recovery", 3, 2, 1, None),
         ("recovery", 2, 1, 2, "a member of the world was lost"),
         ("resize", 1, 2, 3, "a worker joined the others"),
+    ]
+
+
+def test_the_wait_for_the_reason_of_one_loss_does_not_end_that_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(event_record, "EXPLAINED_S", 0.2)
+    record = event_record.EventRecord(lambda row: None)
+
+    async def scenario() -> None:
+        record.add_change({"step": 1, "reason": event_record.LOST}, may_wait=True)
+        await asyncio.sleep(0.1)
+        record.add_cause("failure", 1, "1 node lost")
+        record.explain("1 node lost")
+        record.add_change({"step": 2, "reason": event_record.LOST}, may_wait=True)
+        await asyncio.sleep(0.15)  # the wait for the first one is over
+        assert record.unexplained is not None
+        record.explain("worker process of rank 0 died")
+        record.add_change({"step": 3, "reason": event_record.LOST}, may_wait=True)
+        await asyncio.sleep(0.4)
+
+    asyncio.run(scenario())
+    assert [(row["step"], row["reason"]) for row in record.rows] == [
+        (1, "1 node lost"),
+        (1, None),
+        (2, "worker process of rank 0 died"),
+        (3, event_record.LOST),
     ]
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from elastic_kfac.cluster.run.crash_loop import CrashLoopBreaker, RankError
+from elastic_kfac.cluster.run.event_record import LOST, EventRecord
 from elastic_kfac.cluster.run.messages import Message
 from elastic_kfac.cluster.run.states import Change, Group, RunState, transition
 from elastic_kfac.observability.telemetry import RunTelemetry, TelemetryOptions
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
 
 MEMBER = "a member"
 """Source of the state after a change in place."""
-LOST = "a member of the world was lost"
 JOINED = "a worker joined the others"
-EXPLAINED_S = 15.0
-"""So long the event of a loss waits for its reason."""
 
 REPLICAS_INTERVAL_S = 5.0
 """Between two measurements of what the replica actors hold."""
@@ -105,10 +103,8 @@ class RunCoordinator:
         self._breaker = breaker or CrashLoopBreaker()
         self._newcomers = CrashLoopBreaker()
         self._given_up = ""
-        self._unexplained: dict[str, Any] | None = None
-        self._recorded_reasons: set[str] = set()
-        """Reasons that events of their own give; the changes that follow do not repeat them."""
         self._recorder = Recorder(self._folder)
+        self._events = EventRecord(self._keep_event)
         self._config = config
         if config is not None:
             self._recorder.hold()
@@ -128,7 +124,6 @@ class RunCoordinator:
         self._change: Change | None = None
         self._stop_reason: str | None = None
         self._run = RunView()
-        self._events: list[dict[str, Any]] = []
         self._plan: Any = None
         self._steps_redone = 0
         self._state_since = self._last_step_time = time.monotonic()
@@ -288,7 +283,7 @@ class RunCoordinator:
         reason, group = self._breaker.last_reason, self._group
         if group is not None:
             before, step, in_place = group.world_size, self._last_step, left > 0
-            if (row := self._unexplained) is not None:
+            if (row := self._events.unexplained) is not None:
                 # As it was then: the run may have been stopped since.
                 before, step, in_place = row["from_world_size"], row["step"], row["in_place"]
             elif self._change is not None and self._change.reason == LOST:
@@ -296,7 +291,7 @@ class RunCoordinator:
             else:
                 group.loss = reason
             self._record_failure(before, step, in_place=in_place)
-            self._explain(reason)
+            self._events.explain(reason)
         return error
 
     async def newcomer_lost(self, error: str, left: int) -> RankError | None:
@@ -316,7 +311,7 @@ class RunCoordinator:
         if cause is not None and cause.line != self._given_up:
             self._given_up = cause.line
             reason = f"no worker can join ({cause.line}); the run goes on with {left}"
-            self._record_event(event_row("warning", self._last_step, reason=reason))
+            self._events.add(event_row("warning", self._last_step, reason=reason))
         return cause
 
     async def newcomer_stays(self) -> None:
@@ -334,7 +329,7 @@ class RunCoordinator:
         reason = group.drain_reason or self._breaker.last_reason
         if group.drain_reason is not None:
             # A failure has been recorded as such.
-            self._record_cause("fallback", self._last_step, reason)
+            self._events.add_cause("fallback", self._last_step, reason)
         self._close_group()
         self._enter(RunState.WAITING, reason)
 
@@ -445,7 +440,7 @@ class RunCoordinator:
     async def view(self, seen_events: int) -> RunView:
         """A snapshot for the display, without the first `seen_events` events."""
         for line in self._recorder.news():
-            self._record_event(event_row("warning", self._last_step, reason=line))
+            self._events.add(event_row("warning", self._last_step, reason=line))
         group = self._group
         running = (time.monotonic() - group.began) * group.world_size if group is not None else 0.0
         return replace(
@@ -454,8 +449,8 @@ class RunCoordinator:
             world_size=group.world_size if group is not None else 0,
             pids=dict(group.pids) if group is not None else {},
             rank_nodes=dict(group.nodes) if group is not None else {},
-            events=self._events[seen_events:],
-            num_events=len(self._events),
+            events=self._events.rows[seen_events:],
+            num_events=len(self._events.rows),
             worker_seconds=self._run.worker_seconds + running,
             is_accepted=not self._recorder.is_held,
         )
@@ -474,7 +469,7 @@ class RunCoordinator:
 
     async def restarts(self, reason: str) -> None:
         """Records why changes of the world restart all workers although the run asks for it in place."""
-        self._record_event(event_row("restarts", self._last_step, reason=reason))
+        self._events.add(event_row("restarts", self._last_step, reason=reason))
 
     async def set_replica_places(self, places: Places) -> None:
         """The replica actors from now on."""
@@ -482,7 +477,7 @@ class RunCoordinator:
 
     async def add_event(self, row: Mapping[str, Any]) -> None:
         """Records an event that the driver caused."""
-        self._record_event(row)
+        self._events.add(row)
 
     async def close(self) -> RunView:
         """Ends the run's record and returns the last view."""
@@ -532,7 +527,7 @@ class RunCoordinator:
         assert change is not None
         change.mark("preemption")
         row = event_row("preemption", self._last_step, reason=reason, notice_s=round(notice_s, 3))
-        self._record_event(row)
+        self._events.add(row)
 
     def _begin_world(self, group: Group) -> None:
         """Survivors of this group have formed another world."""
@@ -608,7 +603,7 @@ class RunCoordinator:
             details = {
                 "kind": "recovery" if change.kind == "failure" else "resize",
                 "from_world_size": change.from_world_size,
-                "reason": self._reason_unless_recorded(change.reason),
+                "reason": change.reason,
                 "downtime_s": round(now - began, 3),
                 "steps_redone": change.steps_redone,
                 "restored_from": change.restored_from,
@@ -621,19 +616,8 @@ class RunCoordinator:
         row = event_row(
             step=self._last_step, to_world_size=group.world_size, plan=self._plan, **details
         )
-        if row["reason"] == LOST and self._is_supervised:
-            # The survivors were faster than the supervisor, who is about to tell why.
-            self._explain(LOST)
-            self._unexplained = row
-            asyncio.get_running_loop().call_later(EXPLAINED_S, self._explain, LOST)
-        else:
-            self._record_event(row)
-
-    def _explain(self, reason: str) -> None:
-        """Records the change that waits for its reason, if one does."""
-        row, self._unexplained = self._unexplained, None
-        if row is not None:
-            self._record_event({**row, "reason": self._reason_unless_recorded(reason)})
+        # The survivors may be faster than the supervisor, who is about to tell why.
+        self._events.add_change(row, may_wait=self._is_supervised)
 
     def _record_rank_event(self, group: Group, row: Mapping[str, Any]) -> None:
         self._plan = row.get("plan") or self._plan
@@ -644,7 +628,7 @@ class RunCoordinator:
             self._enter_world(group, int(row["world_size"]))
             if self._change is not None:
                 self._change.way, self._change.moved_bytes = row["way"], row["moved_bytes"]
-        self._record_event({**row, "world_size": group.world_size})
+        self._events.add({**row, "world_size": group.world_size})
 
     def _accept(self) -> None:
         if self._config is not None:
@@ -653,21 +637,9 @@ class RunCoordinator:
     def _record_failure(self, before: int | None, step: int, *, in_place: bool = False) -> None:
         """Records what was lost and why; how the run went on is the row of the change that follows."""
         reason = self._breaker.last_reason
-        self._record_cause("failure", step, reason, from_world_size=before, in_place=in_place)
+        self._events.add_cause("failure", step, reason, from_world_size=before, in_place=in_place)
 
-    def _record_cause(self, kind: str, step: int, reason: str, **details: Any) -> None:
-        self._recorded_reasons.add(reason)
-        self._record_event(event_row(kind, step, reason=reason, **details))
-
-    def _reason_unless_recorded(self, reason: str) -> str | None:
-        """The reason of a change; None if the row of a failure or fallback before it gives it."""
-        if reason not in self._recorded_reasons:
-            return reason
-        self._recorded_reasons.remove(reason)
-        return None
-
-    def _record_event(self, row: Mapping[str, Any]) -> None:
-        self._events.append(dict(row))
+    def _keep_event(self, row: Mapping[str, Any]) -> None:
         self._telemetry.event(row)
         self._recorder.events([row])
 
@@ -691,7 +663,7 @@ class RunCoordinator:
 
     def _close_group(self) -> None:
         group, self._group = self._group, None
-        self._explain(LOST)
+        self._events.explain(LOST)
         if group is not None:
             self._change = self._change or group.next_change
             self._run.worker_seconds += (time.monotonic() - group.began) * group.world_size
