@@ -141,11 +141,11 @@ def test_cost_of_a_log_on_an_object_store_is_linear_up_to_a_logarithm(
 ) -> None:
     store, uri = served
     log = LineLog(Storage(uri), "metrics.jsonl")
-    lines = [json.dumps(row).encode() + b"\n" for row in rows(*range(200), text="z" * 150)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows(*range(500), text="z" * 150)]
     for line in lines:
         log.append(line)
     size = sum(map(len, lines))
-    # Three levels of eight parts; rewriting the whole file each time would write 100 times its size.
+    # Four levels of eight parts; rewriting the whole file each time would write 250 times its size.
     assert store.transferred["PUT"] < 4 * size and store.transferred["GET"] < 4 * size
     assert len([key for key in store.objects if ".parts/" in key]) <= 30
     assert LineLog(Storage(uri), "metrics.jsonl").content() == b"".join(lines)
