@@ -220,7 +220,7 @@ class Whole(Side):
         d, m = rows.shape
         if d < _BORDERED_FROM:
             return super().bordered_gram(rows)
-        full = self._border(rows.new_empty(0), d, rows.sum(-1), m)
+        full = self._border(rows, d, rows.sum(-1), m)
         self._gram_into(full[:d, :d], rows)
         return full
 
