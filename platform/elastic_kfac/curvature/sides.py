@@ -196,32 +196,18 @@ class Whole(Side):
         return (self.width, self.width)
 
     def gram(self, rows: Tensor) -> Tensor:
-        if not self._is_halved(rows):
+        if not _is_halved(rows, _LONG):
             return rows @ rows.mT
-        return self._gram_into(rows.new_empty(*rows.shape[:-1], rows.shape[-2]), rows)
-
-    def _is_halved(self, rows: Tensor) -> bool:
-        d, m = rows.shape[-2:]
-        return d >= _HALVED_FROM and m >= _LONG and rows.device.type == "cpu"
-
-    def _gram_into(self, total: Tensor, rows: Tensor) -> Tensor:
-        if not self._is_halved(rows):
-            return torch.matmul(rows, rows.mT, out=total)
-        # Above the diagonal is a copy of what is below.
-        half = rows.shape[-2] // 2
-        upper, lower = rows[..., :half, :], rows[..., half:, :]
-        self._gram_into(total[..., :half, :half], upper)
-        self._gram_into(total[..., half:, half:], lower)
-        below = torch.matmul(lower, upper.mT, out=total[..., half:, :half])
-        total[..., :half, half:] = below.mT
-        return total
+        return _gram_into(rows.new_empty(*rows.shape[:-1], rows.shape[-2]), rows, _LONG)
 
     def bordered_gram(self, rows: Tensor) -> Tensor:
         d, m = rows.shape
-        if d < _BORDERED_FROM:
+        if d < _WIDE:
+            # Narrow layers are summed in stacks, with the bits that they have one by one: those of a
+            # product depend on the layout of the result.
             return super().bordered_gram(rows)
         full = self._border(rows, d, rows.sum(-1), m)
-        self._gram_into(full[:d, :d], rows)
+        _gram_into(full[:d, :d], rows, _LONG_BORDERED)
         return full
 
     def bordered(self, core: Tensor, sums: Tensor, count: float) -> Tensor:
@@ -247,12 +233,29 @@ class Whole(Side):
         return F.pad(core, (0, lacking, 0, lacking)) if lacking else core
 
 
-_HALVED_FROM, _LONG = 256, 512
-"""Width and number of rows from which computing a Gram matrix by halves takes less time on the host."""
+def _is_halved(rows: Tensor, long: int) -> bool:
+    d, m = rows.shape[-2:]
+    return d >= _WIDE and m >= long and d * m >= _MANY_ENTRIES and rows.device.type == "cpu"
 
-_BORDERED_FROM = 256
-"""Width from which a copy of a Gram matrix into a larger one costs more than it is worth. Narrower layers
-are summed in stacks, with the bits that they have one by one: those of a product depend on its layout."""
+
+def _gram_into(total: Tensor, rows: Tensor, long: int) -> Tensor:
+    """`Σ r rᵀ` in a part of a larger matrix; by halves from so many rows on."""
+    if not _is_halved(rows, long):
+        return torch.matmul(rows, rows.mT, out=total)
+    # Above the diagonal is a copy of what is below.
+    half = rows.shape[-2] // 2
+    upper, lower = rows[..., :half, :], rows[..., half:, :]
+    _gram_into(total[..., :half, :half], upper, long)
+    _gram_into(total[..., half:, half:], lower, long)
+    below = torch.matmul(lower, upper.mT, out=total[..., half:, :half])
+    total[..., :half, half:] = below.mT
+    return total
+
+
+_WIDE, _MANY_ENTRIES = 256, 1 << 16
+_LONG, _LONG_BORDERED = 512, 64
+"""Width, entries and number of rows from which computing a Gram matrix by halves takes less time on the
+host. With the coordinate of a bias the lines of the result do not lie a large power of 2 apart."""
 
 WHOLE = Whole(0)
 """A whole side of any width, for statistics."""
