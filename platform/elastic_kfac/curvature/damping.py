@@ -31,7 +31,7 @@ def typical_eigenvalue(factor: Tensor, *, blocks: bool = False) -> Tensor:
     else:
         diagonal = factor.diagonal(dim1=-2, dim2=-1)
         # The lower triangle alone, as for decompositions.
-        squares = 2 * factor.tril(-1).square().sum((-2, -1)) + diagonal.square().sum(-1)
+        squares = 2 * factor.tril(-1).square_().sum((-2, -1)) + diagonal.square().sum(-1)
         trace = diagonal.sum(-1)
         if blocks:
             squares, trace = squares.sum(-1), trace.sum(-1)
