@@ -77,7 +77,8 @@ def rows() -> Iterator[Row]:
     quiet = "same final hash" if chaos["hash_equals_quiet_run"] else "another final hash"
     every, minutes = f"{phase['fault_every_s']:.0f} s", f"{phase['seconds'] / 60:.0f} minutes"
     yield row(
-        f"Goodput with a fault every {every} for {minutes}, in place",
+        f"Goodput with a fault every {every} for {minutes}, in place; steps as long on one worker as "
+        "on two, nodes starting at low priority",
         f"{share(phase['goodput'], 1)}; {quiet}, {n(phase['steps_redone'])} steps redone",
         f"undisturbed {share(chaos['quiet_goodput'], 1)}",
         file_of("chaos"),
@@ -86,7 +87,7 @@ def rows() -> Iterator[Row]:
     (phase,) = shared["phases"]
     quiet = "same final hash" if shared["hash_equals_quiet_run"] else "another final hash"
     yield row(
-        "The same, all nodes on two shared cores, a step as long as it takes to compute",
+        "The same, all nodes on two shared cores, one worker computing what two did",
         f"{share(phase['goodput'], 1)} ({share(phase['time_not_lost'], 1)} of the time not lost to a "
         f"change); {quiet}, {n(phase['steps_redone'])} steps redone",
         f"undisturbed {share(shared['quiet_goodput'], 1)}",

@@ -49,9 +49,8 @@ class Handler(BaseHTTPRequestHandler):
     """The part of the S3 protocol that pyarrow uses."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # else a body waits 40 ms for the headers before it to be acknowledged
-    )
+    # Else a body waits 40 ms for the headers before it to be acknowledged.
+    disable_nagle_algorithm = True
     store: Store
 
     def log_message(self, *arguments: object) -> None:

@@ -390,20 +390,22 @@ def test_survivors_that_step_before_the_supervisor_knows_of_a_loss_get_its_reaso
 def test_the_wait_for_the_reason_of_one_loss_does_not_end_that_for_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(event_record, "EXPLAINED_S", 0.2)
     record = event_record.EventRecord(lambda row: None)
 
+    def lose(step: int, explained_s: float) -> None:
+        monkeypatch.setattr(event_record, "EXPLAINED_S", explained_s)
+        record.add_change({"step": step, "reason": event_record.LOST}, may_wait=True)
+
     async def scenario() -> None:
-        record.add_change({"step": 1, "reason": event_record.LOST}, may_wait=True)
-        await asyncio.sleep(0.1)
+        lose(1, 0.02)
         record.add_cause("failure", 1, "1 node lost")
         record.explain("1 node lost")
-        record.add_change({"step": 2, "reason": event_record.LOST}, may_wait=True)
-        await asyncio.sleep(0.15)  # the wait for the first one is over
+        lose(2, 3600)
+        await asyncio.sleep(0.1)  # the wait for the first one is over
         assert record.unexplained is not None
         record.explain("worker process of rank 0 died")
-        record.add_change({"step": 3, "reason": event_record.LOST}, may_wait=True)
-        await asyncio.sleep(0.4)
+        lose(3, 0.02)
+        await asyncio.sleep(0.1)
 
     asyncio.run(scenario())
     assert [(row["step"], row["reason"]) for row in record.rows] == [
