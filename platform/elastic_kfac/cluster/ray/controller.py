@@ -87,15 +87,23 @@ class LeanTrainer(DataParallelTrainer):
 class StartCallback(ControllerCallback, WorkerGroupCallback):
     """Registers the controller and gives workers an environment in which they find idle processes."""
 
-    def __init__(self, coordinator: Any) -> None:
-        """Created by the driver, runs in Ray Train's controller."""
+    def __init__(self, coordinator: Any, *, spare_processes: int = 0) -> None:
+        """Created by the driver, runs in Ray Train's controller.
+
+        Args:
+            spare_processes: Idle worker processes to keep ready on every node of a group.
+        """
         self._coordinator = coordinator
+        self._spares = spare_processes
         self._variables: dict[str, str] = {}
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Registers the controller."""
+        """Registers the controller, and has processes for the first ranks started."""
+        if self._spares:
+            # Not before: their imports would take the CPU from what the ranks wait for.
+            prestart_workers(set(alive_worker_nodes()), self._spares)
         this = ray.get_runtime_context().current_actor
-        ray.get(self._coordinator.controller_started.remote(this))
+        self._coordinator.controller_started.remote(this)
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
         """Restores the settings that a new group reads from the environment."""
@@ -132,8 +140,7 @@ class ElasticCallback(StartCallback):
                 maximum otherwise.
             share: How many workers this run may use; None leaves that to Ray.
         """
-        super().__init__(coordinator)
-        self._spares = spare_processes
+        super().__init__(coordinator, spare_processes=spare_processes)
         self._head_start_s = head_start_s
         self._requests_wanted_workers = requests_wanted_workers
         self._share = share

@@ -4,6 +4,9 @@ Written for Ray 2.60. `INTERNALS` lists every private name with the members that
 and the module that depends on it. `changed_internals` compares the list with the installed
 Ray: `elastic-kfac doctor` reports differences and a test fails on them. Behaviour that a signature does
 not show (order of hooks, length of caches) is tested in `tests/unit/cluster/test_ray_internals.py`.
+
+Each name is imported when another module asks for it: Ray Train and Ray Data take most of a second, which
+a process that starts nodes or saves states has no use for.
 """
 
 # ruff: noqa: F401  the other modules of the room import these names from here
@@ -13,34 +16,36 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
-from ray._private import state as ray_state
-from ray._private import worker as ray_worker
-from ray._private.grpc_utils import init_grpc_channel
-from ray.cluster_utils import Cluster
-from ray.core.generated import (
-    common_pb2,
-    gcs_service_pb2,
-    gcs_service_pb2_grpc,
-    node_manager_pb2,
-    node_manager_pb2_grpc,
-)
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
-from ray.experimental.internal_kv import internal_kv_get_gcs_client
-from ray.train.v2._internal.callbacks import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.constants import (
-    DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
-    ENV_VARS_TO_PROPAGATE,
-    get_env_vars_to_propagate,
-)
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+if TYPE_CHECKING:
+    from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
+    from ray._private import services as ray_services
+    from ray._private import state as ray_state
+    from ray._private import worker as ray_worker
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.cluster_utils import Cluster
+    from ray.core.generated import (
+        common_pb2,
+        gcs_service_pb2,
+        gcs_service_pb2_grpc,
+        node_manager_pb2,
+        node_manager_pb2_grpc,
+    )
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+        get_or_create_autoscaling_coordinator,
+    )
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.constants import (
+        DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
+        ENV_VARS_TO_PROPAGATE,
+        get_env_vars_to_propagate,
+    )
+    from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+    from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
 @dataclass(frozen=True)
@@ -243,17 +248,47 @@ INTERNALS: tuple[Internal, ...] = (
         "ray.cluster_utils",
         "ray.local_cluster",
         "several nodes on one machine",
-        "Cluster._wait_for_node(self,node,timeout) Cluster.wait_for_nodes(self,timeout) "
+        "Cluster._wait_for_node(self,node,timeout) "
         "Cluster.remove_node(self,node,allow_graceful) Cluster.shutdown(self) "
         "Cluster.worker_nodes Cluster.head_node",
     ),
     Internal(
         "ray._private.node",
         "ray.local_cluster",
-        "ends a node at once",
-        "Node.kill_all_processes(self,check_alive,allow_graceful,wait) Node.all_processes Node.node_id",
+        "ends a node at once, and tells whether one that starts has ended",
+        "Node.kill_all_processes(self,check_alive,allow_graceful,wait) Node.all_processes Node.node_id "
+        "Node.remaining_processes_alive(self)",
+    ),
+    Internal(
+        "ray._private.services",
+        "ray.local_cluster",
+        "patched: a `Node` that starts waits for itself, looking once a second",
+        "get_node(gcs_address,node_id)",
     ),
 )
+
+_MODULES = {
+    "ray_services": "ray._private.services",
+    "ray_state": "ray._private.state",
+    "ray_worker": "ray._private.worker",
+    **{entry.module.rpartition(".")[2]: entry.module for entry in INTERNALS if _GENERATED in entry.module},
+}
+"""Names here that stand for a whole module."""
+
+_HOMES = {name.split("(")[0].split(".")[0]: entry.module for entry in INTERNALS for name in entry.each_name()}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name of `INTERNALS`, or one of its modules, the first time that it is asked for."""
+    found: Any
+    if name in _MODULES:
+        found = importlib.import_module(_MODULES[name])
+    elif name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def changed_internals() -> list[str]:

@@ -17,7 +17,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -26,7 +27,7 @@ import ray
 
 from elastic_kfac.cluster.ray.connection import environment, kept_signal_handlers
 from elastic_kfac.cluster.ray.devices import local_gpu_ids
-from elastic_kfac.cluster.ray.internals import Cluster
+from elastic_kfac.cluster.ray.internals import Cluster, ray_services
 from elastic_kfac.errors import RunError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SOCKET_PATH_LIMIT = 107
 """Longest path of a unix socket on Linux."""
 
 NODE_START_TIMEOUT_S = 150
-"""Limit for the start of a node; a quiet machine needs two seconds, a very busy one a minute."""
+"""Limit for the start of a node; a quiet machine needs a second, a very busy one a minute."""
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -57,13 +58,12 @@ _DETECTION = {
 }
 
 # By default as many as CPUs, so that the actors of a run would start one after the other on the head.
-_STARTING = {"worker_maximum_startup_concurrency": 4}
+_STARTING = {"worker_maximum_startup_concurrency": 8}
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-    "RAY_raylet_start_wait_time_s": str(NODE_START_TIMEOUT_S),
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "120",
 }
 
@@ -71,7 +71,6 @@ _ENVIRONMENT = {
 _PRELOADED = (
     "torch",
     "torch.distributed",
-    "ray.train",
     "elastic_kfac.cluster.run.worker",
     "elastic_kfac.cluster.run.replicas",
     "elastic_kfac.training.loop",
@@ -186,21 +185,23 @@ class LocalCluster:
         # Each node has its own loopback address; 127.0.0.1 would be rewritten to the host's.
         address = f"127.0.0.{3 + index % 250}"
         variables = {**self._variables(), **_WORKER_ENVIRONMENT, **self._devices(index)}
-        with environment(variables), kept_signal_handlers():
+        with environment(variables), kept_signal_handlers(), _nodes_not_awaited():
+            # Names of their own: Ray takes the first one without a file, and nodes start together.
             self._nodes[index] = cluster.add_node(
-                wait=False, node_ip_address=address, **self._node_options
+                wait=False,
+                node_ip_address=address,
+                raylet_socket_name=str(self._folder / f"raylet.{index + 1}"),
+                plasma_store_socket_name=str(self._folder / f"plasma_store.{index + 1}"),
+                **self._node_options,
             )
-            if wait:
-                # Ray itself would give up after 30 s.
-                cluster._wait_for_node(self._nodes[index], timeout=NODE_START_TIMEOUT_S)
+        if wait:
+            self._await_node(self._nodes[index])
         return index
 
     def remove_node(self, index: int) -> None:
         """Ends all processes of a node at once (SIGKILL)."""
         node = self._nodes.pop(index)
-        for pid in _descendants(entry[0].process.pid for entry in node.all_processes.values()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(node)
         self._require().remove_node(node, allow_graceful=False)
 
     def kill_worker(self, pid: int) -> None:
@@ -244,7 +245,7 @@ class LocalCluster:
         objects = object_folder((num_nodes + 1) * size, self._folder)
         self._node_options["plasma_directory"] = None if objects is None else str(objects)
         self._next_index = 0
-        with environment(self._variables()), kept_signal_handlers():
+        with environment(self._variables()), kept_signal_handlers(), _nodes_not_awaited():
             self._cluster = Cluster(initialize_head=False)
             head = self._cluster.add_node(
                 wait=False,
@@ -253,6 +254,8 @@ class LocalCluster:
                 node_ip_address="127.0.0.2",
                 dashboard_host="127.0.0.1",
                 dashboard_port=0 if self._dashboard else None,
+                # Any free port: the agent tries to get a taken one for four seconds.
+                dashboard_agent_listen_port=0,
                 include_dashboard=self._dashboard,
                 include_log_monitor=False,
                 no_monitor=True,
@@ -260,11 +263,27 @@ class LocalCluster:
                 plasma_directory=self._node_options["plasma_directory"],
                 _system_config={**_DETECTION, **_STARTING},
             )
-            self._cluster._wait_for_node(head, timeout=NODE_START_TIMEOUT_S)
-        # All at once: most of a node's start is waiting.
+        # A node asks the GCS for its head, and looks every second or two.
+        self._await_node(head)
         for _ in range(num_nodes):
             self.add_node(wait=False)
-        self._cluster.wait_for_nodes(timeout=NODE_START_TIMEOUT_S)
+        # Every run needs it, and takes half a second to import it.
+        import ray.train
+
+        for node in self._nodes.values():
+            self._await_node(node)
+
+    def _await_node(self, node: Any) -> None:
+        deadline = time.monotonic() + NODE_START_TIMEOUT_S
+        while True:
+            try:
+                self._require()._wait_for_node(node, timeout=1)
+                return
+            except TimeoutError:
+                if not node.remaining_processes_alive():
+                    raise RunError("a process of a starting node has ended") from None
+                if time.monotonic() > deadline:
+                    raise
 
     def _variables(self) -> dict[str, str]:
         return {
@@ -336,6 +355,7 @@ def _end(cluster: Cluster, patience_s: float = 10.0) -> None:
     for node in [*cluster.worker_nodes, cluster.head_node]:
         if node is None:
             continue
+        _kill(node)
         with contextlib.suppress(Exception):
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
     cluster.worker_nodes.clear()
@@ -346,6 +366,31 @@ def _end(cluster: Cluster, patience_s: float = 10.0) -> None:
             cluster.shutdown()
             return
         time.sleep(0.1)
+
+
+def _kill(node: Any) -> None:
+    """Ends all processes of a node, also those that its raylet started.
+
+    Ray's agents would stay for a minute after their raylet, and try to report its end.
+    """
+    for pid in _descendants(entry[0].process.pid for entry in node.all_processes.values()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _nodes_not_awaited() -> Iterator[None]:
+    """Nodes that are made inside return once their processes are started; `_await_node` does the rest.
+
+    Ray would look once a second whether a node is there, and start no other one meanwhile. What it would
+    read then, the node's ports, nobody asks for.
+    """
+    original = ray_services.get_node
+    ray_services.get_node = lambda gcs_address, node_id: defaultdict(int)
+    try:
+        yield
+    finally:
+        ray_services.get_node = original
 
 
 def _descendants(roots: Iterable[int]) -> list[int]:

@@ -119,13 +119,10 @@ class Launch:
             log=log,
         )
         if self._spares:
-            # While the actors below start: the controller and its helpers on this node, the first
-            # group on the others.
+            # For what the controller starts on this node: two helpers and a supervisor.
+            here = ray.get_runtime_context().get_node_id()
             with self.environment():
-                inherited = train_environment()
-                prestart_workers(self._nodes, 1, environment=inherited)
-                here = ray.get_runtime_context().get_node_id()
-                prestart_workers({here}, 3, environment=inherited)
+                prestart_workers({here}, 3 + in_place, environment=train_environment())
         home = head_node()
         self.coordinator = start_actor(
             RunCoordinator,
@@ -135,9 +132,9 @@ class Launch:
             config=config if resumed else None,
         )
         if restarts_because is not None:
-            ray.get(self.coordinator.restarts.remote(restarts_because))
+            self.coordinator.restarts.remote(restarts_because)
         self._replicas = ReplicaActors(home or ray.get_runtime_context().get_node_id())
-        ray.get(self.coordinator.set_replica_places.remote(self._replicas.places))
+        self._coordinator_ready = self.coordinator.set_replica_places.remote(self._replicas.places)
         settings = WorkerSettings(
             config,
             run_uri,
@@ -176,6 +173,8 @@ class Launch:
         storage.write(REQUEST_FILE, self._request.encode())
         fit = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         fit.start()
+        # Not before: the controller can start beside it.
+        ray.get(self._coordinator_ready)
         return fit
 
     def environment(self) -> Any:
@@ -224,7 +223,7 @@ class Launch:
     def _callback(self, config: Config, share: Callable[[], int] | None) -> StartCallback:
         elastic = config.elastic
         if self._in_place:
-            return StartCallback(self.coordinator)
+            return StartCallback(self.coordinator, spare_processes=self._spares)
         return ElasticCallback(
             self.coordinator,
             spare_processes=self._spares,

@@ -162,6 +162,9 @@ class Supervisor:
         self._leaving: Mapping[str, int] = {}
         self._wanted = self._most
         self._stops = self._fails = False
+        self._without_spares: set[str] = set()
+        """Nodes of the newest world, until it has stepped."""
+        self._step_before_spares: int | None = None
 
     def run(self) -> str:
         """Returns how the run ended: `finished`, `parked` or `failed`."""
@@ -219,6 +222,7 @@ class Supervisor:
         if now >= self._paused_until:
             self._fill(now)
         self._settle_newcomers(answer["step"])
+        self._start_spares(answer["step"])
         for seat in self._seats:
             if seat.place is not None and seat.actor is None and self._hands.is_there(seat.place):
                 seat.actor = self._hands.start(seat.place)
@@ -340,6 +344,14 @@ class Supervisor:
             return wanted
         return min(wanted, len(self._members()))
 
+    def _start_spares(self, step: int) -> None:
+        # Not before: what spares import takes the CPU from members that start.
+        if self._step_before_spares is None:
+            self._step_before_spares = step
+        elif self._without_spares and step != self._step_before_spares:
+            nodes, self._without_spares = self._without_spares, set()
+            self._keep_spares(nodes)
+
     def _settle_newcomers(self, step: int) -> None:
         if self._attempt is None:
             return
@@ -417,7 +429,7 @@ class Supervisor:
         pids = {rank: seat.pid for rank, seat in seats.items()}
         nodes = {rank: seat.node for rank, seat in seats.items()}
         self._ask("world_formed", attempt.number, pids, nodes)
-        self._keep_spares(set(nodes.values()))
+        self._without_spares, self._step_before_spares = set(nodes.values()), None
 
     def _judge(self, attempt: _Attempt) -> RankError | None:
         lost, attempt.lost = attempt.lost, {}

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -16,7 +16,6 @@ from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for, st
 from elastic_kfac.cluster.ray.nodes import room_for_workers
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.faults import FaultPlan
-from elastic_kfac.cluster.run.launch import Launch
 from elastic_kfac.cluster.run.mode import MEMBER_FUNCTION, RANK_FUNCTION, why_restarts
 from elastic_kfac.cluster.run.progress import Display, ProgressLine, workers
 from elastic_kfac.cluster.run.result import RunResult, build_result, error_of, resumes
@@ -26,6 +25,9 @@ from elastic_kfac.errors import ElasticKfacError, RunError
 from elastic_kfac.observability.run_log import LogContext, begin_log, levels_of_this_process
 from elastic_kfac.runs.signals import StopSignals
 from elastic_kfac.state.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from elastic_kfac.cluster.run.launch import Launch
 
 STOP_TIMEOUT_S = 60.0
 """How long a stop signal waits for the ranks to save their state."""
@@ -97,6 +99,9 @@ def train(
             cluster.connect()
         elif address is not None:
             stack.enter_context(connected(address))
+        # It imports Ray Train, which a cluster of this process has imported while its nodes started.
+        from elastic_kfac.cluster.run.launch import Launch
+
         faults = FaultPlan(cluster, resize_at, kill_at)
         if not resumed:
             folder.write_config(config)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
-import ray.train
 from ray.util import get_current_placement_group
 from ray.util.metrics import Gauge
 
@@ -67,7 +66,10 @@ def run_worker(settings: WorkerSettings) -> str:
     Raises:
         Exception: As raised by the loop, after it was reported to the coordinator.
     """
-    context = ray.train.get_context()
+    # Members of worlds that change in place use this module, too, and do without.
+    from ray.train import get_context
+
+    context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     coordinator = settings.coordinator
     places = get_current_placement_group()
