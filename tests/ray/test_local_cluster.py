@@ -43,6 +43,26 @@ print(cluster.log_folder, flush=True)
 time.sleep(600)
 """
 
+ENDED = """
+import os
+from pathlib import Path
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, _descendants
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+with LocalCluster(2) as cluster:
+    names = {path.name for path in cluster.log_folder.parents[2].glob("raylet.*")}
+    assert names == {"raylet.1", "raylet.2"}, names
+    _, *started = _descendants([os.getpid()])
+    # The GCS, the process of the dashboard, and three raylets with two agents each.
+    assert len(started) >= 11, started
+print(sum(map(alive, started)))
+"""
+
 
 def _until(condition: Callable[[], bool], seconds: float = 180.0) -> bool:
     deadline = time.monotonic() + seconds
@@ -129,6 +149,16 @@ def test_folder_of_a_running_cluster_is_not_abandoned(cluster: LocalCluster) -> 
     folder = cluster.log_folder.parents[2]
     assert folder not in remove_abandoned_folders(folder.parent)
     assert folder.exists()
+
+
+def test_cluster_that_ends_leaves_no_agent() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDED],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
 
 def test_cluster_whose_driver_is_killed_leaves_no_process() -> None:

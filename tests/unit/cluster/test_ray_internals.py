@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import MagicMock
 
 import pytest
+from ray._private.node import Node
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.backend import Backend
 from ray.train.torch import TorchTrainer
@@ -201,6 +203,21 @@ def test_ray_makes_a_group_between_the_two_hooks() -> None:
     assert made.index("on_controller_start_worker_group") < made.index("worker_group_cls.create")
     started = inspect.getsource(WorkerGroup._start_impl)
     assert started.index("before_worker_group_start") < started.index("_create_workers")
+
+
+def test_ray_node_waits_for_itself_through_one_function_and_keeps_ports_only() -> None:
+    started = inspect.getsource(Node.__init__)
+    assert "ray._private.services.get_node(" in started
+    # What `_nodes_not_awaited` gives it has nothing in it.
+    read = set(re.findall(r'node_info(?:\[\s*|\.get\()"(\w+)"', started))
+    assert read == {
+        "labels",
+        "node_manager_port",
+        "runtime_env_agent_port",
+        "metrics_agent_port",
+        "metrics_export_port",
+        "dashboard_agent_listen_port",
+    }
 
 
 def test_ray_driver_prints_through_one_function(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     )
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
     from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
     from ray.train.v2._internal.constants import (
         DEFAULT_RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_VALUE,
         ENV_VARS_TO_PROPAGATE,
@@ -271,11 +273,19 @@ _MODULES = {
     "ray_services": "ray._private.services",
     "ray_state": "ray._private.state",
     "ray_worker": "ray._private.worker",
-    **{entry.module.rpartition(".")[2]: entry.module for entry in INTERNALS if _GENERATED in entry.module},
+    **{
+        entry.module.rpartition(".")[2]: entry.module
+        for entry in INTERNALS
+        if _GENERATED in entry.module
+    },
 }
 """Names here that stand for a whole module."""
 
-_HOMES = {name.split("(")[0].split(".")[0]: entry.module for entry in INTERNALS for name in entry.each_name()}
+_HOMES = {
+    name.split("(")[0].split(".")[0]: entry.module
+    for entry in INTERNALS
+    for name in entry.each_name()
+}
 
 
 def __getattr__(name: str) -> Any:

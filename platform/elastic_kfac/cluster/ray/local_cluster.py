@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import math
 import os
@@ -245,7 +246,11 @@ class LocalCluster:
         objects = object_folder((num_nodes + 1) * size, self._folder)
         self._node_options["plasma_directory"] = None if objects is None else str(objects)
         self._next_index = 0
-        with environment(self._variables()), kept_signal_handlers(), _nodes_not_awaited():
+        # By default as many as CPUs: the process that is started for a run's controller while prestarted
+        # ones are on their way would end instead of serving the next actor.
+        idle = {"RAY_num_workers_soft_limit": "2"}
+        variables = {**self._variables(), **idle}
+        with environment(variables), kept_signal_handlers(), _nodes_not_awaited():
             self._cluster = Cluster(initialize_head=False)
             head = self._cluster.add_node(
                 wait=False,
@@ -268,8 +273,7 @@ class LocalCluster:
         for _ in range(num_nodes):
             self.add_node(wait=False)
         # Every run needs it, and takes half a second to import it.
-        import ray.train
-
+        importlib.import_module("ray.train")
         for node in self._nodes.values():
             self._await_node(node)
 

@@ -119,10 +119,11 @@ class Launch:
             log=log,
         )
         if self._spares:
-            # For what the controller starts on this node: two helpers and a supervisor.
+            # For the controller and what it starts on this node: two helpers and a supervisor, with the
+            # process that Ray starts for the controller in any case.
             here = ray.get_runtime_context().get_node_id()
             with self.environment():
-                prestart_workers({here}, 3 + in_place, environment=train_environment())
+                prestart_workers({here}, 2 + in_place, environment=train_environment())
         home = head_node()
         self.coordinator = start_actor(
             RunCoordinator,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -187,7 +188,7 @@ class _Driver:
                 patience = STOP_TIMEOUT_S if view.world_size else 3.0
                 if now - stop_requested_at > patience and view.controller is not None:
                     # Killing it would leave a group that still waits for its places.
-                    view.controller.abort.remote()
+                    pickle.loads(view.controller).abort.remote()
             next_step = self._faults.next_step
             if next_step is not None and next_step > step:
                 # The coordinator answers at the step itself; polling would come some steps late.
