@@ -103,8 +103,8 @@ class StartCallback(ControllerCallback, WorkerGroupCallback):
             # Not before: their imports would take the CPU from what the ranks wait for.
             prestart_workers(set(alive_worker_nodes()), self._spares)
         this = ray.get_runtime_context().current_actor
-        # Pickled: who only keeps the handle need not import Ray Train to read it.
-        self._coordinator.controller_started.remote(ray.cloudpickle.dumps(this))
+        # A reference in a list: to read the handle itself, its keeper would import Ray Train.
+        self._coordinator.controller_started.remote([ray.put(this)])
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
         """Restores the settings that a new group reads from the environment."""

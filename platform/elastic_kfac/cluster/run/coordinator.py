@@ -63,8 +63,8 @@ class RunView:
     """Why the run has to end."""
     world_sizes: Sequence[int] = field(default_factory=list)
     worker_seconds: float = 0.0
-    controller: bytes | None = None
-    """Ray's handle of the controller, pickled."""
+    controller: Sequence[Any] = ()
+    """A reference to Ray's handle of the controller, once there is one."""
     placement_group: Any = None
     """Ray's handle of the newest group's placement group."""
     is_accepted: bool = True
@@ -136,8 +136,8 @@ class RunCoordinator:
 
     # ---- called by Ray Train's controller --------------------------------------------------
 
-    async def controller_started(self, controller: bytes) -> None:
-        """Keeps the controller's pickled handle for the driver."""
+    async def controller_started(self, controller: Sequence[Any]) -> None:
+        """Keeps a reference to the controller's handle for the driver."""
         self._run.controller = controller
 
     async def group_planned(self, world_size: int) -> None:

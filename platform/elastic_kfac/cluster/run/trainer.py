@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -186,9 +185,10 @@ class _Driver:
                     ray.get(coordinator.stop.remote(self._signals.reason))
                 # Without a group there is nothing to drain, and the last state is safe already.
                 patience = STOP_TIMEOUT_S if view.world_size else 3.0
-                if now - stop_requested_at > patience and view.controller is not None:
+                if now - stop_requested_at > patience and view.controller:
                     # Killing it would leave a group that still waits for its places.
-                    pickle.loads(view.controller).abort.remote()
+                    with contextlib.suppress(ray.exceptions.RayError):
+                        ray.get(view.controller[0]).abort.remote()
             next_step = self._faults.next_step
             if next_step is not None and next_step > step:
                 # The coordinator answers at the step itself; polling would come some steps late.
