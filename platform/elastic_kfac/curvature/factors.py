@@ -132,7 +132,7 @@ def finite_sums(sums: Sequence[Mapping[str, Tensor]]) -> Tensor:
         for group in groups.values()
     ]
     owners = [index for group in groups.values() for index, _ in group]
-    bad = ~torch.cat([torch.isfinite(trace) for trace in traces])
+    bad = ~torch.isfinite(torch.cat(traces))
     places = on_device(owners, bad.device, torch.int64)
     count = torch.zeros(len(sums), dtype=torch.int64, device=bad.device)
     return count.index_add_(0, places, bad.to(count.dtype)) == 0

@@ -230,11 +230,16 @@ class Layer(ABC):
         sums: Mapping[str, Tensor],
         normalizers: Mapping[str, float],
         decay: float,
+        *,
+        consume: bool = False,
     ) -> LayerState:
         """Moves the running averages: `X̄ ← ρ_k X̄ + (1 − ρ_k) X`, X = sum / normalizer.
 
         `ρ_k = min(1 − 1/k, ρ)` with k counting updates from 1 (Martens and Grosse 2015, section 5), or
         ρ throughout with `ema_init="identity"`.
+
+        Args:
+            consume: Whether the new averages may be where the sums are.
         """
         from_first = self.options.ema_init == "first"
         weight = min(1.0 - 1.0 / (state.factor_updates + 1), decay) if from_first else decay
@@ -247,7 +252,10 @@ class Layer(ABC):
                 factors[name] = total.div(normalizers[name])
             else:
                 scale = (1.0 - weight) / normalizers[name]
-                factors[name] = known.mul(weight).add_(total, alpha=scale)
+                # Fresh memory of this size costs more than the arithmetic.
+                in_place = consume and total.dtype == known.dtype and _is_alone(total)
+                scaled = total.mul_(scale) if in_place else total.to(known.dtype).mul(scale)
+                factors[name] = scaled.add_(known, alpha=weight)
         return replace(state, factors=factors, factor_updates=state.factor_updates + 1)
 
     def _identity(self, factor: str) -> Tensor:
@@ -372,3 +380,9 @@ class Layer(ABC):
             name: tensor.detach().to(self.device, self.dtype, copy=True)
             for name, tensor in tensors.items()
         }
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether nothing else is in its memory."""
+    own = tensor.numel() * tensor.element_size()
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == own

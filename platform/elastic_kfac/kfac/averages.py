@@ -85,7 +85,8 @@ class Averages:
         if self.distribution.decider(i) == self.distribution.rank:
             self.refresh.choose(layer, sums, divisors)
         decay = value_at(self.options, "factor_decay", step)
-        state = layer.average(self.states[i], sums, divisors, decay)
+        consume = not statistics.are_given
+        state = layer.average(self.states[i], sums, divisors, decay, consume=consume)
         state = layer.corrected(state, statistics.counts[i][0], decay)
         self.states[i] = state if flag is None else state.where(flag, self.states[i])
 

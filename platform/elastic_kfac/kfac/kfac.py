@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -299,7 +300,8 @@ class KFAC:
     ) -> Callable[[], Coming] | None:
         """What starts the reduction of statistics (or of gradients); None where there are none."""
         if statistics is not None:
-            return lambda: Coming(lambda: statistics)
+            given = replace(statistics, are_given=True)
+            return lambda: Coming(lambda: given)
         if not (due or self.sums_gradients):
             return None
         captured = self._captured(num_samples, loss_scale)

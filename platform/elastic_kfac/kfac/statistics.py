@@ -60,6 +60,8 @@ class Statistics:
     """Layers whose statistics cannot be right on some rank."""
     are_means: bool = False
     """Whether the sums are divided by their normalizers already."""
+    are_given: bool = False
+    """Whether the sums are a caller's, who may go on using them."""
     last_called: int | None = None
     """The layer whose output is nearest to the loss, where a rank has seen it."""
 

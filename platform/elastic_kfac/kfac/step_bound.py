@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature.damping import mean_eigenvalue
 from elastic_kfac.curvature.dtensors import is_sharded
+from elastic_kfac.curvature.factors import on_device
 from elastic_kfac.curvature.layer import Layer, LayerState
 from elastic_kfac.curvature.scalars import Number, counted
 from elastic_kfac.errors import ConfigError, UsageError
@@ -72,6 +73,7 @@ class StepBound:
         """Starts the rule afresh for these layers."""
         self._layers = layers
         self._known: tuple[tuple[int, ...], list[Layer], set[int]] | None = None
+        self._squares: tuple[list[float], Tensor] | None = None
         self._output, self._residual = None, []
         if self.options.trust_region == "adaptive":
             kind = InputScale if self.options.method == "one_sided" else LossScale
@@ -223,13 +225,18 @@ class StepBound:
         else:
             is_fixed = self.options.trust_region == "fixed"
             kappa = value_at(self.options, "kl_clip", step) if is_fixed else None
-            lr = self._rates.of_layers(layers, step) if is_fixed else ()
-            self.scale, self._product = kl_clip(
-                results, gradients, lr, kappa, total, self._layers[0].device
-            )
+            lr = self._rates.of_layers(layers, step) if is_fixed else []
+            squared_lr = self._squared(lr)
+            self.scale, self._product = kl_clip(results, gradients, squared_lr, kappa, total)
         self._shortened = self._shortened + counted(self.scale < 1.0)
         self._tiny = self._tiny + counted(self.scale < TINY)
         self._steps += 1
+
+    def _squared(self, lr: list[float]) -> Tensor:
+        """Squares of learning rates on the device, kept while these stay."""
+        if self._squares is None or self._squares[0] != lr:
+            self._squares = lr, on_device(lr, self._layers[0].device).square()
+        return self._squares[1]
 
     def _active(self, indices: Sequence[int]) -> tuple[list[Layer], set[int]]:
         """These layers and the identities of their parameters, kept for the next step."""

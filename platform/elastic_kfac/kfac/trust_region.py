@@ -238,29 +238,26 @@ class LastStep:
 def kl_clip(
     results: list[Tensor],
     gradients: Sequence[Tensor],
-    lr: Sequence[float],
+    squared_lr: Tensor,
     kappa: float | None,
     total: Callable[[Tensor], Tensor],
-    device: torch.device,
 ) -> tuple[Number, Tensor]:
     """The fixed rule (Ba et al. 2017): scales P of each layer, `results`, in place by one ν.
 
     Args:
         results: P.
         gradients: D of the same layers.
-        lr: Their learning rates.
+        squared_lr: The squares of their learning rates, float64 [layers], on the device of the numbers.
         kappa: κ; None for no bound.
         total: See `TrustRegion.apply`.
-        device: Of the numbers.
 
     Returns:
         (ν, a number, and Σ ⟨P_i, D_i⟩ over these layers, float64).
     """
-    products = inner_products(results, gradients).to(device)
+    products = inner_products(results, gradients).to(squared_lr.device)
     scale: Number = 1.0
     if kappa is not None:
-        squares = factors.on_device(lr, device).square()
-        (divergence,) = numbers(total((products.abs() * squares).sum()).view(1))
+        (divergence,) = numbers(total((products.abs() * squared_lr).sum()).view(1))
         scale = kl_clip_scale(divergence, kappa)
         if results:
             torch._foreach_mul_(results, cast(scale, results[0].dtype))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kfac import KFAC
+from elastic_kfac.curvature.layer import LayerState
 from elastic_kfac.errors import ConfigError, UsageError
 from support.training_loops import X, Y, assert_same_factors, loss_of, mlp, seeded, stepped
 
@@ -297,6 +298,38 @@ def test_the_reproducible_mode_names_that_it_does_not_follow_a_changed_model() -
             loss_of(model).backward()
             kfac.step(statistics=kfac.take_statistics())
     assert len(named) == 1
+
+
+def test_sums_that_a_caller_gives_stay_as_they_are() -> None:
+    model = mlp()
+    twin = copy.deepcopy(model)
+    options: dict[str, Any] = {"factor_update_steps": 1}
+    given, own = KFAC(model, tree=True, **options), KFAC(twin, **options)
+    for _ in range(3):
+        for each in (model, twin):
+            each.zero_grad()
+            loss_of(each).backward()
+        statistics = given.take_statistics()
+        before = copy.deepcopy(statistics.sums)
+        given.step(statistics=statistics)
+        for sums, copies in zip(statistics.sums, before, strict=True):
+            assert sums and all(torch.equal(sums[name], copies[name]) for name in copies)
+        own.step()
+    assert_same_factors(given, own)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_average_is_where_its_sum_was_unless_more_is_there(padded: bool) -> None:
+    (layer,) = KFAC(nn.Linear(4, 3, bias=False)).layers
+    total = torch.randn(5 if padded else 4, 4)[:4]
+    expected = 0.9 * torch.eye(4) + 0.1 * total / 8
+    state = LayerState({"A": torch.eye(4)}, factor_updates=9)
+    kept = layer.average(state, {"A": total}, {"A": 8.0}, 0.95)
+    torch.testing.assert_close(kept.factors["A"], expected)
+    moved = layer.average(state, {"A": total}, {"A": 8.0}, 0.95, consume=True)
+    torch.testing.assert_close(moved.factors["A"], expected)
+    assert (moved.factors["A"].data_ptr() == total.data_ptr()) is not padded
+    torch.testing.assert_close(state.factors["A"], torch.eye(4))
 
 
 def refused_in_backward(model: nn.Module) -> None:

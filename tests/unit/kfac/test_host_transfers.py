@@ -228,7 +228,8 @@ def test_the_bound_on_a_step_stays_on_a_device_that_refuses_to_be_read(indices: 
             rates = StepRates([0.1, 0.1 / (step + 1)], [0.9, 0.9])
             used: list[Tensor | None] = [None for _ in indices]
             trust.apply(indices, results, gradients, used, rates, is_linear=True, total=total)
-        trust_region.kl_clip(results, gradients, [0.1], 1e-3, total, torch.device("cuda"))
+        squared_lr = torch.full((1,), 0.01, dtype=torch.float64, device="cuda")
+        trust_region.kl_clip(results, gradients, squared_lr, 1e-3, total)
         with pytest.raises(DataDependentOutputException):
             float(trust.growth)  # the control
     assert len(sent) == 4 and {tensor.device.type for tensor in sent} == {"cuda"}
