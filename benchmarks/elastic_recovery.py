@@ -36,7 +36,7 @@ from ray.train.torch import prepare_model
 from elastic_kfac.cli.entry import main as elastic_kfac
 from elastic_kfac.cluster.ray.connection import quiet_driver
 from elastic_kfac.cluster.ray.internals import ControllerCallback
-from elastic_kfac.cluster.ray.local_cluster import LocalCluster
+from elastic_kfac.cluster.ray.local_cluster import LocalCluster, cluster_for
 from elastic_kfac.cluster.run.coordinator import RunView
 from elastic_kfac.cluster.run.progress import Display
 from elastic_kfac.cluster.run.trainer import train
@@ -80,7 +80,7 @@ class Changes(Display):
 
 def ours(folder: Path, config: Config, cycles: int, *, nodes: bool) -> dict[str, list[float]]:
     """Seconds of every change of one run."""
-    with quiet_driver(), LocalCluster(2) as cluster:
+    with quiet_driver(), cluster_for(config, 2) as cluster:
         cluster.connect()
         changes = Changes(cluster, cycles, nodes=nodes)
         train(config, name="run", storage=str(folder), cluster=cluster, progress=changes)

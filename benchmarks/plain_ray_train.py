@@ -27,6 +27,7 @@ def two_nodes() -> Iterator[LocalCluster]:
     with (
         patch.object(local_cluster, "_DETECTION", {}),
         patch.object(local_cluster, "_WORKER_ENVIRONMENT", _THREADS),
+        patch.object(local_cluster, "_PRELOADED", ()),
         quiet_driver(),
         LocalCluster(2) as cluster,
     ):

@@ -81,7 +81,6 @@ _PRELOADED = (
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
-    "RAY_preload_python_modules": ",".join(_PRELOADED),
     "RAY_num_workers_soft_limit": "3",
 }
 
@@ -102,6 +101,7 @@ class LocalCluster:
         resources_per_node: Mapping[str, float] | None = None,
         object_store_mib: int = 100,
         dashboard: bool = False,
+        preload: Sequence[str] = (),
         start_attempts: int = 3,
     ) -> None:
         """Starts the head and `num_nodes` nodes besides it.
@@ -112,6 +112,7 @@ class LocalCluster:
                 nodes see the same ones.
             object_store_mib: Shared memory of a node's object store, in MiB.
             dashboard: Whether to start Ray's dashboard (needed for the jobs API).
+            preload: Further modules that idle worker processes import.
             start_attempts: Limit on attempts; on a busy machine the first may time out.
 
         Raises:
@@ -128,6 +129,7 @@ class LocalCluster:
         }
         self._gpu_ids = tuple(gpu_ids)
         self._dashboard = dashboard
+        self._preloaded = ",".join((*preload, *_PRELOADED))
         self._cluster: Cluster | None = None
         self._nodes: dict[int, Any] = {}
         self._gpu_turns: dict[int, int] = {}
@@ -185,7 +187,12 @@ class LocalCluster:
         self._next_index += 1
         # Each node has its own loopback address; 127.0.0.1 would be rewritten to the host's.
         address = f"127.0.0.{3 + index % 250}"
-        variables = {**self._variables(), **_WORKER_ENVIRONMENT, **self._devices(index)}
+        variables = {
+            **self._variables(),
+            **_WORKER_ENVIRONMENT,
+            "RAY_preload_python_modules": self._preloaded,
+            **self._devices(index),
+        }
         with environment(variables), kept_signal_handlers(), _nodes_not_awaited():
             # Names of their own: Ray takes the first one without a file, and nodes start together.
             self._nodes[index] = cluster.add_node(
@@ -351,6 +358,8 @@ def cluster_for(config: Config, num_nodes: int, *, workers_per_node: int = 1) ->
         gpus_per_node=resources.pop("GPU", 0.0),
         gpu_ids=gpu_ids,
         resources_per_node=resources,
+        # Members of worlds that change in place do without it, Ray Train's own workers do not.
+        preload=() if config.elastic.in_place else ("ray.train",),
     )
 
 

@@ -188,7 +188,7 @@ class _Driver:
                 if now - stop_requested_at > patience and view.controller:
                     # Killing it would leave a group that still waits for its places.
                     with contextlib.suppress(ray.exceptions.RayError):
-                        ray.get(view.controller[0]).abort.remote()
+                        ray.get(view.controller[0], timeout=5.0).abort.remote()
             next_step = self._faults.next_step
             if next_step is not None and next_step > step:
                 # The coordinator answers at the step itself; polling would come some steps late.
