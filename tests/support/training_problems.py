@@ -220,8 +220,12 @@ def states_differ_in(first: TrainingState, second: TrainingState) -> list[str]:
 
 
 def _without_bases(state: TrainingState) -> dict[str, Tensor]:
-    """Eigenvectors are unique only up to signs; the matrix that they decompose is not."""
+    """With what eigenvectors, unique only up to signs, stand for: the matrices that they decompose, and
+    mean gradients outside their coordinates."""
     tensors = dict(state.tensors)
+    for name in [name for name in tensors if name.endswith("/E_mean")]:
+        left, right = (tensors[name.replace("E_mean", f"{side}_vectors")] for side in "GA")
+        tensors[name] = left @ tensors[name] @ right.mT
     for name in [name for name in tensors if name.endswith("_vectors")]:
         vectors, values = tensors.pop(name), tensors[name.replace("_vectors", "_values")]
         # The mean of eigenvalues without vectors is the last one.

@@ -101,7 +101,9 @@ class Emulator:
         profile = self._measured(sized)
         plan = sized.plan(self._links.world_size, calibration=profile.calibration)
         work = profile.workload_of(sized.config)
-        return device_bytes(work, plan, self._micro_batch(sized.config))
+        share = -(-sized.config.train.global_batch_size // self._links.world_size)
+        micro = self._micro_batch(sized.config)
+        return device_bytes(work, plan, micro, accumulates=micro < share)
 
     def _step_seconds(self, sized: Sized) -> float:
         ranks, config = self._links.world_size, sized.config

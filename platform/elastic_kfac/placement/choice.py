@@ -12,6 +12,7 @@ import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from elastic_kfac.errors import ConfigError
 from elastic_kfac.placement.costs import LayerShape, factor_elements, second_order_elements
@@ -88,6 +89,8 @@ def choose_plan(
         candidates = sorted({*candidates, current.num_columns})
     choices = []
     least = math.inf
+    share = -(-global_batch_size // world_size)
+    largest = share if max_micro_batch_size is None else min(share, max_micro_batch_size)
     for columns in candidates:
         plan = make_plan(
             workload.layers,
@@ -98,18 +101,16 @@ def choose_plan(
             speeds=calibration.decomposition_speeds(world_size),
             previous=None if current is None else current.plan,
         )
-        needed = device_bytes(workload, plan, 1)
-        least = min(least, needed)
-        if needed > memory_budget_bytes:
-            continue
-        share = -(-global_batch_size // world_size)
-        largest = share if max_micro_batch_size is None else min(share, max_micro_batch_size)
-        fits = bisect.bisect_right(
-            range(1, largest + 1),
-            memory_budget_bytes,
-            key=lambda n: device_bytes(workload, plan, n),
-        )
-        micro_batch = _best_micro_batch(workload, share, fits)
+        needed = partial(_needed, workload, plan, share)
+        least = min(least, needed(1), needed(largest))
+        if largest == share and needed(share) <= memory_budget_bytes:
+            micro_batch = share
+        else:
+            sizes = range(1, min(largest, share - 1) + 1)
+            fits = bisect.bisect_right(sizes, memory_budget_bytes, key=needed)
+            if not fits:
+                continue
+            micro_batch = _best_micro_batch(workload, share, fits)
         step_time = predict_step(
             workload,
             calibration,
@@ -122,7 +123,7 @@ def choose_plan(
                 plan,
                 micro_batch,
                 step_time,
-                device_bytes(workload, plan, micro_batch),
+                needed(micro_batch),
                 _suggested_interval(workload, step_time),
             )
         )
@@ -239,6 +240,11 @@ def _column_candidates(world_size: int) -> list[int]:
     if world_size <= _ALL_COLUMNS_UP_TO:
         return list(range(1, world_size + 1))
     return sorted({-(-world_size // workers) for workers in range(1, world_size + 1)})
+
+
+def _needed(workload: Workload, plan: Plan, share: int, size: int) -> float:
+    """`device_bytes` of passes over so many of the samples of a rank."""
+    return device_bytes(workload, plan, size, accumulates=size < share)
 
 
 def _best_micro_batch(workload: Workload, share: int, largest: int) -> int:

@@ -331,17 +331,25 @@ def _most_owners(plan: Plan) -> int:
     return max(map(len, owners.values()), default=0)
 
 
-def device_bytes(workload: Workload, plan: Plan, micro_batch_size: int) -> float:
+def device_bytes(
+    workload: Workload, plan: Plan, micro_batch_size: int, *, accumulates: bool = False
+) -> float:
     """Device memory of the rank that holds most, factors and decompositions included.
 
     The most is needed either at the end of the forward pass, which grows with the samples, or in the
     step that follows; with several ranks perhaps where factors or decompositions are in buffers.
+
+    Args:
+        accumulates: Whether a step has several passes: beside the sums of a layer there are then those
+            of one pass, which are added to them.
     """
     layers, size = workload.layers, workload.element_bytes
     held = size * max(
         memory_elements(plan, layers, method=workload.method, precompute=workload.precompute)
     )
     alone = max(line.at(micro_batch_size) for line in workload.step_bytes) + held
+    if accumulates:
+        alone += size * max((max(x.a_dim, x.g_dim) ** 2 for x in layers), default=0)
     if plan.world_size == 1:
         return alone
     packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]

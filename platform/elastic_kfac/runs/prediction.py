@@ -93,12 +93,13 @@ class Outlook:
         return {"divide_from": found.divide_from, "flat_from": found.flat_from}
 
     def _costs(self, plan: Plan, micro_batch_size: int) -> dict[str, Any]:
-        work = self._workload
+        work, batch = self._workload, self._sized.config.train.global_batch_size
+        share = -(-batch // plan.world_size)
         step = predict_step(
             work,
             self._calibration,
             plan,
-            global_batch_size=self._sized.config.train.global_batch_size,
+            global_batch_size=batch,
             micro_batch_size=micro_batch_size,
         )
         traffic = traffic_per_step(
@@ -124,7 +125,9 @@ class Outlook:
             "received_bytes_by_purpose": {
                 name: float(value) * work.element_bytes for name, value in received.items()
             },
-            "memory_bytes": device_bytes(work, plan, micro_batch_size),
+            "memory_bytes": device_bytes(
+                work, plan, micro_batch_size, accumulates=micro_batch_size < share
+            ),
         }
 
     def _v_method(self, plan: Plan) -> str:

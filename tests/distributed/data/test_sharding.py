@@ -70,6 +70,7 @@ def test_make_on_nodes_equals_alone_and_survives_a_lost_node(
     cluster.add_node()
 
 
+@pytest.mark.soak
 def test_make_on_nodes_to_an_object_store_gives_the_bytes_of_one_process(
     cluster: LocalCluster, bucket: tuple[Store, Callable[[str], str]], tmp_path: Path
 ) -> None:

@@ -137,6 +137,8 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
         return device_bytes(replace(workload, **changes), plan, samples)
 
     assert needed(1, 1, 2) == s + e + 2
+    # The sums of one pass of the widest layer, beside those of the passes before it.
+    assert device_bytes(workload, make_plan(layers, 1, 1.0), 2, accumulates=True) == s + e + 402
     # Old decompositions, new ones, and the buffers that bring them.
     assert needed(2, 1, 2) == 7 + 250 + s + 3 * e
     # The line of few samples, until that of many is above.
@@ -184,7 +186,8 @@ def test_choice_equals_brute_force_and_never_exceeds_the_budget() -> None:
         for columns in range(1, n + 1):
             plan = make_plan(layers, n, 1 / columns, costs=calibration.costs)
             for micro_batch in range(1, -(-batch // n) + 1):
-                if device_bytes(workload, plan, micro_batch) <= budget:
+                more = micro_batch < -(-batch // n)
+                if device_bytes(workload, plan, micro_batch, accumulates=more) <= budget:
                     step = predict_step(
                         workload,
                         calibration,
@@ -201,7 +204,10 @@ def test_choice_equals_brute_force_and_never_exceeds_the_budget() -> None:
         fitted += 1
         choice = choose_plan(workload, calibration, n, **options)  # type: ignore[arg-type]
         assert choice.memory_bytes <= budget
-        assert choice.memory_bytes == device_bytes(workload, choice.plan, choice.micro_batch_size)
+        more = choice.micro_batch_size < -(-batch // n)
+        assert choice.memory_bytes == device_bytes(
+            workload, choice.plan, choice.micro_batch_size, accumulates=more
+        )
         assert choice.step_time.total == pytest.approx(best)
     assert 20 < fitted < 60
 
@@ -219,7 +225,7 @@ def test_ample_memory_and_rare_inverses_choose_comm_opt_tight_memory_mem_opt(
         bandwidth_bound,
         16,
         global_batch_size=512,
-        memory_budget_bytes=device_bytes(workload, mem_opt, 1),
+        memory_budget_bytes=device_bytes(workload, mem_opt, 1, accumulates=True),
     )
     assert tight.plan.strategy == "MEM-OPT"
     frequent = replace(workload, inverse_update_steps=1)
@@ -259,8 +265,9 @@ def test_choice_keeps_the_current_plan_unless_the_gain_is_above_the_hysteresis(
         workload, GPU, 8, global_batch_size=256, current=current, hysteresis=gain * 0.99
     )
     assert moved.num_columns == best.num_columns
-    needed = device_bytes(workload, current.plan, 1)
-    mem_opt = device_bytes(workload, make_plan(resnet50, 8, 1 / 8, costs=GPU.costs), 1)
+    needed = device_bytes(workload, current.plan, 1, accumulates=True)
+    spread = make_plan(resnet50, 8, 1 / 8, costs=GPU.costs)
+    mem_opt = device_bytes(workload, spread, 1, accumulates=True)
     assert mem_opt < needed
     forced = choose_plan(
         workload,

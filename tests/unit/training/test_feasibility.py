@@ -216,7 +216,9 @@ def test_predicted_memory_is_what_a_run_holds_at_most(
     )
     sized = Sized.of(config)
     workload = measure(sized, stored_calibration("eigen")).workload_of(config)
-    predicted = device_bytes(workload, sized.plan(1), micro_batch_size or 64)
+    predicted = device_bytes(
+        workload, sized.plan(1), micro_batch_size or 64, accumulates=micro_batch_size is not None
+    )
     with PeakBytes() as held:
         steps = _PeakOfSteps(held)
         run_rank(
