@@ -17,7 +17,12 @@ SLOW = (
     "unit/cli/test_arguments.py::test_script_of_a_job_*",
     "unit/cli/test_doctor.py::test_examine_*",
     "unit/cli/test_fuzz.py::*",
+    "unit/cli/test_runs.py::test_plan_prints_*",
     "unit/cli/test_streams_and_paths.py::*",
+    "unit/cli/test_suggest.py::*",
+    "unit/cluster/test_coordinator.py::test_coordinator_restart_that_is_retried_*",
+    "unit/cluster/test_in_process.py::test_no_part_of_ray_*",
+    "unit/cluster/test_resumed_run.py::*",
     "unit/cluster/test_tuning_population.py::*",
     "unit/data/test_cache.py::*",
     "unit/data/test_remote.py::*",
@@ -27,10 +32,14 @@ SLOW = (
     "unit/repository/*",
     "unit/training/test_analysis.py::test_analyze_and_probe_*",
     "unit/training/test_curvature_policies.py::test_surrogates_*",
+    "unit/training/test_feasibility.py::*",
     "unit/training/test_hostile_input.py::*",
     "unit/training/test_lean_imports.py::*",
     "unit/training/test_mixing.py::test_weights_have_the_moments_*",
     "unit/training/test_object_store.py::*",
+    "unit/training/test_recorder.py::test_object_store_that_refuses_*",
+    "unit/training/test_workloads.py::*",
+    "unit/zoo/test_zoo.py::test_one_step_*",
 )
 """Unit tests that start processes, draw figures or take seconds: `make test-fast` leaves them out."""
 STAGES = ("ray", "deployment", "distributed", "unit")
