@@ -340,8 +340,8 @@ def device_bytes(
     step that follows; with several ranks perhaps where factors or decompositions are in buffers.
 
     Args:
-        accumulates: Whether a step has several passes: beside the sums of a layer there are then those
-            of one pass, which are added to them.
+        accumulates: Whether a step has several passes: the sum of one pass for a factor is then beside
+            the sums that it is added to.
     """
     layers, size = workload.layers, workload.element_bytes
     held = size * max(
@@ -349,7 +349,8 @@ def device_bytes(
     )
     alone = max(line.at(micro_batch_size) for line in workload.step_bytes) + held
     if accumulates:
-        alone += size * max((max(x.a_dim, x.g_dim) ** 2 for x in layers), default=0)
+        widest = (max(x.a_blocks * x.a_dim**2, x.g_blocks * x.g_dim**2) * x.copies for x in layers)
+        alone += size * max(widest, default=0)
     if plan.world_size == 1:
         return alone
     packed = [size * factor_elements([x], packed=workload.symmetric) for x in layers]

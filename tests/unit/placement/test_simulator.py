@@ -137,8 +137,13 @@ def test_buffers_of_several_ranks_count_where_they_are_more_than_the_passes() ->
         return device_bytes(replace(workload, **changes), plan, samples)
 
     assert needed(1, 1, 2) == s + e + 2
-    # The sums of one pass of the widest layer, beside those of the passes before it.
-    assert device_bytes(workload, make_plan(layers, 1, 1.0), 2, accumulates=True) == s + e + 402
+    # The sum of one pass for the largest factor, with all its blocks, beside that of the passes before.
+    alone = make_plan(layers, 1, 1.0)
+    assert device_bytes(workload, alone, 2, accumulates=True) == s + e + 402
+    blocks = (replace(layers[0], a_blocks=3, copies=2), layers[1])
+    blocked = replace(workload, layers=blocks)
+    added = device_bytes(blocked, alone, 2, accumulates=True) - device_bytes(blocked, alone, 2)
+    assert added == 4 * 2 * 3 * 100
     # Old decompositions, new ones, and the buffers that bring them.
     assert needed(2, 1, 2) == 7 + 250 + s + 3 * e
     # The line of few samples, until that of many is above.
