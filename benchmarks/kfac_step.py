@@ -3,7 +3,7 @@
     python benchmarks/kfac_step.py [--peer FOLDER] [--cases resnet20 mlp256] [--out FILE]
 
 Process CPU time, one thread, whole inverse-update cycles, the same Linear and Conv2d layers. Variants
-take turns, cycle by cycle, so that a noisy machine hits them alike; what counts are the ratios. `floor`
+take turns of ten steps, so that a noisy machine hits them alike; what counts are the ratios. `floor`
 is kfac_floor.py's: the kernels of an exact step and nothing else, where a preconditioner's step would be.
 Spikes are p99 over the median of the steps after the first, by wall clock and by CPU time of the training
 thread; decompositions on another thread are part of the former and of the process's time. `--peer` is a
@@ -40,6 +40,8 @@ from elastic_kfac import KFAC, __version__
 from elastic_kfac.tasks.models import create_model
 
 INTERVALS = ((1, 10), (5, 10), (10, 100))
+TURN = 10
+"""Steps that a variant takes before it is another's turn."""
 
 
 def main() -> None:
@@ -194,10 +196,13 @@ def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str
     runners = {n: _Runner(copy.deepcopy(base), build, case.loss) for n, build in builders.items()}
     times: dict[str, list[float]] = {n: [] for n in runners}
     for number in range(case.cycles[at] + 1):
-        for n, runner in runners.items():
-            seconds = runner.cycle(inverse_steps)
-            if number:  # the first one warms up, and every later cycle starts at the same phase
-                times[n].append(seconds)
+        seconds = dict.fromkeys(runners, 0.0)
+        for _ in range(0, inverse_steps, TURN):
+            for n, runner in runners.items():
+                seconds[n] += runner.run(TURN)
+        if number:  # the first one warms up, and every later cycle starts at the same phase
+            for n in runners:
+                times[n].append(seconds[n])
     per_step = {n: 1e3 * statistics.median(t) / inverse_steps for n, t in times.items()}
     extra = {n: per_step[n] - per_step["sgd"] for n in builders}
     row: dict[str, Any] = {
@@ -235,8 +240,8 @@ class _Runner:
         self.steps: list[tuple[float, float]] = []
         """Seconds of each step: wall clock, CPU time of this thread."""
 
-    def cycle(self, steps: int) -> float:
-        """Process CPU seconds of one inverse-update cycle."""
+    def run(self, steps: int) -> float:
+        """Process CPU seconds of so many steps."""
         start = time.process_time()
         for _ in range(steps):
             begin = time.perf_counter(), time.thread_time()

@@ -154,6 +154,13 @@ class _Watched:
         self.layer = layer
         self._shared = shared
 
+    @property
+    def is_wanted(self) -> bool:
+        shared, layer = self._shared, self.layer
+        # The layer called last counts the rows that are terms of the loss.
+        counts = shared.counts_positions or shared.last_called in (None, layer.name)
+        return counts or bool(shared.due_of(layer))
+
     def samples_in(self, inputs: Tensor) -> int | None:
         return self.layer.samples_in(inputs)
 

@@ -10,31 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from elastic_kfac.curvature.autocorrelation import WEIGHT_GRADIENTS, autocorrelation_gram
 from elastic_kfac.curvature.factors import statistics_dtype
 from elastic_kfac.curvature.sides import WHOLE, Blocks, Side, Whole
 
 # Patches are copied in pieces of at most this many elements (64 MiB of float32).
 _PATCH_ELEMENTS = 1 << 24
 
-_WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
-
 
 def conv_output_sum(gradients: Tensor, groups: int, side: Side = WHOLE) -> Tensor:
     """`G_sum` of a convolution from `[n, out, ...]`: `[out, out]` or `[groups, out/groups, ...]`."""
-    g = gradients.to(statistics_dtype(gradients.dtype))
-    # [out, n*t]: one copy and one large product beats n small ones.
-    rows = g.flatten(2).transpose(0, 1).reshape(g.shape[1], -1)
-    if groups > 1:
-        rows = rows.unflatten(0, (groups, -1))
-    return side.gram(rows)
+    return _channel_gram(gradients.to(statistics_dtype(gradients.dtype)), groups, side)
 
 
 def conv_lengths(inputs: Tensor, module: _ConvNd) -> tuple[int, ...]:
@@ -81,8 +74,11 @@ def conv_input_sum(
         core, sums = _joined(core, module, side), sums.view(module.groups, -1)
         sums = sums if module.groups > 1 else sums[0]
         return side.bordered(core, sums, int(real.sum())) if bias else core
-    if _correlates(x, window, padding, groups):
-        core = _autocorrelation_gram(x, window.kernel, padding)
+    if max(*window.kernel, *(p + 1 for p in padding)) == 1:
+        read: tuple[Any, ...] = (..., *(slice(None, None, step) for step in window.stride))
+        core = _channel_gram(x[read], groups)
+    elif _correlates(x, window, padding, groups):
+        core = autocorrelation_gram(x, window.kernel, padding)
     else:
         core = _patch_gram(_zero_padded(x, padding), window, groups)
     core = _joined(core, module, side)
@@ -133,7 +129,7 @@ def transposed_mean_patches(inputs: Tensor, module: _ConvTransposeNd) -> Tensor:
 def conv_weight_gradient(inputs: Tensor, gradients: Tensor, module: _ConvNd) -> Tensor:
     """The gradient of a convolution's weight for `inputs [n, in, ...]` and `gradients [n, out, ...]`."""
     x, padding = _resolve_padding(inputs.to(gradients.dtype), module)
-    return _WEIGHT_GRADIENTS[len(padding)](
+    return WEIGHT_GRADIENTS[len(padding)](
         x,
         list(module.weight.shape),
         gradients,
@@ -200,7 +196,7 @@ def transposed_weight_gradient(
         raise RuntimeError("called with output_size")
     further = zip(_padding_sides(module), module.output_padding, strict=True)
     sides = [(before, after - more) for (before, after), more in further]
-    return _WEIGHT_GRADIENTS[len(module.kernel_size)](
+    return WEIGHT_GRADIENTS[len(module.kernel_size)](
         F.pad(gradients, _flat(sides)),
         list(module.weight.shape),
         inputs.to(gradients.dtype),
@@ -333,6 +329,17 @@ def _patch_rows(windows: Tensor, groups: int) -> Tensor:
     return rows.reshape(side, -1) if groups == 1 else rows.reshape(groups, side, -1)
 
 
+def _channel_gram(x: Tensor, groups: int, side: Side = WHOLE) -> Tensor:
+    """What a side keeps of the Gram matrix of the channels of `x [n, channels, ...]` over samples and
+    positions, per group."""
+    columns = x.flatten(2)
+    if columns.shape[2] >= columns.shape[1] and groups == 1 and isinstance(side, Whole):
+        # Products of samples need no copy, and are large enough.
+        return torch.addbmm(x.new_zeros(x.shape[1], x.shape[1]), columns, columns.mT, beta=0)
+    rows = columns.transpose(0, 1).reshape(x.shape[1], -1)
+    return side.gram(rows if groups == 1 else rows.unflatten(0, (groups, -1)))
+
+
 def _patch_gram(x: Tensor, window: Window, groups: int) -> Tensor:
     """Gram matrix of the patches of `x [n, channels, ...]` over samples and positions, per group."""
     windows = _windows(x, window)
@@ -364,110 +371,8 @@ def _masked_gram(x: Tensor, window: Window, groups: int, real: Tensor) -> tuple[
 
 def _correlates(x: Tensor, window: Window, padding: Sequence[int], groups: int) -> bool:
     """Whether `_autocorrelation_gram` can and should be used."""
-    pointwise = max(*window.kernel, *(p + 1 for p in padding)) == 1
     wide = all(2 * p >= k - 1 for p, k in zip(padding, window.kernel, strict=True))
     # The strips need their own pixels: tiny images go the plain way.
     roomy = all(length >= 2 * k for length, k in zip(x.shape[2:], window.kernel, strict=True))
     steps = {*window.stride, *window.dilation, groups}
-    return steps == {1} and not pointwise and wide and roomy
-
-
-class Strip(NamedTuple):
-    """Pixels along one dimension that kernel offset `first` never reads, for block (first, second)."""
-
-    first: int
-    second: int
-    start: int
-    stop: int
-
-    @property
-    def lag(self) -> int:
-        return self.second - self.first
-
-
-def _autocorrelation_gram(x: Tensor, kernel: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """Patch Gram matrix of a stride-1 convolution from the autocorrelation of its input.
-
-    Block (i, j) of A, for kernel offsets i and j, is `Σ_u x[u] x[u + j − i]ᵀ` over the pixels u that
-    offset i visits. The sum over all pixels depends on `j − i` only; what offset i does not visit are
-    strips at the border along each dimension, subtracted (and, by inclusion and exclusion, their
-    intersections added back and subtracted in turn). Blocks with j before i along the first dimension
-    follow by symmetry.
-    """
-    dims, channels = len(kernel), x.shape[1]
-    choices: list[list[Strip | None]] = [
-        [None, *_strips(k, p, length, axis == 0)]
-        for axis, (k, p, length) in enumerate(zip(kernel, padding, x.shape[2:], strict=True))
-    ]
-    ordered = [
-        torch.arange(k, device=x.device).sub(torch.arange(k, device=x.device)[:, None]) + k - 1
-        for k in kernel
-    ]  # index of lag j - i
-    sides = [k for k in kernel for _ in range(2)]
-    blocks = x.new_empty(*sides, channels, channels)
-    for choice in product(*reversed(choices)):  # along the first dimension fastest
-        strips = choice[::-1]
-        here = there = x
-        for axis, strip in enumerate(strips, start=2):
-            if strip is not None:
-                size = strip.stop - strip.start
-                here = here.narrow(axis, strip.start, size)
-                there = there.narrow(axis, strip.start + strip.lag, size)
-        cut = sum(strip is not None for strip in strips)
-        lags = _lagged(here, there, [0 if s else k for s, k in zip(strips, kernel, strict=True)])
-        at: list[int | slice] = []
-        for axis in range(dims - 1, 0, -1):
-            if (strip := strips[axis]) is None:
-                lags = lags.index_select(axis, ordered[axis].view(-1))
-                lags = lags.unflatten(axis, ordered[axis].shape)
-                at[:0] = [slice(None), slice(None)]
-            else:
-                lags = lags.squeeze(axis)
-                at[:0] = [strip.first, strip.second]
-        pairs = [(s.first, s.second, 0)] if (s := strips[0]) else _ordered_pairs(kernel[0])
-        for i, j, lag in pairs:
-            block = blocks[(i, j, *at)]
-            if cut:
-                block.add_(lags[lag], alpha=-1 if cut % 2 else 1)
-            else:
-                block.copy_(lags[lag])
-    flipped = [axis + 1 if axis % 2 == 0 else axis - 1 for axis in range(2 * dims)]
-    for i, j, lag in _ordered_pairs(kernel[0]):
-        if lag:
-            mirrored = blocks.permute(*flipped, -1, -2)
-            blocks[j, i] = mirrored[j, i]
-    side = channels * math.prod(kernel)
-    firsts, seconds = range(0, 2 * dims, 2), range(1, 2 * dims, 2)
-    return blocks.permute(-2, *firsts, -1, *seconds).reshape(side, side)
-
-
-def _ordered_pairs(kernel: int) -> list[tuple[int, int, int]]:
-    """Offsets i <= j and their lag."""
-    return [(i, j, j - i) for i in range(kernel) for j in range(i, kernel)]
-
-
-def _strips(kernel: int, padding: int, length: int, is_first: bool) -> Iterator[Strip]:
-    for i, j in product(range(kernel), repeat=2):
-        if is_first and j < i:
-            continue
-        top, bottom = max(0, i - padding), max(0, kernel - 1 - i - padding)
-        for start, stop in ((0, top), (length - bottom, length)):
-            strip = Strip(i, j, max(start, i - j), min(stop, length + i - j))
-            if strip.start < strip.stop:
-                yield strip
-
-
-def _lagged(here: Tensor, there: Tensor, reach: Sequence[int]) -> Tensor:
-    """`R[lag] = Σ_n Σ_u here[u] there[u + lag]ᵀ` `[*lags, channels, channels]`: along the first
-    dimension for lags in [0, reach), along the others for |lag| < reach, from the smallest; a reach of
-    0 stands for lag 0 alone, too."""
-    channels = here.shape[1]
-    if not any(reach):
-        left, right = (v.transpose(0, 1).reshape(channels, -1) for v in (here, there))
-        return (left @ right.t()).view(*[1] * len(reach), channels, channels)
-    reach = [max(1, k) for k in reach]
-    sides = [(k - 1 if axis else 0, k - 1) for axis, k in enumerate(reach)]
-    lengths = [1 + sum(around) for around in sides]
-    weight_gradient = _WEIGHT_GRADIENTS[len(reach)]
-    lags = weight_gradient(F.pad(there, _flat(sides)), [channels, channels, *lengths], here)
-    return lags.permute(*range(2, lags.dim()), 0, 1).contiguous()
+    return steps == {1} and wide and roomy

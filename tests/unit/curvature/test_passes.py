@@ -31,6 +31,8 @@ Y = torch.randint(3, (N,), generator=torch.Generator().manual_seed(2))
 class Sums:
     """A Linear layer's sums of inputs and of per-sample output gradients."""
 
+    is_wanted = True
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.clear()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -304,3 +305,52 @@ def test_a_layer_that_no_pass_has_used_when_it_is_due_is_no_error() -> None:
         kfac.step()
     assert due[1] in ([True, False], [False, True]) and due[1] != due[2]
     assert sum(state.factor_updates for state in kfac.states) in (4, 5)
+
+
+class Tokens(nn.Module):
+    """Called with no tensor of its own. Layers behind the first see one row per token, the last one not
+    of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def forward(self, batch: Mapping[str, list[Tensor]]) -> Tensor:
+        x = torch.tanh(self.embed(batch["parts"][0]))
+        rows = torch.tanh(self.inner(x.flatten(0, 1)))
+        return self.head(rows.unflatten(0, x.shape[:2])[:, 1:])
+
+
+@pytest.mark.usefixtures("every_layer_apart")
+@pytest.mark.parametrize("reduction", ["mean", "positions"])
+def test_statistics_of_layers_on_steps_of_their_own_are_those_of_all_layers(reduction: str) -> None:
+    torch.manual_seed(0)
+    model = Tokens()
+    inputs = [torch.randn(9, 4, 6) for _ in range(7)]
+    targets = [torch.randint(5, (9, 3)) for _ in range(7)]
+
+    def seen(**intervals: Any) -> list[list[dict[str, Tensor]]]:
+        its = copy.deepcopy(model)
+        kfac = KFAC(its, lr=0.1, loss_reduction=reduction, **intervals)
+        found, update = [], kfac.averages.update
+
+        def keep(statistics: Any, *rest: Any) -> Any:
+            found.append([{k: v.clone() for k, v in sums.items()} for sums in statistics.sums])
+            return update(statistics, *rest)
+
+        with mock.patch.object(kfac.averages, "update", keep):
+            for x, y in zip(inputs, targets, strict=True):
+                its.zero_grad()
+                F.cross_entropy(its({"parts": [x]}).flatten(0, 1), y.flatten()).backward()
+                kfac.step()
+        return found
+
+    everywhere, apart = seen(factor_update_steps=1), seen(**INTERVALS)
+    assert len(everywhere) == len(apart) == 7
+    counts = []
+    for all_layers, some in zip(everywhere, apart, strict=True):
+        due = [i for i, sums in enumerate(some) if sums]
+        counts.append(len(due))
+        for i in due:
+            torch.testing.assert_close(some[i], all_layers[i], rtol=0, atol=0)
+    assert counts == [3, 1, 1, 1, 1, 1, 1]

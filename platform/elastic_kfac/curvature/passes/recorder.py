@@ -56,6 +56,10 @@ SMALL = 8192
 class Layer(Protocol):
     """What a watched layer does with its passes."""
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether its passes are recorded now."""
+
     def samples_in(self, inputs: Tensor) -> int | None:
         """How many samples the layer itself sees in its inputs, where their shape leaves no doubt."""
 
@@ -143,7 +147,7 @@ class Site:
 
     def staged_in_graph(self, gradient: Tensor, inputs: Tensor, axis: int | None) -> None:
         recorder = self.weight.recorder()
-        if recorder is not None:
+        if recorder is not None and self.layer.is_wanted:
             self.weight.stage(recorder.call(self, inputs, axis), gradient)
 
 
@@ -393,6 +397,11 @@ class Recorder:
         saving = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
         if saving and in_backward:
             return None  # a checkpoint is recomputed, for a call that is known already
+        if not site.layer.is_wanted:
+            self._batch(
+                site, inputs, axis
+            )  # the first layer of a pass may tell how many samples it has
+            return None
         call = self.call(site, inputs.detach(), axis)
         call.of_parameter = isinstance(inputs, nn.Parameter)
         if (saving or torch.is_autocast_enabled(inputs.device.type)) and not self._is_due(site):
@@ -410,16 +419,20 @@ class Recorder:
 
     def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
         """A call of a layer with `inputs`."""
-        batch = self.batches.of(inputs, axis, site.recomputed)
-        if not batch.is_given:
-            samples = site.layer.samples_in(inputs)
-            if samples is not None:
-                batch.set_length(samples)
+        batch = self._batch(site, inputs, axis)
         call = Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
         in_backward = torch._C._current_graph_task_id() != -1
         call.of_pass = object() if in_backward else batch.newest_pass
         call.note = site.layer.note()
         return call
+
+    def _batch(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
+        batch = self.batches.of(inputs, axis, site.recomputed)
+        if not batch.is_given:
+            samples = site.layer.samples_in(inputs)
+            if samples is not None:
+                batch.set_length(samples)
+        return batch
 
     def _is_due(self, site: Site) -> bool:
         """Whether the layer's first statistics are still to be checked."""
