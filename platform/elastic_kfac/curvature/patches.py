@@ -55,8 +55,7 @@ def conv_input_sum(
 
     Exact for every stride, padding (numbers, 'same', 'valid', non-zero modes), dilation and group
     count. Where the stride is one and the padding wide enough, A is assembled from the spatial
-    autocorrelation of the input (one weight-gradient convolution) minus border strips, without ever
-    forming patches.
+    autocorrelation of the input minus border strips (autocorrelation.py), without ever forming patches.
 
     Args:
         inputs: `[n, in_channels, ...]`.
@@ -370,7 +369,7 @@ def _masked_gram(x: Tensor, window: Window, groups: int, real: Tensor) -> tuple[
 
 
 def _correlates(x: Tensor, window: Window, padding: Sequence[int], groups: int) -> bool:
-    """Whether `_autocorrelation_gram` can and should be used."""
+    """Whether `autocorrelation_gram` can and should be used."""
     wide = all(2 * p >= k - 1 for p, k in zip(padding, window.kernel, strict=True))
     # The strips need their own pixels: tiny images go the plain way.
     roomy = all(length >= 2 * k for length, k in zip(x.shape[2:], window.kernel, strict=True))
