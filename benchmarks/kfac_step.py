@@ -5,7 +5,8 @@
 Process CPU time, one thread, whole inverse-update cycles, the same Linear and Conv2d layers. Variants
 take turns of ten steps, so that a noisy machine hits them alike; what counts are the ratios. `floor`
 is kfac_floor.py's: the kernels of an exact step and nothing else, where a preconditioner's step would be.
-Spikes are p99 over the median of the steps after the first, by wall clock and by CPU time of the training
+Spikes are p99 over the median of the steps after the first (and, in cycles longer than a turn, after the
+first of each turn, which finds another variant's caches), by wall clock and by CPU time of the training
 thread; decompositions on another thread are part of the former and of the process's time. `--peer` is a
 folder with kfac-pytorch installed (`pip install --no-deps --target FOLDER` of a checkout of
 gpauloski/kfac-pytorch); without it only our own time is measured.
@@ -24,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -217,7 +219,7 @@ def _compare(name: str, case: Case, at: int, method: str, peer: Any) -> dict[str
         **{f"{n}_ms": round(value, 2) for n, value in per_step.items()},
         "ours_over_sgd": round(per_step["ours"] / per_step["sgd"], 3),
         "ours_over_floor": round(extra["ours"] / extra["floor"], 3),
-        "p99": {n: runner.spikes() for n, runner in runners.items() if n != "floor"},
+        "p99": {n: runner.spikes(inverse_steps) for n, runner in runners.items() if n != "floor"},
     }
     if "peer" in per_step:
         row["peer_over_sgd"] = round(per_step["peer"] / per_step["sgd"], 3)
@@ -240,11 +242,14 @@ class _Runner:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.preconditioner = build(model)
+        self.turns: list[int] = []
+        """The first step of each."""
         self.steps: list[tuple[float, float]] = []
         """Seconds of each step: wall clock, CPU time of this thread."""
 
     def run(self, steps: int) -> float:
-        """Process CPU seconds of so many steps."""
+        """Process CPU seconds of so many steps, and of what they have begun on another thread."""
+        self.turns.append(len(self.steps))
         start = time.process_time()
         for _ in range(steps):
             begin = time.perf_counter(), time.thread_time()
@@ -254,17 +259,22 @@ class _Runner:
                 self.preconditioner.step()
             self.optimizer.step()
             self.steps.append((time.perf_counter() - begin[0], time.thread_time() - begin[1]))
+        if isinstance(self.preconditioner, KFAC):
+            wait(job.parts for job in self.preconditioner.refresh.ahead._jobs.values())
         return time.process_time() - start
 
-    def spikes(self) -> dict[str, float]:
-        """p99 / median of the steps after the first, which decomposes everything."""
+    def spikes(self, cycle: int) -> dict[str, float]:
+        """p99 / median of the steps after the first, which decomposes everything; where cycles are longer
+        than turns, without the first ones of turns, which find another variant's caches."""
+        cold = set(self.turns if cycle > TURN else ())
+        steps = [step for at, step in enumerate(self.steps) if at and at not in cold]
         found = {}
-        for name, values in zip(("wall", "thread"), zip(*self.steps[1:], strict=True), strict=True):
+        for name, values in zip(("wall", "thread"), zip(*steps, strict=True), strict=True):
             ordered = sorted(values)
             p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
             found[name] = round(p99 / statistics.median(ordered), 2)
             found[f"{name}_largest"] = round(ordered[-1] / statistics.median(ordered), 2)
-        return {**found, "n": len(self.steps) - 1}
+        return {**found, "n": len(steps)}
 
 
 def _line(row: dict[str, Any]) -> str:

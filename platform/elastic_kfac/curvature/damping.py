@@ -55,33 +55,36 @@ def smallest_eigenvalue(factor: Tensor) -> Tensor:
 
 def split_damping(
     means: Sequence[Tensor],
-    typical: Sequence[Tensor],
+    widths: Sequence[int],
+    typical: Callable[[], Sequence[Tensor]],
     damping: float,
     mode: str,
     smallest: Callable[[], Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """γ_A and γ_G of the factored Tikhonov form (Martens and Grosse 2015, section 6.3), from the
-    `mean_eigenvalue` and the `typical_eigenvalue` of A and G.
+    `mean_eigenvalue`, the width and the `typical_eigenvalue` of A and G.
 
     `pi`: γ_A = π√γ, γ_G = √γ/π with π² = (tr A / dim A) / (tr G / dim G); `sqrt`: π = 1; `plain`:
     γ_A = γ_G = γ, which does not approximate (A ⊗ G + γI)⁻¹ but is what published code does.
 
     But with `plain`, both are raised until rounding is no more than noise: the smallest eigenvalue of
-    what is inverted, (λ_A + γ_A)(λ_G + γ_G), is at least an eighth of `least_damping`. `smallest`
-    computes λ_A and λ_G, which are only needed then; without it they count as 0.
+    what is inverted, (λ_A + γ_A)(λ_G + γ_G), is at least an eighth of `least_damping`. What `typical` and
+    `smallest` (λ_A and λ_G; 0 without it) compute is only needed where that may be.
     """
     a_mean, g_mean = means
     one = torch.ones((), dtype=a_mean.dtype, device=a_mean.device)
     if mode == "plain":
         return one * damping, one * damping
     root = math.sqrt(damping)
-    largest = typical[0] * typical[1]
     pi = torch.ones_like(a_mean) if mode == "sqrt" else (a_mean / g_mean).sqrt()
     # A factor that is all zero (a dead layer) has no balance.
     pi = torch.where((a_mean > 0) & (g_mean > 0), pi, torch.ones_like(pi))
-    # An eighth: the root damps large eigenvalues of one factor, too.
-    least = least_damping(largest, largest.dtype) / 8
-    raised = (least / damping).clamp(min=1.0).sqrt()
+    # No eigenvalue is larger than the trace.
+    bounds = [mean * width for mean, width in zip(means, widths, strict=True)]
+    raised = torch.ones_like(pi)
+    if bool((_least_of_both(bounds) > damping).any()):
+        least = _least_of_both(typical())
+        raised = (least / damping).clamp(min=1.0).sqrt()
     if smallest is not None and bool((raised > 1).any()):
         # r >= 1 with (λ_A + r γ_A)(λ_G + r γ_G) = least, where γ_A γ_G = γ; conditioned well, r is 1.
         a_least, g_least = smallest()
@@ -90,6 +93,11 @@ def split_damping(
         raised = 2 * lacking / (linear + (linear.square() + 4 * damping * lacking).sqrt())
         raised = raised.nan_to_num(1.0).clamp(min=1.0)
     return pi * root * raised, root / pi * raised
+
+
+def _least_of_both(eigenvalues: Sequence[Tensor]) -> Tensor:
+    """An eighth of `least_damping`: the root damps large eigenvalues of one factor, too."""
+    return least_damping(eigenvalues[0] * eigenvalues[1], eigenvalues[0].dtype) / 8
 
 
 class AdaptiveDamping:

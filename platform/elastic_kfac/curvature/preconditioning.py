@@ -335,7 +335,8 @@ class InverseForm(_Unprepared):
         pairs = ((self.A, factors["A"]), (self.G, factors["G"]))
         shifts = split_damping(
             [side.mean_eigenvalue(factor) for side, factor in pairs],
-            [side.typical_eigenvalue(factor) for side, factor in pairs],
+            [side.width for side, _ in pairs],
+            lambda: [side.typical_eigenvalue(factor) for side, factor in pairs],
             damping,
             self.split,
             lambda: [side.smallest_eigenvalue(factor) for side, factor in pairs],

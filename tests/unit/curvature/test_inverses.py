@@ -43,8 +43,10 @@ def test_inverse_precondition_equals_dense_factored_tikhonov(mode: str) -> None:
     a, g, gamma = 7 * spd(5, 0), spd(4, 1), 0.03
     d = torch.randn(4, 5, dtype=torch.double)
     means = [damping.mean_eigenvalue(x) for x in (a, g)]
-    typical = [damping.typical_eigenvalue(x) for x in (a, g)]
-    gamma_a, gamma_g = damping.split_damping(means, typical, gamma, mode)
+    widths = [len(x) for x in (a, g)]
+    gamma_a, gamma_g = damping.split_damping(
+        means, widths, lambda: pytest.fail("conditioned well"), gamma, mode
+    )
     pi = math.sqrt((a.trace().item() / 5) / (g.trace().item() / 4))
     expected_a, expected_g = {
         "pi": (pi * math.sqrt(gamma), math.sqrt(gamma) / pi),
