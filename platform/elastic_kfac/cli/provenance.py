@@ -29,7 +29,7 @@ def is_ray_job(environment: Mapping[str, str]) -> bool:
 
 def provenance(use_gpu: bool) -> dict[str, str]:
     """Versions and hardware of this process, the driver; workers may differ."""
-    from elastic_kfac.state.identity import processor_name
+    from elastic_kfac.host import processor_name
 
     found = {"python": platform.python_version()}
     for name in PACKAGES:

@@ -9,34 +9,56 @@ and subtracted in turn). So A is a fixed linear map of a few matrices `[channels
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from elastic_kfac.curvature.factors import on_device
-
-Array = NDArray[np.float64]
 
 WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 _PIECE = 1 << 20
 """Elements of what is worked on in pieces, so that it stays in the processor's caches."""
 
+Block = tuple[int, int]
+"""Kernel offsets (i, j) along one dimension, or numbers of those along all."""
+
+
+class _Matrix:
+    """A matrix of numbers that stays, whatever tensors it becomes."""
+
+    def __init__(self, rows: Sequence[Iterable[float]]) -> None:
+        self._entries = array("d", (entry for row in rows for entry in row))
+        self._rows = len(rows)
+
+    def like(self, x: Tensor) -> Tensor:
+        """As a tensor of the dtype of `x`, where that is; it may share memory."""
+        if x.device.type == "cpu":
+            found = torch.frombuffer(self._entries, dtype=torch.float64).to(x.dtype)
+        else:
+            found = on_device(self._entries, x.device, x.dtype)
+        return found.view(self._rows, -1)
+
 
 class _Strip(NamedTuple):
     """Pixels along one dimension, and the lag at which they meet others."""
 
     start: int
+    """Negative ones, and the stop then, count from the end."""
     stop: int
     lag: int
+
+    def within(self, length: int) -> tuple[int, int]:
+        """The first pixel and the one behind the last."""
+        offset = length if self.start < 0 else 0
+        return self.start + offset, self.stop + offset
 
 
 class _Choice(NamedTuple):
@@ -45,8 +67,8 @@ class _Choice(NamedTuple):
     strip: _Strip | None
     """None: all pixels."""
     lags: range
-    weights: Array
-    """`[lags, i, j]`: this dimension's part in how much of the sum belongs to block (i, j)."""
+    weights: Sequence[dict[Block, int]]
+    """By lag: this dimension's part in how much of the sum belongs to a block."""
 
 
 class _Sum(NamedTuple):
@@ -63,10 +85,10 @@ def autocorrelation_gram(x: Tensor, kernel: Sequence[int], padding: Sequence[int
     """Gram matrix `[a, a]` of the patches of `x [n, channels, ...]`, under a kernel whose padding is at
     least half of it."""
     channels, offsets = x.shape[1], math.prod(kernel)
-    needed, weights = _plan(tuple(kernel), tuple(padding), tuple(x.shape[2:]))
+    needed, weights = _plan(tuple(kernel), tuple(padding))
     sums = torch.cat([_sums(x, one) for one in needed])
     sums = torch.cat((sums, sums.mT))
-    to_blocks = on_device(weights, x.device, x.dtype)
+    to_blocks = weights.like(x)
     total = x.new_empty(channels, offsets, channels, offsets)
     size = max(1, _PIECE // (channels * offsets**2))
     for start in range(0, channels, size):
@@ -76,59 +98,70 @@ def autocorrelation_gram(x: Tensor, kernel: Sequence[int], padding: Sequence[int
     return total.view(channels * offsets, -1)
 
 
-@lru_cache(maxsize=256)
-def _plan(
-    kernel: tuple[int, ...], padding: tuple[int, ...], lengths: tuple[int, ...]
-) -> tuple[list[_Sum], Array]:
+@lru_cache(maxsize=16)
+def _plan(kernel: tuple[int, ...], padding: tuple[int, ...]) -> tuple[list[_Sum], _Matrix]:
     """The sums needed, and the weights `[sums and their transposes, i·j]` of which A consists."""
-    # Blocks with j before i come from the transposes, and half of those with j = i.
-    i, j = np.indices([math.prod(kernel)] * 2)
-    share = np.where(i == j, 0.5, i < j)
-    needed, weights = [], []
-    for choice in product(
-        *(_choices(*axis) for axis in zip(kernel, padding, lengths, strict=True))
-    ):
-        joint = np.ones((1, 1, 1))
-        for one in choice:
-            lags, rows, columns = (
-                a * b for a, b in zip(joint.shape, one.weights.shape, strict=True)
-            )
-            joint = np.einsum("lij,mpq->lmipjq", joint, one.weights).reshape(lags, rows, columns)
-        joint = joint * share
-        used = np.abs(joint).sum((1, 2)).reshape([len(one.lags) for one in choice]) > 0
-        if used.any():
+    needed: list[_Sum] = []
+    weights: list[dict[Block, float]] = []
+    for choice in product(*map(_choices, kernel, padding)):
+        used = {}
+        for lags in product(*(range(len(one.lags)) for one in choice)):
+            parts = [one.weights[lag].items() for one, lag in zip(choice, lags, strict=True)]
+            if found := _joint(kernel, parts):
+                used[lags] = found
+        if used:
             # The lags in use are consecutive.
-            within = tuple(slice(min(found), max(found) + 1) for found in np.nonzero(used))
+            within = [range(min(lags), max(lags) + 1) for lags in zip(*used, strict=True)]
             needed.append(
                 _Sum(
                     tuple(one.strip for one in choice),
-                    tuple(one.lags[part] for one, part in zip(choice, within, strict=True)),
-                    tuple(np.flatnonzero(used[within]).tolist()),
+                    tuple(
+                        one.lags[its.start : its.stop]
+                        for one, its in zip(choice, within, strict=True)
+                    ),
+                    tuple(at for at, lags in enumerate(product(*within)) if lags in used),
                 )
             )
-            weights.append(joint[used.reshape(-1)])
-    direct = np.concatenate(weights)
-    both = np.concatenate((direct, direct.swapaxes(1, 2)))
-    return needed, both.reshape(len(both), -1)
+            weights += used.values()
+    transposed = [{(j, i): weight for (i, j), weight in one.items()} for one in weights]
+    offsets = range(math.prod(kernel))
+    blocks = [(i, j) for i in offsets for j in offsets]
+    rows = [[one.get(block, 0.0) for block in blocks] for one in weights + transposed]
+    return needed, _Matrix(rows)
 
 
-def _choices(kernel: int, padding: int, length: int) -> Iterator[_Choice]:
-    i, j = np.indices((kernel, kernel))
-    lags = range(1 - kernel, kernel)
-    yield _Choice(None, lags, np.stack([j - i == lag for lag in lags]).astype(np.float64))
-    strips: dict[_Strip, Array] = {}
-    for first, second in product(range(kernel), repeat=2):
-        for strip in _unvisited(first, second - first, kernel, padding, length):
-            strips.setdefault(strip, np.zeros((1, kernel, kernel)))[0, first, second] = -1
+def _joint(
+    kernel: Sequence[int], parts: Sequence[Iterable[tuple[Block, int]]]
+) -> dict[Block, float]:
+    """Weights by numbers of offsets, from those along each dimension. Blocks with j before i come from
+    the transposes, and half of those with j = i."""
+    found: dict[Block, float] = {}
+    for combination in product(*parts):
+        i = j = 0
+        for k, ((first, second), _) in zip(kernel, combination, strict=True):
+            i, j = i * k + first, j * k + second
+        if i <= j:
+            found[i, j] = math.prod(w for _, w in combination) * (0.5 if i == j else 1.0)
+    return found
+
+
+def _choices(kernel: int, padding: int) -> Iterator[_Choice]:
+    lags, offsets = range(1 - kernel, kernel), range(kernel)
+    yield _Choice(
+        None, lags, [{(i, i + lag): 1 for i in offsets if i + lag in offsets} for lag in lags]
+    )
+    strips: dict[_Strip, dict[Block, int]] = {}
+    for i, j in product(offsets, repeat=2):
+        for strip in _unvisited(i, j - i, kernel, padding):
+            strips.setdefault(strip, {})[i, j] = -1
     for strip, taken in strips.items():
-        yield _Choice(strip, range(strip.lag, strip.lag + 1), taken)
+        yield _Choice(strip, range(strip.lag, strip.lag + 1), [taken])
 
 
-def _unvisited(offset: int, lag: int, kernel: int, padding: int, length: int) -> Iterator[_Strip]:
+def _unvisited(offset: int, lag: int, kernel: int, padding: int) -> Iterator[_Strip]:
     """Pixels that an offset does not visit and that have one at a lag."""
     top, bottom = max(0, offset - padding), max(0, kernel - 1 - offset - padding)
-    for start, stop in ((0, top), (length - bottom, length)):
-        start, stop = max(start, -lag), min(stop, length - lag)
+    for start, stop in ((max(0, -lag), top), (-bottom, -max(0, lag))):
         if start < stop:
             yield _Strip(start, stop, lag)
 
@@ -142,9 +175,9 @@ def _sums(x: Tensor, of: _Sum) -> Tensor:
     for axis, (strip, lags) in enumerate(zip(of.strips, of.lags, strict=True), start=2):
         padding[:0] = (0, 0) if strip else (-lags[0], lags[-1])
         if strip is not None:
-            size = strip.stop - strip.start
-            here = here.narrow(axis, strip.start, size)
-            there = there.narrow(axis, strip.start + strip.lag, size)
+            start, stop = strip.within(x.shape[axis])
+            here = here.narrow(axis, start, stop - start)
+            there = there.narrow(axis, start + strip.lag, stop - start)
     # Gathered once: the pixels of a strip lie far apart.
     here = here.contiguous()
     there = F.pad(there if any(s and s.lag for s in of.strips) else here, padding)
@@ -191,7 +224,7 @@ def _by_fourier(x: Tensor, of: _Sum) -> Tensor:
     """
     n, channels, height, width = x.shape
     across, down, down_imaginary, even, odd = (
-        on_device(matrix, x.device, x.dtype) for matrix in _waves(of, height, width)
+        matrix.like(x) for matrix in _waves(of, height, width)
     )
     columns, rows = across.shape[0] // 2, down.shape[0] // 2
     lines = (across @ x.reshape(-1, width).t()).view(columns, 2, n * channels, height)
@@ -207,39 +240,51 @@ def _by_fourier(x: Tensor, of: _Sum) -> Tensor:
     return total.view_as(turned).add_(turned).sub_(turned.mT)
 
 
-@lru_cache(maxsize=256)
-def _waves(of: _Sum, height: int, width: int) -> tuple[Array, ...]:
+@lru_cache(maxsize=16)
+def _waves(of: _Sum, height: int, width: int) -> tuple[_Matrix, ...]:
     """Matrices that take images to their transform, and products of transforms to sums: `across
     [columns·2, width]`, `down [rows·2, height]` for what `across` made real and imaginary, `even` and
     `odd` `[kept, columns·rows]`."""
-    lags = [np.array(one) for one in of.lags]
-    periods = [
-        length + np.abs(one).max() for length, one in zip((height, width), lags, strict=True)
+    vertical, horizontal = of.lags
+    period = height + max(map(abs, vertical))
+    rows, along_rows = range(period), _circle(period)
+    other = width + max(map(abs, horizontal))
+    columns, along_columns = range(other // 2 + 1), _circle(other)
+    across = [
+        [part * along_columns(f * at)[sine] for at in range(width)]
+        for f in columns
+        for sine, part in ((0, 1), (1, -1))
     ]
-    rows, columns = np.arange(periods[0]), np.arange(periods[1] // 2 + 1)
-    cos, sin = _cos_sin(columns, np.arange(width), periods[1])
-    across = np.stack((cos, -sin), 1).reshape(-1, width)
-    cos, sin = _cos_sin(rows, np.arange(height), periods[0])
-    down = np.stack((cos, -sin), 1).reshape(-1, height)
-    down_imaginary = np.stack((sin, cos), 1).reshape(-1, height)
+    down, down_imaginary = (
+        [
+            [part * along_rows(f * at)[sine] for at in range(height)]
+            for f in rows
+            for sine, part in parts
+        ]
+        for parts in (((0, 1), (1, -1)), ((1, 1), (0, 1)))
+    )
     # What is real has the same at the opposite frequency.
-    counts = np.where((columns == 0) | (2 * columns == periods[1]), 1, 2) / math.prod(periods)
-    angles = [
-        2 * np.pi * np.outer(one, each) / period
-        for one, each, period in zip(lags, (rows, columns), periods, strict=True)
-    ]
-    both = angles[0][:, None, None, :] + angles[1][None, :, :, None]  # [lag, lag, column, row]
-    both, counts = both.reshape(-1, len(columns), len(rows))[list(of.kept)], counts[:, None]
-    even, odd = (
-        wave.reshape(len(both), -1) for wave in (counts * np.cos(both), -counts * np.sin(both))
-    )
-    return across, down, down_imaginary, even, odd
+    counts = [(1 if f == 0 or 2 * f == other else 2) / (period * other) for f in columns]
+    even, odd = [], []
+    lags = list(product(vertical, horizontal))
+    for v, h in (lags[at] for at in of.kept):
+        first = [along_rows(f * v) for f in rows]
+        second = [
+            (count * c, count * s)
+            for count, f in zip(counts, columns, strict=True)
+            for c, s in [along_columns(f * h)]
+        ]
+        even.append([c * d - s * t for d, t in second for c, s in first])
+        odd.append([-(s * d + c * t) for d, t in second for c, s in first])
+    return tuple(map(_Matrix, (across, down, down_imaginary, even, odd)))
 
 
-def _cos_sin(frequencies: NDArray[Any], places: NDArray[Any], period: int) -> tuple[Array, Array]:
-    """`[frequencies, places]`, with zeros where rounding leaves so little that products are denormal."""
-    angles = 2 * np.pi / period * (np.outer(frequencies, places) % period)
-    cos, sin = (
-        np.where(np.abs(wave) < 1e-12, 0, wave) for wave in (np.cos(angles), np.sin(angles))
-    )
-    return cos, sin
+def _circle(period: int) -> Callable[[int], tuple[float, float]]:
+    """Cosine and sine of so many parts of a full turn, with zeros where rounding would leave so little
+    that products are denormal."""
+    points = []
+    for part in range(period):
+        turn = 2 * math.pi * part / period
+        cos, sin = (0.0 if abs(x) < 1e-12 else x for x in (math.cos(turn), math.sin(turn)))
+        points.append((cos, sin))
+    return lambda parts: points[parts % period]

@@ -16,7 +16,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from elastic_kfac.curvature.sides import WHOLE, Side
@@ -33,7 +32,7 @@ def can_be_read(tensor: Tensor) -> bool:
 
 
 def on_device(
-    values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: torch.dtype = torch.float64
+    values: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Tensor:
     """Numbers as a tensor, sent without having the host wait."""
     tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")

@@ -332,9 +332,10 @@ def _channel_gram(x: Tensor, groups: int, side: Side = WHOLE) -> Tensor:
     """What a side keeps of the Gram matrix of the channels of `x [n, channels, ...]` over samples and
     positions, per group."""
     columns = x.flatten(2)
-    if columns.shape[2] >= columns.shape[1] and groups == 1 and isinstance(side, Whole):
-        # Products of samples need no copy, and are large enough.
-        return torch.addbmm(x.new_zeros(x.shape[1], x.shape[1]), columns, columns.mT, beta=0)
+    is_plain = groups == 1 and isinstance(side, Whole) and x.device.type == "cpu"
+    if is_plain and columns.shape[2] >= columns.shape[1]:
+        # One product after the other: they are large enough, and need no copy.
+        return torch.addbmm(x.new_zeros(x.shape[1], x.shape[1]), columns, columns.mT)
     rows = columns.transpose(0, 1).reshape(x.shape[1], -1)
     return side.gram(rows if groups == 1 else rows.unflatten(0, (groups, -1)))
 

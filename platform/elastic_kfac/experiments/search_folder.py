@@ -74,13 +74,13 @@ from elastic_kfac.experiments.trials import (
     read_trials,
     trials_csv,
 )
+from elastic_kfac.host import processor_name
 from elastic_kfac.json_text import parsed
 from elastic_kfac.observability.quality import Direction
 from elastic_kfac.paths import local_folder
 from elastic_kfac.runs.history import is_change, number
 from elastic_kfac.runs.tracking import TrackedTrial, tracked_trials
 from elastic_kfac.state.claim import claimed
-from elastic_kfac.state.identity import processor_name
 from elastic_kfac.state.run_folder import RunFolder
 
 EXPERIMENT = "experiment.json"

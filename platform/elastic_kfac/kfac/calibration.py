@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import socket
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from elastic_kfac.communication.collectives import Communicator
 from elastic_kfac.communication.packing import Bucketer
 from elastic_kfac.curvature import inverses
+from elastic_kfac.host import processor_name
 from elastic_kfac.json_text import parsed
 from elastic_kfac.paths import user_cache
 from elastic_kfac.placement.costs import EIGEN, CostModel, Method, fit_costs
@@ -88,7 +88,7 @@ def least_seconds(
 
 def host_kind(device: torch.device = _CPU, dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """What measured costs hold for."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     return {
         "device": name,
         "cores": str(os.cpu_count()),
@@ -259,14 +259,6 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
         part = path.with_suffix(f".{os.getpid()}.tmp")
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(path)
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _wait(device: torch.device) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from elastic_kfac.host import processor_name
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -33,13 +33,3 @@ def machine_type(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def processor_name() -> str:
-    """The model of this machine's processor."""
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

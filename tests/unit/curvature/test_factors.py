@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from elastic_kfac import host
 from elastic_kfac.config.kfac import KfacOptions
 from elastic_kfac.curvature import factors
 from elastic_kfac.curvature.kronecker import LinearLayer
@@ -90,12 +91,14 @@ def test_inputs_with_a_bias_are_summed_into_one_matrix(bias_at: int | None, coun
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("processor", ["AMD EPYC", "Intel(R) Xeon(R) Processor"])
 @pytest.mark.parametrize(
     ("rows", "inner", "outer"), [(600, 601, 603), (640, 640, 513), (512, 1025, 400)]
 )
 def test_large_products_of_odd_sides_are_those_of_rows_and_columns(
-    rows: int, inner: int, outer: int
+    rows: int, inner: int, outer: int, processor: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(host, "processor_name", lambda: processor)
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(2, rows, inner, dtype=torch.float64, generator=generator)
     b = torch.randn(outer, inner, dtype=torch.float64, generator=generator).mT

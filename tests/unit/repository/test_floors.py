@@ -17,7 +17,7 @@ from support.house import PACKAGE, ROOT, tracked_files
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("paths", "json_text"),
+    ("paths", "json_text", "host"),
     ("config",),
     ("curvature", "communication", "placement", "observability", "data", "zoo"),
     ("optimizers", "kfac", "state"),
