@@ -147,8 +147,12 @@ class Site:
 
     def staged_in_graph(self, gradient: Tensor, inputs: Tensor, axis: int | None) -> None:
         recorder = self.weight.recorder()
-        if recorder is not None and self.layer.is_wanted:
+        if recorder is None:
+            return
+        if self.layer.is_wanted:
             self.weight.stage(recorder.call(self, inputs, axis), gradient)
+        else:
+            recorder.batch_of(self, inputs, axis)
 
 
 @dataclass(eq=False)
@@ -398,9 +402,8 @@ class Recorder:
         if saving and in_backward:
             return None  # a checkpoint is recomputed, for a call that is known already
         if not site.layer.is_wanted:
-            self._batch(
-                site, inputs, axis
-            )  # the first layer of a pass may tell how many samples it has
+            # Still, the first layer of a pass may tell how many samples it has.
+            self.batch_of(site, inputs, axis)
             return None
         call = self.call(site, inputs.detach(), axis)
         call.of_parameter = isinstance(inputs, nn.Parameter)
@@ -419,14 +422,15 @@ class Recorder:
 
     def call(self, site: Site, inputs: Tensor, axis: int | None) -> Call:
         """A call of a layer with `inputs`."""
-        batch = self._batch(site, inputs, axis)
+        batch = self.batch_of(site, inputs, axis)
         call = Call(site, inputs, inputs._version, batch, batch.axis if axis is None else axis)
         in_backward = torch._C._current_graph_task_id() != -1
         call.of_pass = object() if in_backward else batch.newest_pass
         call.note = site.layer.note()
         return call
 
-    def _batch(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
+    def batch_of(self, site: Site, inputs: Tensor, axis: int | None) -> Batch:
+        """The batch that a call of a layer is about."""
         batch = self.batches.of(inputs, axis, site.recomputed)
         if not batch.is_given:
             samples = site.layer.samples_in(inputs)
