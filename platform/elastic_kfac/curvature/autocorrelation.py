@@ -192,7 +192,7 @@ def _by_patches(here: Tensor, there: Tensor) -> Tensor:
         there = there.unfold(axis, here.shape[axis], 1)
     lags, pixels = range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
     rows = here.transpose(0, 1).reshape(channels, -1)
-    met = there.permute(*lags, 1, 0, *pixels).reshape(-1, rows.shape[1])
+    met = there.permute(*lags, 1, 0, *pixels).flatten(0, dims).flatten(1)
     return (met @ rows.t()).view(-1, channels, channels).mT
 
 

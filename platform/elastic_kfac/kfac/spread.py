@@ -22,7 +22,7 @@ from elastic_kfac.curvature.layer import Layer
 BUNDLE = 1 << 25
 """Layers whose statistics take fewer multiplications share a step: about 1 ms."""
 BUNDLE_PER_LAYER = 1 << 20
-"""The same per layer of the model: where some statistics are due, all passes are watched."""
+"""The same per layer of the model: where some statistics are due, calls of all layers are followed."""
 MOST_DELAYED = 10
 """A decomposition waits for at most this part of the interval: older curvature costs steps."""
 AHEAD_FROM = 1 << 21

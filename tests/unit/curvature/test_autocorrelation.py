@@ -52,6 +52,14 @@ def test_both_ways_equal_windows(
     torch.testing.assert_close(found, windows_gram(x, kernel, padding), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("kernel", "padding", "image"), GEOMETRIES)
+def test_an_empty_batch_adds_nothing(
+    kernel: tuple[int, int], padding: tuple[int, int], image: tuple[int, int]
+) -> None:
+    found = autocorrelation_gram(torch.empty(0, 4, *image), kernel, padding)
+    assert found.shape == (4 * math.prod(kernel),) * 2 and not found.any()
+
+
 @pytest.mark.parametrize("pieces", [1, 500, 1 << 20])
 def test_pieces_of_any_size_give_the_same(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autocorrelation, "_prefers_fourier", lambda *_: True)
